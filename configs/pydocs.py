@@ -1,0 +1,32 @@
+"""The main job: a small Transformer on the docstrings of this machine's Python, numpy, scipy and jax.
+
+    python -m lm.main --config=configs/pydocs.py --workdir=runs/pydocs
+"""
+
+from ml_collections import ConfigDict
+
+from lm import config as config_lib
+from lm.models import presets
+
+VERBALIZER = {"python": (" python",), "numpy": (" numpy",), "scipy": (" scipy",), "jax": (" jax",)}
+PROMPTS = ("Return the ", "Compute the eigenvalues of ", "Raise an exception if ")
+
+
+def get_config(size: str = "mini") -> ConfigDict:
+    c = config_lib.default()
+    c.model.update(presets.get(size) | dict(vocab_size=0))
+    c.data.label_prompt = "\n\nLibrary:"
+    c.data.length = 256
+    c.data.batch_size = 16
+    c.optimizer.name = "muon"
+    c.optimizer.learning_rate = 4e-3
+    c.optimizer.schedule = "linear"
+    c.optimizer.final_learning_rate = 0.0
+    c.optimizer.weight_decay = 0.05
+    c.train.length = "250 steps"
+    c.checkpoint.every = 100
+    c.checkpoint.best = "eval/validation/loss"
+    c.evals.validation = config_lib.perplexity(every=100)
+    c.evals.library = config_lib.classification(VERBALIZER, every=0)
+    c.evals.samples = config_lib.samples(PROMPTS, every=0)
+    return c
