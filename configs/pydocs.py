@@ -14,7 +14,8 @@ PROMPTS = ("Return the ", "Compute the eigenvalues of ", "Raise an exception if 
 
 def get_config(size: str = "mini") -> ConfigDict:
     c = config_lib.default()
-    c.model.update(presets.get(size) | dict(vocab_size=0))
+    c.model.update(presets.get(size) | dict(vocab_size=0, compute_dtype="bfloat16"))
+    c.model.scan_unroll = c.model.num_layers
     c.data.label_prompt = "\n\nLibrary:"
     c.data.length = 256
     c.data.batch_size = 16

@@ -1,7 +1,9 @@
 """From a configuration to objects. The only file that turns strings into things; it does no training and writes nothing."""
 
 import dataclasses
+import hashlib
 import importlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +16,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lm import decode, optim, sharding, step
-from lm.data import pack, tokenizer as tokenizers
+from lm.data import pack
+from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
 from lm.evals.common import Evaluator, PredictFns
@@ -69,10 +72,11 @@ def tokenizer(config: ConfigDict, train: Callable[[], Documents]) -> tokenizers.
         return tokenizers.load(epath.Path(c.path).expanduser())
     corpus = train()
     prompt = config.data.label_prompt
-    name = f"{corpus.fingerprint}-{c.vocab_size}{f'-{prompt!r}'.encode().hex() if prompt else ''}.model"
+    key = hashlib.sha256(json.dumps([corpus.fingerprint, c.vocab_size, c.max_documents, prompt]).encode()).hexdigest()[:16]
+    name = f"{c.vocab_size}-{key}.model"
 
     def texts():
-        for i in range(len(corpus)):
+        for i in range(0, len(corpus), max(1, len(corpus) // (c.max_documents or len(corpus)))):
             yield corpus[i].text
             if prompt and corpus[i].label:
                 yield from (prompt, pack.label_word(corpus[i].label))

@@ -7,8 +7,10 @@ config.json.
 from ml_collections import ConfigDict
 
 # What a run may change when it goes on from its checkpoints. Everything else is the experiment: changing it is another run.
-RESUMABLE = ("platform", "mesh", "evals", "checkpoint", "train.length", "train.log_every", "train.nonfinite", "model.attention", "model.remat",
-             "data.cache_dir")
+RESUMABLE = ("platform", "mesh", "evals", "checkpoint", "train.length", "train.log_every", "train.nonfinite",
+             "model.attention", "model.remat", "model.scan_unroll", "data.cache_dir",
+             # Where the corpus lies; that it is the same text is held by its fingerprint.
+             "data.source_args.data_dir", "data.source_args.path")
 
 
 def default() -> ConfigDict:
@@ -33,6 +35,7 @@ def default() -> ConfigDict:
     c.tokenizer.kind = "sentencepiece"  # sentencepiece | bytes
     c.tokenizer.path = ""  # a SentencePiece model, or the tokenizer folder of a run; "": train one on the training split
     c.tokenizer.vocab_size = 2048  # of a tokenizer that is trained
+    c.tokenizer.max_documents = 0  # that it is trained on, evenly out of the split; 0: all
 
     c.model = ConfigDict()
     c.model.type = "lm.models.transformer"  # dotted path of a module with Config and a class named Transformer
@@ -57,6 +60,8 @@ def default() -> ConfigDict:
     c.model.compute_dtype = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
     c.model.attention = "xla"  # xla | cudnn (GPU, bfloat16)
     c.model.remat = "none"  # what the backward pass computes again: none | dots (all but the matmuls) | full (all)
+
+    c.model.scan_unroll = 1  # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
 
     c.objective = ConfigDict()
     c.objective.type = "lm.objectives.causal"  # dotted path of a module with make_loss(**the rest) and token_logprobs

@@ -96,17 +96,17 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(logical_axes, mesh))
 
 
-def gather(weight: nnx.Param, dtype) -> jax.Array:
+def gather(weight: jax.Array, logical_axes: Sequence[str], dtype) -> jax.Array:
     """A layer's weight as it computes with it: cast to `dtype`, and collected over the FSDP axes.
 
     Casting first means that the wire carries `dtype`. This is the one place where FSDP happens: the partitioner turns the
     constraint into an all-gather, and its transpose into the reduction of the gradient.
     """
-    value = weight[...].astype(dtype)
+    value = weight.astype(dtype)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return value
-    return jax.lax.with_sharding_constraint(value, spec(weight.get_metadata("logical_axes"), mesh, without=FSDP_AXES))
+    return jax.lax.with_sharding_constraint(value, spec(logical_axes, mesh, without=FSDP_AXES))
 
 
 def logical_axes(state) -> dict:

@@ -76,7 +76,7 @@ def _held_out(items: list, split: str, held_out: float) -> list:
     return items[:cut] if split == "train" else items[cut:]
 
 
-def text(split: str, *, path: str, held_out: float, separator: str = "") -> Documents:
+def text(split: str, *, path: str, held_out: float, separator: str = "", document_chars: int = 0) -> Documents:
     """UTF-8 text files.
 
     Args:
@@ -84,6 +84,7 @@ def text(split: str, *, path: str, held_out: float, separator: str = "") -> Docu
       path: a file or a glob pattern (gs:// too).
       held_out: share of the documents; of the characters, where the whole is one document.
       separator: what divides documents within a file; "" if each file is one.
+      document_chars: cuts what is longer into documents of so many characters, which are then shuffled; 0: no cutting.
 
     Raises:
       ValueError: no file, no text, text that is not UTF-8, or an unknown split.
@@ -95,6 +96,8 @@ def text(split: str, *, path: str, held_out: float, separator: str = "") -> Docu
         texts = [(name, "".join(_held_out(list(whole), split, held_out)))]
     else:
         texts = _held_out(texts, split, held_out)
+    if document_chars:
+        texts = [(f"{name}+{i}", t[i:i + document_chars]) for name, t in texts for i in range(0, len(t), document_chars)]
     return _in_memory([Document(t, name, "") for name, t in texts], f"split {split!r} of {path}")
 
 

@@ -26,7 +26,7 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The model. Every field changes parameters or logits, but for the last three (how it is executed)."""
+    """The model. Every field changes parameters or logits, but for the last five (how it is executed)."""
     vocab_size: int
     context_length: int  # longest sequence; the size of the position table when positions are learned
     num_layers: int
@@ -48,6 +48,7 @@ class Config:
     compute_dtype: Any
     attention: str  # xla | cudnn (GPU, bf16)
     remat: str  # none | full | dots
+    scan_unroll: int  # layers in one iteration of the loop over layers
 
     def __post_init__(self):
         for field, valid in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS), ("remat", REMAT), ("attention", ATTENTION)):
@@ -56,7 +57,7 @@ class Config:
         for field in ("param_dtype", "compute_dtype"):
             if jnp.dtype(getattr(self, field)) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
                 raise ValueError(f"config.model.{field} = {getattr(self, field)!r}; valid: ['bfloat16', 'float32']")
-        sizes = ("vocab_size", "context_length", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+        sizes = ("vocab_size", "context_length", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "scan_unroll")
         if small := [f for f in sizes if getattr(self, f) < 1]:
             raise ValueError(f"config.model: {', '.join(f'{f} = {getattr(self, f)}' for f in small)}; sizes must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -65,7 +66,7 @@ class Config:
             raise ValueError(f"config.model.head_dim = {self.head_dim} must be even with rotary positions")
 
 
-EXECUTION_FIELDS = ("attention", "remat", "param_dtype", "compute_dtype")
+EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "attention", "remat", "scan_unroll")
 
 
 class Output(NamedTuple):
@@ -132,7 +133,7 @@ class Transformer(nnx.Module):
             return nnx.merge(graphdef, params)(x_BTD, positions_BT, mask_BTS, layer_cache)
         if REMAT[c.remat] is not None:
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
-        x_BTD, cache = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.num_layers)
+        x_BTD, cache = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
         return Output(self.norm(x_BTD), cache, {})
 
     def logits(self, hidden: jax.Array) -> jax.Array:

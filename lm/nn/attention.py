@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.nn.layers import add_bias, param
+from lm.nn.layers import add_bias, dense, param
 from lm.nn.positions import rope
-from lm.sharding import constrain, gather
+from lm.sharding import constrain
 
 
 class Cache(NamedTuple):
@@ -52,7 +52,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array, cache: Cache | None = None):
         """Returns the output [B, T, D] and the cache with this call's keys and values written at `positions_BT`."""
         def project(weight, bias):
-            y = jnp.einsum("btd,dnh->btnh", x_BTD, gather(weight, self.compute_dtype))
+            y = dense("btd,dnh->btnh", x_BTD, weight, self.compute_dtype)
             return add_bias(y, bias) if bias is not None else y
         biases = (self.query_bias, self.key_bias, self.value_bias) if self.use_bias else (None, None, None)
         q_BTNH = project(self.query, biases[0])
@@ -72,5 +72,5 @@ class Attention(nnx.Module):
         # Softmax in f32 inside; query heads n attend to kv head n // (N/K).
         y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation=self.implementation)
         y_BTNH = constrain(y_BTNH, "batch", "length", "act_heads", None)
-        out_BTD = jnp.einsum("btnh,nhd->btd", y_BTNH, gather(self.out, self.compute_dtype))
+        out_BTD = dense("btnh,nhd->btd", y_BTNH, self.out, self.compute_dtype)
         return add_bias(out_BTD, self.out_bias) if self.use_bias else out_BTD, cache

@@ -1,12 +1,14 @@
 """Norms, MLP and embedding. Letters: B batch, T length, D embed, F mlp, V vocab."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.sharding import constrain, gather
+from lm import sharding
+from lm.sharding import constrain
 
 
 def param(key: jax.Array | None, shape: Sequence[int], logical_axes: Sequence[str], dtype, *, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
@@ -16,6 +18,45 @@ def param(key: jax.Array | None, shape: Sequence[int], logical_axes: Sequence[st
     if std:
         value = value + std * jax.random.normal(key, shape, jnp.float32)
     return nnx.Param(value.astype(dtype), logical_axes=tuple(logical_axes))
+
+
+def gather(weight: nnx.Param, dtype) -> jax.Array:
+    """A parameter as a layer computes with it, see `lm.sharding.gather`."""
+    return sharding.gather(weight[...], weight.get_metadata("logical_axes"), dtype)
+
+
+def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype) -> jax.Array:
+    """einsum(spec, x, weight) with operands in `dtype`, sums in f32, the result in x's dtype.
+
+    Unlike a plain einsum's, its gradient with respect to the weight is not rounded to `dtype`: it stays f32 as it leaves the
+    matmul. And every matmul, backward too, is of two `dtype` operands, which is what bf16 units are made for.
+    """
+    return _dense(spec, weight.get_metadata("logical_axes"), jnp.dtype(dtype), x, weight[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _dense(spec, logical_axes, dtype, x, weight):
+    return _matmul(spec, x.astype(dtype), sharding.gather(weight, logical_axes, dtype), x.dtype)
+
+
+def _matmul(spec, a, b, dtype):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _dense_forward(spec, logical_axes, dtype, x, weight):
+    return _dense(spec, logical_axes, dtype, x, weight), (x.astype(dtype), weight)  # the sharded weight: gathered anew in the backward pass
+
+
+def _dense_backward(spec, logical_axes, dtype, saved, g):
+    x, weight = saved
+    inputs, out = spec.split("->")
+    a, b = inputs.split(",")
+    x_grad = _matmul(f"{out},{b}->{a}", g.astype(dtype), sharding.gather(weight, logical_axes, dtype), g.dtype)
+    weight_grad = _matmul(f"{a},{out}->{b}", x, g.astype(dtype), weight.dtype)
+    return x_grad, weight_grad
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -80,15 +121,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        up_BTF = jnp.einsum("btd,df->btf", x_BTD, gather(self.up, self.compute_dtype))
+        up_BTF = dense("btd,df->btf", x_BTD, self.up, self.compute_dtype)
         if self.up_bias is not None:
             up_BTF = add_bias(up_BTF, self.up_bias)
         if self.gate is not None:
-            hidden_BTF = act(jnp.einsum("btd,df->btf", x_BTD, gather(self.gate, self.compute_dtype))) * up_BTF
+            hidden_BTF = act(dense("btd,df->btf", x_BTD, self.gate, self.compute_dtype)) * up_BTF
         else:
             hidden_BTF = act(up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
-        out_BTD = jnp.einsum("btf,fd->btd", hidden_BTF, gather(self.down, self.compute_dtype))
+        out_BTD = dense("btf,fd->btd", hidden_BTF, self.down, self.compute_dtype)
         return out_BTD if self.down_bias is None else add_bias(out_BTD, self.down_bias)
 
 
@@ -104,5 +145,5 @@ class Embed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits [..., num] in f32 from vectors [..., dim]."""
-        return jnp.einsum("...d,vd->...v", x.astype(self.compute_dtype), gather(self.table, self.compute_dtype),
-                          preferred_element_type=jnp.float32)
+        spec = "btd,vd->btv" if x.ndim == 3 else "bd,vd->bv"
+        return dense(spec, x.astype(jnp.float32), self.table, self.compute_dtype)

@@ -1,0 +1,148 @@
+"""Perplexity: each target of each text once, whatever the batches and the mesh."""
+
+import lzma
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lm import build, sharding, step
+from lm import config as config_lib
+from lm.data import pack
+from lm.data.sources import Document, Documents
+from lm.data.tokenizer import ByteTokenizer
+from lm.evals import perplexity
+from lm.evals.common import PredictFns
+from lm.objectives import causal
+
+LENGTH = 32
+MESHES = {"one": (1, {}), "data": (8, {"data": 8}), "sequence": (8, {"data": 4, "sequence": 2}), "fsdp": (8, {"data": 2, "fsdp": 2, "tensor": 2})}
+RNG = np.random.default_rng(0)
+TEXTS = ["".join(RNG.choice(list("abcdé \n€"), size)) for size in RNG.integers(1, 90, 45)]
+DOCUMENTS = Documents([Document(text, f"d{i}", ("red", "green")[i % 2]) for i, text in enumerate(TEXTS)], "fingerprint")
+PLAIN, LABELLED = (pack.Encoder(ByteTokenizer(), prompt) for prompt in ("", "\nLabel:"))
+
+
+@cache
+def model():
+    """(graphdef, parameters in numpy, logical axes) of a small Transformer with weights large enough to have opinions."""
+    c = config_lib.default()
+    c.data.length = LENGTH
+    c.model.update(dict(vocab_size=260, context_length=LENGTH, num_layers=2, embed_dim=16, mlp_dim=32, num_heads=2, num_kv_heads=2, head_dim=8,
+                        positions="learned", param_dtype="float32", compute_dtype="float32"))
+    _, make_model = build.model(c, 258, "cpu")
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(p.dtype), nnx.to_pure_dict(abstract))
+    return graphdef, params, sharding.logical_axes(abstract)
+
+
+def evaluate(token_logprobs, params, mesh="one", batch_size=8, encoder=PLAIN, documents=DOCUMENTS, max_documents=0, check_stop=lambda: None):
+    count, sizes = MESHES[mesh]
+    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+    fns = PredictFns(mesh, batch_size=batch_size, length=LENGTH, token_logprobs=token_logprobs, last_logprobs=len, make_generate=None, check_stop=check_stop)
+    with jax.set_mesh(mesh):
+        if params:
+            params = jax.device_put(params, sharding.shardings(params, model()[2], mesh))
+        return dict(perplexity.Evaluator(fns, documents=documents, encoder=encoder, max_documents=max_documents).run(params))
+
+
+def of_model(**kwargs):
+    graphdef, params, _ = model()
+    return evaluate(step.make_token_logprobs(graphdef, causal.token_logprobs), kwargs.pop("params", params), **kwargs)
+
+
+@cache
+def direct():
+    """(nll, targets) of each document by itself, in rows of one window, from the model's logits."""
+    graphdef, params, _ = model()
+    rows, owners = [], []
+    for number, document in enumerate(DOCUMENTS):
+        ids = [256, *document.text.encode()]
+        for start in range(0, len(ids) - 1, LENGTH):
+            window = ids[start:start + LENGTH + 1]
+            rows.append(window + [0] * (LENGTH + 1 - len(window)))
+            owners.append((number, len(window) - 1))
+    rows = jnp.asarray(rows)
+
+    @jax.jit
+    def logprobs(params):
+        transformer = nnx.merge(graphdef, params)
+        shape = (len(rows), LENGTH)
+        hidden = transformer(rows[:, :-1], jnp.broadcast_to(jnp.arange(LENGTH), shape), jnp.ones(shape, jnp.int32)).hidden
+        return jax.nn.log_softmax(transformer.logits(hidden))
+    logp = np.asarray(logprobs(params), np.float64)
+    nll, counts = np.zeros(len(TEXTS)), np.zeros(len(TEXTS), int)
+    for row, p, (number, size) in zip(np.asarray(rows), logp, owners):
+        nll[number] -= p[np.arange(size), row[1:size + 1]].sum()
+        counts[number] += size
+    return nll, counts
+
+
+def test_loss_is_that_of_each_document_by_itself():
+    nll, counts = direct()
+    values = of_model(batch_size=16)
+    assert values["tokens"] == counts.sum() and values["documents"] == len(TEXTS)
+    assert values["loss"] == pytest.approx(nll.sum() / counts.sum(), rel=1e-5)
+    assert abs(values["loss"] - math.log(260)) > 0.1  # the model has opinions
+    some = of_model(batch_size=16, max_documents=7)
+    assert some["loss"] == pytest.approx(nll[:7].sum() / counts[:7].sum(), rel=1e-5) and some["documents"] == 7
+
+
+@pytest.mark.parametrize("mesh, batch_size", [("one", 24), ("data", 8), ("sequence", 24), ("fsdp", 16)])
+def test_loss_does_not_depend_on_batches_and_mesh(mesh, batch_size):
+    values, expected = of_model(mesh=mesh, batch_size=batch_size), of_model(batch_size=8)
+    assert {k: values[k] for k in ("tokens", "bytes", "documents")} == {k: expected[k] for k in ("tokens", "bytes", "documents")}
+    assert values["loss"] == pytest.approx(expected["loss"], abs=1e-6 * expected["loss"])
+
+
+@pytest.mark.parametrize("mesh, batch_size", [("one", 1), ("one", 7), ("one", 8), ("one", 16), ("one", 24), ("data", 8), ("sequence", 16), ("data", 64)])
+def test_every_target_counts_exactly_once(mesh, batch_size):
+    # The "log-probability" of a target is a number of its own: none may be missing, doubled, or padding.
+    values = evaluate(lambda params, batch: -(batch["targets"] + 1).astype(jnp.float32), {}, mesh=mesh, batch_size=batch_size, encoder=LABELLED)
+    data = "".join(TEXTS).encode()
+    assert values["tokens"] == values["bytes"] == len(data)  # bytes as tokens: neither label lines, BOS nor EOS are counted
+    assert values["loss"] == pytest.approx(sum(b + 1 for b in data) / len(data), rel=1e-12)
+
+
+def test_labels_and_prompts_have_no_say():
+    calls = []
+    a = evaluate(lambda params, batch: -batch["targets"].astype(jnp.float32), {}, encoder=LABELLED, check_stop=lambda: calls.append(1))
+    unlabelled = Documents([d._replace(label="") for d in DOCUMENTS], "other")
+    assert a == evaluate(lambda params, batch: -batch["targets"].astype(jnp.float32), {}, documents=unlabelled)
+    assert len(calls) > 1  # a signal is noticed within an evaluation
+
+
+def test_a_uniform_model():
+    graphdef, params, _ = model()
+    values = of_model(params=jax.tree.map(np.zeros_like, params))
+    assert values["loss"] == pytest.approx(math.log(260), rel=1e-6) and values["perplexity"] == pytest.approx(260, rel=1e-5)
+    assert values["bits_per_byte"] == pytest.approx(math.log2(260), rel=1e-6)  # a token is a byte here
+
+
+class Pairs(ByteTokenizer):
+    """Two bytes a token, so that bits per byte are not bits per token."""
+
+    def encode(self, text):
+        return list(text.encode()[::2])
+
+
+def test_figures_from_the_sums():
+    values = evaluate(lambda params, batch: jnp.full(batch["targets"].shape, -3.0), {}, encoder=pack.Encoder(Pairs(), ""))
+    data = "".join(TEXTS).encode()
+    tokens = sum(-(-len(t.encode()) // 2) for t in TEXTS)
+    assert values["tokens"] == tokens and values["bytes"] == len(data) and values["documents"] == len(TEXTS)
+    assert values["loss"] == pytest.approx(3) and values["perplexity"] == pytest.approx(math.e ** 3)
+    assert values["bits_per_byte"] == pytest.approx(3 * tokens / math.log(2) / len(data))
+    packed = lzma.compress(data, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
+    assert values["xz_bits_per_byte"] == pytest.approx(8 * len(packed) / len(data), rel=1e-12)
+    assert 0 < values["xz_bits_per_byte"] < 8
+
+
+def test_a_hopeless_model_has_a_finite_perplexity():
+    values = evaluate(lambda params, batch: jnp.full(batch["targets"].shape, -1e6), {})
+    assert values["loss"] == pytest.approx(1e6) and math.isfinite(values["perplexity"])

@@ -1,0 +1,188 @@
+"""Layouts: errors name what to change, big arrays are split, and the mesh changes neither weights, nor gradient, nor losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from lm import build, config, optim, sharding
+from lm.models import presets
+
+MESHES = {
+    "one device": {}, "data 8": dict(data=8), "fsdp 8": dict(fsdp=8), "data 2 x fsdp 4": dict(data=2, fsdp=4), "fsdp 4 x fsdp2 2": dict(fsdp=4, fsdp2=2),
+    "data 2 x fsdp 2 x tensor 2": dict(data=2, fsdp=2, tensor=2), "slice 2 x sequence 2 x expert 2": dict(slice=2, sequence=2, expert=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_compile():
+    """XLA's optimizations take most of these tests' time and have no part in what they prove."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def experiment(tiny, sizes, **changes):
+    """The tiny experiment in f32 on a mesh of as many devices as it needs."""
+    c = tiny.copy_and_resolve_references()
+    c.model.param_dtype = "float32"
+    c.mesh.update(sizes)
+    for key, value in changes.items():
+        section, key = key.split("_", 1)
+        c[section][key] = value
+    return build.build(c, jax.devices()[:int(np.prod(list(sizes.values()), dtype=int))])
+
+
+def uneven_batch(seed, rows=16, length=32, vocab=16):
+    """Rows of two documents and padding with 0 to 28 weights, the weights of some inner targets 0, and every fourth row all padding."""
+    rng = np.random.default_rng(seed)
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        first, second = (0, 0) if row % 4 == 3 else (rng.integers(1, 20), rng.integers(0, 9))
+        segments[row, :first], segments[row, first:first + second] = 1, 2
+        positions[row, :first], positions[row, first:first + second] = np.arange(first), np.arange(second)
+    weights = (segments > 0) * (rng.random((rows, length)) < 0.8)
+    tokens, targets = rng.integers(0, vocab, (2, rows, length))
+    return dict(tokens=tokens.astype(np.int32), targets=targets.astype(np.int32), weights=weights.astype(np.float32), positions=positions, segments=segments)
+
+
+def train(tiny, sizes, accumulation=1, steps=10):
+    """The first gradient, and the losses of the first steps."""
+    # Without clipping, Adam's first moment after one step is (1 - b1) times the gradient.
+    e = experiment(tiny, sizes, data_batch_size=16, train_accumulation=accumulation, optimizer_clip_norm=0.0, train_length="100 steps")
+    losses = []
+    with jax.set_mesh(e.mesh):
+        state = e.init_state(e.make_params(jax.random.key(0)))
+        for step in range(steps):
+            state, metrics = e.train_step(state, jax.device_put(uneven_batch(step), sharding.batch_sharding(e.mesh)))
+            losses.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
+            if step == 0:
+                moment = jax.device_get(optax.tree_utils.tree_get(state.opt_state["transform"], "mu"))
+    return jax.tree.map(lambda m: m / (1 - e.config.optimizer.b1), moment), np.array(losses)
+
+
+def test_gradient_and_losses_are_the_same_on_every_mesh_and_for_any_accumulation(tiny):
+    gradient, losses = train(tiny, {})
+    norm = float(optax.global_norm(gradient))
+    assert norm > 0.1 and losses[-1] < losses[0]
+    cases = [(name, 1) for name in MESHES if MESHES[name]] + [("one device", 4), ("data 2 x fsdp 2", 2), ("data 2 x fsdp 2", 4)]
+    for name, accumulation in cases:
+        g, l = train(tiny, MESHES.get(name, dict(data=2, fsdp=2)), accumulation)
+        difference = float(optax.global_norm(jax.tree.map(np.subtract, g, gradient)))
+        assert difference < 1e-5 * norm, (name, accumulation, difference / norm)
+        np.testing.assert_allclose(l, losses, rtol=1e-5, err_msg=f"{name}, accumulation {accumulation}")
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_one_seed_gives_the_same_bits_on_every_mesh(tiny, optimized):
+    """With XLA's optimizations too, which may fuse and round differently for another shape of the shards: on the two most different meshes."""
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    names = ["one device", "data 2 x fsdp 2 x tensor 2"] if optimized else MESHES
+    weights = {}
+    for name in names:
+        e = experiment(tiny, MESHES[name])
+        with jax.set_mesh(e.mesh):
+            params = e.make_params(jax.random.key(7))
+        wanted = jax.tree.map(lambda a: a.sharding, e.abstract_state.params)
+        assert jax.tree.all(jax.tree.map(lambda p, s: p.sharding.is_equivalent_to(s, p.ndim), params, wanted)), name
+        weights[name] = jax.device_get(params)
+    for name in names:
+        assert jax.tree.all(jax.tree.map(np.array_equal, weights[name], weights["one device"])), name
+    with jax.set_mesh(e.mesh):
+        other = jax.device_get(e.make_params(jax.random.key(8)))
+    assert not np.array_equal(other["embed"]["table"], weights["one device"]["embed"]["table"])
+
+
+def abstract_state(preset, optimizer, mesh):
+    """The train state of a preset under an optimizer, nothing of it computed."""
+    c = config.default()
+    c.model.update(presets.get(preset))
+    c.optimizer.name = optimizer
+    _, make_model = build.model(c, c.model.vocab_size, "tpu")
+    _, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+    axes = sharding.logical_axes(abstract)
+    return build._abstract_state(nnx.to_pure_dict(abstract), axes, optim.make_optimizer(c.optimizer, axes, 1000), mesh)
+
+
+@pytest.mark.parametrize("preset, optimizer", [("gpt2", "adamw"), ("llama2_7b", "muon"), ("gpt3_175b", "lion"), ("gpt2", "adafactor"),
+                                               ("llama2_7b", "adafactor")])
+def test_nothing_big_is_replicated_under_fsdp(preset, optimizer):
+    """Neither a parameter above 1 MiB nor the optimizer's array for it."""
+    state = abstract_state(preset, optimizer, sharding.make_mesh(dict(fsdp=8), jax.devices()))
+    size = lambda leaf: leaf.size * leaf.dtype.itemsize
+    whole = {jax.tree_util.keystr(path): f"{size(leaf) / 2**20:.1f} MiB" for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+             if size(leaf) > 2**20 and leaf.sharding.is_fully_replicated}
+    assert not whole
+    big = [leaf for leaf in jax.tree.leaves(state) if size(leaf) > 2**20]
+    assert big and all(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == leaf.size for leaf in big)
+
+
+def test_the_rest_of_the_devices():
+    mesh = sharding.make_mesh(dict(data=2, fsdp=-1, tensor=2), jax.devices())
+    assert (mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"], mesh.size) == (2, 2, 2, 8)
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert sharding.make_mesh(dict(fsdp=-1), jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(fdsp=8), r"unknown axes \['fdsp'\].*'fsdp'"),
+    (dict(data=-1, fsdp=-1), "at most one"),
+    (dict(data=0), "positive"),
+    (dict(data=-2), "positive"),
+    (dict(data=4, fsdp=4), "16 device.*there are 8"),
+    (dict(data=4), "4 device.*there are 8"),
+    (dict(data=3, fsdp=-1), "3 device.*a multiple.*there are 8"),
+    ({}, "one device.*there are 8"),
+])
+def test_mesh_errors(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(sizes, jax.devices())
+
+
+def test_spec():
+    mesh = sharding.make_mesh(dict(fsdp=2, fsdp2=2, tensor=2), jax.devices())
+    assert sharding.spec(("layers", "embed", "mlp"), mesh) == PartitionSpec(None, "fsdp", ("fsdp2", "tensor"))
+    assert sharding.spec(("embed", "mlp"), mesh, without=sharding.FSDP_AXES) == PartitionSpec(None, "tensor")
+    assert sharding.spec(("batch", None), mesh) == PartitionSpec(("fsdp", "fsdp2"), None)
+    with pytest.raises(ValueError, match="'vocab' and 'mlp'.*both claim.*'fsdp2'"):
+        sharding.spec(("vocab", "mlp"), mesh)
+    with pytest.raises(ValueError, match="unknown logical axis 'embd'.*'embed'"):
+        sharding.spec(("embd",), mesh)
+    # An axis of size 1 splits nothing, so two dims may name it.
+    assert sharding.spec(("vocab", "mlp"), sharding.make_mesh(dict(fsdp=8), jax.devices())) == PartitionSpec(None, None)
+
+
+def test_shardings_name_the_parameter():
+    mesh = sharding.make_mesh(dict(data=2, fsdp=4), jax.devices())
+    with pytest.raises(ValueError, match=r"\['mlp'\]\['up'\].*'embed' of 30 is not divisible by 4"):
+        sharding.shardings({"mlp": {"up": jnp.zeros((30, 8))}}, {"mlp": {"up": ("embed", "mlp")}}, mesh)
+    with pytest.raises(ValueError, match=r"\['table'\].*both claim"):
+        sharding.shardings({"table": jnp.zeros((8, 8))}, {"table": ("embed", "embed")}, mesh)
+
+
+def test_model_that_the_mesh_does_not_divide(tiny):
+    with pytest.raises(ValueError, match=r"\['embed'\]\['table'\].*'vocab' of 258 is not divisible by 4.*vocab_size"):
+        experiment(tiny, dict(data=2, tensor=4))
+
+
+def test_batches_that_the_mesh_does_not_divide(tiny):
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, sequence=2), jax.devices())
+    sharding.check_batch(mesh, 8, 6, "config.x")
+    with pytest.raises(ValueError, match="config.x = 6 rows.*by 4.*multiple of 4"):
+        sharding.check_batch(mesh, 6, 6, "config.x")
+    with pytest.raises(ValueError, match="length = 7.*by 2"):
+        sharding.check_batch(mesh, 8, 7, "config.x")
+    with pytest.raises(ValueError, match=r"batch_size / config.train.accumulation = 4 rows"):
+        experiment(tiny, dict(data=8), train_accumulation=2)
+    with pytest.raises(ValueError, match="accumulation = 3 must divide"):
+        experiment(tiny, {}, train_accumulation=3)
+
+
+def test_batch_sharding_splits_rows_and_positions():
+    mesh = sharding.make_mesh(dict(slice=2, fsdp=2, sequence=2), jax.devices())
+    assert sharding.batch_sharding(mesh).shard_shape((8, 6)) == (2, 3)
+    assert sharding.batch_sharding(mesh, 3).shard_shape((8, 6, 5)) == (2, 3, 5)
+    assert sharding.batch_sharding(mesh, 1).shard_shape((8,)) == (2,)
