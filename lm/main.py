@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 
+import jax
 from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> int:
             raise
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    print(f"\n{workdir}\n{table(values)}")
+    if jax.process_index() == 0:
+        print(f"\n{workdir}\n{table(values)}")
     return 0
 
 

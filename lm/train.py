@@ -34,7 +34,8 @@ class StopSignal:
         self._old = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
+        # With several processes jax.distributed has its own handler of SIGTERM, which lets all of them agree on a step.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -88,7 +89,7 @@ class Run:
         self.checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best)
         self.loader = e.make_loader()
         self.interval: dict = {}  # (sum, count) since the last line of metrics.jsonl
-        self.latest: dict[str, float] = {}  # newest eval metrics
+        self.evals: dict = {"step": -1, "names": [], "values": {}}  # the step last evaluated, by which evaluators, with what result
         found = self.checkpointer.latest()
         if found is None:
             self._begin()
@@ -117,6 +118,7 @@ class Run:
             raise ValueError(f"{self.workdir} is at step {step}, past config.train.length = {self.config.train.length!r} ({e.total_steps} steps)")
         self.step = step
         meta = self.checkpointer.meta(step)
+        config_lib.check_resumable(meta["config"], self.config, str(self.workdir))
         self._check_tokenizer(meta, str(self.workdir))
         if meta["corpus"] != e.train_documents.fingerprint:
             raise ValueError(f"{self.workdir} was trained on a corpus with fingerprint {meta['corpus']}; config.data gives "
@@ -127,7 +129,7 @@ class Run:
         self.loader.restore(meta["streams"])
         self.streams = meta["streams"]
         self.interval = {name: tuple(pair) for name, pair in meta["interval"].items()}
-        self.latest = meta["latest"]
+        self.evals = meta["evals"]
         logging.info("going on from step %d", step)
 
     def _check_tokenizer(self, meta: dict, where: str) -> None:
@@ -141,36 +143,31 @@ class Run:
         e = self.experiment
         meta = {
             "config": self.config.to_dict(), "streams": _all_streams(streams), "corpus": e.train_documents.fingerprint,
-            "interval": {name: list(pair) for name, pair in self.interval.items()}, "latest": self.latest,
+            "interval": {name: list(pair) for name, pair in self.interval.items()}, "evals": self.evals,
             "tokenizer": {"fingerprint": e.tokenizer.fingerprint, "vocab_size": e.tokenizer.vocab_size,
                           "files": checkpoint.pack_tokenizer(e.tokenizer)},
         }
         self.writer.flush()
-        fresh = {name: value for name, value in self.latest.items() if self.latest.get("step") == step}
-        self.checkpointer.save(step, self.state, json.loads(json.dumps(meta)), fresh)
+        measured = self.evals["values"] if self.evals["step"] == step else {}
+        self.checkpointer.save(step, self.state, json.loads(json.dumps(meta)), measured)
 
     def evaluate(self, step: int, names: list[str]) -> dict[str, float]:
-        """Runs evaluators, writes what they yield, and returns the metrics."""
-        e, values = self.experiment, {}
-        params = e.eval_params(self.state.params, self.state.opt_state)
+        """Runs evaluators, writes what they yield, and returns all metrics of `step` so far."""
+        if self.evals["step"] != step:
+            self.evals = {"step": step, "names": [], "values": {}}
+        params = self.experiment.eval_params(self.state.params, self.state.opt_state)
         for name in names:
             began = time.monotonic()
-            mine: dict[str, float] = {}
-            for key, value in self.evaluators[name].run(params):
-                if isinstance(value, Artifact):
-                    write_artifact(self.workdir, value, step)
-                else:
-                    mine[f"eval/{name}/{key}"] = value
-            self.writer.write(step, mine | {f"eval/{name}/seconds": time.monotonic() - began})
-            values |= mine
-        self.latest = {"step": step} | {k: v for k, v in self.latest.items() if k != "step"} | values
-        self.latest["step"] = step
-        return values
+            values = run_evaluator(self.workdir, name, self.evaluators[name], params, step)
+            self.writer.write(step, values | {f"eval/{name}/seconds": time.monotonic() - began})
+            self.evals["values"] |= values
+            self.evals["names"].append(name)
+        return self.evals["values"]
 
     def due(self, step: int) -> list[str]:
         """Evaluators that should run at `step` and have not."""
         last = step == self.experiment.total_steps
-        done = {key.split("/")[1] for line in self.writer.lines() if line["step"] == step for key in line if key.startswith("eval/")}
+        done = self.evals["names"] if self.evals["step"] == step else []
         every = {name: self.config.evals[name].every for name in self.evaluators}
         return [name for name in self.evaluators if name not in done and (last or (step and every[name] and step % every[name] == 0))]
 
@@ -178,6 +175,17 @@ class Run:
 def _made(directory: epath.Path) -> epath.Path:
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def run_evaluator(workdir: epath.Path, name: str, evaluator, params, step: int) -> dict[str, float]:
+    """The metrics of one evaluator as eval/NAME/...; its artifacts are written."""
+    values = {}
+    for key, value in evaluator.run(params):
+        if isinstance(value, Artifact):
+            write_artifact(workdir, value, step)
+        else:
+            values[f"eval/{name}/{key}"] = value
+    return values
 
 
 def write_artifact(workdir: epath.Path, artifact: Artifact, step: int) -> None:
@@ -356,12 +364,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, floa
                              f"set config.tokenizer.path={source}/tokenizer")
         values = {}
         for name, evaluator in e.make_evaluators().items():
-            for key, value in evaluator.run(params):
-                if isinstance(value, Artifact):
-                    write_artifact(_made(workdir), value, step)
-                else:
-                    values[f"eval/{name}/{key}"] = value
+            values |= run_evaluator(workdir, name, evaluator, params, step)
     if jax.process_index() == 0:
-        _made(workdir)
-        (workdir / f"eval-{step}.json").write_text(json.dumps({"step": step, "from": str(source), "config": config.to_dict()} | values, indent=2))
+        (_made(workdir) / f"eval-{step}.json").write_text(json.dumps({"step": step, "from": str(source), "config": config.to_dict()} | values, indent=2))
     return values

@@ -32,28 +32,41 @@ def model():
     """(graphdef, parameters in numpy, logical axes) of a small Transformer with weights large enough to have opinions."""
     c = config_lib.default()
     c.data.length = LENGTH
-    c.model.update(dict(vocab_size=260, context_length=LENGTH, num_layers=2, embed_dim=16, mlp_dim=32, num_heads=2, num_kv_heads=2, head_dim=8,
-                        positions="learned", param_dtype="float32", compute_dtype="float32"))
+    c.model.update(dict(vocab_size=260, context_length=LENGTH, num_layers=1, embed_dim=16, mlp_dim=32, num_heads=2, num_kv_heads=2, head_dim=8,
+                        param_dtype="float32", compute_dtype="float32"))
     _, make_model = build.model(c, 258, "cpu")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(p.dtype), nnx.to_pure_dict(abstract))
+    params = jax.tree.map(lambda p: rng.normal(0, 0.6, p.shape).astype(p.dtype), nnx.to_pure_dict(abstract))
     return graphdef, params, sharding.logical_axes(abstract)
 
 
-def evaluate(token_logprobs, params, mesh="one", batch_size=8, encoder=PLAIN, documents=DOCUMENTS, max_documents=0, check_stop=lambda: None):
+def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=lambda: None):
     count, sizes = MESHES[mesh]
     mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    fns = PredictFns(mesh, batch_size=batch_size, length=LENGTH, token_logprobs=token_logprobs, last_logprobs=len, make_generate=None, check_stop=check_stop)
-    with jax.set_mesh(mesh):
-        if params:
-            params = jax.device_put(params, sharding.shardings(params, model()[2], mesh))
-        return dict(perplexity.Evaluator(fns, documents=documents, encoder=encoder, max_documents=max_documents).run(params))
+    return PredictFns(mesh, batch_size=batch_size, length=LENGTH, token_logprobs=token_logprobs, last_logprobs=len, make_generate=None, check_stop=check_stop)
 
 
-def of_model(**kwargs):
-    graphdef, params, _ = model()
-    return evaluate(step.make_token_logprobs(graphdef, causal.token_logprobs), kwargs.pop("params", params), **kwargs)
+def evaluate(fns, params=None, encoder=PLAIN, documents=DOCUMENTS, max_documents=0):
+    return dict(perplexity.Evaluator(fns, documents=documents, encoder=encoder, max_documents=max_documents).run(params))
+
+
+@cache
+def model_fns(mesh, batch_size):
+    return make_fns(step.make_token_logprobs(model()[0], causal.token_logprobs), mesh, batch_size)  # compiled once
+
+
+def of_model(*, mesh="one", batch_size=8, change=lambda p: p, **kwargs):
+    _, params, axes = model()
+    fns = model_fns(mesh, batch_size)
+    with jax.set_mesh(fns._mesh):
+        params = jax.device_put(jax.tree.map(change, params), sharding.shardings(params, axes, fns._mesh))
+        return evaluate(fns, params, **kwargs)
+
+
+@cache
+def in_eights():
+    return of_model(batch_size=8)
 
 
 @cache
@@ -85,17 +98,17 @@ def direct():
 
 def test_loss_is_that_of_each_document_by_itself():
     nll, counts = direct()
-    values = of_model(batch_size=16)
+    values = in_eights()
     assert values["tokens"] == counts.sum() and values["documents"] == len(TEXTS)
     assert values["loss"] == pytest.approx(nll.sum() / counts.sum(), rel=1e-5)
     assert abs(values["loss"] - math.log(260)) > 0.1  # the model has opinions
-    some = of_model(batch_size=16, max_documents=7)
+    some = of_model(batch_size=8, max_documents=7)
     assert some["loss"] == pytest.approx(nll[:7].sum() / counts[:7].sum(), rel=1e-5) and some["documents"] == 7
 
 
 @pytest.mark.parametrize("mesh, batch_size", [("one", 24), ("data", 8), ("sequence", 24), ("fsdp", 16)])
 def test_loss_does_not_depend_on_batches_and_mesh(mesh, batch_size):
-    values, expected = of_model(mesh=mesh, batch_size=batch_size), of_model(batch_size=8)
+    values, expected = of_model(mesh=mesh, batch_size=batch_size), in_eights()
     assert {k: values[k] for k in ("tokens", "bytes", "documents")} == {k: expected[k] for k in ("tokens", "bytes", "documents")}
     assert values["loss"] == pytest.approx(expected["loss"], abs=1e-6 * expected["loss"])
 
@@ -103,7 +116,7 @@ def test_loss_does_not_depend_on_batches_and_mesh(mesh, batch_size):
 @pytest.mark.parametrize("mesh, batch_size", [("one", 1), ("one", 7), ("one", 8), ("one", 16), ("one", 24), ("data", 8), ("sequence", 16), ("data", 64)])
 def test_every_target_counts_exactly_once(mesh, batch_size):
     # The "log-probability" of a target is a number of its own: none may be missing, doubled, or padding.
-    values = evaluate(lambda params, batch: -(batch["targets"] + 1).astype(jnp.float32), {}, mesh=mesh, batch_size=batch_size, encoder=LABELLED)
+    values = evaluate(make_fns(lambda params, batch: -(batch["targets"] + 1).astype(jnp.float32), mesh, batch_size), encoder=LABELLED)
     data = "".join(TEXTS).encode()
     assert values["tokens"] == values["bytes"] == len(data)  # bytes as tokens: neither label lines, BOS nor EOS are counted
     assert values["loss"] == pytest.approx(sum(b + 1 for b in data) / len(data), rel=1e-12)
@@ -111,15 +124,15 @@ def test_every_target_counts_exactly_once(mesh, batch_size):
 
 def test_labels_and_prompts_have_no_say():
     calls = []
-    a = evaluate(lambda params, batch: -batch["targets"].astype(jnp.float32), {}, encoder=LABELLED, check_stop=lambda: calls.append(1))
+    fns = make_fns(lambda params, batch: -batch["targets"].astype(jnp.float32), check_stop=lambda: calls.append(1))
+    a = evaluate(fns, encoder=LABELLED)
     unlabelled = Documents([d._replace(label="") for d in DOCUMENTS], "other")
-    assert a == evaluate(lambda params, batch: -batch["targets"].astype(jnp.float32), {}, documents=unlabelled)
+    assert a == evaluate(fns, documents=unlabelled)
     assert len(calls) > 1  # a signal is noticed within an evaluation
 
 
 def test_a_uniform_model():
-    graphdef, params, _ = model()
-    values = of_model(params=jax.tree.map(np.zeros_like, params))
+    values = of_model(change=np.zeros_like)
     assert values["loss"] == pytest.approx(math.log(260), rel=1e-6) and values["perplexity"] == pytest.approx(260, rel=1e-5)
     assert values["bits_per_byte"] == pytest.approx(math.log2(260), rel=1e-6)  # a token is a byte here
 
@@ -132,7 +145,7 @@ class Pairs(ByteTokenizer):
 
 
 def test_figures_from_the_sums():
-    values = evaluate(lambda params, batch: jnp.full(batch["targets"].shape, -3.0), {}, encoder=pack.Encoder(Pairs(), ""))
+    values = evaluate(make_fns(lambda params, batch: jnp.full(batch["targets"].shape, -3.0)), encoder=pack.Encoder(Pairs(), ""))
     data = "".join(TEXTS).encode()
     tokens = sum(-(-len(t.encode()) // 2) for t in TEXTS)
     assert values["tokens"] == tokens and values["bytes"] == len(data) and values["documents"] == len(TEXTS)
@@ -144,5 +157,5 @@ def test_figures_from_the_sums():
 
 
 def test_a_hopeless_model_has_a_finite_perplexity():
-    values = evaluate(lambda params, batch: jnp.full(batch["targets"].shape, -1e6), {})
+    values = evaluate(make_fns(lambda params, batch: jnp.full(batch["targets"].shape, -1e6)))
     assert values["loss"] == pytest.approx(1e6) and math.isfinite(values["perplexity"])

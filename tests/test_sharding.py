@@ -17,12 +17,8 @@ MESHES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """XLA's optimizations take most of these tests' time and have no part in what they prove."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+# XLA's optimizations take nearly all of these tests' time and have no part in what they prove.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
 
 
 def experiment(tiny, sizes, **changes):
@@ -49,15 +45,17 @@ def uneven_batch(seed, rows=16, length=32, vocab=16):
     return dict(tokens=tokens.astype(np.int32), targets=targets.astype(np.int32), weights=weights.astype(np.float32), positions=positions, segments=segments)
 
 
-def train(tiny, sizes, accumulation=1, steps=10):
+def train(tiny, sizes, accumulation, params, steps=10):
     """The first gradient, and the losses of the first steps."""
     # Without clipping, Adam's first moment after one step is (1 - b1) times the gradient.
     e = experiment(tiny, sizes, data_batch_size=16, train_accumulation=accumulation, optimizer_clip_norm=0.0, train_length="100 steps")
     losses = []
     with jax.set_mesh(e.mesh):
-        state = e.init_state(e.make_params(jax.random.key(0)))
-        for step in range(steps):
-            state, metrics = e.train_step(state, jax.device_put(uneven_batch(step), sharding.batch_sharding(e.mesh)))
+        state = e.init_state(jax.tree.map(lambda p, a: jax.device_put(p, a.sharding), params, e.abstract_state.params))
+        batches = [jax.device_put(uneven_batch(step), sharding.batch_sharding(e.mesh)) for step in range(steps)]
+        train_step = e.train_step.lower(state, batches[0]).compile(QUICK)
+        for step, batch in enumerate(batches):
+            state, metrics = train_step(state, batch)
             losses.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
             if step == 0:
                 moment = jax.device_get(optax.tree_utils.tree_get(state.opt_state["transform"], "mu"))
@@ -65,34 +63,34 @@ def train(tiny, sizes, accumulation=1, steps=10):
 
 
 def test_gradient_and_losses_are_the_same_on_every_mesh_and_for_any_accumulation(tiny):
-    gradient, losses = train(tiny, {})
+    params = make_params(experiment(tiny, {}), 0, QUICK)
+    gradient, losses = train(tiny, {}, 1, params)
     norm = float(optax.global_norm(gradient))
-    assert norm > 0.1 and losses[-1] < losses[0]
-    cases = [(name, 1) for name in MESHES if MESHES[name]] + [("one device", 4), ("data 2 x fsdp 2", 2), ("data 2 x fsdp 2", 4)]
-    for name, accumulation in cases:
-        g, l = train(tiny, MESHES.get(name, dict(data=2, fsdp=2)), accumulation)
+    assert norm > 0.1 and losses[-1] < losses[0] - 0.1
+    cases = [(sizes, 1) for sizes in MESHES.values() if "fsdp" in sizes or "data" in sizes] + [(dict(slice=2, sequence=2, expert=2), 2),
+                                                                                           (dict(data=2, fsdp=2), 4)]
+    for sizes, accumulation in cases:
+        g, l = train(tiny, sizes, accumulation, params)
         difference = float(optax.global_norm(jax.tree.map(np.subtract, g, gradient)))
-        assert difference < 1e-5 * norm, (name, accumulation, difference / norm)
-        np.testing.assert_allclose(l, losses, rtol=1e-5, err_msg=f"{name}, accumulation {accumulation}")
+        assert difference < 1e-5 * norm, (sizes, accumulation, difference / norm)
+        np.testing.assert_allclose(l, losses, rtol=1e-5, err_msg=f"{sizes}, accumulation {accumulation}")
 
 
-@pytest.mark.parametrize("optimized", [False, True])
-def test_one_seed_gives_the_same_bits_on_every_mesh(tiny, optimized):
-    """With XLA's optimizations too, which may fuse and round differently for another shape of the shards: on the two most different meshes."""
-    jax.config.update("jax_disable_most_optimizations", not optimized)
-    names = ["one device", "data 2 x fsdp 2 x tensor 2"] if optimized else MESHES
-    weights = {}
-    for name in names:
-        e = experiment(tiny, MESHES[name])
-        with jax.set_mesh(e.mesh):
-            params = e.make_params(jax.random.key(7))
-        wanted = jax.tree.map(lambda a: a.sharding, e.abstract_state.params)
-        assert jax.tree.all(jax.tree.map(lambda p, s: p.sharding.is_equivalent_to(s, p.ndim), params, wanted)), name
-        weights[name] = jax.device_get(params)
+def make_params(e, seed, options):
+    with jax.set_mesh(e.mesh):
+        params = e.make_params.lower(jax.random.key(seed)).compile(options)(jax.random.key(seed))
+    wanted = jax.tree.map(lambda a: a.sharding, e.abstract_state.params)
+    assert jax.tree.all(jax.tree.map(lambda p, s: p.sharding.is_equivalent_to(s, p.ndim), params, wanted))
+    return jax.device_get(params)
+
+
+@pytest.mark.parametrize("names, options", [(tuple(MESHES), QUICK), (("one device", "data 2 x fsdp 2 x tensor 2"), {})])
+def test_one_seed_gives_the_same_bits_on_every_mesh(tiny, names, options):
+    """As optimized as in a run too, where XLA may fuse and round otherwise for shards of another shape: on the two most different meshes."""
+    weights = {name: make_params(experiment(tiny, MESHES[name]), 7, options) for name in names}
     for name in names:
         assert jax.tree.all(jax.tree.map(np.array_equal, weights[name], weights["one device"])), name
-    with jax.set_mesh(e.mesh):
-        other = jax.device_get(e.make_params(jax.random.key(8)))
+    other = make_params(experiment(tiny, {}), 8, QUICK)
     assert not np.array_equal(other["embed"]["table"], weights["one device"]["embed"]["table"])
 
 

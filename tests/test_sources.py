@@ -186,7 +186,8 @@ def test_tfds_fingerprint_follows_what_is_read(copies, tmp_path):
     read = lambda split="train", data_dir=copies, **args: sources.tfds(split, name="labelled", data_dir=str(data_dir), **args).fingerprint
     lm1b = lambda split, name: sources.tfds(split, name=name, data_dir=str(copies)).fingerprint
     assert read() == read()
-    prints = [read(), read(label_key="kind"), read(text_key="name"), read("train[:2]"), lm1b("train", "lm1b:1.1.0"), lm1b("train", "lm1b"), lm1b("test", "lm1b")]
+    prints = [read(), read(label_key="kind"), read(text_key="name"), read("train[:2]"), read("train[2:]"), lm1b("train", "lm1b:1.1.0"), lm1b("train", "lm1b"),
+              lm1b("test", "lm1b"), lm1b("train[:3]", "lm1b")]
     assert len(set(prints)) == len(prints)
     prepare(tmp_path, "labelled", {"text": TEXT}, {"train": [{"text": "t"}] * 5})
     assert read(data_dir=tmp_path) != read()

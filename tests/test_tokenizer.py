@@ -69,7 +69,7 @@ def test_pieces_come_from_the_given_text(trained):
     pieces = [processor.id_to_piece(i) for i in range(trained.vocab_size) if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))]
     assert len(pieces) == 320 - 256 - 3
     assert all(any(p.replace("▁", " ") in text for text in TEXTS) for p in pieces)
-    assert len(trained.encode(" quick")) == 1  # and they are put to use
+    assert len(trained.encode(TEXTS[1])) < 0.8 * len(TEXTS[1])  # and they are put to use
 
 
 def test_a_vocabulary_that_the_text_does_not_fill(tmp_path):

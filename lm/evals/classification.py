@@ -8,7 +8,7 @@ import numpy as np
 from lm.data.pack import Encoder, windows
 from lm.data.sources import Documents
 from lm.evals import calibration, statistics
-from lm.evals.common import Artifact, PredictFns, png, row
+from lm.evals.common import Artifact, PredictFns, png, row, take
 
 
 def compile_verbalizer(verbalizer: Sequence[tuple[str, Sequence[str]]], tokenizer, labels: set[str]) -> list[tuple[int, str, list[int]]]:
@@ -50,11 +50,11 @@ class Evaluator:
     Args:
       name: names the artifacts.
       verbalizer: (label, words) pairs; a word includes the space before it.
-      max_documents: how many of the split, the first ones; 0: all.
+      max_documents: how many of the split, evenly out of it; 0: all.
     """
 
     def __init__(self, predict_fns: PredictFns, *, name: str, documents: Documents, encoder: Encoder, verbalizer, max_documents: int):
-        self._documents = [documents[i] for i in range(min(len(documents), max_documents or len(documents)))]
+        self._documents = take(documents, max_documents)
         if not encoder.label_prompt or not all(d.label for d in self._documents):
             raise ValueError(f"the eval {name!r} needs labelled documents and config.data.label_prompt (now {encoder.label_prompt!r})")
         self._predict_fns, self._name = predict_fns, name

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from lm import sharding
 from lm.data import pack
 from lm.data.loader import evaluation_batches
+from lm.data.sources import Document, Documents
 
 
 class Artifact(NamedTuple):
@@ -86,6 +87,12 @@ class PredictFns:
 
 def _fetch(arrays) -> np.ndarray:
     return np.concatenate([np.asarray(a) for a in arrays])
+
+
+def take(documents: Documents, max_documents: int) -> list[Document]:
+    """All documents, or `max_documents` of them, evenly out of the split; 0: all."""
+    count = min(len(documents), max_documents or len(documents))
+    return [documents[i * len(documents) // count] for i in range(count)]
 
 
 def row(window: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:

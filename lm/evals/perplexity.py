@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.data.pack import Encoder, evaluation_rows, windows
 from lm.data.sources import Documents
-from lm.evals.common import PredictFns
+from lm.evals.common import PredictFns, take
 
 
 class Evaluator:
@@ -19,11 +19,11 @@ class Evaluator:
     makes of the same bytes, all documents one after the other, its few bytes of container included.
 
     Args:
-      max_documents: how many of the split, the first ones; 0: all.
+      max_documents: how many of the split, evenly out of it; 0: all.
     """
 
     def __init__(self, predict_fns: PredictFns, *, documents: Documents, encoder: Encoder, max_documents: int):
-        texts = [documents[i] for i in range(min(len(documents), max_documents or len(documents)))]
+        texts = take(documents, max_documents)
         self._predict_fns = predict_fns
         self._rows = evaluation_rows([w for d in texts for w in windows(encoder.text(d), predict_fns.length)], predict_fns.length)
         data = b"".join(d.text.encode("utf-8") for d in texts)

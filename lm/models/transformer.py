@@ -105,9 +105,8 @@ class Transformer(nnx.Module):
         embed_key, position_key, layers_key, head_key = jax.random.split(key, 4)
         table = dict(std=c.init_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
         self.embed = Embed(embed_key, c.vocab_size, c.embed_dim, axis="vocab", **table)
-        self.position_embed = None
-        if c.positions == "learned":
-            self.position_embed = Embed(position_key, c.context_length, c.embed_dim, axis="position", **table)
+        learned = c.positions == "learned"
+        self.position_embed = Embed(position_key, c.context_length, c.embed_dim, axis="position", **table) if learned else None
         self.layers = nnx.vmap(lambda k: Block(k, c), in_axes=0, out_axes=0)(jax.random.split(layers_key, c.num_layers))
         self.norm = NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias=c.use_bias, dtype=c.param_dtype)
         # Tied weights are one parameter that is called twice; the same Param under two attributes would break tree transforms.

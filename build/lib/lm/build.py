@@ -1,0 +1,225 @@
+"""From a configuration to objects. The only file that turns strings into things; it does no training and writes nothing."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lm import decode, optim, sharding, step
+from lm.data import pack
+from lm.data import tokenizer as tokenizers
+from lm.data.loader import Loader
+from lm.data.sources import Documents
+from lm.evals.common import Evaluator, PredictFns
+
+
+def resolve(path: str, what: str) -> Any:
+    """The object at a dotted path.
+
+    Raises:
+      ValueError: there is none; `what` is the config key that names it.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        try:
+            return importlib.import_module(path)
+        except (ImportError, ValueError):
+            raise ValueError(f"{what} = {path!r} can't be imported ({error}); wanted a dotted path, such as lm.data.sources.text") from None
+
+
+def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], int]) -> int:
+    """Steps of a run whose length is "N steps", "N tokens" or "X epochs" (of the corpus's targets); rounded up.
+
+    Raises:
+      ValueError: anything else.
+    """
+    number, _, unit = length.partition(" ")
+    try:
+        number = float(number.replace("_", "").replace(",", ""))
+        if not number > 0:
+            raise ValueError
+        scale = {"steps": lambda: 1, "tokens": lambda: 1 / batch_tokens, "epochs": lambda: epoch_tokens() / batch_tokens}[unit]()
+    except (ValueError, KeyError):
+        raise ValueError(f"config.train.length = {length!r}; wanted \"N steps\", \"N tokens\" or \"X epochs\", such as \"2e6 tokens\"") from None
+    return max(1, -int(-(number * scale) // 1))
+
+
+def documents(config: ConfigDict, split: str) -> Documents:
+    """A split of the corpus."""
+    return resolve(config.data.source, "config.data.source")(split, **config.data.source_args)
+
+
+def tokenizer(config: ConfigDict, train: Callable[[], Documents]) -> tokenizers.Tokenizer:
+    """The tokenizer; one that is trained sees the training split only, label lines as pieces of their own."""
+    c = config.tokenizer
+    if c.kind == "bytes":
+        return tokenizers.ByteTokenizer()
+    if c.kind != "sentencepiece":
+        raise ValueError(f"config.tokenizer.kind = {c.kind!r}; valid: ['bytes', 'sentencepiece']")
+    if c.path:
+        return tokenizers.load(epath.Path(c.path).expanduser())
+    corpus = train()
+    prompt = config.data.label_prompt
+    key = hashlib.sha256(json.dumps([corpus.fingerprint, c.vocab_size, c.max_documents, prompt]).encode()).hexdigest()[:16]
+    name = f"{c.vocab_size}-{key}.model"
+
+    def texts():
+        for i in range(0, len(corpus), max(1, len(corpus) // (c.max_documents or len(corpus)))):
+            yield corpus[i].text
+            if prompt and corpus[i].label:
+                yield from (prompt, pack.label_word(corpus[i].label))
+    return tokenizers.train_sentencepiece(texts(), c.vocab_size, epath.Path(config.data.cache_dir).expanduser() / "tokenizers" / name)
+
+
+def model(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Callable]:
+    """(the model's own Config, key -> model).
+
+    Raises:
+      ValueError: a model too small for the tokenizer or the rows, or see the model's Config.
+    """
+    fields = config.model.to_dict()
+    module = resolve(fields.pop("type"), "config.model.type")
+    fields["vocab_size"] = fields["vocab_size"] or vocab_size
+    fields["compute_dtype"] = fields["compute_dtype"] or ("float32" if platform == "cpu" else "bfloat16")
+    if fields["vocab_size"] < vocab_size:
+        raise ValueError(f"config.model.vocab_size = {fields['vocab_size']} is below the tokenizer's {vocab_size}; 0 takes the tokenizer's")
+    if fields["context_length"] < config.data.length:
+        raise ValueError(f"config.data.length = {config.data.length} is above config.model.context_length = {fields['context_length']}")
+    model_config = module.Config(**fields)
+    return model_config, lambda key: module.Transformer(model_config, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that a run is made of. Nothing in it has been initialised or written."""
+    config: ConfigDict
+    mesh: Mesh
+    devices: Sequence[jax.Device]
+    tokenizer: tokenizers.Tokenizer
+    encoder: pack.Encoder
+    train_documents: Documents
+    total_steps: int
+    model_config: Any
+    graphdef: Any
+    optimizer: optim.Optimizer
+    abstract_state: step.TrainState  # ShapeDtypeStructs with shardings
+    make_params: Callable  # jitted: key -> parameters
+    init_state: Callable  # jitted: parameters -> TrainState, donates them
+    train_step: Callable  # jitted: (state, batch) -> (state, metrics), donates the state
+    eval_params: Callable  # jitted: (params, opt_state) -> parameters to evaluate
+
+    def make_loader(self) -> Loader:
+        c = self.config.data
+        make_stream = lambda number: pack.stream(self.train_documents, self.encoder, length=c.length, packing=c.packing, bins=c.packing_bins,
+                                                 number=number, num_streams=c.streams, seed=self.config.seed)
+        return Loader(make_stream, c.streams, c.batch_size, c.length, sharding.batch_sharding(self.mesh))
+
+    def make_evaluators(self, check_stop: Callable[[], None] = lambda: None) -> dict[str, Evaluator]:
+        """The evaluators by name. `check_stop` is called before each batch, and may raise."""
+        objective = resolve(self.config.objective.type, "config.objective.type")
+        cache: dict[str, Documents] = {}
+        made = {}
+        for name, c in self.config.evals.items():
+            arguments = c.to_dict()
+            cls = resolve(arguments.pop("type"), f"config.evals.{name}.type")
+            arguments.pop("every")
+            batch_size = arguments.pop("batch_size")
+            predict_fns = PredictFns(
+                self.mesh, batch_size=batch_size, length=self.config.data.length, check_stop=check_stop,
+                token_logprobs=step.make_token_logprobs(self.graphdef, objective.token_logprobs),
+                last_logprobs=step.make_last_logprobs(self.graphdef),
+                make_generate=lambda **kwargs: decode.make_generate(self.graphdef, eos_id=self.tokenizer.eos_id,
+                                                                    vocab_size=self.tokenizer.vocab_size, **kwargs))
+            if "split" in arguments:
+                split = arguments.pop("split")
+                if split not in cache:
+                    cache[split] = documents(self.config, split)
+                arguments["documents"] = cache[split]
+                sharding.check_batch(self.mesh, batch_size, self.config.data.length, f"config.evals.{name}.batch_size")
+            if "verbalizer" in arguments:
+                arguments["name"] = name
+            made[name] = cls(predict_fns, encoder=self.encoder, **arguments)
+        return made
+
+
+def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
+    """Checks the whole configuration and builds what it describes, but for the evaluators and the data's iterators.
+
+    Raises:
+      ValueError: what can't work, before anything is computed.
+    """
+    c = config
+    mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
+    sharding.check_batch(mesh, c.data.batch_size, c.data.length, "config.data.batch_size")
+    if c.train.accumulation < 1 or c.data.batch_size % c.train.accumulation:
+        raise ValueError(f"config.train.accumulation = {c.train.accumulation} must divide config.data.batch_size = {c.data.batch_size}")
+    sharding.check_batch(mesh, c.data.batch_size // c.train.accumulation, c.data.length, "config.data.batch_size / config.train.accumulation")
+    if c.data.packing not in pack.PACKINGS:
+        raise ValueError(f"config.data.packing = {c.data.packing!r}; valid: {list(pack.PACKINGS)}")
+    train_documents = documents(c, c.data.split)
+    if len(train_documents) < c.data.streams:
+        # A stream without documents would wait for ever.
+        raise ValueError(f"config.data.streams = {c.data.streams}, but split {c.data.split!r} has only {len(train_documents)} documents; "
+                         f"set config.data.streams to at most that")
+    words = tokenizer(c, lambda: train_documents)
+    encoder = pack.Encoder(words, c.data.label_prompt)
+    steps = total_steps(c.train.length, batch_tokens=c.data.batch_size * c.data.length,
+                        epoch_tokens=lambda: pack.count_tokens(train_documents, encoder))
+    model_config, make_model = model(c, words.vocab_size, devices[0].platform)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+    axes = sharding.logical_axes(abstract)
+    optimizer = optim.make_optimizer(c.optimizer, axes, steps)
+    objective_args = c.objective.to_dict()
+    objective = resolve(objective_args.pop("type"), "config.objective.type")
+    train_step = step.make_train_step(graphdef, objective.make_loss(**objective_args), optimizer, seed=c.seed,
+                                      accumulation=c.train.accumulation, nonfinite=c.train.nonfinite)
+    abstract_state = _abstract_state(nnx.to_pure_dict(abstract), axes, optimizer, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    return Experiment(
+        config=c, mesh=mesh, devices=devices, tokenizer=words, encoder=encoder, train_documents=train_documents, total_steps=steps,
+        model_config=model_config, graphdef=graphdef, optimizer=optimizer, abstract_state=abstract_state,
+        # Under jit one seed gives the same bits on every mesh.
+        make_params=jax.jit(lambda key: nnx.to_pure_dict(nnx.split(make_model(key), nnx.Param)[1]), out_shardings=shardings.params),
+        init_state=jax.jit(lambda params: step.init_state(params, optimizer), out_shardings=shardings, donate_argnums=0),
+        train_step=jax.jit(train_step, in_shardings=(shardings, None), out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
+        eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params))
+
+
+def _abstract_state(abstract_params: dict, axes: dict, optimizer: optim.Optimizer, mesh: Mesh) -> step.TrainState:
+    """The train state as ShapeDtypeStructs with shardings. What the optimizer keeps in a parameter's shape lies as the parameter
+    does; smaller things (counters, Adafactor's factors) are replicated unless they are big, see below."""
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), abstract_params)
+    by_path = {jax.tree_util.keystr(path): (leaf.shape, s) for (path, leaf), s in
+               zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharding.shardings(params, axes, mesh)))}
+
+    def place(path, leaf):
+        keys = jax.tree_util.keystr(path)
+        for name, (shape, layout) in by_path.items():
+            if keys.endswith(name) and leaf.shape == shape:
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: step.init_state(p, optimizer), params))
+
+
+def log_summary(experiment: Experiment) -> None:
+    """What is about to run, in a few lines."""
+    e, c = experiment, experiment.config
+    count = sum(p.size for p in jax.tree.leaves(e.abstract_state.params))
+    logging.info("model: %.2fM parameters (%s), computing in %s; mesh %s", count / 1e6, c.model.param_dtype, jnp.dtype(e.model_config.compute_dtype),
+                 {axis: n for axis, n in e.mesh.shape.items() if n > 1} or "one device")
+    logging.info("data: %s, %d training documents, fingerprint %s; tokenizer %s, %d ids", c.data.source, len(e.train_documents),
+                 e.train_documents.fingerprint, e.tokenizer.fingerprint, e.tokenizer.vocab_size)
+    tokens = e.total_steps * c.data.batch_size * c.data.length
+    logging.info("length: %s = %d steps of %d x %d = %.2fM tokens", c.train.length, e.total_steps, c.data.batch_size, c.data.length, tokens / 1e6)

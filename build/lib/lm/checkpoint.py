@@ -1,0 +1,247 @@
+"""Checkpoints: Orbax, asynchronous, with a manifest that tells a whole one from a damaged one.
+
+A checkpoint holds the train state as a flat dict of arrays (path -> array), and a JSON object: stream states, metrics under way,
+the configuration, the tokenizer's files and the fingerprints.
+"""
+
+import base64
+import contextlib
+import json
+import logging
+import shutil
+import tempfile
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from lm.data import tokenizer as tokenizers
+
+MANIFEST = "MANIFEST.json"
+# Rewritten by Orbax when it commits a checkpoint, after the manifest is made; nothing of the run is in them.
+_UNCHECKED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+def flatten(tree) -> dict[str, Any]:
+    """{path: leaf}."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(flat: dict[str, Any], like):
+    """The tree of `like`'s structure with the leaves of `flat`."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree_util.tree_unflatten(treedef, [flat[jax.tree_util.keystr(path, simple=True, separator="/")] for path, _ in paths])
+
+
+def _scan(directory: epath.Path) -> dict[str, list[int]]:
+    """{file: [bytes, crc32]} of all files under a checkpoint."""
+    found, files = {}, []
+    folders = [directory]  # epath's rglob doesn't work on gs://
+    while folders:
+        for path in folders.pop().iterdir():
+            (folders if path.is_dir() else files).append(path)
+    for path in files:
+        name = str(path.relative_to(directory))
+        if name in _UNCHECKED:
+            continue
+        crc, size = 0, 0
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                crc, size = zlib.crc32(piece, crc), size + len(piece)
+        found[name] = [size, crc]
+    return found
+
+
+def damage(directory: epath.Path) -> list[str]:
+    """What is wrong with a finished checkpoint: files missing, changed, or a manifest that isn't there. [] if it is whole."""
+    manifest = directory / MANIFEST
+    try:
+        wanted = json.loads(manifest.read_text())
+    except (OSError, ValueError):
+        return [f"{MANIFEST} is missing or unreadable"]
+    found = _scan(directory)
+    return [f"{name}: {'missing' if name not in found else 'changed' if name in wanted else 'not in the manifest'}"
+            for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
+
+
+def steps(directory: epath.Path) -> list[int]:
+    """Steps of the finished checkpoints in a directory, whole or not."""
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.exists() else []
+
+
+def _handlers():
+    return ocp.handlers.create_default_handler_registry(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of a run: the newest `keep`, and the one with the lowest `best` metric.
+
+    Damaged checkpoints are moved aside (to damaged-STEP) when it is made, so that the newest whole one counts.
+
+    Raises:
+      ValueError: there are checkpoints, but none is whole: starting over would overwrite the run.
+    """
+
+    def __init__(self, directory: epath.Path, *, keep: int, best: str = ""):
+        self._directory, self._best, self._saving = directory, best, None
+        directory.mkdir(parents=True, exist_ok=True)
+        found = steps(directory)
+        damaged = {step: damage(directory / str(step)) for step in found}
+        whole = [step for step in found if not damaged[step]]
+        if found and not whole:
+            raise ValueError(f"{directory} has checkpoints {found}, but none can be read ({damaged[found[-1]][0]}). Not starting over at step 0: "
+                             f"restore them from a copy, or take another --workdir.")
+        if jax.process_index() == 0:
+            for step in found:
+                if damaged[step]:
+                    logging.warning("checkpoint %d is damaged (%s); going back to %s", step, "; ".join(damaged[step][:3]),
+                                    max((s for s in whole if s < step), default="an older one"))
+                    aside = directory / f"damaged-{step}"
+                    if aside.exists():
+                        aside.rmtree()
+                    (directory / str(step)).rename(aside)
+        policies = [checkpoint_managers.LatestN(keep)]
+        loss = lambda metrics: metrics["best"]
+        if best:
+            policies.append(checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+        logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+        self._manager = ocp.CheckpointManager(directory, handler_registry=_handlers(), options=ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=loss if best else None, best_mode="min",  # without it Orbax forgets metrics at a restart
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest)))
+
+    def _write_manifest(self) -> None:
+        """Runs in Orbax's thread, after the last file and before the rename that commits: manifest and checkpoint appear at once."""
+        if jax.process_index() == 0:
+            for path in self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                (path / MANIFEST).write_text(json.dumps(_scan(path)))
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, meta: dict, metrics: dict[str, float]) -> None:
+        """Starts saving; arrays may be donated right after. An error of an earlier save is raised here or in `wait`.
+
+        Args:
+          meta: JSON-able.
+          metrics: the newest values; the checkpoint competes as the best one if `best` is among them, and finite.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        value = metrics.get(self._best, float("nan"))
+        self._saving = step
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(flatten(state)), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=arguments, metrics={"best": float(value)} if value == value else None, force=True)
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          OSError: it could not be written; the checkpoints before it are untouched.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._manager.reload()
+            for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)  # it holds space that may be what is missing
+            kept = self._manager.latest_step()
+            raise OSError(f"checkpoint {self._saving} could not be written to {self._directory}: {str(error).splitlines()[0]}. "
+                          f"{'No checkpoint is' if kept is None else f'Checkpoint {kept} is whole and'} kept; free space and start again.") from error
+
+    def restore(self, step: int, abstract) -> tuple[Any, dict]:
+        """(state, meta) of a checkpoint.
+
+        Args:
+          abstract: ShapeDtypeStructs with the shardings wanted, of any mesh.
+
+        Raises:
+          ValueError: other parameters, shapes or dtypes than the checkpoint's.
+        """
+        state = _restore_arrays(self._manager, step, abstract, "state")
+        return state, self.meta(step)
+
+    def meta(self, step: int) -> dict:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def _restore_arrays(manager: ocp.CheckpointManager, step: int, abstract, what: str):
+    """The arrays of a checkpoint that `abstract` (a tree, or part of one) names, after checking that they are there and fit."""
+    wanted = flatten(abstract)
+    stored = manager.item_metadata(step).state.tree
+    for path, leaf in wanted.items():
+        if path not in stored:
+            raise ValueError(f"checkpoint {step} in {manager.directory} has no {path!r}; it has {sorted(stored)[:20]}")
+        if tuple(stored[path].shape) != tuple(leaf.shape) or stored[path].dtype != leaf.dtype:
+            raise ValueError(f"checkpoint {step} in {manager.directory}: {path} is {stored[path].dtype}{list(stored[path].shape)} there, and this "
+                             f"{what} has {leaf.dtype}{list(leaf.shape)}")
+    arguments = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                                       partial_restore=len(wanted) < len(stored))
+    restored = manager.restore(step, args=ocp.args.Composite(state=arguments)).state
+    assert all(isinstance(leaf, jax.Array) for leaf in restored.values())
+    return unflatten(restored, abstract)
+
+
+def restore_params(workdir: epath.Path, abstract_params) -> tuple[Any, dict]:
+    """(parameters, meta) of the newest whole checkpoint of another run, which is left as it is.
+
+    Raises:
+      ValueError: there is none, or its parameters don't fit.
+    """
+    with _reading(workdir) as (manager, step):
+        state = _restore_arrays(manager, step, {"params": abstract_params}, "model")
+        return state["params"], manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+@contextlib.contextmanager
+def _reading(workdir: epath.Path):
+    """(manager, step) of a run's newest whole checkpoint, to read from."""
+    directory = workdir / "checkpoints"
+    whole = [step for step in steps(directory) if not damage(directory / str(step))]
+    if not whole:
+        raise ValueError(f"{workdir} has no checkpoint that can be read; wanted a run directory with checkpoints/ in it")
+    with ocp.CheckpointManager(directory, handler_registry=_handlers(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        yield manager, whole[-1]
+
+
+def restore_for_eval(workdir: epath.Path, abstract_state) -> tuple[Any, dict, int]:
+    """(parameters to evaluate, meta, step) of a run's newest whole checkpoint: the moving average where the run kept one.
+
+    Raises:
+      ValueError: there is none, or its parameters don't fit.
+    """
+    with _reading(workdir) as (manager, step):
+        stored = manager.item_metadata(step).state.tree
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if not any(path.startswith("opt_state/ema/") for path in stored):
+            return _restore_arrays(manager, step, {"params": abstract_state.params}, "model")["params"], meta, step
+        f32 = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), abstract_state.params)
+        average = _restore_arrays(manager, step, {"opt_state": {"ema": f32}}, "model")["opt_state"]["ema"]
+        return jax.tree.map(lambda e, p: e.astype(p.dtype), average, abstract_state.params), meta, step
+
+
+def pack_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """The tokenizer's files as base64, for a checkpoint's meta."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(epath.Path(folder))
+        return {p.name: base64.b64encode(p.read_bytes()).decode() for p in epath.Path(folder).iterdir()}
+
+
+def unpack_tokenizer(files: dict[str, str]) -> tokenizers.Tokenizer:
+    """The tokenizer out of a checkpoint's meta."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (epath.Path(folder) / epath.Path(name).name).write_bytes(base64.b64decode(data))
+        return tokenizers.load(folder)
+

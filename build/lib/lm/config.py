@@ -1,0 +1,148 @@
+"""Every key of a run's configuration, once, with what it means. configs/*.py start from here and say what differs.
+
+The configuration is locked before it is used: a key that is not here is an error. Each run writes what it ran with, complete, to
+config.json.
+"""
+
+from ml_collections import ConfigDict
+
+# What a run may change when it goes on from its checkpoints. Everything else is the experiment: changing it is another run.
+RESUMABLE = ("platform", "mesh", "evals", "checkpoint", "train.length", "train.log_every", "train.nonfinite",
+             "model.attention", "model.remat", "model.scan_unroll", "data.cache_dir",
+             # Where the corpus lies; that it is the same text is held by its fingerprint.
+             "data.source_args.data_dir", "data.source_args.path")
+
+
+def default() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.platform = ""  # tpu | gpu | cpu; "": TPU if there is one, else GPU, else CPU
+    c.init_from = ""  # a run directory whose weights (newest checkpoint) the run starts from, at step 0
+
+    c.data = ConfigDict()
+    c.data.source = "lm.data.pydocs.pydocs"  # dotted path of a function (split, **source_args) -> Documents
+    c.data.source_args = ConfigDict(dict(data_dir="~/.cache/lm"), allow_dotted_keys=False)
+    c.data.split = "train"
+    c.data.cache_dir = "~/.cache/lm"  # trained tokenizers
+    c.data.label_prompt = ""  # if not "", a training document with a label ends with this line and the label
+    c.data.length = 256  # tokens a row, T
+    c.data.batch_size = 16  # rows of the global batch, B
+    c.data.streams = 8  # independent streams that the rows are dealt from; a multiple of the number of processes
+    c.data.packing = "first_fit"  # first_fit (documents whole) | concat_then_split (rows full, documents cut anywhere)
+    c.data.packing_bins = 64  # rows that first_fit fills at a time
+
+    c.tokenizer = ConfigDict()
+    c.tokenizer.kind = "sentencepiece"  # sentencepiece | bytes
+    c.tokenizer.path = ""  # a SentencePiece model, or the tokenizer folder of a run; "": train one on the training split
+    c.tokenizer.vocab_size = 2048  # of a tokenizer that is trained
+    c.tokenizer.max_documents = 0  # that it is trained on, evenly out of the split; 0: all
+
+    c.model = ConfigDict()
+    c.model.type = "lm.models.transformer"  # dotted path of a module with Config and a class named Transformer
+    c.model.vocab_size = 0  # 0: the tokenizer's
+    c.model.context_length = 256
+    c.model.num_layers = 4
+    c.model.embed_dim = 256
+    c.model.mlp_dim = 1024
+    c.model.num_heads = 2
+    c.model.num_kv_heads = 2
+    c.model.head_dim = 128
+    c.model.norm = "rmsnorm"  # layernorm | rmsnorm
+    c.model.norm_eps = 1e-5
+    c.model.activation = "relu_squared"  # gelu_tanh | silu | relu_squared
+    c.model.gated_mlp = False
+    c.model.positions = "rope"  # learned | rope
+    c.model.rope_theta = 10000.0
+    c.model.use_bias = False
+    c.model.tie_embeddings = True
+    c.model.init_std = 0.02
+    c.model.param_dtype = "bfloat16"  # bfloat16 | float32
+    c.model.compute_dtype = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
+    c.model.attention = "xla"  # xla | cudnn (GPU, bfloat16)
+    c.model.remat = "none"  # what the backward pass computes again: none | dots (all but the matmuls) | full (all)
+
+    c.model.scan_unroll = 1  # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
+
+    c.objective = ConfigDict()
+    c.objective.type = "lm.objectives.causal"  # dotted path of a module with make_loss(**the rest) and token_logprobs
+    c.objective.z_loss = 0.0
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw | adafactor | lion | muon
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.schedule = "cosine"  # cosine | wsd | linear | constant
+    c.optimizer.warmup_steps = 20
+    c.optimizer.decay_steps = 0  # wsd: length of the decay
+    c.optimizer.final_learning_rate = 0.1  # share of the peak at the end (cosine, linear, wsd)
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.momentum = 0.95  # muon
+    c.optimizer.muon_adam_ratio = 1.0  # muon: the learning rate of what Adam updates (embeddings, norms), as a share
+    c.optimizer.adafactor_decay = 0.8
+    c.optimizer.weight_decay = 0.1
+    c.optimizer.clip_norm = 1.0  # of the gradient; 0: no clipping
+    c.optimizer.rounding = "stochastic"  # how bfloat16 parameters take an f32 update: stochastic | nearest | master (f32 copy)
+    c.optimizer.ema_decay = 0.0  # of an f32 moving average of the weights, evaluated instead of them; 0: none
+
+    c.train = ConfigDict()
+    c.train.length = "1000 steps"  # "N steps", "N tokens" (positions of the batches) or "X epochs"
+    c.train.accumulation = 1  # microbatches a step
+    c.train.nonfinite = "halt"  # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
+    c.train.log_every = 10  # steps
+
+    # Axes of the mesh (lm/sharding.py says what each splits); -1 takes the devices that are left.
+    c.mesh = ConfigDict(dict(slice=1, data=1, fsdp=-1, fsdp2=1, tensor=1, sequence=1, expert=1))
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 0  # steps; 0: only at the end
+    c.checkpoint.keep = 2  # newest ones kept
+    c.checkpoint.best = ""  # a metric ("eval/validation/loss") whose lowest checkpoint is kept besides; "": none
+
+    # name -> dict(type=dotted path of an Evaluator, every=steps (0: only at the end), batch_size=rows, **its arguments)
+    c.evals = ConfigDict()
+    return c
+
+
+def perplexity(*, every: int, split: str = "validation", batch_size: int = 16, max_documents: int = 0) -> ConfigDict:
+    """config.evals entry: loss, perplexity and bits per byte of a split."""
+    return ConfigDict(dict(type="lm.evals.perplexity.Evaluator", every=every, batch_size=batch_size, split=split, max_documents=max_documents))
+
+
+def classification(verbalizer: dict[str, tuple[str, ...]], *, every: int, split: str = "validation", batch_size: int = 16,
+                   max_documents: int = 0) -> ConfigDict:
+    """config.evals entry: verbalizer classification of a labelled split. `verbalizer`: label -> its words."""
+    return ConfigDict(dict(type="lm.evals.classification.Evaluator", every=every, batch_size=batch_size, split=split,
+                           max_documents=max_documents, verbalizer=tuple((k, tuple(v)) for k, v in verbalizer.items())))
+
+
+def samples(prompts: tuple[str, ...], *, every: int, max_new_tokens: int = 64, temperature: float = 0.8, top_k: int = 50) -> ConfigDict:
+    """config.evals entry: continuations of fixed prompts, in samples.md."""
+    return ConfigDict(dict(type="lm.evals.generation.Samples", every=every, batch_size=len(prompts), prompts=tuple(prompts),
+                           max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k))
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
+    """{"a.b": value} of a nested configuration; sequences as lists, as JSON has them."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, (ConfigDict, dict)):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = _as_json(value)
+    return flat
+
+
+def _as_json(value):
+    return [_as_json(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def check_resumable(old: dict, new: ConfigDict, where: str) -> None:
+    """Raises ValueError if `new` is not the same experiment as `old`, the configuration that a run directory was started with."""
+    old, new = flatten(old), flatten(new)
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+                 and not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
+    if differing:
+        lines = "\n".join(f"  {key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now" for key in differing)
+        raise ValueError(f"{where} holds a run of another configuration:\n{lines}\nTake another --workdir, or the old values. A run that "
+                         f"goes on may change only {', '.join(RESUMABLE)}.")

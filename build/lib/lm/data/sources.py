@@ -1,0 +1,200 @@
+"""Where documents come from. A source is a function `(split, **args) -> Documents`, named in the config by its dotted path.
+
+Another corpus is another such function, anywhere importable: the config's `data.source` names it, `data.source_args` are its
+arguments.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from etils import epath
+
+
+class Document(NamedTuple):
+    text: str
+    name: str  # what it is called, for reports; not part of the text
+    label: str  # "" where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """A split: random access to its documents, and the fingerprint of their content (or of what identifies it)."""
+    items: Sequence[Document]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Document:
+        return self.items[index]
+
+
+def fingerprint(documents: Sequence[Document]) -> str:
+    """Hash of the documents in order: text, name and label."""
+    h = hashlib.sha256()
+    for document in documents:
+        for field in document:
+            data = field.encode("utf-8")
+            h.update(len(data).to_bytes(8, "little") + data)
+    return h.hexdigest()[:16]
+
+
+def _in_memory(documents: list[Document], what: str) -> Documents:
+    documents = [d for d in documents if d.text]
+    if not documents:
+        raise ValueError(f"{what} has no documents with text in it")
+    return Documents(documents, fingerprint(documents))
+
+
+def _read_text(path: str) -> str:
+    try:
+        return epath.Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. Convert it, for instance "
+                         f"with iconv -f latin1 -t utf-8") from None
+
+
+def _files(paths: str) -> list[str]:
+    """The files of a path or a glob pattern, sorted."""
+    if not paths:
+        raise ValueError("config.data.source_args: no path given; set it, for instance --config.data.source_args.path=FILE")
+    found = sorted(str(p) for p in epath.Path(paths).parent.glob(epath.Path(paths).name)) if "://" in paths else sorted(glob.glob(paths))
+    if not found:
+        raise ValueError(f"no file at {paths}")
+    return found
+
+
+def _held_out(items: list, split: str, held_out: float) -> list:
+    """The first 1 - held_out of a list for "train", the rest for "validation"."""
+    if split not in ("train", "validation"):
+        raise ValueError(f"split {split!r}: this source has 'train' and 'validation' (the last config.data.source_args.held_out of it)")
+    cut = int(len(items) * (1 - held_out))
+    return items[:cut] if split == "train" else items[cut:]
+
+
+def text(split: str, *, path: str, held_out: float, separator: str = "", document_chars: int = 0) -> Documents:
+    """UTF-8 text files.
+
+    Args:
+      split: "train", the first part, or "validation", the last `held_out` of it.
+      path: a file or a glob pattern (gs:// too).
+      held_out: share of the documents; of the characters, where the whole is one document.
+      separator: what divides documents within a file; "" if each file is one.
+      document_chars: cuts what is longer into documents of so many characters, which are then shuffled; 0: no cutting.
+
+    Raises:
+      ValueError: no file, no text, text that is not UTF-8, or an unknown split.
+    """
+    texts = [(f"{file}:{i}", part) for file in _files(path) for i, part in
+             enumerate(t for t in (_read_text(file).split(separator) if separator else [_read_text(file)]) if t)]
+    if len(texts) == 1:
+        name, whole = texts[0]
+        texts = [(name, "".join(_held_out(list(whole), split, held_out)))]
+    else:
+        texts = _held_out(texts, split, held_out)
+    if document_chars:
+        texts = [(f"{name}+{i}", t[i:i + document_chars]) for name, t in texts for i in range(0, len(t), document_chars)]
+    return _in_memory([Document(t, name, "") for name, t in texts], f"split {split!r} of {path}")
+
+
+def jsonl(split: str, *, path: str, held_out: float, text_key: str = "text", label_key: str = "") -> Documents:
+    """JSONL files, a document a line: {"text": ..., "label": ...}.
+
+    Args:
+      split: "train", the first documents, or "validation", the last `held_out` of them. A path with "{split}" in it has a file
+        for each split instead, of any name.
+      path: a file or a glob pattern (gs:// too).
+      held_out: share of the documents.
+      text_key, label_key: keys of the text and of the label; no label if "".
+
+    Raises:
+      ValueError: no file, a line that is not such an object (file and line are named), not UTF-8, or an unknown split.
+    """
+    documents = []
+    for file in _files(path.replace("{split}", split)):
+        for number, line in enumerate(_read_text(file).splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}:{number} is not JSON: {error}") from None
+            for key in filter(None, (text_key, label_key)):
+                if not isinstance(record, dict) or key not in record:
+                    found = sorted(record) if isinstance(record, dict) else type(record).__name__
+                    raise ValueError(f"{file}:{number} has no key {key!r}; it has {found}")
+            documents.append(Document(str(record[text_key]), f"{file}:{number}", str(record[label_key]) if label_key else ""))
+    if "{split}" not in path:
+        documents = _held_out(documents, split, held_out)
+    return _in_memory(documents, f"split {split!r} of {path}")
+
+
+class _TfdsItems(Sequence):
+    """Documents out of a TFDS data source."""
+
+    def __init__(self, source, text_key, label_key, label_names, name):
+        self._source, self._text_key, self._label_key, self._label_names, self._name = source, text_key, label_key, label_names, name
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        record = self._source[index]
+        decode = lambda value: value.decode("utf-8") if isinstance(value, bytes) else str(value)
+        label = record[self._label_key] if self._label_key else b""
+        label = self._label_names[int(label)] if self._label_names else decode(label)
+        name = decode(record["name"]) if "name" in record else f"{self._name}[{index}]"
+        return Document(decode(record[self._text_key]), name, label)
+
+
+def tfds(split: str, *, name: str, data_dir: str, text_key: str = "text", label_key: str = "") -> Documents:
+    """Any TensorFlow Datasets data set, from a copy prepared as ArrayRecord; TensorFlow is not needed.
+
+    Args:
+      split: TFDS's split, slices too: "train[:90%]".
+      name: TFDS's name, with configuration and version if wanted: "lm1b", "c4/en:3.1.0".
+      data_dir: where it was prepared (gs:// too, with the extra gcs); "" for TFDS's default, ~/tensorflow_datasets.
+      text_key, label_key: features; no label if "".
+
+    Raises:
+      ValueError: not prepared there, prepared in another format, or no such split or feature; with what to do.
+    """
+    import tensorflow_datasets as tfds_  # half a second: only where used
+
+    folder = epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
+    dataset, _, version = name.partition(":")
+    prepare = (f"Prepare it once, where TensorFlow is installed: pip install 'lm[prepare]', then tfds build {dataset} "
+               f"--file_format=array_record --data_dir={folder}")
+    root = folder / dataset
+    versions = sorted((p.name for p in root.iterdir() if (p / "dataset_info.json").exists()), key=_version_key) if root.exists() else []
+    if not versions or (version and version not in versions):
+        raise ValueError(f"no prepared copy of {name!r} in {folder} ({f'versions there: {versions}' if versions else f'nothing at {root}'}). {prepare}")
+    builder = tfds_.builder_from_directory(root / (version or versions[-1]))
+    if builder.info.file_format.value != "array_record":
+        raise ValueError(f"{name!r} in {folder} was prepared as {builder.info.file_format.value}; training reads array_record. {prepare}")
+    keys = set(builder.info.features)
+    for key in filter(None, (text_key, label_key)):
+        if key not in keys:
+            raise ValueError(f"{name!r} has no feature {key!r}; it has {sorted(keys)}")
+    try:
+        source = builder.as_data_source(split=split)
+        info = builder.info.splits[split]
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{name!r} has no split {split!r}; it has {sorted(builder.info.splits)} ({str(error).splitlines()[0]})") from None
+    if not len(source):
+        raise ValueError(f"split {split!r} of {name!r} is empty")
+    feature = builder.info.features[label_key] if label_key else None
+    items = _TfdsItems(source, text_key, label_key, getattr(feature, "names", None), dataset)
+    identity = [dataset, str(builder.info.version), split, info.num_examples, getattr(info, "shard_lengths", None), text_key, label_key,
+                builder.info.metadata]
+    return Documents(items, hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16])
+
+
+def _version_key(name: str) -> tuple:
+    return tuple(int(part) if part.isdigit() else -1 for part in name.split("."))

@@ -1,0 +1,106 @@
+"""What evaluators share: the contract, and the functions they are given.
+
+`Evaluator(predict_fns, **config).run(params)` yields (name, value). A float is a metric; an `Artifact` is a file of the run
+directory. An evaluator sees neither the model nor the trainer, only
+
+  predict_fns.token_logprobs(params, rows)       -> f32 [rows, T]     log-probability of each target
+  predict_fns.next_logprobs(params, rows, index) -> f32 [rows, V]     of what follows position index[i] of row i
+  predict_fns.generate(params, prompts)          -> list of id lists  continuations
+
+Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly once, whatever the batch size,
+the mesh and the number of hosts: batches are filled with padding, whose results are dropped. All hosts get all results.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lm import sharding
+from lm.data import pack
+from lm.data.loader import evaluation_batches
+
+
+class Artifact(NamedTuple):
+    """A file for the run directory."""
+    path: str  # "{step}" in it is replaced
+    content: bytes | str
+    append: bool = False
+
+
+class Evaluator(Protocol):
+    def run(self, params: Any) -> Iterator[tuple[str, float | Artifact]]: ...
+
+
+class PredictFns:
+    """The compiled functions of one model on one mesh, for batches of `batch_size` rows of `length` tokens."""
+
+    def __init__(self, mesh: Mesh, *, batch_size: int, length: int, token_logprobs: Callable, last_logprobs: Callable, make_generate: Callable,
+                 check_stop: Callable[[], None]):
+        whole = sharding.replicated(mesh)
+        self.length = length
+        self._mesh, self._batch_size, self._check_stop = mesh, batch_size, check_stop
+        self._token_logprobs = jax.jit(token_logprobs, out_shardings=whole)
+        self._last_logprobs = jax.jit(last_logprobs, out_shardings=whole)
+        self._make_generate, self._generate = make_generate, {}
+
+    def _batches(self, rows):
+        yield from evaluation_batches(rows, self._batch_size, sharding.batch_sharding(self._mesh), pack.empty_row(self.length))
+
+    def token_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
+        out = []
+        for batch in self._batches(rows):
+            self._check_stop()
+            out.append(self._token_logprobs(params, batch))
+        return _fetch(out)[:len(rows)] if out else np.zeros((0, self.length), np.float32)
+
+    def next_logprobs(self, params, rows: Sequence[dict], index: Sequence[int]) -> np.ndarray:
+        out, padded = [], np.zeros(-(-len(rows) // self._batch_size) * self._batch_size, np.int32)
+        padded[:len(rows)] = index
+        for number, batch in enumerate(self._batches(rows)):
+            self._check_stop()
+            out.append(self._last_logprobs(params, batch, padded[number * self._batch_size:(number + 1) * self._batch_size]))
+        return _fetch(out)[:len(rows)]
+
+    def generate(self, params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> list[list[int]]:
+        """Continuations in one batch, up to EOS. Prompt and continuation must fit the context together."""
+        self._check_stop()
+        longest = max(map(len, prompts))
+        room = self.length - max_new_tokens
+        if not 0 < min(map(len, prompts)) or longest > room:
+            raise ValueError(f"a prompt has {longest if longest > room else 0} tokens; wanted 1 to {room} (the context of {self.length} less "
+                             f"max_new_tokens = {max_new_tokens})")
+        options = (max_new_tokens, temperature, top_k)
+        if options not in self._generate:
+            self._generate[options] = jax.jit(self._make_generate(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k),
+                                              out_shardings=sharding.replicated(self._mesh))
+        padded = np.zeros((len(prompts), room), np.int32)
+        for row, ids in zip(padded, prompts):
+            row[:len(ids)] = ids
+        lengths = np.array([len(ids) for ids in prompts], np.int32)
+        out, ended = jax.device_get(self._generate[options](params, padded, lengths, jax.random.key(seed)))
+        return [ids[:n].tolist() for ids, n in zip(out, ended)]
+
+
+def _fetch(arrays) -> np.ndarray:
+    return np.concatenate([np.asarray(a) for a in arrays])
+
+
+def row(window: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """One window in a row of its own."""
+    out = pack.empty_row(length)
+    size = len(window["tokens"])
+    for name in ("tokens", "targets", "weights"):
+        out[name][:size] = window[name]
+    out["positions"][:size], out["segments"][:size] = np.arange(size), 1
+    return out
+
+
+def png(figure) -> bytes:
+    """A matplotlib figure as PNG."""
+    import io
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=100)
+    return data.getvalue()

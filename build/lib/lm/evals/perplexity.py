@@ -1,0 +1,41 @@
+"""Perplexity and bits per byte of a split, each document exactly once."""
+
+import lzma
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from lm.data.pack import Encoder, evaluation_rows, windows
+from lm.data.sources import Documents
+from lm.evals.common import PredictFns
+
+
+class Evaluator:
+    """Yields loss (nats a token), perplexity, bits_per_byte, xz_bits_per_byte, and tokens, bytes and documents counted.
+
+    Only the text counts: a label line is left out, and EOS is not predicted, so that tokens and bytes are of the same text. BOS
+    is given. Documents longer than the row are cut into windows without overlap. `xz_bits_per_byte` is for scale: what `xz -9e`
+    makes of the same bytes, all documents one after the other, its few bytes of container included.
+
+    Args:
+      max_documents: how many of the split, the first ones; 0: all.
+    """
+
+    def __init__(self, predict_fns: PredictFns, *, documents: Documents, encoder: Encoder, max_documents: int):
+        texts = [documents[i] for i in range(min(len(documents), max_documents or len(documents)))]
+        self._predict_fns = predict_fns
+        self._rows = evaluation_rows([w for d in texts for w in windows(encoder.text(d), predict_fns.length)], predict_fns.length)
+        data = b"".join(d.text.encode("utf-8") for d in texts)
+        self._counts = {"tokens": int(sum(row["weights"].sum() for row in self._rows)), "bytes": len(data), "documents": len(texts)}
+        self._xz = len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) * 8 / len(data)
+
+    def run(self, params) -> Iterator[tuple[str, float]]:
+        logprobs = self._predict_fns.token_logprobs(params, self._rows)
+        weights = np.stack([row["weights"] for row in self._rows])
+        nll = -float(np.sum(logprobs * weights, dtype=np.float64))
+        yield "loss", nll / self._counts["tokens"]
+        yield "perplexity", math.exp(min(nll / self._counts["tokens"], 700.0))
+        yield "bits_per_byte", nll / math.log(2) / self._counts["bytes"]
+        yield "xz_bits_per_byte", self._xz
+        yield from self._counts.items()

@@ -1,0 +1,50 @@
+"""Sizes of published models, and small ones for CPU: data only. `get(name)` gives the fields of `transformer.Config`."""
+
+_GPT2 = dict(context_length=1024, norm="layernorm", norm_eps=1e-5, activation="gelu_tanh", gated_mlp=False, positions="learned",
+             rope_theta=10000.0, use_bias=True, tie_embeddings=True, init_std=0.02, vocab_size=50257)
+_GPT3 = _GPT2 | dict(context_length=2048)
+_LLAMA2 = dict(context_length=4096, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated_mlp=True, positions="rope",
+               rope_theta=10000.0, use_bias=False, tie_embeddings=False, init_std=0.02, vocab_size=32000)
+_SMALL = dict(context_length=256, norm="rmsnorm", norm_eps=1e-5, activation="relu_squared", gated_mlp=False, positions="rope",
+              rope_theta=10000.0, use_bias=False, tie_embeddings=True, init_std=0.02, vocab_size=2048)
+
+
+def _sized(family, num_layers, embed_dim, num_heads, *, head_dim=None, num_kv_heads=None, mlp_dim=None, **changes):
+    return family | dict(num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads or num_heads,
+                         head_dim=head_dim or embed_dim // num_heads, mlp_dim=mlp_dim or 4 * embed_dim) | changes
+
+
+PRESETS = {
+    # For CPU: squared ReLU, rotary positions, RMSNorm, no biases.
+    "micro": _sized(_SMALL, 2, 64, 2),
+    "mini": _sized(_SMALL, 4, 256, 2),
+    "small": _sized(_SMALL, 6, 384, 6, context_length=512),
+    # nanoGPT's CPU recipe for tiny Shakespeare (config/train_shakespeare_char.py and the README's flags): GPT-2 without biases.
+    "nanogpt_cpu": _sized(_GPT2, 4, 128, 4, context_length=64, use_bias=False),
+    # GPT-2 (Radford et al. 2019, table 2).
+    "gpt2": _sized(_GPT2, 12, 768, 12),
+    "gpt2_medium": _sized(_GPT2, 24, 1024, 16),
+    "gpt2_large": _sized(_GPT2, 36, 1280, 20),
+    "gpt2_xl": _sized(_GPT2, 48, 1600, 25),
+    # GPT-3 (Brown et al. 2020, table 2.1). All layers are dense here; the paper's alternate dense and locally banded sparse
+    # attention. The table's 13B has embed_dim 5140, which 40 heads of 128 don't fill: the projections are 5140 x 5120.
+    "gpt3_small": _sized(_GPT3, 12, 768, 12),
+    "gpt3_medium": _sized(_GPT3, 24, 1024, 16),
+    "gpt3_large": _sized(_GPT3, 24, 1536, 16, head_dim=96),
+    "gpt3_xl": _sized(_GPT3, 24, 2048, 24, head_dim=128),
+    "gpt3_2.7b": _sized(_GPT3, 32, 2560, 32, head_dim=80),
+    "gpt3_6.7b": _sized(_GPT3, 32, 4096, 32, head_dim=128),
+    "gpt3_13b": _sized(_GPT3, 40, 5140, 40, head_dim=128),
+    "gpt3_175b": _sized(_GPT3, 96, 12288, 96, head_dim=128),
+    # Llama 2 (Touvron et al. 2023, arXiv 2307.09288, and the released params.json).
+    "llama2_7b": _sized(_LLAMA2, 32, 4096, 32, mlp_dim=11008),
+    "llama2_13b": _sized(_LLAMA2, 40, 5120, 40, mlp_dim=13824),
+    "llama2_70b": _sized(_LLAMA2, 80, 8192, 64, num_kv_heads=8, mlp_dim=28672),
+}
+
+
+def get(name: str) -> dict:
+    """The model fields of a preset. Raises ValueError, listing the names, for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown model preset {name!r}; valid: {sorted(PRESETS)}")
+    return dict(PRESETS[name])

@@ -1,0 +1,31 @@
+"""Next-token prediction."""
+
+import jax
+import jax.numpy as jnp
+
+
+def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target, and the log-partition function, both [B, T] in f32."""
+    hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
+    logits_BTV = model.logits(hidden_BTD)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, batch["targets"][..., None], axis=-1)[..., 0]
+    return target_BT - log_z_BT, log_z_BT
+
+
+def make_loss(*, z_loss: float):
+    """Cross entropy of the next token, in nats, plus `z_loss` * log(Z)^2 (PaLM, Chowdhery et al. 2022, section 5).
+
+    Returns:
+      `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`: sums over the batch's weights, never means, so that
+      microbatches, padding and hosts share one division.
+    """
+    def loss(model, batch, key):
+        del key  # nothing random here
+        logprobs_BT, log_z_BT = token_logprobs(model, batch)
+        weights_BT = batch["weights"]
+        count = jnp.sum(weights_BT)
+        nll_sum = -jnp.sum(logprobs_BT * weights_BT)
+        z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
+        return nll_sum + z_loss * z_sum, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count)}
+    return loss

@@ -1,0 +1,65 @@
+"""Start-up that every command shares: which devices, several processes or one, the compilation cache."""
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+import jax
+
+PLATFORMS = ("", "tpu", "gpu", "cpu")
+
+
+def start(platform: str = "") -> list[jax.Device]:
+    """Takes TPU, else GPU, else CPU (or the one asked for), joins the other processes of a pod, and logs what it took and why.
+
+    Returns:
+      All devices, those of other processes included.
+
+    Raises:
+      ValueError: an unknown platform, or one that is not there.
+    """
+    if platform not in PLATFORMS:
+        raise ValueError(f"config.platform = {platform!r}; valid: {list(PLATFORMS)}")
+    if platform:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
+    _join_processes()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise ValueError(f"config.platform = {platform!r}, but it can't be used: {str(error).splitlines()[0]}. {_missing()}") from None
+    found = devices[0].platform
+    if platform:
+        why = "config.platform asks for it"
+    elif found == "cpu":
+        why = _missing()
+    else:
+        why = "the first of TPU, GPU, CPU that is here"
+    logging.info("running on %d x %s (%s), %d process(es): %s", len(devices), devices[0].device_kind, found, jax.process_count(), why)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path("~/.cache/lm/xla").expanduser())
+    if found != "cpu":  # CPU executables are bound to the machine's exact instruction set
+        jax.config.update("jax_compilation_cache_dir", cache)
+    return devices
+
+
+def _missing() -> str:
+    tpu = "libtpu finds none" if importlib.util.find_spec("libtpu") else "no TPU support installed (pip install 'lm[tpu]')"
+    cuda = importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin")
+    gpu = "CUDA finds none" if cuda else "no GPU support installed (pip install 'lm[cuda]')"
+    return f"TPU: {tpu}; GPU: {gpu}"
+
+
+def _join_processes() -> None:
+    """jax.distributed, where the environment says that there are several processes."""
+    env = os.environ
+    several = (len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env
+               or "JAX_COORDINATOR_ADDRESS" in env or int(env.get("SLURM_NTASKS", "1")) > 1)
+    on_tpu_vm = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    if jax.distributed.is_initialized() or not (several or (on_tpu_vm and importlib.util.find_spec("libtpu"))):
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError:
+        if several:
+            raise
+        logging.info("a TPU machine of its own, not a worker of a pod")  # Colab, for instance

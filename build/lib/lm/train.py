@@ -1,0 +1,370 @@
+"""The run: restore, loop, log, evaluate, save. Reads top to bottom."""
+
+import collections
+import json
+import logging
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from lm import build, checkpoint, metrics
+from lm import config as config_lib
+from lm.evals.common import Artifact
+
+
+class NonFinite(RuntimeError):
+    """A loss, gradient or update was not finite; the last good state is saved."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT); it saved, and goes on at the next start."""
+
+
+class StopSignal:
+    """Notices SIGTERM and SIGINT (a second SIGINT interrupts at once), on all processes at the same step."""
+
+    def __init__(self):
+        self._asked = threading.Event()
+        self._old = {}
+
+    def __enter__(self):
+        # With several processes jax.distributed has its own handler of SIGTERM, which lets all of them agree on a step.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *unused):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        del frame
+        if self._asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked.set()
+
+    def at_step(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked.is_set()
+
+    def check(self) -> None:
+        """Raises Stopped within an evaluation; with several processes it is left to the next step, for all to agree."""
+        if jax.process_count() == 1 and self._asked.is_set():
+            raise Stopped
+
+
+def _all_streams(local: dict) -> dict:
+    """The stream states of all processes, on each."""
+    if jax.process_count() == 1:
+        return local
+    data = np.frombuffer(json.dumps(local).encode(), np.uint8)
+    length = int(np.max(multihost_utils.process_allgather(np.int32(len(data)))))
+    padded = np.zeros(length, np.uint8)
+    padded[:len(data)] = data
+    parts = multihost_utils.process_allgather(padded)
+    return {number: state for part in parts for number, state in json.loads(bytes(part).rstrip(b"\0")).items()}
+
+
+class Run:
+    """A run in its directory: state, streams, what was measured since the last line, and the files."""
+
+    def __init__(self, config: ConfigDict, workdir: epath.Path, devices, stop: StopSignal):
+        self.config, self.workdir, self.stop = config, workdir, stop
+        claim = workdir / "config.json"
+        if claim.exists():
+            config_lib.check_resumable(json.loads(claim.read_text()), config, str(workdir))
+        self.experiment = e = build.build(config, devices)
+        self.evaluators = e.make_evaluators(stop.check)  # they check their data and labels now, not after the first hour
+        known = {f"eval/{name}/loss" for name in self.evaluators}
+        if config.checkpoint.best and config.checkpoint.best.rpartition("/")[0] not in {k.rpartition("/")[0] for k in known}:
+            raise ValueError(f"config.checkpoint.best = {config.checkpoint.best!r} is not a metric of config.evals; such as {sorted(known)}")
+        build.log_summary(e)
+        self.checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best)
+        self.loader = e.make_loader()
+        self.interval: dict = {}  # (sum, count) since the last line of metrics.jsonl
+        self.evals: dict = {"step": -1, "names": [], "values": {}}  # the step last evaluated, by which evaluators, with what result
+        found = self.checkpointer.latest()
+        if found is None:
+            self._begin()
+        else:
+            self._resume(found)
+        self.writer = metrics.Writer(workdir, self.step)
+        if jax.process_index() == 0:
+            claim.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            e.tokenizer.save(_made(workdir / "tokenizer"))
+
+    def _begin(self) -> None:
+        e, c = self.experiment, self.config
+        self.step = 0
+        if c.init_from:
+            params, meta = checkpoint.restore_params(epath.Path(c.init_from).expanduser(), e.abstract_state.params)
+            self._check_tokenizer(meta, c.init_from)
+            logging.info("weights from %s", c.init_from)
+        else:
+            params = e.make_params(jax.random.key(c.seed))
+        self.state = e.init_state(params)
+        self.streams = self.loader.state()
+
+    def _resume(self, step: int) -> None:
+        e = self.experiment
+        if step > e.total_steps:
+            raise ValueError(f"{self.workdir} is at step {step}, past config.train.length = {self.config.train.length!r} ({e.total_steps} steps)")
+        self.step = step
+        meta = self.checkpointer.meta(step)
+        config_lib.check_resumable(meta["config"], self.config, str(self.workdir))
+        self._check_tokenizer(meta, str(self.workdir))
+        if meta["corpus"] != e.train_documents.fingerprint:
+            raise ValueError(f"{self.workdir} was trained on a corpus with fingerprint {meta['corpus']}; config.data gives "
+                             f"{e.train_documents.fingerprint} now: the files (or, for pydocs, the installed versions) have changed")
+        self.state, _ = self.checkpointer.restore(step, e.abstract_state)
+        # A halted state is saved as one that may go on: with train.nonfinite="skip", or mended data, it will.
+        self.state = self.state._replace(halted=jax.device_put(np.zeros((), bool), self.state.halted.sharding))
+        self.loader.restore(meta["streams"])
+        self.streams = meta["streams"]
+        self.interval = {name: tuple(pair) for name, pair in meta["interval"].items()}
+        self.evals = meta["evals"]
+        logging.info("going on from step %d", step)
+
+    def _check_tokenizer(self, meta: dict, where: str) -> None:
+        theirs, ours = meta["tokenizer"], self.experiment.tokenizer
+        if theirs["fingerprint"] != ours.fingerprint:
+            raise ValueError(f"{where} was trained with the tokenizer {theirs['fingerprint']} ({theirs['vocab_size']} ids), config.tokenizer gives "
+                             f"{ours.fingerprint} ({ours.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)")
+
+    def save(self, step: int, streams: dict) -> None:
+        """Starts a checkpoint of `step`; `streams` are the stream states before the next batch."""
+        e = self.experiment
+        meta = {
+            "config": self.config.to_dict(), "streams": _all_streams(streams), "corpus": e.train_documents.fingerprint,
+            "interval": {name: list(pair) for name, pair in self.interval.items()}, "evals": self.evals,
+            "tokenizer": {"fingerprint": e.tokenizer.fingerprint, "vocab_size": e.tokenizer.vocab_size,
+                          "files": checkpoint.pack_tokenizer(e.tokenizer)},
+        }
+        self.writer.flush()
+        measured = self.evals["values"] if self.evals["step"] == step else {}
+        self.checkpointer.save(step, self.state, json.loads(json.dumps(meta)), measured)
+
+    def evaluate(self, step: int, names: list[str]) -> dict[str, float]:
+        """Runs evaluators, writes what they yield, and returns all metrics of `step` so far."""
+        if self.evals["step"] != step:
+            self.evals = {"step": step, "names": [], "values": {}}
+        params = self.experiment.eval_params(self.state.params, self.state.opt_state)
+        for name in names:
+            began = time.monotonic()
+            values = run_evaluator(self.workdir, name, self.evaluators[name], params, step)
+            self.writer.write(step, values | {f"eval/{name}/seconds": time.monotonic() - began})
+            self.evals["values"] |= values
+            self.evals["names"].append(name)
+        return self.evals["values"]
+
+    def due(self, step: int) -> list[str]:
+        """Evaluators that should run at `step` and have not."""
+        last = step == self.experiment.total_steps
+        done = self.evals["names"] if self.evals["step"] == step else []
+        every = {name: self.config.evals[name].every for name in self.evaluators}
+        return [name for name in self.evaluators if name not in done and (last or (step and every[name] and step % every[name] == 0))]
+
+
+def _made(directory: epath.Path) -> epath.Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def run_evaluator(workdir: epath.Path, name: str, evaluator, params, step: int) -> dict[str, float]:
+    """The metrics of one evaluator as eval/NAME/...; its artifacts are written."""
+    values = {}
+    for key, value in evaluator.run(params):
+        if isinstance(value, Artifact):
+            write_artifact(workdir, value, step)
+        else:
+            values[f"eval/{name}/{key}"] = value
+    return values
+
+
+def write_artifact(workdir: epath.Path, artifact: Artifact, step: int) -> None:
+    """Writes an evaluator's file. One that is appended to is a sequence of steps' parts; a step that is run again replaces its own."""
+    if jax.process_index():
+        return
+    path = workdir / artifact.path.replace("{step}", str(step))
+    _made(path.parent)
+    content = artifact.content
+    if artifact.append:
+        content = content.replace("{step}", str(step))
+        old = path.read_text() if path.exists() else ""
+        parts = [part for part in old.split("\n## Step ") if part.strip()]
+        kept = [part for part in parts if int(part.removeprefix("## Step ").split("\n", 1)[0]) < step]
+        content = "\n".join("## Step " + part.removeprefix("## Step ").rstrip("\n") + "\n" for part in kept) + ("\n" if kept else "") + content
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def train(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
+    """Trains to the end of `config.train.length`, from the newest checkpoint if there is one. Returns the last metrics.
+
+    Raises:
+      ValueError: what can't work, before anything is computed or overwritten.
+      NonFinite: with train.nonfinite="halt".
+      Stopped: after a signal; everything is saved.
+    """
+    with StopSignal() as stop:
+        run = Run(config, workdir, devices, stop)
+        try:
+            with jax.set_mesh(run.experiment.mesh):
+                return _loop(run)
+        finally:
+            run.loader.close()
+            run.writer.close()
+            run.checkpointer.close()
+
+
+def _loop(run: Run) -> dict[str, float]:
+    e, c, total = run.experiment, run.config, run.experiment.total_steps
+    progress = metrics.Progress(total, run.step)
+    timer = Timer(e)
+    pending: collections.deque = collections.deque()  # steps dispatched whose metrics have not been read: (step, metrics, hash, streams before)
+
+    def read(count: int) -> None:
+        """Reads the metrics of all but the newest `count` steps dispatched. Waits for them, hence only when there is more to run."""
+        while len(pending) > count:
+            step, values, batch_hash, streams_before = pending.popleft()
+            values = jax.device_get(values)
+            if values["halted"]:
+                _halt(run, step, batch_hash, streams_before, values)
+            pairs = {k: v for k, v in values.items() if isinstance(v, tuple)}
+            scalars = {k: (float(values[k]), 1.0) for k in ("grad_norm", "update_norm", "updates_lost")}
+            metrics.accumulate(run.interval, {k: v for k, v in (pairs | scalars).items() if np.isfinite(v[0])})
+            if step % c.train.log_every == 0 or step == total:
+                line = {f"train/{k}": v for k, v in metrics.means(run.interval).items()}
+                line |= {"train/learning_rate": float(values["learning_rate"]), "train/skipped_steps": int(values["skipped_steps"]),
+                         "train/batch_hash": batch_hash} | timer.line(step)
+                run.writer.write(step, line)
+                progress.show(step, line)
+                run.interval = {}
+
+    def boundary(step: int) -> None:
+        """What is due after `step`: evals, then the checkpoint, which carries their figures."""
+        names = run.due(step)
+        save_due = step == total or (c.checkpoint.every and step % c.checkpoint.every == 0)
+        if names or save_due:
+            read(0)
+            with timer.paused():
+                if names:
+                    values = run.evaluate(step, names)
+                    progress.note(f"step {step} | " + " | ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items() if k.endswith(SHOWN)))
+                    if jax.process_index() == 0:
+                        (run.workdir / "curves.png").write_bytes(metrics.plot_curves(run.writer.lines()))
+                if save_due or (names and run.checkpointer.latest() == step):
+                    run.save(step, run.streams)
+
+    try:
+        if run.step:
+            boundary_names = run.due(run.step)
+            if boundary_names:
+                boundary(run.step)  # a stop came before them
+        while run.step < total:
+            if run.stop.at_step(run.step):
+                raise Stopped
+            streams_before = run.streams
+            batch, batch_hash = next(run.loader)
+            run.streams = run.loader.state()
+            run.state, values = e.train_step(run.state, batch)
+            run.step += 1
+            pending.append((run.step, values, batch_hash, streams_before))
+            timer.first_step(run.state)
+            read(1)
+            boundary(run.step)
+    except Stopped:
+        read(0)
+        if run.checkpointer.latest() != run.step:
+            run.save(run.step, run.streams)
+        run.checkpointer.wait()
+        raise Stopped(f"stopped by a signal at step {run.step}; saved in {run.workdir}, start it again to go on") from None
+    run.checkpointer.wait()
+    lines = run.writer.lines()
+    return {key: value for line in lines for key, value in line.items()} | {"train/seconds": timer.total()}
+
+
+SHOWN = ("/loss", "/bits_per_byte", "/accuracy")
+
+
+def _halt(run: Run, step: int, batch_hash: str, streams_before: dict, values: dict) -> None:
+    """Saves the last good state, with the streams as they were before the bad batch, and raises NonFinite."""
+    good = step - 1
+    if run.checkpointer.latest() != good:
+        run.save(good, streams_before)
+    run.checkpointer.wait()
+    loss = float(values["loss"][0]) / max(float(values["loss"][1]), 1.0)
+    raise NonFinite(
+        f"step {step} is not finite: loss {loss}, gradient norm {float(values['grad_norm'])}, update norm {float(values['update_norm'])}. Its batch has "
+        f"the hash {batch_hash}, and comes after the stream states {json.dumps(streams_before)}. The state after step {good} is saved in "
+        f"{run.workdir}; starting again repeats the step. config.train.nonfinite=\"skip\" leaves such updates out and counts them.")
+
+
+class Timer:
+    """Tokens per second and MFU of the steps since the last line, evals and checkpoints left out."""
+
+    def __init__(self, experiment):
+        c = experiment.config.data
+        self._tokens = c.batch_size * c.length
+        self._devices = experiment.devices
+        self._flops = {"train/mfu": metrics.model_flops_per_token(experiment.model_config, c.length),
+                       "train/mfu_full_attention": metrics.model_flops_per_token(experiment.model_config, c.length, causal=False)}
+        self._began = self._mark = time.monotonic()
+        self._pauses, self._step = 0.0, None
+        self._first = None
+
+    def first_step(self, state) -> None:
+        """Waits for the first step, which compiles, and starts counting after it."""
+        if self._first is None:
+            jax.block_until_ready(state)
+            self._first = time.monotonic() - self._began
+            logging.info("first step after %.1f s, compilation included", self._first)
+            self._mark, self._pauses = time.monotonic(), 0.0
+
+    def paused(self):
+        timer = self
+
+        class Pause:
+            def __enter__(self):
+                self.began = time.monotonic()
+
+            def __exit__(self, *unused):
+                timer._pauses += time.monotonic() - self.began
+        return Pause()
+
+    def line(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        seconds = max(now - self._mark - self._pauses, 1e-9)
+        steps = step - self._step if self._step is not None else None
+        self._mark, self._pauses, self._step = now, 0.0, step
+        if not steps:  # the first line has the first step in it, whose time was compilation
+            return {"train/tokens_per_second": 0.0}
+        speed = self._tokens * steps / seconds
+        values = {name: metrics.mfu(flops * speed, self._devices) for name, flops in self._flops.items()}
+        return {"train/tokens_per_second": speed} | {name: value for name, value in values.items() if value is not None}
+
+    def total(self) -> float:
+        return time.monotonic() - self._began
+
+
+def evaluate(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
+    """Runs every evaluator on the newest checkpoint of the run (or on config.init_from), writes eval-STEP.json; trains nothing."""
+    e = build.build(config, devices)
+    source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
+    with jax.set_mesh(e.mesh):
+        params, meta, step = checkpoint.restore_for_eval(source, e.abstract_state)
+        if meta["tokenizer"]["fingerprint"] != e.tokenizer.fingerprint:
+            raise ValueError(f"{source} was trained with the tokenizer {meta['tokenizer']['fingerprint']}, config.tokenizer gives {e.tokenizer.fingerprint}; "
+                             f"set config.tokenizer.path={source}/tokenizer")
+        values = {}
+        for name, evaluator in e.make_evaluators().items():
+            values |= run_evaluator(workdir, name, evaluator, params, step)
+    if jax.process_index() == 0:
+        (_made(workdir) / f"eval-{step}.json").write_text(json.dumps({"step": step, "from": str(source), "config": config.to_dict()} | values, indent=2))
+    return values

@@ -1,0 +1,192 @@
+"""Attention: who sees whom, positions, shared heads, and the cache against the whole sequence at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lm import config as config_lib
+from lm.models.transformer import Config, Transformer
+from lm.nn.attention import cache_mask, causal_mask
+from lm.nn.positions import rope
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+# Two documents, and padding at the end of the row.
+SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
+POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]], np.int32)
+TOKENS = np.array([[7, 3, 9, 1, 12, 0, 5, 8, 2, 11, 4, 10]], np.int32)  # each once, so that a row of the table is a position
+
+
+@functools.cache
+def make(**changes):
+    """(graphdef, params) of a small model whose weights are large enough for attention to choose, and whose biases are not 0."""
+    fields = config_lib.default().model.to_dict() | dict(
+        vocab_size=13, context_length=16, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, gated_mlp=True,
+        use_bias=True, tie_embeddings=False, param_dtype="float32", compute_dtype="float32") | changes
+    del fields["type"]
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(Config(**fields), jax.random.key(0))), nnx.Param)
+    rng = np.random.default_rng(0)
+    draw = lambda path, p: (rng.normal(0, 0.3, p.shape) + ("scale" in jax.tree_util.keystr(path))).astype(np.float32)
+    return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(params))
+
+
+def forward(graphdef, params, tokens, positions, segments):
+    """(hidden, logits)."""
+    model = nnx.merge(graphdef, params)
+    hidden = model(tokens, positions, segments).hidden
+    return hidden, model.logits(hidden)
+
+
+def run(model, tokens, positions, segments):
+    return jax.device_get(jit(functools.partial(forward, model[0]))(model[1], tokens, positions, segments))
+
+
+def test_masks():
+    segments = np.array([[1, 1, 2, 0, 0], [1, 2, 2, 2, 2]], np.int32)
+    allowed = [[[s <= t and row[s] == row[t] for s in range(5)] for t in range(5)] for row in segments]
+    np.testing.assert_array_equal(causal_mask(segments), allowed)
+    positions = np.array([[0, 2], [3, 1]], np.int32)
+    np.testing.assert_array_equal(cache_mask(positions, 4), [[[s <= p for s in range(4)] for p in row] for row in positions])
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("output", [0, 1])
+def test_gradients_reach_exactly_the_earlier_tokens_of_the_same_document(positions, output):
+    """Zero, not small, with respect to later tokens, other documents and padding; nonzero with respect to all others."""
+    graphdef, params = make(positions=positions)
+    weights = jax.random.normal(jax.random.key(1), (32 if output == 0 else 13,))
+
+    def outputs(table):
+        return forward(graphdef, params | {"embed": {"table": table}}, TOKENS, POSITIONS, SEGMENTS)[output][0] @ weights
+    jacobian = jit(jax.jacrev(outputs))(params["embed"]["table"])[:, TOKENS[0]]
+    reached = np.abs(np.asarray(jacobian)).max(axis=-1)
+    allowed = np.asarray(causal_mask(SEGMENTS)[0])
+    assert (reached[allowed] > 1e-4).all()
+    assert (reached[~allowed] == 0).all()
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_packed_documents_are_as_alone(positions):
+    model = make(positions=positions)
+    packed = run(model, TOKENS, POSITIONS, SEGMENTS)
+    for part in (slice(0, 5), slice(5, 9)):
+        tokens = TOKENS[:, part]
+        alone = run(model, tokens, np.arange(tokens.shape[1], dtype=np.int32)[None], np.ones_like(tokens))
+        for got, wanted in zip(alone, packed):
+            np.testing.assert_allclose(got, wanted[:, part], rtol=1e-4, atol=1e-5)
+    joined = run(model, TOKENS, POSITIONS, np.minimum(SEGMENTS, 1))  # as one document it is another text
+    assert np.abs(joined[1][:, 5:9] - packed[1][:, 5:9]).max() > 0.1
+
+
+def test_padding_and_the_other_rows_change_nothing():
+    model = make()
+    tokens, positions, segments = (np.repeat(x, 2, axis=0) for x in (TOKENS, POSITIONS, SEGMENTS))
+    before = run(model, tokens, positions, segments)
+    tokens[0, 9:], positions[0, 9:], tokens[1] = [0, 1, 2], [5, 6, 7], 1
+    after = run(model, tokens, positions, segments)
+    for x, y in zip(before, after):
+        np.testing.assert_array_equal(x[0, :9], y[0, :9])
+        assert (x[0, 9:] != y[0, 9:]).any() and np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_shared_heads_are_repeated_heads(kv_heads):
+    """Query heads n of 4 attend to kv head n // (4 / K)."""
+    graphdef, params = make(num_kv_heads=kv_heads)
+    whole_graphdef, whole = make(num_kv_heads=4)
+    attention = params["layers"]["attention"]
+    repeated = {name: np.repeat(attention[name], 4 // kv_heads, axis=-2) for name in ("key", "value", "key_bias", "value_bias")}
+    whole = params | {"layers": params["layers"] | {"attention": attention | repeated}}
+    shared = run((graphdef, params), TOKENS, POSITIONS, SEGMENTS)
+    for got, wanted in zip(shared, run((whole_graphdef, whole), TOKENS, POSITIONS, SEGMENTS)):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    if kv_heads == 2:  # and not kv head n % K
+        tiled = {name: np.concatenate([attention[name]] * 2, axis=-2) for name in repeated}
+        whole["layers"]["attention"] = attention | tiled
+        assert np.abs(run((whole_graphdef, whole), TOKENS, POSITIONS, SEGMENTS)[1] - shared[1]).max() > 0.1
+
+
+def test_rope_turns_pairs_by_the_angles_of_its_paper():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 3, 4], [7, 0, 900, 3, 1]], np.int32)
+    angles = positions[:, :, None, None] * 500.0 ** (-np.arange(4) / 4)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
+    np.testing.assert_allclose(rope(x, positions, 500.0), np.concatenate([turned.real, turned.imag], axis=-1), atol=2e-4)
+    np.testing.assert_array_equal(rope(x, positions, 500.0)[0, 0], x[0, 0])
+    low = x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(rope(low, positions, 500.0), rope(low.astype(np.float32), positions, 500.0).astype(jnp.bfloat16))
+
+
+def test_rope_scores_depend_on_distance_only():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+    score = lambda t, s: float(jnp.vdot(rope(q, np.array([[t]]), 100.0), rope(k, np.array([[s]]), 100.0)))
+    assert score(5, 3) == pytest.approx(score(105, 103), abs=1e-3) == pytest.approx(score(2, 0), abs=1e-3)
+    assert abs(score(5, 3) - score(3, 5)) > 0.1 and abs(score(5, 3) - score(5, 2)) > 0.1
+
+
+@pytest.mark.parametrize("positions, same", [("rope", True), ("learned", False)])
+def test_a_document_that_starts_elsewhere(positions, same):
+    model = make(positions=positions)
+    arguments = TOKENS[:, :5], POSITIONS[:, :5], SEGMENTS[:, :5]
+    here, there = run(model, *arguments)[1], run(model, arguments[0], arguments[1] + 9, arguments[2])[1]
+    assert (np.abs(here - there).max() < 1e-3) == same
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_one_token_at_a_time_is_the_whole_at_once(positions):
+    graphdef, params = make(positions=positions)
+    tokens = np.stack([TOKENS[0], TOKENS[0][::-1]])
+    place = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+    whole = run((graphdef, params), tokens, place, np.ones_like(tokens))
+
+    @jit
+    def decode(params, cache, tokens, place):
+        model = nnx.merge(graphdef, params)
+        output = model(tokens, place, jnp.ones_like(tokens), cache=cache)
+        return output.hidden, model.logits(output.hidden), output.cache
+    cache = nnx.merge(graphdef, params).init_cache(2, 14)
+    assert jax.tree.leaves(cache)[0].shape == (2, 2, 14, 2, 8)
+    for t in range(12):
+        *got, cache = decode(params, cache, tokens[:, t:t + 1], place[:, t:t + 1])
+        for x, y in zip(got, whole):
+            np.testing.assert_allclose(x[:, 0], y[:, t], rtol=1e-4, atol=1e-5, err_msg=f"token {t}")
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_prefill_of_unequal_prompts_then_one_token_at_a_time(positions):
+    """Prompts padded on the right by tokens that must never be seen, though their keys are in the cache for a while."""
+    graphdef, params = make(positions=positions)
+    tokens = np.stack([TOKENS[0], TOKENS[0][::-1], np.roll(TOKENS[0], 4)])
+    lengths = np.array([7, 3, 1])
+    place = np.tile(np.arange(12, dtype=np.int32), (3, 1))
+    whole = run((graphdef, params), tokens, place, np.ones_like(tokens))[1]
+
+    @jit
+    def step(params, cache, tokens, place):
+        model = nnx.merge(graphdef, params)
+        output = model(tokens, place, jnp.ones_like(tokens), cache=cache)
+        return model.logits(output.hidden), output.cache
+    prompts = np.where(place < lengths[:, None], tokens, 6)[:, :7]
+    logits, cache = step(params, nnx.merge(graphdef, params).init_cache(3, 12), prompts, place[:, :7])
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], whole[row, :length], rtol=1e-4, atol=1e-5)
+    for t in range(5):
+        at = (lengths + t)[:, None].astype(np.int32)
+        logits, cache = step(params, cache, np.take_along_axis(tokens, at, axis=1), at)
+        np.testing.assert_allclose(logits[:, 0], np.take_along_axis(whole, at[..., None], axis=1)[:, 0], rtol=1e-4, atol=1e-5, err_msg=f"token {t}")
+
+
+def test_the_model_has_no_hidden_state():
+    """Two calls with the same arguments give the same bits, whatever was called between."""
+    graphdef, params = make()
+    model = nnx.merge(graphdef, params)
+    call = lambda tokens: np.asarray(model(tokens, POSITIONS, SEGMENTS).hidden)
+    first = call(TOKENS)
+    assert (call(TOKENS[:, ::-1]) != first).any()
+    np.testing.assert_array_equal(call(TOKENS), first)
+    assert jax.tree.leaves(nnx.split(model, nnx.Param, ...)[2]) == []

@@ -1,0 +1,263 @@
+"""Verbalizer classification, on models whose distributions are known: the properties that no trained model is needed for."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from lm.data import batch as batch_contract
+from lm.data.pack import Encoder
+from lm.data.sources import Document, Documents
+from lm.data.tokenizer import ByteTokenizer
+from lm.evals import classification
+from lm.evals.common import Artifact
+
+PROMPT = "\n?"
+LABELS = ("red", "green", "blue")
+
+
+class WordTokenizer:
+    """A token a character of a label word's alphabet; whole words in `words` are one token."""
+    vocab_size, bos_id, eos_id, fingerprint = 512, 256, 257, "words"
+
+    def __init__(self, words=()):
+        self.words = {word: 300 + i for i, word in enumerate(words)}
+
+    def encode(self, text):
+        return [self.words[text]] if text in self.words else list(text.encode())
+
+
+class Model:
+    """PredictFns of a language model given as `distribution(prefix) -> log-probabilities of what follows`, prefix a tuple of ids."""
+
+    def __init__(self, distribution, length=64):
+        self.length, self._distribution, self.rows, self.calls = length, distribution, [], []
+
+    def token_logprobs(self, params, rows):
+        self._see("token", rows)
+        out = np.zeros((len(rows), self.length), np.float32)
+        for r, row in enumerate(rows):
+            for t in np.flatnonzero(row["segments"]):
+                out[r, t] = self._distribution(tuple(row["tokens"][:t + 1].tolist()))[row["targets"][t]]
+            out[r, row["segments"] == 0] = -1e4  # whoever counts padding will notice
+        return out
+
+    def next_logprobs(self, params, rows, index):
+        self._see("next", rows)
+        assert len(index) == len(rows)
+        return np.stack([self._distribution(tuple(row["tokens"][:i + 1].tolist())) for row, i in zip(rows, index)]).astype(np.float32)
+
+    def _see(self, name, rows):
+        self.calls.append(name)
+        for row in rows:
+            batch_contract.check({k: v[None] for k, v in row.items()})
+            assert row["tokens"].shape == (self.length,)
+        self.rows += list(rows)
+
+
+def random_distribution(prefix):
+    rng = np.random.default_rng(abs(hash(prefix)) % 2 ** 32)  # of integers: the same in each process
+    logits = rng.normal(0, 2, 512)
+    return logits - np.log(np.exp(logits).sum())
+
+
+def uniform_distribution(prefix):
+    return np.full(512, -math.log(512))
+
+
+def make_documents(num=9, labels=LABELS):
+    return Documents([Document(f"text {i}", f"d{i}", labels[i % len(labels)]) for i in range(num)], "fingerprint")
+
+
+def make(fns, verbalizer=None, documents=None, tokenizer=None, max_documents=0, prompt=PROMPT):
+    verbalizer = verbalizer or [(label, (f" {label}",)) for label in LABELS]
+    return classification.Evaluator(fns, name="colours", documents=documents or make_documents(), encoder=Encoder(tokenizer or ByteTokenizer(), prompt),
+                                    verbalizer=verbalizer, max_documents=max_documents)
+
+
+def run(*args, **kwargs):
+    """(metrics, predictions, artifacts)"""
+    values = dict(make(*args, **kwargs).run(None))
+    artifacts = {k: v for k, v in values.items() if isinstance(v, Artifact)}
+    predictions = [json.loads(line) for line in artifacts["predictions"].content.splitlines()]
+    return {k: v for k, v in values.items() if k not in artifacts}, predictions, artifacts
+
+
+def test_word_logprobs_are_the_chain_rule():
+    fns = Model(random_distribution)
+    evaluator = make(fns)
+    found = evaluator.word_logprobs(None)
+    for i, document in enumerate(make_documents()):
+        for j, label in enumerate(LABELS):
+            ids = [256, *(document.text + PROMPT).encode()]
+            expected = 0.0
+            for token in f" {label}".encode():
+                expected += random_distribution(tuple(ids))[token]
+                ids.append(token)
+            assert found[i, j] == pytest.approx(expected, abs=1e-4)
+    assert found.dtype == np.float64 and fns.calls == ["token"]
+
+
+def test_one_pass_for_single_tokens_equals_a_pass_for_each():
+    words = [f" {label}" for label in LABELS]
+    verbalizer = [(label, (f" {label}",)) for label in LABELS]
+    fast, slow = Model(random_distribution), Model(random_distribution)
+    single = make(fast, tokenizer=WordTokenizer(words)).word_logprobs(None)
+    # A word of two tokens besides sends all words through the long way.
+    extended = verbalizer[:-1] + [("blue", (" blue", " navy"))]
+    both = make(slow, extended, tokenizer=WordTokenizer(words)).word_logprobs(None)
+    assert fast.calls == ["next"] and slow.calls == ["token"]
+    np.testing.assert_allclose(single, both[:, :3], atol=1e-6)
+    assert len(fast.rows) == 9 and len(slow.rows) == 9 * 4
+
+
+def test_an_oracle_is_right_and_sure():
+    documents = make_documents()
+
+    def distribution(prefix):
+        asked = bytes(t for t in prefix[1:]).decode()
+        logp = np.full(512, -30.0)
+        for d in documents:
+            said = asked.removeprefix(d.text + PROMPT)
+            if said != asked and f" {d.label}".startswith(said):
+                logp[ord(f" {d.label}."[len(said)])] = 0.0
+        return logp
+    metrics, predictions, _ = run(Model(distribution))
+    assert metrics["accuracy"] == metrics["macro_f1"] == 1.0 and metrics["nll"] < 1e-6 and metrics["brier"] < 1e-6 and metrics["ece"] < 1e-6
+    assert metrics["label_mass"] == pytest.approx(1.0, abs=1e-6) and metrics["accuracy_high"] <= 1.0
+    assert all(p["prediction"] == p["label"] for p in predictions)
+
+    wrong = {"red": "green", "green": "blue", "blue": "red"}
+    shifted = Documents([d._replace(label=wrong[d.label]) for d in documents], "")
+    assert run(Model(distribution), documents=shifted)[0]["accuracy"] == 0.0
+
+
+@pytest.mark.parametrize("labels", [("aaa", "bbb"), ("aaa", "bbb", "ccc", "ddd", "eee")])
+def test_a_uniform_model_scores_chance(labels):
+    metrics, predictions, _ = run(Model(uniform_distribution), [(label, (f" {label}",)) for label in labels], make_documents(10, labels))
+    k = len(labels)
+    assert metrics["nll"] == pytest.approx(math.log(k), rel=1e-6) and metrics["brier"] == pytest.approx(1 - 1 / k, rel=1e-6)
+    assert metrics["label_mass"] == pytest.approx(k / 512 ** 4, rel=1e-4)
+    assert all(p["distribution"][label] == pytest.approx(1 / k, rel=1e-6) for p in predictions for label in labels)
+
+
+def test_permuting_the_verbalizer_permutes_the_result():
+    verbalizer = [(label, (f" {label}",)) for label in LABELS]
+    metrics, predictions, _ = run(Model(random_distribution), verbalizer)
+    for order in ([2, 0, 1], [1, 0, 2]):
+        other, permuted, _ = run(Model(random_distribution), [verbalizer[i] for i in order])
+        assert other == pytest.approx(metrics, rel=1e-9)
+        assert permuted == [p | {"distribution": pytest.approx(p["distribution"], rel=1e-9), "label_mass": pytest.approx(p["label_mass"], rel=1e-9)}
+                            for p in predictions]
+
+
+def test_metrics_are_those_of_the_predictions():
+    metrics, predictions, _ = run(Model(random_distribution), documents=make_documents(25))
+    P = np.array([[p["distribution"][label] for label in LABELS] for p in predictions])
+    y = np.array([LABELS.index(p["label"]) for p in predictions])
+    right = P.argmax(1) == y
+    assert [p["prediction"] for p in predictions] == [LABELS[i] for i in P.argmax(1)]
+    assert metrics["accuracy"] == right.mean() and metrics["examples"] == 25
+    assert metrics["nll"] == pytest.approx(-np.log(P[np.arange(25), y]).mean(), rel=1e-9)
+    assert metrics["label_mass"] == pytest.approx(np.mean([p["label_mass"] for p in predictions]), rel=1e-9)
+    assert metrics["majority_accuracy"] == 9 / 25 and metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"]
+
+
+def test_several_words_add_up():
+    verbalizer = [("red", (" red", " crimson")), ("green", (" green",)), ("blue", (" blue", " navy", " azure"))]
+    fns = Model(random_distribution)
+    scores = make(fns, verbalizer).word_logprobs(None)
+    _, predictions, _ = run(fns, verbalizer)
+    for row, p in zip(scores, predictions):
+        mass = np.exp([np.logaddexp(row[0], row[1]), row[2], np.logaddexp(np.logaddexp(row[3], row[4]), row[5])])
+        np.testing.assert_allclose([p["distribution"][label] for label in LABELS], mass / mass.sum(), rtol=1e-9)
+        assert p["label_mass"] == pytest.approx(mass.sum(), rel=1e-9)
+        assert list(p["word_logprobs"].values()) == pytest.approx(row.tolist())
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WordTokenizer([" red", " green", " blue"])])
+def test_long_documents_keep_their_end_and_the_question(tokenizer):
+    documents = Documents([Document("x" * n + f"END{i % 10}", f"d{i}", LABELS[i % 3]) for i, n in enumerate(range(0, 60))], "")
+    fns = Model(random_distribution, length=32)
+    evaluator = make(fns, documents=documents, tokenizer=tokenizer)
+    found = evaluator.word_logprobs(None)
+    longest = max(len(tokenizer.encode(f" {label}")) for label in LABELS)
+    for i, document in enumerate(documents):
+        # All words of an example follow the same prompt, the longest whose longest word still fits.
+        prompt = [256, *(document.text + PROMPT).encode()][-(32 - longest + 1):]
+        assert bytes(prompt[-6:]).decode().endswith(PROMPT) and len(prompt) + longest - 1 <= 32
+        for j, label in enumerate(LABELS):
+            ids, expected = list(prompt), 0.0
+            for token in tokenizer.encode(f" {label}"):
+                expected += random_distribution(tuple(ids))[token]
+                ids.append(token)
+            assert found[i, j] == pytest.approx(expected, abs=1e-4)
+    assert max((row["segments"] > 0).sum() for row in fns.rows) == 32  # the room is used
+
+
+def test_a_question_that_does_not_fit():
+    # Neither the question nor a word may be cut: a score of half a word is no score.
+    for verbalizer, prompt in (([("red", (" " + "r" * 40,)), ("green", (" g",)), ("blue", (" b",))], PROMPT), (None, "?" * 40)):
+        with pytest.raises(ValueError, match="32|length|context"):
+            make(Model(uniform_distribution, length=32), verbalizer, prompt=prompt)
+
+
+@pytest.mark.parametrize("verbalizer, message", [
+    ([("red", (" x",)), ("green", (" x",)), ("blue", (" b",))], "' x' of 'red' and ' x' of 'green' are the same tokens"),
+    ([("red", (" gre",)), ("green", (" green",)), ("blue", (" b",))], "' gre' of 'red' and ' green' of 'green' begin with the same tokens"),
+    ([("red", (" a", " ab")), ("green", (" g",)), ("blue", (" b",))], "begin with the same tokens"),
+    ([("red", ("",)), ("green", (" g",)), ("blue", (" b",))], "word '' of 'red' has no tokens"),
+    ([("red", ()), ("green", (" g",)), ("blue", (" b",))], "no word for the label 'red'"),
+    ([("red", (" r",)), ("green", (" g",))], "blue"),
+    ([("red", (" r",)), ("green", (" g",)), ("blue", (" b",)), ("red", (" s",))], "red"),
+])
+def test_verbalizers_that_cannot_work(verbalizer, message):
+    with pytest.raises(ValueError, match=message):
+        make(Model(uniform_distribution), verbalizer)
+
+
+def test_compile_verbalizer_wants_the_data_s_labels():
+    tokenizer = ByteTokenizer()
+    assert classification.compile_verbalizer([("a", (" x", " y")), ("b", (" z",))], tokenizer, {"a", "b"}) == [
+        (0, " x", [32, 120]), (0, " y", [32, 121]), (1, " z", [32, 122])]
+    for labels in ({"a"}, {"a", "b", "c"}, {"a", "c"}):
+        with pytest.raises(ValueError, match="are not the data's"):
+            classification.compile_verbalizer([("a", (" x",)), ("b", (" z",))], tokenizer, labels)
+
+
+def test_unlabelled_data():
+    unlabelled = Documents([Document("a", "a", "red"), Document("b", "b", "")], "")
+    with pytest.raises(ValueError, match="'colours' needs labelled documents"):
+        make(Model(uniform_distribution), documents=unlabelled)
+    with pytest.raises(ValueError, match="config.data.label_prompt"):
+        make(Model(uniform_distribution), prompt="")
+
+
+def test_only_the_first_documents():
+    metrics, predictions, _ = run(Model(random_distribution), max_documents=4)
+    assert metrics["examples"] == 4 and [p["name"] for p in predictions] == ["d0", "d1", "d2", "d3"]
+
+
+def test_artifacts():
+    odd = Documents([Document("a", 'name "quoted"\n\u2028', "red"), Document("b", "é", "green"), Document("c", "c", "blue")], "")
+    _, _, artifacts = run(Model(random_distribution), documents=odd)
+    predictions, confusion = artifacts["predictions"], artifacts["confusion"]
+    assert predictions.path == "predictions/colours-{step}.jsonl" and predictions.content.endswith("\n") and not predictions.append
+    lines = [json.loads(line) for line in predictions.content.rstrip("\n").split("\n")]
+    assert [line["name"] for line in lines] == [d.name for d in odd] and [line["label"] for line in lines] == list(LABELS)
+    for line in lines:
+        assert set(line["distribution"]) == set(LABELS) and sum(line["distribution"].values()) == pytest.approx(1, abs=1e-12)
+        assert set(line["word_logprobs"]) == {" red", " green", " blue"} and all(v < 0 for v in line["word_logprobs"].values())
+    assert confusion.path.endswith(".png") and confusion.content.startswith(b"\x89PNG\r\n\x1a\n") and confusion.content.rstrip().endswith(b"IEND\xaeB`\x82")
+
+
+def test_certainty_is_finite():
+    # Probabilities of zero and one, and words so improbable that exp() of their score is 0.
+    def distribution(prefix):
+        logp = np.full(512, -2000.0)
+        logp[ord("r")] = 0.0
+        return logp
+    metrics, predictions, _ = run(Model(distribution), [("red", ("r",)), ("green", ("gg",)), ("blue", ("bb",))])
+    assert all(math.isfinite(v) for v in metrics.values()) and metrics["accuracy"] == pytest.approx(1 / 3)
+    assert all(p["distribution"] == {"red": 1.0, "green": 0.0, "blue": 0.0} for p in predictions)
