@@ -3,9 +3,12 @@
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ from lm.data import pack
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
-from lm.evals.common import Evaluator, PredictFns
+from lm.evals.common import Evaluator, PredictFns, take
 
 
 def resolve(path: str, what: str) -> Any:
@@ -47,18 +50,30 @@ def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], in
     """
     number, _, unit = length.partition(" ")
     try:
-        number = float(number.replace("_", "").replace(",", ""))
-        if not number > 0:
+        amount = Fraction(number.replace("_", "").replace(",", ""))
+        if amount <= 0:
             raise ValueError
-        scale = {"steps": lambda: 1, "tokens": lambda: 1 / batch_tokens, "epochs": lambda: epoch_tokens() / batch_tokens}[unit]()
-    except (ValueError, KeyError):
+        scale = {"steps": lambda: 1, "tokens": lambda: Fraction(1, batch_tokens), "epochs": lambda: Fraction(epoch_tokens(), batch_tokens)}[unit]()
+    except (ValueError, KeyError, ZeroDivisionError):
         raise ValueError(f"config.train.length = {length!r}; wanted \"N steps\", \"N tokens\" or \"X epochs\", such as \"2e6 tokens\"") from None
-    return max(1, -int(-(number * scale) // 1))
+    return math.ceil(amount * scale)
 
 
 def documents(config: ConfigDict, split: str) -> Documents:
-    """A split of the corpus."""
-    return resolve(config.data.source, "config.data.source")(split, **config.data.source_args)
+    """A split of the corpus.
+
+    Raises:
+      ValueError: no such source, or arguments that it doesn't take; see the source.
+    """
+    source = resolve(config.data.source, "config.data.source")
+    arguments = config.data.source_args.to_dict()
+    if not callable(source):
+        raise ValueError(f"config.data.source = {config.data.source!r} is not a function; lm.data.sources has {['jsonl', 'text', 'tfds']}")
+    try:
+        inspect.signature(source).bind(split, **arguments)
+    except TypeError as error:
+        raise ValueError(f"config.data.source_args = {arguments}: {error}; {config.data.source} takes {inspect.signature(source)}") from None
+    return source(split, **arguments)
 
 
 def tokenizer(config: ConfigDict, train: Callable[[], Documents]) -> tokenizers.Tokenizer:
@@ -76,10 +91,10 @@ def tokenizer(config: ConfigDict, train: Callable[[], Documents]) -> tokenizers.
     name = f"{c.vocab_size}-{key}.model"
 
     def texts():
-        for i in range(0, len(corpus), max(1, len(corpus) // (c.max_documents or len(corpus)))):
-            yield corpus[i].text
-            if prompt and corpus[i].label:
-                yield from (prompt, pack.label_word(corpus[i].label))
+        for document in take(corpus, c.max_documents):
+            yield document.text
+            if prompt and document.label:
+                yield from (prompt, pack.label_word(document.label))
     return tokenizers.train_sentencepiece(texts(), c.vocab_size, epath.Path(config.data.cache_dir).expanduser() / "tokenizers" / name)
 
 
@@ -161,6 +176,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
       ValueError: what can't work, before anything is computed.
     """
     c = config
+    if small := [key for key in ("batch_size", "length", "streams", "packing_bins") if c.data[key] < 1]:
+        raise ValueError(f"{', '.join(f'config.data.{key} = {c.data[key]}' for key in small)}; must be at least 1")
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
     sharding.check_batch(mesh, c.data.batch_size, c.data.length, "config.data.batch_size")
     if c.train.accumulation < 1 or c.data.batch_size % c.train.accumulation:

@@ -56,7 +56,7 @@ def default() -> ConfigDict:
     c.model.use_bias = False
     c.model.tie_embeddings = True
     c.model.init_std = 0.02
-    c.model.param_dtype = "bfloat16"  # bfloat16 | float32
+    c.model.param_dtype = "bfloat16"  # bfloat16 | float32; norms are always float32
     c.model.compute_dtype = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
     c.model.attention = "xla"  # xla | cudnn (GPU, bfloat16)
     c.model.remat = "none"  # what the backward pass computes again: none | dots (all but the matmuls) | full (all)

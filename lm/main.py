@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 def unknown_key(argv: list[str], known: list[str]) -> str | None:
     """An error message if an override in `argv` names no configuration key, with the nearest ones; None if all are known."""
     for argument in argv:
-        key = argument.lstrip("-").split("=")[0]
+        key = argument.lstrip("-").split("=")[0].removeprefix("no")  # --noconfig.x is absl's False
         if key.startswith("config.") and (key := key.removeprefix("config.")) not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             return f"no configuration key {key!r}; " + (f"did you mean {', '.join(near)}?" if near else "lm/config.py has them all")
@@ -64,6 +64,7 @@ def unknown_key(argv: list[str], known: list[str]) -> str | None:
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, after checks whose errors say what to change."""
     chosen = [argument.split("=", 1)[1] for argument in argv if argument.lstrip("-").startswith("config=")]
+    chosen += [argv[i + 1] for i, argument in enumerate(argv[:-1]) if argument in ("--config", "-config")]
     try:
         for path, _, size in (choice.partition(":") for choice in chosen):
             if not os.path.exists(path):
@@ -72,7 +73,7 @@ def _parse(argv: list[str]) -> list[str]:
             if error := unknown_key(argv[1:], list(config_lib.flatten(config))):
                 raise ValueError(error)
         return flags.FLAGS(argv)
-    except (ValueError, TypeError, flags.Error) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, flags.Error) as error:  # what config_flags raises for bad overrides
         sys.exit(f"error: {error}")
 
 

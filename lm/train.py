@@ -3,6 +3,7 @@
 import collections
 import json
 import logging
+import re
 import signal
 import threading
 import time
@@ -198,9 +199,8 @@ def write_artifact(workdir: epath.Path, artifact: Artifact, step: int) -> None:
     if artifact.append:
         content = content.replace("{step}", str(step))
         old = path.read_text() if path.exists() else ""
-        parts = [part for part in old.split("\n## Step ") if part.strip()]
-        kept = [part for part in parts if int(part.removeprefix("## Step ").split("\n", 1)[0]) < step]
-        content = "\n".join("## Step " + part.removeprefix("## Step ").rstrip("\n") + "\n" for part in kept) + ("\n" if kept else "") + content
+        parts = re.split(r"(?m)^(?=## Step \d+$)", old)
+        content = "".join(part for part in parts if part and int(part.split()[2]) < step) + content
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 

@@ -221,8 +221,8 @@ def test_compile_verbalizer_wants_the_data_s_labels():
     tokenizer = ByteTokenizer()
     assert classification.compile_verbalizer([("a", (" x", " y")), ("b", (" z",))], tokenizer, {"a", "b"}) == [
         (0, " x", [32, 120]), (0, " y", [32, 121]), (1, " z", [32, 122])]
-    for labels in ({"a"}, {"a", "b", "c"}, {"a", "c"}):
-        with pytest.raises(ValueError, match="are not the data's"):
+    for labels in ({"a", "b", "c"}, {"a", "c"}):
+        with pytest.raises(ValueError, match="the data's labels are"):
             classification.compile_verbalizer([("a", (" x",)), ("b", (" z",))], tokenizer, labels)
 
 
@@ -234,9 +234,9 @@ def test_unlabelled_data():
         make(Model(uniform_distribution), prompt="")
 
 
-def test_only_the_first_documents():
+def test_some_of_the_documents():
     metrics, predictions, _ = run(Model(random_distribution), max_documents=4)
-    assert metrics["examples"] == 4 and [p["name"] for p in predictions] == ["d0", "d1", "d2", "d3"]
+    assert metrics["examples"] == 4 and [p["name"] for p in predictions] == ["d0", "d2", "d4", "d6"]  # evenly out of nine
 
 
 def test_artifacts():

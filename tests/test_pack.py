@@ -86,6 +86,7 @@ def test_rows_keep_the_contract(packing):
     for row in take(make_stream(make_documents(20), packing), 60):
         batch_contract.check(row)
         assert set(row) == set(batch_contract.DTYPES) and row["tokens"].shape == (LENGTH,)
+        assert all(v.flags.owndata for v in row.values())  # a view would keep all of the packer's rows in memory
         used = row["segments"] > 0
         assert (row["weights"] == used).all() and not row["tokens"][~used].any() and not row["positions"][~used].any()
         assert (np.diff(row["segments"][used]) >= 0).all() and used[:used.sum()].all()  # segments in order, padding last

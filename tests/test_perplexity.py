@@ -16,7 +16,7 @@ from lm.data import pack
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import perplexity
-from lm.evals.common import PredictFns
+from lm.evals.common import PredictFns, take
 from lm.objectives import causal
 
 LENGTH = 32
@@ -102,8 +102,16 @@ def test_loss_is_that_of_each_document_by_itself():
     assert values["tokens"] == counts.sum() and values["documents"] == len(TEXTS)
     assert values["loss"] == pytest.approx(nll.sum() / counts.sum(), rel=1e-5)
     assert abs(values["loss"] - math.log(260)) > 0.1  # the model has opinions
-    some = of_model(batch_size=8, max_documents=7)
-    assert some["loss"] == pytest.approx(nll[:7].sum() / counts[:7].sum(), rel=1e-5) and some["documents"] == 7
+    some = of_model(max_documents=7)
+    chosen = [DOCUMENTS.items.index(d) for d in take(DOCUMENTS, 7)]
+    assert some["loss"] == pytest.approx(nll[chosen].sum() / counts[chosen].sum(), rel=1e-5) and some["documents"] == 7
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 44, 45, 1000])
+def test_documents_are_taken_evenly(most):
+    numbers = [DOCUMENTS.items.index(d) for d in take(DOCUMENTS, most)]
+    assert len(numbers) == min(most or 45, 45) and numbers[0] == 0
+    assert set(np.diff([*numbers, 45])) <= {45 // len(numbers), -(-45 // len(numbers))}  # from all of the split, none twice
 
 
 @pytest.mark.parametrize("mesh, batch_size", [("one", 24), ("data", 8), ("sequence", 24), ("fsdp", 16)])

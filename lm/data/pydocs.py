@@ -43,12 +43,13 @@ def _versions() -> dict[str, str]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a module and of all classes and functions in it."""
-    if text := ast.get_docstring(node):
+    """(qualified name, docstring) of a module and of all classes and functions in it, those under if, try or with too."""
+    named = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    if isinstance(node, named) and (text := ast.get_docstring(node)):
         yield name, text
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield from _docstrings(child, f"{name}.{child.name}")
+        if isinstance(child, (ast.stmt, ast.ExceptHandler)):
+            yield from _docstrings(child, f"{name}.{child.name}" if isinstance(child, named) else name)
 
 
 def _parse(path: Path) -> ast.Module | None:
@@ -95,7 +96,7 @@ def split_of(module: str) -> str:
 
 class Pydocs(tfds.core.GeneratorBasedBuilder):
     """The corpus as a TFDS builder, written as ArrayRecord without TensorFlow."""
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.0.1")
 
     def _info(self):
         features = {key: tfds.features.Text() for key in Document._fields}

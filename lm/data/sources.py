@@ -58,6 +58,13 @@ def _read_text(path: str) -> str:
                          f"with iconv -f latin1 -t utf-8") from None
 
 
+def _is_text(value) -> bool:
+    try:
+        return isinstance(value, str) and isinstance(value.encode("utf-8"), bytes)
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+
+
 def _files(paths: str) -> list[str]:
     """The files of a path or a glob pattern, sorted."""
     if not paths:
@@ -116,7 +123,7 @@ def jsonl(split: str, *, path: str, held_out: float, text_key: str = "text", lab
     """
     documents = []
     for file in _files(path.replace("{split}", split)):
-        for number, line in enumerate(_read_text(file).splitlines(), 1):
+        for number, line in enumerate(_read_text(file).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
             if not line.strip():
                 continue
             try:
@@ -127,7 +134,9 @@ def jsonl(split: str, *, path: str, held_out: float, text_key: str = "text", lab
                 if not isinstance(record, dict) or key not in record:
                     found = sorted(record) if isinstance(record, dict) else type(record).__name__
                     raise ValueError(f"{file}:{number} has no key {key!r}; it has {found}")
-            documents.append(Document(str(record[text_key]), f"{file}:{number}", str(record[label_key]) if label_key else ""))
+            if not _is_text(record[text_key]):
+                raise ValueError(f"{file}:{number}: {text_key!r} is {record[text_key]!r:.60}; wanted a string that UTF-8 can hold")
+            documents.append(Document(record[text_key], f"{file}:{number}", str(record[label_key]) if label_key else ""))
     if "{split}" not in path:
         documents = _held_out(documents, split, held_out)
     return _in_memory(documents, f"split {split!r} of {path}")
@@ -183,17 +192,24 @@ def tfds(split: str, *, name: str, data_dir: str, text_key: str = "text", label_
         if key not in keys:
             raise ValueError(f"{name!r} has no feature {key!r}; it has {sorted(keys)}")
     try:
-        source = builder.as_data_source(split=split)
         info = builder.info.splits[split]
+        if not info.num_examples:
+            raise _Empty(f"split {split!r} of {name!r} is empty")
+        source = builder.as_data_source(split=split)
+    except _Empty:
+        raise
     except (ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"{name!r} has no split {split!r}; it has {sorted(builder.info.splits)} ({str(error).splitlines()[0]})") from None
-    if not len(source):
-        raise ValueError(f"split {split!r} of {name!r} is empty")
     feature = builder.info.features[label_key] if label_key else None
     items = _TfdsItems(source, text_key, label_key, getattr(feature, "names", None), dataset)
-    identity = [dataset, str(builder.info.version), split, info.num_examples, getattr(info, "shard_lengths", None), text_key, label_key,
-                builder.info.metadata]
-    return Documents(items, hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16])
+    # Reading all of a large corpus would take hours; what TFDS knows of it, and a sample, tell copies apart.
+    identity = [dataset, str(builder.info.version), split, len(items), getattr(info, "num_bytes", None), text_key, label_key]
+    sample = fingerprint([items[i * len(items) // 256] for i in range(256)])
+    return Documents(items, hashlib.sha256(json.dumps([identity, sample]).encode()).hexdigest()[:16])
+
+
+class _Empty(ValueError):
+    pass
 
 
 def _version_key(name: str) -> tuple:

@@ -18,12 +18,12 @@ def compile_verbalizer(verbalizer: Sequence[tuple[str, Sequence[str]]], tokenize
     after any text (joined strings, cut again, are not).
 
     Raises:
-      ValueError: a label of the data without words or the other way round; a word without tokens; two labels' words with the same
+      ValueError: a label of the data without words; a word without tokens; two labels' words with the same
         tokens, or where one's are the beginning of the other's: the shorter could never score below the longer.
     """
     names = [label for label, _ in verbalizer]
-    if set(names) != labels or len(names) != len(set(names)):
-        raise ValueError(f"the verbalizer's labels {names} are not the data's {sorted(labels)}")
+    if labels - set(names) or len(names) != len(set(names)):
+        raise ValueError(f"the verbalizer has words for the labels {names}; the data's labels are {sorted(labels)}")
     words = [(i, word, tokenizer.encode(word)) for i, (_, words) in enumerate(verbalizer) for word in words]
     for i, label in enumerate(names):
         if not any(k == i for k, _, _ in words):
@@ -54,15 +54,16 @@ class Evaluator:
     """
 
     def __init__(self, predict_fns: PredictFns, *, name: str, documents: Documents, encoder: Encoder, verbalizer, max_documents: int):
-        self._documents = take(documents, max_documents)
+        self._documents = list(take(documents, max_documents))
         if not encoder.label_prompt or not all(d.label for d in self._documents):
             raise ValueError(f"the eval {name!r} needs labelled documents and config.data.label_prompt (now {encoder.label_prompt!r})")
         self._predict_fns, self._name = predict_fns, name
         self._labels = [label for label, _ in verbalizer]
-        self._words = compile_verbalizer(verbalizer, encoder.tokenizer, {d.label for d in self._documents} | set(self._labels))
-        if unknown := {d.label for d in self._documents} - set(self._labels):
-            raise ValueError(f"the verbalizer of the eval {name!r} has no words for the labels {sorted(unknown)}")
+        self._words = compile_verbalizer(verbalizer, encoder.tokenizer, {d.label for d in self._documents})
         room = predict_fns.length - max(len(ids) for _, _, ids in self._words) + 1
+        if room <= (question := len(encoder.tokenizer.encode(encoder.label_prompt))):
+            raise ValueError(f"config.data.length = {predict_fns.length} is too short for the eval {name!r}: the question has {question} tokens, the "
+                             f"longest word {predict_fns.length - room + 1}, and of the document one at least should be left")
         self._prompts = [encoder.prompt(d)[-room:] for d in self._documents]
         self._gold = np.array([self._labels.index(d.label) for d in self._documents])
 

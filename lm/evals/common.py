@@ -65,14 +65,19 @@ class PredictFns:
             out.append(self._last_logprobs(params, batch, padded[number * self._batch_size:(number + 1) * self._batch_size]))
         return _fetch(out)[:len(rows)]
 
-    def generate(self, params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> list[list[int]]:
-        """Continuations in one batch, up to EOS. Prompt and continuation must fit the context together."""
-        self._check_stop()
-        longest = max(map(len, prompts))
+    def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+        """The most tokens that a prompt may have; ValueError if one has more, or none."""
         room = self.length - max_new_tokens
-        if not 0 < min(map(len, prompts)) or longest > room:
-            raise ValueError(f"a prompt has {longest if longest > room else 0} tokens; wanted 1 to {room} (the context of {self.length} less "
-                             f"max_new_tokens = {max_new_tokens})")
+        for ids in prompts:
+            if not 0 < len(ids) <= room:
+                raise ValueError(f"a prompt has {len(ids)} tokens; wanted 1 to {room}: config.data.length = {self.length} less "
+                                 f"max_new_tokens = {max_new_tokens}")
+        return room
+
+    def generate(self, params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> list[list[int]]:
+        """Continuations in one batch, up to EOS."""
+        self._check_stop()
+        room = self.check_prompts(prompts, max_new_tokens)
         options = (max_new_tokens, temperature, top_k)
         if options not in self._generate:
             self._generate[options] = jax.jit(self._make_generate(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k),
@@ -89,10 +94,10 @@ def _fetch(arrays) -> np.ndarray:
     return np.concatenate([np.asarray(a) for a in arrays])
 
 
-def take(documents: Documents, max_documents: int) -> list[Document]:
+def take(documents: Documents, max_documents: int) -> Iterator[Document]:
     """All documents, or `max_documents` of them, evenly out of the split; 0: all."""
     count = min(len(documents), max_documents or len(documents))
-    return [documents[i * len(documents) // count] for i in range(count)]
+    return (documents[i * len(documents) // count] for i in range(count))
 
 
 def row(window: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ class Samples:
         self._predict_fns, self._tokenizer, self._prompts = predict_fns, encoder.tokenizer, prompts
         self._options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=0)
         self._ids = [[self._tokenizer.bos_id] + self._tokenizer.encode(prompt) for prompt in prompts]
+        predict_fns.check_prompts(self._ids, max_new_tokens)  # now, not after the first hour
 
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
         continuations = self._predict_fns.generate(params, self._ids, **self._options)

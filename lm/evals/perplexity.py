@@ -23,7 +23,7 @@ class Evaluator:
     """
 
     def __init__(self, predict_fns: PredictFns, *, documents: Documents, encoder: Encoder, max_documents: int):
-        texts = take(documents, max_documents)
+        texts = list(take(documents, max_documents))
         self._predict_fns = predict_fns
         self._rows = evaluation_rows([w for d in texts for w in windows(encoder.text(d), predict_fns.length)], predict_fns.length)
         data = b"".join(d.text.encode("utf-8") for d in texts)

@@ -44,7 +44,7 @@ class Config:
     use_bias: bool  # on every dense layer and LayerNorm
     tie_embeddings: bool
     init_std: float  # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
-    param_dtype: Any
+    param_dtype: Any  # of all parameters but the norms', which are f32
     compute_dtype: Any
     attention: str  # xla | cudnn (GPU, bf16)
     remat: str  # none | full | dots
@@ -55,7 +55,7 @@ class Config:
             if getattr(self, field) not in valid:
                 raise ValueError(f"config.model.{field} = {getattr(self, field)!r}; valid: {sorted(valid)}")
         for field in ("param_dtype", "compute_dtype"):
-            if jnp.dtype(getattr(self, field)) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+            if getattr(self, field) not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
                 raise ValueError(f"config.model.{field} = {getattr(self, field)!r}; valid: ['bfloat16', 'float32']")
         sizes = ("vocab_size", "context_length", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "scan_unroll")
         if small := [f for f in sizes if getattr(self, f) < 1]:
@@ -82,7 +82,7 @@ class Block(nnx.Module):
         c = config
         attention_key, mlp_key = jax.random.split(key)
         out_std = c.init_std / (2 * c.num_layers) ** 0.5  # GPT-2's (Radford et al. 2019, section 2.3)
-        norm = dict(eps=c.norm_eps, use_bias=c.use_bias, dtype=c.param_dtype)
+        norm = dict(eps=c.norm_eps, use_bias=c.use_bias)
         self.attention_norm = NORMS[c.norm](c.embed_dim, **norm)
         self.attention = Attention(attention_key, c, out_std=out_std)
         self.mlp_norm = NORMS[c.norm](c.embed_dim, **norm)
@@ -108,7 +108,7 @@ class Transformer(nnx.Module):
         learned = c.positions == "learned"
         self.position_embed = Embed(position_key, c.context_length, c.embed_dim, axis="position", **table) if learned else None
         self.layers = nnx.vmap(lambda k: Block(k, c), in_axes=0, out_axes=0)(jax.random.split(layers_key, c.num_layers))
-        self.norm = NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias=c.use_bias, dtype=c.param_dtype)
+        self.norm = NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias=c.use_bias)
         # Tied weights are one parameter that is called twice; the same Param under two attributes would break tree transforms.
         self.head = None if c.tie_embeddings else Embed(head_key, c.vocab_size, c.embed_dim, axis="vocab", **table)
 
