@@ -12,22 +12,29 @@ VERBALIZER = {"python": (" python",), "numpy": (" numpy",), "scipy": (" scipy",)
 PROMPTS = ("Return the ", "Compute the eigenvalues of ", "Raise an exception if ")
 
 
+# size -> (length, steps between the evals of a part of the validation split)
+SIZES = {"micro": ("200 steps", 50), "mini": ("500 steps", 100), "small": ("1300 steps", 200)}
+
+
 def get_config(size: str = "mini") -> ConfigDict:
     c = config_lib.default()
+    length, every = SIZES.get(size, ("1300 steps", 200))
+    # bf16 matmuls are 1.4 times as fast as f32 on CPUs that have them (AVX512-BF16, AMX), slower on those before.
     c.model.update(presets.get(size) | dict(vocab_size=0, compute_dtype="bfloat16"))
     c.model.scan_unroll = c.model.num_layers
     c.data.label_prompt = "\n\nLibrary:"
     c.data.length = 256
     c.data.batch_size = 16
     c.optimizer.name = "muon"
-    c.optimizer.learning_rate = 4e-3
+    c.optimizer.learning_rate = 5e-3
     c.optimizer.schedule = "linear"
     c.optimizer.final_learning_rate = 0.0
     c.optimizer.weight_decay = 0.05
-    c.train.length = "250 steps"
-    c.checkpoint.every = 100
-    c.checkpoint.best = "eval/validation/loss"
-    c.evals.validation = config_lib.perplexity(every=100)
+    c.train.length = length
+    c.checkpoint.every = every
+    c.checkpoint.best = "eval/part/loss"
+    c.evals.part = config_lib.perplexity(every=every, max_documents=120)
+    c.evals.validation = config_lib.perplexity(every=0)
     c.evals.library = config_lib.classification(VERBALIZER, every=0)
     c.evals.samples = config_lib.samples(PROMPTS, every=0)
     return c

@@ -29,7 +29,7 @@ def default() -> ConfigDict:
     c.data.batch_size = 16  # rows of the global batch, B
     c.data.streams = 8  # independent streams that the rows are dealt from; a multiple of the number of processes
     c.data.packing = "first_fit"  # first_fit (documents whole) | concat_then_split (rows full, documents cut anywhere)
-    c.data.packing_bins = 64  # rows that first_fit fills at a time
+    c.data.packing_bins = 128  # rows that first_fit fills at a time
 
     c.tokenizer = ConfigDict()
     c.tokenizer.kind = "sentencepiece"  # sentencepiece | bytes

@@ -81,13 +81,14 @@ def test_presets_have_their_published_sizes(preset):
 
 def test_resumable_keys_exist():
     """A misspelt one would forbid for ever what it should allow. Arguments of sources are those of any of them."""
-    known = {f"data.source_args.{name}" for source in (sources.text, sources.jsonl, sources.tfds, pydocs.pydocs) for name in inspect.signature(source).parameters}
+    all_sources = (sources.text, sources.jsonl, sources.tfds, pydocs.pydocs)
+    known = {f"data.source_args.{name}" for source in all_sources for name in inspect.signature(source).parameters}
     for key in config_lib.flatten(config_lib.default()):
         known |= {key, key.rpartition(".")[0]}
     assert set(config_lib.RESUMABLE) - {"evals"} <= known and "evals" in config_lib.default()
 
 
-KWARGS = ("model", "mesh", "objective", "evals.")  # sections that are taken whole, by to_dict
+KWARGS = ("model", "mesh", "objective", "evals.", "data.source_args")  # sections that are taken whole, by to_dict
 
 
 def record_reads(monkeypatch, config, read):

@@ -73,10 +73,12 @@ def test_stochastic_rounding_keeps_what_is_exact():
     bits = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
     x = bits.view(BF16)
     for seed in range(3):
-        rounded = np.asarray(optim.stochastic_round(jax.random.key(seed), (bits.astype(np.uint32) << 16).view(np.float32)))
+        rounded = np.asarray(optim.stochastic_round(jax.random.key(seed), jnp.asarray((bits.astype(np.uint32) << 16).view(np.float32))))
         nan = np.isnan(x)
         np.testing.assert_array_equal(rounded[~nan].view(np.uint16), bits[~nan])
         assert np.isnan(rounded[nan]).all()
+        low = np.array([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)  # NaN, as the lower half alone may say
+        assert np.isnan(np.asarray(optim.stochastic_round(jax.random.key(seed), jnp.asarray(low)))).all()
 
 
 def test_parameters_round_by_themselves():

@@ -106,7 +106,7 @@ def reference(c, params, tokens, position, segment):
     if c.positions == "learned":
         x = x + p["position_embed"]["table"][position]
     for layer in range(c.num_layers):
-        block = jax.tree.map(lambda w: w[layer], p["layers"])
+        block = jax.tree.map(lambda w: w[layer], p["layers"])  # noqa: B023
         x = x + _attention(c, block["attention"], _norm(c, block["attention_norm"], x), position, segment)
         x = x + _mlp(c, block["mlp"], _norm(c, block["mlp_norm"], x))
     return _norm(c, p["norm"], x) @ (p["embed"] if c.tie_embeddings else p["head"])["table"].T

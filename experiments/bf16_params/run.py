@@ -40,6 +40,7 @@ def get_config(variant: str, seed: int, steps: int):
     c.checkpoint.every = 0
     c.evals = dict(validation=c.evals.validation)
     c.evals.validation.every = max(1, steps // 5)
+    c.checkpoint.best = ""
     return c
 
 

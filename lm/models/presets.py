@@ -17,8 +17,8 @@ def _sized(family, num_layers, embed_dim, num_heads, *, head_dim=None, num_kv_he
 PRESETS = {
     # For CPU: squared ReLU, rotary positions, RMSNorm, no biases.
     "micro": _sized(_SMALL, 2, 64, 2),
-    "mini": _sized(_SMALL, 4, 256, 2),
-    "small": _sized(_SMALL, 6, 384, 6, context_length=512),
+    "mini": _sized(_SMALL, 3, 192, 2),
+    "small": _sized(_SMALL, 4, 320, 4),
     # nanoGPT's CPU recipe for tiny Shakespeare (config/train_shakespeare_char.py and the README's flags): GPT-2 without biases.
     "nanogpt_cpu": _sized(_GPT2, 4, 128, 4, context_length=64, use_bias=False),
     # GPT-2 (Radford et al. 2019, table 2).
