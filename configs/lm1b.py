@@ -16,7 +16,7 @@ def get_config(size: str = "gpt2") -> ConfigDict:
     c.model.update(presets.get(size) | dict(vocab_size=0))
     c.data.source = "lm.data.sources.tfds"
     c.data.source_args = dict(name="lm1b", data_dir="", text_key="text", label_key="")
-    c.data.update(dict(length=256, batch_size=512, streams=64))
+    c.data.update(dict(length=min(256, c.model.context_length), batch_size=512, streams=64))
     c.tokenizer.vocab_size = 32000
     c.tokenizer.max_documents = 1_000_000
     c.optimizer.update(dict(name="adamw", learning_rate=6e-4, schedule="cosine", warmup_steps=1000, weight_decay=0.1))

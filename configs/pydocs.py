@@ -23,7 +23,7 @@ def get_config(size: str = "mini") -> ConfigDict:
     c.model.update(presets.get(size) | dict(vocab_size=0, compute_dtype="bfloat16"))
     c.model.scan_unroll = c.model.num_layers
     c.data.label_prompt = "\n\nLibrary:"
-    c.data.length = 256
+    c.data.length = min(256, c.model.context_length)
     c.data.batch_size = 16
     c.optimizer.name = "muon"
     c.optimizer.learning_rate = 5e-3

@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     c.model.scan_unroll = c.model.num_layers
     c.tokenizer.kind = "bytes"
     c.data.source = "lm.data.sources.text"
-    c.data.source_args = dict(path="", held_out=0.1, separator="", document_chars=1024)
-    c.data.update(dict(length=64, batch_size=12, streams=12, packing_bins=128))  # rows of several documents in mixed order
+    c.data.source_args = dict(path="", held_out=0.1, separator="", document_chars=4096)
+    c.data.update(dict(length=64, batch_size=12, streams=12, packing_bins=256))  # rows of several documents in mixed order
     c.optimizer.update(dict(name="adamw", learning_rate=1e-3, schedule="cosine", final_learning_rate=0.1, warmup_steps=100,
                             b1=0.9, b2=0.99, weight_decay=0.1, clip_norm=1.0))
     c.train.length = "2000 steps"

@@ -215,8 +215,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
 
 
 def _abstract_state(abstract_params: dict, axes: dict, optimizer: optim.Optimizer, mesh: Mesh) -> step.TrainState:
-    """The train state as ShapeDtypeStructs with shardings. What the optimizer keeps in a parameter's shape lies as the parameter
-    does; smaller things (counters, Adafactor's factors) are replicated unless they are big, see below."""
+    """The train state as ShapeDtypeStructs with shardings. What the optimizer keeps in a parameter's shape, or in that less one dim
+    (Adafactor's factors), lies as the parameter does; counters are replicated."""
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), abstract_params)
     by_path = {jax.tree_util.keystr(path): (leaf.shape, s) for (path, leaf), s in
                zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharding.shardings(params, axes, mesh)))}
@@ -224,8 +224,15 @@ def _abstract_state(abstract_params: dict, axes: dict, optimizer: optim.Optimize
     def place(path, leaf):
         keys = jax.tree_util.keystr(path)
         for name, (shape, layout) in by_path.items():
-            if keys.endswith(name) and leaf.shape == shape:
+            if not keys.endswith(name):
+                continue
+            if leaf.shape == shape:
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+            partition = (*layout.spec, *([None] * (len(shape) - len(layout.spec))))
+            for i in range(len(shape)):
+                if leaf.shape == shape[:i] + shape[i + 1:]:
+                    less = jax.sharding.PartitionSpec(*partition[:i], *partition[i + 1:])
+                    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, less))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: step.init_state(p, optimizer), params))
 

@@ -152,8 +152,7 @@ def plot_curves(lines: list[dict]) -> bytes:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, wanted in zip(figure.subplots(2, 3).flat, CURVES):
-        names = sorted({name for line in lines for name in line if name == wanted or (wanted[0] == "/" and name.endswith(wanted))
-                        and not name.endswith(("majority" + wanted[1:],))})
+        names = sorted({name for line in lines for name in line if name == wanted or (wanted[0] == "/" and name.endswith(wanted))})
         for name in names:
             points = np.array([(line["step"], line[name]) for line in lines if name in line], dtype=float)
             axis.plot(points[:, 0], points[:, 1], label=name.removeprefix("eval/"), marker="." if len(points) < 30 else None)

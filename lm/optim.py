@@ -59,7 +59,7 @@ def _matrix_dims(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
 
 def decay_mask(axes) -> Any:
     """True for the parameters that weight decay applies to: matrices and tables, not norms and biases."""
-    return jax.tree.map(lambda names: len([n for n in names if n not in ("layers", "head_dim")]) > 1, axes, is_leaf=_is_axes)
+    return jax.tree.map(lambda names: len([n for n in names if n not in ("layers", "head_dim", "head_dim_bias")]) > 1, axes, is_leaf=_is_axes)
 
 
 def _is_axes(x) -> bool:
@@ -69,27 +69,23 @@ def _is_axes(x) -> bool:
 def _per_layer(tx: optax.GradientTransformation, axes) -> optax.GradientTransformation:
     """`tx` on every layer of a stack by itself, so that a block of it (Adafactor's factors and clipping) never spans layers.
 
-    Stacked and other parameters get a state each; the stacked one has a leading layers dim.
+    Stacks and other parameters get a state each, of their own trees; the stacks' has a leading layers dim.
     """
-    stacked = jax.tree.map(lambda names: names[0] == "layers", axes, is_leaf=_is_axes)
+    stacked = {name for name, tree in axes.items() if all(names[0] == "layers" for names in jax.tree.leaves(tree, is_leaf=_is_axes))}
 
     def split(tree):
-        leaves, treedef = jax.tree.flatten(tree)
-        flags = jax.tree.leaves(stacked)
-        return [x for x, s in zip(leaves, flags) if s], [x for x, s in zip(leaves, flags) if not s], treedef, flags
+        return {k: v for k, v in tree.items() if k in stacked}, {k: v for k, v in tree.items() if k not in stacked}
 
     def init(params):
-        layers, rest, _, _ = split(params)
-        return {"layers": jax.vmap(tx.init)(layers), "rest": tx.init(rest)}
+        layers, rest = split(params)
+        return {"stacks": jax.vmap(tx.init)(layers) if layers else (), "rest": tx.init(rest)}
 
     def update(updates, state, params=None):
-        layers, rest, treedef, flags = split(updates)
-        layer_params, rest_params, _, _ = split(params)
-        layers, layers_state = jax.vmap(tx.update)(layers, state["layers"], layer_params)
+        (layers, rest), (layer_params, rest_params), stacks = split(updates), split(params), ()
+        if layers:
+            layers, stacks = jax.vmap(tx.update)(layers, state["stacks"], layer_params)
         rest, rest_state = tx.update(rest, state["rest"], rest_params)
-        layers, rest = iter(layers), iter(rest)
-        merged = jax.tree.unflatten(treedef, [next(layers if s else rest) for s in flags])
-        return merged, {"layers": layers_state, "rest": rest_state}
+        return layers | rest, {"stacks": stacks, "rest": rest_state}
     return optax.GradientTransformation(init, update)
 
 
@@ -182,9 +178,10 @@ class Optimizer:
           no trace: the stored weight is unchanged and, where more than bf16 is kept (master) or reached in expectation
           (stochastic), the f32 sum is unchanged too.
         """
-        learning_rate = self.schedule(step)
         old = state["master"] if "master" in state else jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        updates, transform = self.transform.update(grads, state["transform"], old)
+        with jax.numpy_dtype_promotion("standard"):  # optax adds its integer counters to floats
+            learning_rate = self.schedule(step)
+            updates, transform = self.transform.update(grads, state["transform"], old)
         updates = jax.tree.map(lambda u: -learning_rate * u, updates)
         new = jax.tree.map(jnp.add, old, updates)
         new_state = {"transform": transform}

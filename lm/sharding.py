@@ -27,6 +27,9 @@ RULES = {
     "heads": ("fsdp2", "tensor"),
     "kv_heads": ("fsdp2", "tensor"),
     "head_dim": (),
+    # Biases have no embed dim that the fsdp axis could split.
+    "mlp_bias": ("fsdp", "fsdp2", "tensor"),
+    "head_dim_bias": ("fsdp",),
     # The same dims in activations, where the fsdp axes already split the batch.
     "act_embed": (),
     "act_mlp": ("tensor",),

@@ -74,9 +74,9 @@ def make_train_step(graphdef, loss: Callable, optimizer: Optimizer, *, seed: int
         good = finite & ~state.halted
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state))
         if nonfinite == "halt":
-            halted, skipped, step = ~good, state.skipped, state.step + good
+            halted, skipped, step = ~good, state.skipped, state.step + good.astype(jnp.int32)
         else:
-            halted, skipped, step = state.halted, state.skipped + ~finite, state.step + 1
+            halted, skipped, step = state.halted, state.skipped + (~finite).astype(jnp.int32), state.step + 1
         metrics = terms | scalars | {"grad_norm": grad_norm, "tokens": count, "halted": halted, "skipped_steps": skipped}
         return TrainState(step, params, opt_state, halted, skipped), metrics
     return train_step

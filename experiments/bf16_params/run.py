@@ -39,7 +39,7 @@ def get_config(variant: str, seed: int, steps: int):
     c.train.length = f"{steps} steps"
     c.checkpoint.every = 0
     c.evals = dict(validation=c.evals.validation)
-    c.evals.validation.every = max(1, steps // 5)
+    c.evals.validation.update(dict(every=max(1, steps // 5), max_documents=300))
     c.checkpoint.best = ""
     return c
 

@@ -44,9 +44,9 @@ class Attention(nnx.Module):
         self.out = param(o_key, (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), c.param_dtype, std=out_std)
         self.use_bias = c.use_bias
         if c.use_bias:
-            self.query_bias = param(None, (c.num_heads, c.head_dim), ("heads", "head_dim"), c.param_dtype)
-            self.key_bias = param(None, (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim"), c.param_dtype)
-            self.value_bias = param(None, (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim"), c.param_dtype)
+            self.query_bias = param(None, (c.num_heads, c.head_dim), ("heads", "head_dim_bias"), c.param_dtype)
+            self.key_bias = param(None, (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim_bias"), c.param_dtype)
+            self.value_bias = param(None, (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim_bias"), c.param_dtype)
             self.out_bias = param(None, (c.embed_dim,), ("embed",), c.param_dtype)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array, cache: Cache | None = None):
@@ -70,7 +70,8 @@ class Attention(nnx.Module):
         k_BSKH = constrain(k_BSKH, "batch", None, "act_heads", None)
         v_BSKH = constrain(v_BSKH, "batch", None, "act_heads", None)
         # Softmax in f32 inside; query heads n attend to kv head n // (N/K).
-        y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation=self.implementation)
+        with jax.numpy_dtype_promotion("standard"):  # it multiplies bf16 by f32 scalars
+            y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation=self.implementation)
         y_BTNH = constrain(y_BTNH, "batch", "length", "act_heads", None)
         out_BTD = dense("btnh,nhd->btd", y_BTNH, self.out, self.compute_dtype)
         return add_bias(out_BTD, self.out_bias) if self.use_bias else out_BTD, cache

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.sharding import constrain
@@ -31,7 +32,8 @@ def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype) -> jax.Array:
     Unlike a plain einsum's, its gradient with respect to the weight is not rounded to `dtype`: it stays f32 as it leaves the
     matmul. And every matmul, backward too, is of two `dtype` operands, which is what bf16 units are made for.
     """
-    return _dense(spec, weight.get_metadata("logical_axes"), jnp.dtype(dtype), x, weight[...])
+    y = _dense(spec, weight.get_metadata("logical_axes"), jnp.dtype(dtype), x, weight[...])
+    return checkpoint_name(y, "dense")  # a remat policy can't see into the backward rule, but can name its result
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -118,7 +120,7 @@ class MLP(nnx.Module):
         self.up = param(up_key, (embed_dim, mlp_dim), ("embed", "mlp"), dtype, std=std)
         self.gate = param(gate_key, (embed_dim, mlp_dim), ("embed", "mlp"), dtype, std=std) if gated else None
         self.down = param(down_key, (mlp_dim, embed_dim), ("mlp", "embed"), dtype, std=out_std)
-        self.up_bias = param(None, (mlp_dim,), ("mlp",), dtype) if use_bias else None
+        self.up_bias = param(None, (mlp_dim,), ("mlp_bias",), dtype) if use_bias else None
         self.down_bias = param(None, (embed_dim,), ("embed",), dtype) if use_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
