@@ -5,18 +5,20 @@ the configuration, the tokenizer's files and the fingerprints.
 """
 
 import base64
-import contextlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from lm.data import tokenizer as tokenizers
@@ -73,6 +75,20 @@ def steps(directory: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.exists() else []
 
 
+def _settle_replaced(directory: epath.Path) -> None:
+    """Puts back a checkpoint that was set aside for a newer one of its step, or removes it if the newer one is whole."""
+    if jax.process_index():
+        return
+    for old in directory.glob("replaced-*"):
+        new = directory / old.name.removeprefix("replaced-")
+        if new.exists() and not damage(new):
+            old.rmtree()
+        else:
+            if new.exists():
+                new.rmtree()
+            old.rename(new)
+
+
 def _handlers():
     return ocp.handlers.create_default_handler_registry(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
 
@@ -89,6 +105,7 @@ class Checkpointer:
     def __init__(self, directory: epath.Path, *, keep: int, best: str = ""):
         self._directory, self._best, self._saving = directory, best, None
         directory.mkdir(parents=True, exist_ok=True)
+        _settle_replaced(directory)
         found = steps(directory)
         damaged = {step: damage(directory / str(step)) for step in found}
         whole = [step for step in found if not damaged[step]]
@@ -105,13 +122,13 @@ class Checkpointer:
                         aside.rmtree()
                     (directory / str(step)).rename(aside)
         policies = [checkpoint_managers.LatestN(keep)]
-        loss = lambda metrics: metrics["best"]
+        measured = lambda metrics: metrics.get(best, math.inf)  # one of another metric, from before the config changed, is no rival
         if best:
-            policies.append(checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+            policies.append(checkpoint_managers.BestN(get_metric_fn=measured, reverse=True, n=1, keep_checkpoints_without_metrics=False))
         logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
         self._manager = ocp.CheckpointManager(directory, handler_registry=_handlers(), options=ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=loss if best else None, best_mode="min",  # without it Orbax forgets metrics at a restart
+            best_fn=measured if best else None, best_mode="min",  # without it Orbax forgets metrics at a restart
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest)))
 
@@ -134,11 +151,18 @@ class Checkpointer:
         """
         self.wait()
         if step in self._manager.all_steps():
-            self._manager.delete(step)
-        value = metrics.get(self._best, float("nan"))
+            self._set_aside(step)
+        value = metrics.get(self._best, math.nan)
         self._saving = step
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(flatten(state)), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=arguments, metrics={"best": float(value)} if value == value else None, force=True)
+        self._manager.save(step, args=arguments, metrics={self._best: float(value)} if math.isfinite(value) else None, force=True)
+
+    def _set_aside(self, step: int) -> None:
+        """Makes room for a checkpoint that is saved again: the old one goes when the new one is whole."""
+        if jax.process_index() == 0:
+            (self._directory / str(step)).rename(self._directory / f"replaced-{step}")
+        multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -148,10 +172,12 @@ class Checkpointer:
         """
         try:
             self._manager.wait_until_finished()
+            _settle_replaced(self._directory)
         except Exception as error:
-            self._manager.reload()
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)  # it holds space that may be what is missing
+            _settle_replaced(self._directory)
+            self._manager.reload()
             kept = self._manager.latest_step()
             raise OSError(f"checkpoint {self._saving} could not be written to {self._directory}: {str(error).splitlines()[0]}. "
                           f"{'No checkpoint is' if kept is None else f'Checkpoint {kept} is whole and'} kept; free space and start again.") from error
@@ -193,42 +219,28 @@ def _restore_arrays(manager: ocp.CheckpointManager, step: int, abstract, what: s
     return unflatten(restored, abstract)
 
 
-def restore_params(workdir: epath.Path, abstract_params) -> tuple[Any, dict]:
-    """(parameters, meta) of the newest whole checkpoint of another run, which is left as it is.
+def restore_weights(workdir: epath.Path, abstract_params, *, averaged: bool, check: Callable[[dict], None]) -> tuple[Any, int]:
+    """(parameters, step) of the newest whole checkpoint of a run, which is left as it is.
+
+    Args:
+      averaged: take the moving average where the run kept one.
+      check: called with the checkpoint's meta before anything else is read; may raise.
 
     Raises:
       ValueError: there is none, or its parameters don't fit.
     """
-    with _reading(workdir) as (manager, step):
-        state = _restore_arrays(manager, step, {"params": abstract_params}, "model")
-        return state["params"], manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-
-
-@contextlib.contextmanager
-def _reading(workdir: epath.Path):
-    """(manager, step) of a run's newest whole checkpoint, to read from."""
     directory = workdir / "checkpoints"
     whole = [step for step in steps(directory) if not damage(directory / str(step))]
     if not whole:
         raise ValueError(f"{workdir} has no checkpoint that can be read; wanted a run directory with checkpoints/ in it")
     with ocp.CheckpointManager(directory, handler_registry=_handlers(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        yield manager, whole[-1]
-
-
-def restore_for_eval(workdir: epath.Path, abstract_state) -> tuple[Any, dict, int]:
-    """(parameters to evaluate, meta, step) of a run's newest whole checkpoint: the moving average where the run kept one.
-
-    Raises:
-      ValueError: there is none, or its parameters don't fit.
-    """
-    with _reading(workdir) as (manager, step):
-        stored = manager.item_metadata(step).state.tree
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        if not any(path.startswith("opt_state/ema/") for path in stored):
-            return _restore_arrays(manager, step, {"params": abstract_state.params}, "model")["params"], meta, step
-        f32 = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), abstract_state.params)
-        average = _restore_arrays(manager, step, {"opt_state": {"ema": f32}}, "model")["opt_state"]["ema"]
-        return jax.tree.map(lambda e, p: e.astype(p.dtype), average, abstract_state.params), meta, step
+        check(manager.restore(whole[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        stored = manager.item_metadata(whole[-1]).state.tree
+        if not averaged or not any(path.startswith("opt_state/ema/") for path in stored):
+            return _restore_arrays(manager, whole[-1], {"params": abstract_params}, "model")["params"], whole[-1]
+        f32 = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), abstract_params)
+        average = _restore_arrays(manager, whole[-1], {"opt_state": {"ema": f32}}, "model")["opt_state"]["ema"]
+        return jax.tree.map(lambda e, p: e.astype(p.dtype), average, abstract_params), whole[-1]
 
 
 def pack_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:

@@ -76,9 +76,7 @@ class Writer:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def _rewrite(self) -> None:
-        temporary = self._path.parent / (self._path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def lines(self) -> list[dict]:
         """All that was written, by the runs before too."""
@@ -109,6 +107,14 @@ class Writer:
             self._events.close()
 
 
+def write_whole(path: epath.Path, content: bytes | str) -> None:
+    """Writes a file so that a full disk or a kill leaves the old one, not half of the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    temporary.replace(path)
+
+
 def read_jsonl(path: epath.Path) -> list[dict]:
     """The whole lines of a JSONL file; [] if there is none. A last line that a killed run left half-written is dropped."""
     if not path.exists():
@@ -132,7 +138,7 @@ class Progress:
             return
         self._last = now
         left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
-        text = f"step {step}/{self._total} | loss {values['train/loss']:.3f} | {values['train/tokens_per_second']:,.0f} tokens/s"
+        text = f"step {step}/{self._total} | loss {values.get('train/loss', math.nan):.3f} | {values['train/tokens_per_second']:,.0f} tokens/s"
         text += f" | MFU {values['train/mfu']:.1%}" if "train/mfu" in values else ""
         text += f" | {int(left) // 60}:{int(left) % 60:02d} left"
         print(f"\r{text}\033[K" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """The run: restore, loop, log, evaluate, save. Reads top to bottom."""
 
 import collections
+import copy
 import json
 import logging
 import re
@@ -73,6 +74,14 @@ def _all_streams(local: dict) -> dict:
     return {number: state for part in parts for number, state in json.loads(bytes(part).rstrip(b"\0")).items()}
 
 
+def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path) -> None:
+    """Raises ValueError if a checkpoint's tokenizer is not the experiment's."""
+    theirs, ours = meta["tokenizer"], experiment.tokenizer
+    if theirs["fingerprint"] != ours.fingerprint:
+        raise ValueError(f"{where} was trained with the tokenizer {theirs['fingerprint']} ({theirs['vocab_size']} ids), config.tokenizer gives "
+                         f"{ours.fingerprint} ({ours.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)")
+
+
 class Run:
     """A run in its directory: state, streams, what was measured since the last line, and the files."""
 
@@ -91,6 +100,7 @@ class Run:
         self.loader = e.make_loader()
         self.interval: dict = {}  # (sum, count) since the last line of metrics.jsonl
         self.evals: dict = {"step": -1, "names": [], "values": {}}  # the step last evaluated, by which evaluators, with what result
+        self.saved_evals: dict | None = None  # as in the newest checkpoint
         found = self.checkpointer.latest()
         if found is None:
             self._begin()
@@ -98,16 +108,16 @@ class Run:
             self._resume(found)
         self.writer = metrics.Writer(workdir, self.step)
         if jax.process_index() == 0:
-            claim.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            metrics.write_whole(claim, json.dumps(config.to_dict(), indent=2) + "\n")
             e.tokenizer.save(_made(workdir / "tokenizer"))
 
     def _begin(self) -> None:
         e, c = self.experiment, self.config
         self.step = 0
         if c.init_from:
-            params, meta = checkpoint.restore_params(epath.Path(c.init_from).expanduser(), e.abstract_state.params)
-            self._check_tokenizer(meta, c.init_from)
-            logging.info("weights from %s", c.init_from)
+            source = epath.Path(c.init_from).expanduser()
+            params, step = checkpoint.restore_weights(source, e.abstract_state.params, averaged=False, check=lambda meta: check_tokenizer(e, meta, source))
+            logging.info("weights from %s, step %d", c.init_from, step)
         else:
             params = e.make_params(jax.random.key(c.seed))
         self.state = e.init_state(params)
@@ -120,7 +130,7 @@ class Run:
         self.step = step
         meta = self.checkpointer.meta(step)
         config_lib.check_resumable(meta["config"], self.config, str(self.workdir))
-        self._check_tokenizer(meta, str(self.workdir))
+        check_tokenizer(e, meta, self.workdir)
         if meta["corpus"] != e.train_documents.fingerprint:
             raise ValueError(f"{self.workdir} was trained on a corpus with fingerprint {meta['corpus']}; config.data gives "
                              f"{e.train_documents.fingerprint} now: the files (or, for pydocs, the installed versions) have changed")
@@ -131,13 +141,8 @@ class Run:
         self.streams = meta["streams"]
         self.interval = {name: tuple(pair) for name, pair in meta["interval"].items()}
         self.evals = meta["evals"]
+        self.saved_evals = copy.deepcopy(self.evals)
         logging.info("going on from step %d", step)
-
-    def _check_tokenizer(self, meta: dict, where: str) -> None:
-        theirs, ours = meta["tokenizer"], self.experiment.tokenizer
-        if theirs["fingerprint"] != ours.fingerprint:
-            raise ValueError(f"{where} was trained with the tokenizer {theirs['fingerprint']} ({theirs['vocab_size']} ids), config.tokenizer gives "
-                             f"{ours.fingerprint} ({ours.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)")
 
     def save(self, step: int, streams: dict) -> None:
         """Starts a checkpoint of `step`; `streams` are the stream states before the next batch."""
@@ -151,6 +156,7 @@ class Run:
         self.writer.flush()
         measured = self.evals["values"] if self.evals["step"] == step else {}
         self.checkpointer.save(step, self.state, json.loads(json.dumps(meta)), measured)
+        self.saved_evals = copy.deepcopy(self.evals)
 
     def evaluate(self, step: int, names: list[str]) -> dict[str, float]:
         """Runs evaluators, writes what they yield, and returns all metrics of `step` so far."""
@@ -190,18 +196,16 @@ def run_evaluator(workdir: epath.Path, name: str, evaluator, params, step: int) 
 
 
 def write_artifact(workdir: epath.Path, artifact: Artifact, step: int) -> None:
-    """Writes an evaluator's file. One that is appended to is a sequence of steps' parts; a step that is run again replaces its own."""
+    """Writes an evaluator's file. One that is appended to has a part for each step; a step that is run again replaces its own."""
     if jax.process_index():
         return
-    path = workdir / artifact.path.replace("{step}", str(step))
-    _made(path.parent)
-    content = artifact.content
+    path, content = workdir / artifact.path.replace("{step}", str(step)), artifact.content
     if artifact.append:
-        content = content.replace("{step}", str(step))
         old = path.read_text() if path.exists() else ""
-        parts = re.split(r"(?m)^(?=## Step \d+$)", old)
-        content = "".join(part for part in parts if part and int(part.split()[2]) < step) + content
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        parts = re.split(r"(?m)^(?=<!-- lm step \d+ -->$)", old)  # text that a model wrote may have any heading in it
+        kept = "".join(part for part in parts if part and int(part.split()[3]) < step)
+        content = f"{kept}<!-- lm step {step} -->\n## Step {step}\n\n{content.replace('<!-- lm step', '<!-- lm-step')}"
+    metrics.write_whole(path, content)
 
 
 def train(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
@@ -258,7 +262,7 @@ def _loop(run: Run) -> dict[str, float]:
                     values = run.evaluate(step, names)
                     progress.note(f"step {step} | " + " | ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items() if k.endswith(SHOWN)))
                     if jax.process_index() == 0:
-                        (run.workdir / "curves.png").write_bytes(metrics.plot_curves(run.writer.lines()))
+                        metrics.write_whole(run.workdir / "curves.png", metrics.plot_curves(run.writer.lines()))
                 if save_due or (names and run.checkpointer.latest() == step):
                     run.save(step, run.streams)
 
@@ -281,7 +285,7 @@ def _loop(run: Run) -> dict[str, float]:
             boundary(run.step)
     except Stopped:
         read(0)
-        if run.checkpointer.latest() != run.step:
+        if run.checkpointer.latest() != run.step or run.saved_evals != run.evals:
             run.save(run.step, run.streams)
         run.checkpointer.wait()
         raise Stopped(f"stopped by a signal at step {run.step}; saved in {run.workdir}, start it again to go on") from None
@@ -358,13 +362,10 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, floa
     e = build.build(config, devices)
     source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
     with jax.set_mesh(e.mesh):
-        params, meta, step = checkpoint.restore_for_eval(source, e.abstract_state)
-        if meta["tokenizer"]["fingerprint"] != e.tokenizer.fingerprint:
-            raise ValueError(f"{source} was trained with the tokenizer {meta['tokenizer']['fingerprint']}, config.tokenizer gives {e.tokenizer.fingerprint}; "
-                             f"set config.tokenizer.path={source}/tokenizer")
+        params, step = checkpoint.restore_weights(source, e.abstract_state.params, averaged=True, check=lambda meta: check_tokenizer(e, meta, source))
         values = {}
         for name, evaluator in e.make_evaluators().items():
             values |= run_evaluator(workdir, name, evaluator, params, step)
     if jax.process_index() == 0:
-        (_made(workdir) / f"eval-{step}.json").write_text(json.dumps({"step": step, "from": str(source), "config": config.to_dict()} | values, indent=2))
+        metrics.write_whole(workdir / f"eval-{step}.json", json.dumps({"step": step, "from": str(source), "config": config.to_dict()} | values, indent=2))
     return values

@@ -371,12 +371,13 @@ def test_reading_another_run_leaves_it_as_it_is(tmp_path):
     checkpointer.close()
     flip(biggest(tmp_path / "checkpoints/2"))
     before = snapshot(tmp_path)
-    params, meta = checkpoint.restore_params(epath.Path(tmp_path), ABSTRACT["params"])
+    metas = []
+    params, step = checkpoint.restore_weights(epath.Path(tmp_path), ABSTRACT["params"], averaged=True, check=metas.append)
     jax.tree.map(np.testing.assert_array_equal, params, state(1)["params"])
-    assert meta == {"streams": {"0": 1}}
+    assert metas == [{"streams": {"0": 1}}] and step == 1
     assert snapshot(tmp_path) == before
     with pytest.raises(ValueError, match="nowhere has no checkpoint that can be read"):
-        checkpoint.restore_params(epath.Path(tmp_path / "nowhere"), ABSTRACT["params"])
+        checkpoint.restore_weights(epath.Path(tmp_path / "nowhere"), ABSTRACT["params"], averaged=True, check=metas.append)
     assert not (tmp_path / "nowhere").exists()
 
 

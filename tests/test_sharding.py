@@ -110,8 +110,9 @@ def test_nothing_big_is_replicated_under_fsdp(preset, optimizer):
     """Neither a parameter above 1 MiB nor the optimizer's array for it; Adafactor's factors (a dim less) may be somewhat larger."""
     state = abstract_state(preset, optimizer, sharding.make_mesh(dict(fsdp=8), jax.devices()))
     size = lambda leaf: leaf.size * leaf.dtype.itemsize
+    limit = lambda path: 2**21 if any(name in jax.tree_util.keystr(path) for name in ("v_col", "v_row")) else 2**20
     whole = {jax.tree_util.keystr(path): f"{size(leaf) / 2**20:.1f} MiB" for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-             if size(leaf) > (2**21 if "v_col" in jax.tree_util.keystr(path) or "v_row" in jax.tree_util.keystr(path) else 2**20) and leaf.sharding.is_fully_replicated}
+             if size(leaf) > limit(path) and leaf.sharding.is_fully_replicated}
     assert not whole
     big = [leaf for leaf in jax.tree.leaves(state) if size(leaf) > 2**20]
     assert big and all(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == leaf.size for leaf in big)

@@ -28,7 +28,7 @@ class Artifact(NamedTuple):
     """A file for the run directory."""
     path: str  # "{step}" in it is replaced
     content: bytes | str
-    append: bool = False
+    append: bool = False  # to what earlier steps wrote, under a heading of its own
 
 
 class Evaluator(Protocol):

@@ -24,4 +24,4 @@ class Samples:
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
         continuations = self._predict_fns.generate(params, self._ids, **self._options)
         blocks = [f"```\n{prompt}⟫{self._tokenizer.decode(ids)}\n```\n" for prompt, ids in zip(self._prompts, continuations)]
-        yield "samples", Artifact("samples.md", "## Step {step}\n\n" + "\n".join(blocks) + "\n", append=True)
+        yield "samples", Artifact("samples.md", "\n".join(blocks) + "\n", append=True)
