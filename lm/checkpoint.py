@@ -103,6 +103,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: epath.Path, *, keep: int, best: str = ""):
+        directory = directory.resolve()  # Orbax writes to absolute paths only
         self._directory, self._best, self._saving = directory, best, None
         directory.mkdir(parents=True, exist_ok=True)
         _settle_replaced(directory)
@@ -229,7 +230,7 @@ def restore_weights(workdir: epath.Path, abstract_params, *, averaged: bool, che
     Raises:
       ValueError: there is none, or its parameters don't fit.
     """
-    directory = workdir / "checkpoints"
+    directory = (workdir / "checkpoints").resolve()
     whole = [step for step in steps(directory) if not damage(directory / str(step))]
     if not whole:
         raise ValueError(f"{workdir} has no checkpoint that can be read; wanted a run directory with checkpoints/ in it")

@@ -57,8 +57,9 @@ def flip(path, where=0.5):
     path.write_bytes(data)
 
 
-def biggest(directory):
-    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+def biggest(step):
+    """The biggest file of a checkpoint's arrays."""
+    return max((p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 DAMAGE = {
@@ -379,6 +380,17 @@ def test_reading_another_run_leaves_it_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="nowhere has no checkpoint that can be read"):
         checkpoint.restore_weights(epath.Path(tmp_path / "nowhere"), ABSTRACT["params"], averaged=True, check=metas.append)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_relative_directory(tmp_path, monkeypatch):
+    # As in --workdir=runs/pydocs.
+    monkeypatch.chdir(tmp_path)
+    checkpointer = make("run/checkpoints")
+    save(checkpointer, 3)
+    checkpointer.close()
+    params, step = checkpoint.restore_weights(epath.Path("run"), ABSTRACT["params"], averaged=True, check=lambda meta: None)
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, params, state(3)["params"])
 
 
 def test_flatten_and_unflatten(tmp_path):
