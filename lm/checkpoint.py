@@ -39,6 +39,11 @@ def unflatten(flat: dict[str, Any], like):
     return jax.tree_util.tree_unflatten(treedef, [flat[jax.tree_util.keystr(path, simple=True, separator="/")] for path, _ in paths])
 
 
+def _absolute(path: epath.Path) -> epath.Path:
+    """Orbax writes to absolute paths only."""
+    return path if "://" in str(path) else path.resolve()
+
+
 def _scan(directory: epath.Path) -> dict[str, list[int]]:
     """{file: [bytes, crc32]} of all files under a checkpoint."""
     found, files = {}, []
@@ -103,7 +108,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: epath.Path, *, keep: int, best: str = ""):
-        directory = directory.resolve()  # Orbax writes to absolute paths only
+        directory = _absolute(directory)
         self._directory, self._best, self._saving = directory, best, None
         directory.mkdir(parents=True, exist_ok=True)
         _settle_replaced(directory)
@@ -230,7 +235,7 @@ def restore_weights(workdir: epath.Path, abstract_params, *, averaged: bool, che
     Raises:
       ValueError: there is none, or its parameters don't fit.
     """
-    directory = (workdir / "checkpoints").resolve()
+    directory = _absolute(workdir / "checkpoints")
     whole = [step for step in steps(directory) if not damage(directory / str(step))]
     if not whole:
         raise ValueError(f"{workdir} has no checkpoint that can be read; wanted a run directory with checkpoints/ in it")
