@@ -13,7 +13,7 @@ PROMPTS = ("Return the ", "Compute the eigenvalues of ", "Raise an exception if 
 
 
 # size -> (length, steps between the evals of a part of the validation split)
-SIZES = {"micro": ("200 steps", 50), "mini": ("400 steps", 100), "small": ("1300 steps", 200)}
+SIZES = {"micro": ("200 steps", 50), "mini": ("500 steps", 100), "small": ("1300 steps", 200)}
 
 
 def get_config(size: str = "mini") -> ConfigDict:

@@ -92,8 +92,7 @@ def dying_write(self):
         die()
 
 loader.Loader.__next__, checkpoint.Checkpointer.save, checkpoint.Checkpointer._write_manifest = counted_fetch, timed_save, dying_write
-with jax.numpy_dtype_promotion("standard"):
-    train.train(ConfigDict(config), run, jax.devices())
+train.train(ConfigDict(config), run, jax.devices())
 '''
 
 

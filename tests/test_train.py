@@ -52,8 +52,7 @@ def _quick(monkeypatch, tmp_path_factory):
         monkeypatch.setattr(module, name, cached)
     draw = metrics.plot_curves
     monkeypatch.setattr(metrics, "plot_curves", lambda lines: PNG)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        yield lambda: monkeypatch.setattr(metrics, "plot_curves", draw)
+    yield lambda: monkeypatch.setattr(metrics, "plot_curves", draw)
     for name, value in {"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}.items():
         jax.config.update(name, value)
 
