@@ -57,8 +57,10 @@ def _join_processes() -> None:
     on_tpu_vm = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     if jax.distributed.is_initialized() or not (several or (on_tpu_vm and importlib.util.find_spec("libtpu"))):
         return
+    # TPU pods and Slurm say who is who; elsewhere these three variables do: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+    explicit = dict(num_processes=int(env["JAX_NUM_PROCESSES"]), process_id=int(env["JAX_PROCESS_ID"])) if "JAX_NUM_PROCESSES" in env else {}
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**explicit)
     except ValueError:
         if several:
             raise
