@@ -1,3 +1,0 @@
-"""lm: a JAX codebase for training and evaluating language models."""
-
-__version__ = "0.1.0"
