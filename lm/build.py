@@ -178,6 +178,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     c = config
     if small := [key for key in ("batch_size", "length", "streams", "packing_bins") if c.data[key] < 1]:
         raise ValueError(f"{', '.join(f'config.data.{key} = {c.data[key]}' for key in small)}; must be at least 1")
+    if c.checkpoint.keep < 1:
+        raise ValueError(f"config.checkpoint.keep = {c.checkpoint.keep}; must be at least 1, or the run would end without its weights")
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
     sharding.check_batch(mesh, c.data.batch_size, c.data.length, "config.data.batch_size")
     if c.train.accumulation < 1 or c.data.batch_size % c.train.accumulation:

@@ -98,6 +98,13 @@ def test_without_best_only_the_newest_are_kept(tmp_path):
     checkpointer.close()
 
 
+def test_keeping_none_is_refused(small, tmp_path):
+    # A run would end without its weights.
+    small.checkpoint.keep = 0
+    with pytest.raises(ValueError, match="config.checkpoint.keep = 0"):
+        go(small, tmp_path / "run")
+
+
 def test_best_of_another_metric_is_not_compared(tmp_path):
     # config.checkpoint may change when a run goes on.
     checkpointer = make(tmp_path, best="eval/v/loss", keep=1)
