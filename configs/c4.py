@@ -1,4 +1,4 @@
-"""C4 (English), for any preset: --config=configs/c4.py:llama2_7b. On accelerators; the batch is the preset's usual one.
+"""C4 (English), for GPT-2's, GPT-3's and Llama 2's sizes: --config=configs/c4.py:llama2_7b. On accelerators; the batch is its paper's.
 
     python -m lm.main --config=configs/c4.py:gpt2 --workdir=gs://BUCKET/c4-gpt2 --config.data.source_args.data_dir=gs://BUCKET/tfds
 
@@ -22,7 +22,7 @@ SIZES = {
 
 def get_config(size: str = "gpt2") -> ConfigDict:
     c = config_lib.default()
-    learning_rate, batch_tokens, tokens = SIZES[size] if size in SIZES else (1e-3, 2**16, 1e9)
+    learning_rate, batch_tokens, tokens = config_lib.sized(SIZES, size)
     c.model.update(presets.get(size))
     c.data.source = "lm.data.sources.tfds"
     c.data.source_args = dict(name="c4/en", data_dir="", text_key="text", label_key="")

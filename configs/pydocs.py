@@ -21,8 +21,8 @@ SIZES = {"micro": ("200 steps", 50), "mini": ("500 steps", 100), "small": ("1300
 
 def get_config(size: str = "mini") -> ConfigDict:
     c = config_lib.default()
-    length, every = SIZES.get(size, ("1300 steps", 200))
-    # bf16 matmuls are 1.4 times as fast as f32 on CPUs that have them (AVX512-BF16, AMX), slower on those before.
+    length, every = config_lib.sized(SIZES, size)
+    # bf16 matmuls are 1.4 times as fast as f32 on a CPU that has them (AVX512-BF16), slower on those before.
     c.model.update(presets.get(size) | dict(vocab_size=0, compute_dtype="bfloat16"))
     c.model.scan_unroll = c.model.num_layers
     c.data.label_prompt = "\n\nLibrary:"

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -80,11 +81,22 @@ def steps(directory: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.exists() else []
 
 
+def newest_whole(directory: epath.Path) -> tuple[int | None, dict[int, list[str]]]:
+    """(step of the newest checkpoint that is whole, or None; {step: what is wrong} of those after it). The first process looks, which
+    means reading a whole checkpoint, and the others wait for its word."""
+    damaged, whole = {}, -1
+    for step in reversed(steps(directory)) if jax.process_index() == 0 else ():
+        damaged[step] = damage(directory / str(step))
+        if not damaged[step]:
+            whole = step
+            break
+    whole = int(multihost_utils.broadcast_one_to_all(np.int32(whole)))
+    return whole if whole >= 0 else None, {step: wrong for step, wrong in damaged.items() if wrong}
+
+
 def _settle_replaced(directory: epath.Path) -> None:
     """Puts back a checkpoint that was set aside for a newer one of its step, or removes it if the newer one is whole."""
-    if jax.process_index():
-        return
-    for old in directory.glob("replaced-*"):
+    for old in directory.glob("replaced-*") if jax.process_index() == 0 else ():
         new = directory / old.name.removeprefix("replaced-")
         if new.exists() and not damage(new):
             old.rmtree()
@@ -98,10 +110,18 @@ def _handlers():
     return ocp.handlers.create_default_handler_registry(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: the run's loop asks. Orbax would ask again, from a thread and for the step that it saves, and jax's agreement on a step
+        takes the last one that it was asked about for where the process stands."""
+        return False
+
+
 class Checkpointer:
     """Saves and restores the checkpoints of a run: the newest `keep`, and the one with the lowest `best` metric.
 
-    Damaged checkpoints are moved aside (to damaged-STEP) when it is made, so that the newest whole one counts.
+    When it is made, damaged checkpoints after the newest whole one are moved aside (to damaged-STEP). With several processes the
+    first looks, and the others wait for it.
 
     Raises:
       ValueError: there are checkpoints, but none is whole: starting over would overwrite the run.
@@ -112,27 +132,23 @@ class Checkpointer:
         self._directory, self._best, self._saving = directory, best, None
         directory.mkdir(parents=True, exist_ok=True)
         _settle_replaced(directory)
-        found = steps(directory)
-        damaged = {step: damage(directory / str(step)) for step in found}
-        whole = [step for step in found if not damaged[step]]
-        if found and not whole:
-            raise ValueError(f"{directory} has checkpoints {found}, but none can be read ({damaged[found[-1]][0]}). Not starting over at step 0: "
-                             f"restore them from a copy, or take another --workdir.")
-        if jax.process_index() == 0:
-            for step in found:
-                if damaged[step]:
-                    logging.warning("checkpoint %d is damaged (%s); going back to %s", step, "; ".join(damaged[step][:3]),
-                                    max((s for s in whole if s < step), default="an older one"))
-                    aside = directory / f"damaged-{step}"
-                    if aside.exists():
-                        aside.rmtree()
-                    (directory / str(step)).rename(aside)
+        whole, damaged = newest_whole(directory)
+        if whole is None and (found := steps(directory)):
+            raise ValueError(f"{directory} has checkpoints {found}, but none can be read ({damaged.get(found[-1], ['see process 0'])[0]}). "
+                             f"Not starting over at step 0: restore them from a copy, or take another --workdir.")
+        for step, wrong in damaged.items():
+            logging.warning("checkpoint %d is damaged (%s); going back to %d", step, "; ".join(wrong[:3]), whole)
+            aside = directory / f"damaged-{step}"
+            if aside.exists():
+                aside.rmtree()
+            (directory / str(step)).rename(aside)
+        multihost_utils.sync_global_devices("checkpoints looked through")
         policies = [checkpoint_managers.LatestN(keep)]
         measured = lambda metrics: metrics.get(best, math.inf)  # one of another metric, from before the config changed, is no rival
         if best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=measured, reverse=True, n=1, keep_checkpoints_without_metrics=False))
         logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
-        self._manager = ocp.CheckpointManager(directory, handler_registry=_handlers(), options=ocp.CheckpointManagerOptions(
+        self._manager = _Manager(directory, handler_registry=_handlers(), options=ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=measured if best else None, best_mode="min",  # without it Orbax forgets metrics at a restart
             cleanup_tmp_directories=True,
@@ -233,20 +249,23 @@ def restore_weights(workdir: epath.Path, abstract_params, *, averaged: bool, che
       check: called with the checkpoint's meta before anything else is read; may raise.
 
     Raises:
-      ValueError: there is none, or its parameters don't fit.
+      ValueError: there is none, its parameters don't fit, or a kill left a newer one set aside.
     """
     directory = _absolute(workdir / "checkpoints")
-    whole = [step for step in steps(directory) if not damage(directory / str(step))]
-    if not whole:
+    whole, _ = newest_whole(directory)
+    aside = max((int(p.name.removeprefix("replaced-")) for p in directory.glob("replaced-*")), default=-1)
+    if aside > (-1 if whole is None else whole):
+        raise ValueError(f"{workdir} is saving checkpoint {aside} again, or was when it was killed: wait, or start that run again, which puts it back")
+    if whole is None:
         raise ValueError(f"{workdir} has no checkpoint that can be read; wanted a run directory with checkpoints/ in it")
     with ocp.CheckpointManager(directory, handler_registry=_handlers(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        check(manager.restore(whole[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
-        stored = manager.item_metadata(whole[-1]).state.tree
+        check(manager.restore(whole, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        stored = manager.item_metadata(whole).state.tree
         if not averaged or not any(path.startswith("opt_state/ema/") for path in stored):
-            return _restore_arrays(manager, whole[-1], {"params": abstract_params}, "model")["params"], whole[-1]
+            return _restore_arrays(manager, whole, {"params": abstract_params}, "model")["params"], whole
         f32 = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), abstract_params)
-        average = _restore_arrays(manager, whole[-1], {"opt_state": {"ema": f32}}, "model")["opt_state"]["ema"]
-        return jax.tree.map(lambda e, p: e.astype(p.dtype), average, abstract_params), whole[-1]
+        average = _restore_arrays(manager, whole, {"opt_state": {"ema": f32}}, "model")["opt_state"]["ema"]
+        return jax.tree.map(lambda e, p: e.astype(p.dtype), average, abstract_params), whole
 
 
 def pack_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:

@@ -104,6 +104,13 @@ def default() -> ConfigDict:
     return c
 
 
+def sized(sizes: dict, size: str):
+    """The entry of `sizes`, a configuration's table of its sizes. Raises ValueError, listing them, for another size."""
+    if size not in sizes:
+        raise ValueError(f"this configuration has no size {size!r}; valid: {list(sizes)}")
+    return sizes[size]
+
+
 def perplexity(*, every: int, split: str = "validation", batch_size: int = 16, max_documents: int = 0) -> ConfigDict:
     """config.evals entry: loss, perplexity and bits per byte of a split."""
     return ConfigDict(dict(type="lm.evals.perplexity.Evaluator", every=every, batch_size=batch_size, split=split, max_documents=max_documents))

@@ -5,6 +5,7 @@ import logging
 import os
 import runpy
 import sys
+import traceback
 
 import jax
 from absl import app, flags
@@ -41,10 +42,11 @@ def main(argv: list[str]) -> int:
     except train.Stopped as stopped:
         logging.warning("%s", stopped)
         return 0
-    except (ValueError, OSError, train.NonFinite) as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
-            raise
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, train.NonFinite, train.Lost)):
+            traceback.print_exc()
         print(f"\nerror: {error}", file=sys.stderr)
+        startup.leave(1)
         return 1
     if jax.process_index() == 0:
         print(f"\n{workdir}\n{table(values)}")

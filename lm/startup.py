@@ -3,11 +3,14 @@
 import importlib.util
 import logging
 import os
+import sys
+import time
 from pathlib import Path
 
 import jax
 
 PLATFORMS = ("", "tpu", "gpu", "cpu")
+HEARTBEAT_SECONDS = 30  # how long a process may be silent before the others are stopped
 
 
 def start(platform: str = "") -> list[jax.Device]:
@@ -36,10 +39,22 @@ def start(platform: str = "") -> list[jax.Device]:
     else:
         why = "the first of TPU, GPU, CPU that is here"
     logging.info("running on %d x %s (%s), %d process(es): %s", len(devices), devices[0].device_kind, found, jax.process_count(), why)
+    if jax.process_index():
+        logging.getLogger().setLevel(logging.WARNING)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path("~/.cache/lm/xla").expanduser())
     if found != "cpu":  # CPU executables are bound to the machine's exact instruction set
         jax.config.update("jax_compilation_cache_dir", cache)
     return devices
+
+
+def leave(code: int) -> None:
+    """Ends this process at once if it is one of several. An orderly end would wait for the others, which may wait for this one in the middle
+    of a step; so they notice that it is gone."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(1)  # an error that all of them meet is told by each before the first one's end stops them
+        os._exit(code)
 
 
 def _missing() -> str:
@@ -59,8 +74,10 @@ def _join_processes() -> None:
         return
     # TPU pods and Slurm say who is who; elsewhere these three variables do: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
     explicit = dict(num_processes=int(env["JAX_NUM_PROCESSES"]), process_id=int(env["JAX_PROCESS_ID"])) if "JAX_NUM_PROCESSES" in env else {}
+    # On CPU, programs dispatched one after the other may overlap, and their messages to another process get mixed up.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        jax.distributed.initialize(**explicit)
+        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError:
         if several:
             raise

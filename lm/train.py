@@ -1,6 +1,7 @@
 """The run: restore, loop, log, evaluate, save. Reads top to bottom."""
 
 import collections
+import contextlib
 import copy
 import json
 import logging
@@ -22,6 +23,10 @@ from lm.evals.common import Artifact
 
 class NonFinite(RuntimeError):
     """A loss, gradient or update was not finite; the last good state is saved."""
+
+
+class Lost(RuntimeError):
+    """The devices or the other processes failed in the middle of a step."""
 
 
 class Stopped(Exception):
@@ -83,9 +88,9 @@ def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path)
 
 
 class Run:
-    """A run in its directory: state, streams, what was measured since the last line, and the files."""
+    """A run in its directory: state, streams, what was measured since the last line, and the files. `closing` closes what it opens."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, devices, stop: StopSignal):
+    def __init__(self, config: ConfigDict, workdir: epath.Path, devices, stop: StopSignal, closing: contextlib.ExitStack):
         self.config, self.workdir, self.stop = config, workdir, stop
         claim = workdir / "config.json"
         if claim.exists():
@@ -97,7 +102,9 @@ class Run:
             raise ValueError(f"config.checkpoint.best = {config.checkpoint.best!r} is not a metric of config.evals; such as {sorted(known)}")
         build.log_summary(e)
         self.checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best)
+        closing.callback(self.checkpointer.close)
         self.loader = e.make_loader()
+        closing.callback(self.loader.close)
         self.interval: dict = {}  # (sum, count) since the last line of metrics.jsonl
         self.evals: dict = {"step": -1, "names": [], "values": {}}  # the step last evaluated, by which evaluators, with what result
         self.saved_evals: dict | None = None  # as in the newest checkpoint
@@ -107,6 +114,7 @@ class Run:
         else:
             self._resume(found)
         self.writer = metrics.Writer(workdir, self.step)
+        closing.callback(self.writer.close)
         if jax.process_index() == 0:
             metrics.write_whole(claim, json.dumps(config.to_dict(), indent=2) + "\n")
             e.tokenizer.save(_made(workdir / "tokenizer"))
@@ -215,16 +223,19 @@ def train(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
       ValueError: what can't work, before anything is computed or overwritten.
       NonFinite: with train.nonfinite="halt".
       Stopped: after a signal; everything is saved.
+      Lost: with several processes, when one is gone.
     """
-    with StopSignal() as stop:
-        run = Run(config, workdir, devices, stop)
+    with StopSignal() as stop, contextlib.ExitStack() as closing:
+        run = Run(config, workdir, devices, stop, closing)
         try:
             with jax.set_mesh(run.experiment.mesh):
                 return _loop(run)
-        finally:
-            run.loader.close()
-            run.writer.close()
-            run.checkpointer.close()
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            closing.pop_all()  # closing would wait for the others
+            raise Lost(f"at step {run.step}: {str(error).splitlines()[0]}. With several processes this mostly means that another one has died: "
+                       f"see what it said. Start all of them again to go on from the newest checkpoint in {workdir}.") from error
 
 
 def _loop(run: Run) -> dict[str, float]:
@@ -260,16 +271,16 @@ def _loop(run: Run) -> dict[str, float]:
             with timer.paused():
                 if names:
                     values = run.evaluate(step, names)
-                    progress.note(f"step {step} | " + " | ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items() if k.endswith(SHOWN)))
-                    if jax.process_index() == 0:
-                        metrics.write_whole(run.workdir / "curves.png", metrics.plot_curves(run.writer.lines()))
+                    shown = [f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items() if k.endswith(SHOWN)]
+                    progress.note(" | ".join([f"step {step}", *shown]))
+                if jax.process_index() == 0 and (names or step == total):
+                    metrics.write_whole(run.workdir / "curves.png", metrics.plot_curves(run.writer.lines()))
                 if save_due or (names and run.checkpointer.latest() == step):
                     run.save(step, run.streams)
 
     try:
         if run.step:
-            boundary_names = run.due(run.step)
-            if boundary_names:
+            if run.due(run.step):
                 boundary(run.step)  # a stop came before them
         while run.step < total:
             if run.stop.at_step(run.step):

@@ -389,6 +389,32 @@ def test_reading_another_run_leaves_it_as_it_is(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_reading_a_run_that_was_killed_while_it_replaced_a_checkpoint(tmp_path):
+    """What is newest lies aside: neither an older one is taken for it, nor is a run repaired by a reader."""
+    checkpointer = make(tmp_path / "checkpoints")
+    for step in (1, 2):
+        save(checkpointer, step)
+    checkpointer.close()
+    read = lambda: checkpoint.restore_weights(epath.Path(tmp_path), ABSTRACT["params"], averaged=True, check=lambda meta: None)
+    (tmp_path / "checkpoints/2").rename(tmp_path / "checkpoints/replaced-2")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="saving checkpoint 2 again, or was when it was killed: wait, or start that run again"):
+        read()
+    assert snapshot(tmp_path) == before
+    make(tmp_path / "checkpoints").close()
+    assert read()[1] == 2
+
+
+def test_older_checkpoints_are_left_as_they_are(tmp_path, caplog):
+    checkpointer = make(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        save(checkpointer, step)
+    checkpointer.close()
+    flip(biggest(tmp_path / "1"))
+    make(tmp_path, keep=3).close()
+    assert "damaged" not in caplog.text and kept(tmp_path) == [1, 2, 3]
+
+
 def test_relative_directory(tmp_path, monkeypatch):
     # As in --workdir=runs/pydocs.
     monkeypatch.chdir(tmp_path)

@@ -67,6 +67,12 @@ def test_every_configuration_builds(path, size):
         assert c.checkpoint.best.split("/")[1] in c.evals
 
 
+@pytest.mark.parametrize("path", [p for p in CONFIGS if sizes(p) != [()]], ids=lambda p: p.stem)
+def test_another_size_is_refused(path):
+    with pytest.raises(ValueError, match=r"'gpt5'; valid: \["):
+        runpy.run_path(str(path))["get_config"]("gpt5")
+
+
 @pytest.mark.parametrize("preset", sorted(presets.PRESETS))
 def test_presets_have_their_published_sizes(preset):
     c = config_lib.default()

@@ -8,6 +8,7 @@ from etils import epath
 from test_sources import TEXT, prepare
 
 from lm import train
+from lm.models import presets
 
 WORDS = ("the", "sentence", "goes", "on", "number", "é")
 
@@ -29,14 +30,14 @@ def c4(data_dir):
 
 @pytest.mark.parametrize("name, write", [("lm1b", lm1b), ("c4", c4)])
 def test_config_trains_from_a_tiny_copy(name, write, tmp_path):
-    config = runpy.run_path(f"configs/{name}.py")["get_config"]("micro")
+    config = runpy.run_path(f"configs/{name}.py")["get_config"]()
     with pytest.raises(ValueError, match=r"no prepared copy .* tfds build .*--file_format=array_record"):
         config.data.source_args.data_dir = str(tmp_path / "tfds")
         train.train(config, epath.Path(tmp_path / "run"), jax.devices()[:1])
     write(tmp_path / "tfds")
     config.data.update(dict(length=32, batch_size=8, streams=4, cache_dir=str(tmp_path / "cache")))
     config.tokenizer.vocab_size = 300
-    config.model.update(dict(vocab_size=0, context_length=128))
+    config.model.update(presets.get("micro") | dict(vocab_size=0, context_length=128))
     config.optimizer.warmup_steps = 1
     config.train.length = "2 steps"
     config.evals.validation.batch_size = 8

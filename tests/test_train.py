@@ -162,6 +162,11 @@ def test_run_directory_is_complete(small, tmp_path, quick):
     assert without_clock(returned) == without_clock(merged)
 
 
+def test_a_run_without_evals_has_its_curves(small, tmp_path):
+    go(small.lock(), tmp_path / "run")
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(PNG)
+
+
 def test_logged_means_are_over_the_interval(small, tmp_path):
     go(small, tmp_path / "each")
     small.train.log_every = 4
