@@ -1,6 +1,7 @@
 """From a configuration to objects. The only file that turns strings into things; it does no training and writes nothing."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -18,7 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import decode, optim, sharding, step
+from lm import decode, optim, sharding, startup, step
+from lm.data import batch as batch_contract
 from lm.data import pack
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
@@ -108,6 +110,9 @@ def model(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Call
     module = resolve(fields.pop("type"), "config.model.type")
     fields["vocab_size"] = fields["vocab_size"] or vocab_size
     fields["compute_dtype"] = fields["compute_dtype"] or ("float32" if platform == "cpu" else "bfloat16")
+    for attention, wanted in (("splash", "tpu"), ("cudnn", "gpu")):
+        if fields.get("attention") == attention and platform != wanted:
+            raise ValueError(f"config.model.attention = {attention!r} is for {wanted}, and this runs on {platform}; \"xla\" runs everywhere")
     if fields["vocab_size"] < vocab_size:
         raise ValueError(f"config.model.vocab_size = {fields['vocab_size']} is below the tokenizer's {vocab_size}; 0 takes the tokenizer's")
     if fields["context_length"] < config.data.length:
@@ -117,15 +122,11 @@ def model(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Call
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """All that a run is made of. Nothing in it has been initialised or written."""
+class Program:
+    """What a run compiles. It needs no data, and its devices may be those of a described topology."""
     config: ConfigDict
     mesh: Mesh
     devices: Sequence[jax.Device]
-    tokenizer: tokenizers.Tokenizer
-    encoder: pack.Encoder
-    train_documents: Documents
-    total_steps: int
     model_config: Any
     graphdef: Any
     optimizer: optim.Optimizer
@@ -134,6 +135,19 @@ class Experiment:
     init_state: Callable  # jitted: parameters -> TrainState, donates them
     train_step: Callable  # jitted: (state, batch) -> (state, metrics), donates the state
     eval_params: Callable  # jitted: (params, opt_state) -> parameters to evaluate
+
+    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        layout = sharding.batch_sharding(self.mesh)
+        return {name: jax.ShapeDtypeStruct((batch_size, self.config.data.length), dtype, sharding=layout) for name, dtype in batch_contract.DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Program):
+    """All that a run is made of. Nothing in it has been initialised or written."""
+    tokenizer: tokenizers.Tokenizer
+    encoder: pack.Encoder
+    train_documents: Documents
+    total_steps: int
 
     def make_loader(self) -> Loader:
         c = self.config.data
@@ -180,11 +194,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
         raise ValueError(f"{', '.join(f'config.data.{key} = {c.data[key]}' for key in small)}; must be at least 1")
     if c.checkpoint.keep < 1:
         raise ValueError(f"config.checkpoint.keep = {c.checkpoint.keep}; must be at least 1, or the run would end without its weights")
-    mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
-    sharding.check_batch(mesh, c.data.batch_size, c.data.length, "config.data.batch_size")
-    if c.train.accumulation < 1 or c.data.batch_size % c.train.accumulation:
-        raise ValueError(f"config.train.accumulation = {c.train.accumulation} must divide config.data.batch_size = {c.data.batch_size}")
-    sharding.check_batch(mesh, c.data.batch_size // c.train.accumulation, c.data.length, "config.data.batch_size / config.train.accumulation")
+    sharding.make_mesh(c.mesh.to_dict(), devices)  # before the corpus is read
     if c.data.packing not in pack.PACKINGS:
         raise ValueError(f"config.data.packing = {c.data.packing!r}; valid: {list(pack.PACKINGS)}")
     train_documents = documents(c, c.data.split)
@@ -196,24 +206,57 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     encoder = pack.Encoder(words, c.data.label_prompt)
     steps = total_steps(c.train.length, batch_tokens=c.data.batch_size * c.data.length,
                         epoch_tokens=lambda: pack.count_tokens(train_documents, encoder))
-    model_config, make_model = model(c, words.vocab_size, devices[0].platform)
+    return Experiment(**vars(program(c, devices, words.vocab_size, steps)), tokenizer=words, encoder=encoder, train_documents=train_documents, total_steps=steps)
+
+
+def program(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, total_steps: int) -> Program:
+    """The compiled part of a run, for a tokenizer of `vocab_size` ids.
+
+    Raises:
+      ValueError: a mesh or batch that doesn't fit the devices, unknown names, sizes that the mesh can't divide.
+    """
+    c = config
+    mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
+    sharding.check_batch(mesh, c.data.batch_size, c.data.length, "config.data.batch_size")
+    if c.train.accumulation < 1 or c.data.batch_size % c.train.accumulation:
+        raise ValueError(f"config.train.accumulation = {c.train.accumulation} must divide config.data.batch_size = {c.data.batch_size}")
+    sharding.check_batch(mesh, c.data.batch_size // c.train.accumulation, c.data.length, "config.data.batch_size / config.train.accumulation")
+    model_config, make_model = model(c, vocab_size, devices[0].platform)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
     axes = sharding.logical_axes(abstract)
-    optimizer = optim.make_optimizer(c.optimizer, axes, steps)
+    optimizer = optim.make_optimizer(c.optimizer, axes, total_steps)
     objective_args = c.objective.to_dict()
     objective = resolve(objective_args.pop("type"), "config.objective.type")
     train_step = step.make_train_step(graphdef, objective.make_loss(**objective_args), optimizer, seed=c.seed,
-                                      accumulation=c.train.accumulation, nonfinite=c.train.nonfinite)
+                                      accumulation=c.train.accumulation, nonfinite=c.train.nonfinite, by_hand=_by_hand(c, mesh, axes))
     abstract_state = _abstract_state(nnx.to_pure_dict(abstract), axes, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    return Experiment(
-        config=c, mesh=mesh, devices=devices, tokenizer=words, encoder=encoder, train_documents=train_documents, total_steps=steps,
-        model_config=model_config, graphdef=graphdef, optimizer=optimizer, abstract_state=abstract_state,
+    return Program(
+        config=c, mesh=mesh, devices=devices, model_config=model_config, graphdef=graphdef, optimizer=optimizer, abstract_state=abstract_state,
         # Under jit one seed gives the same bits on every mesh.
         make_params=jax.jit(lambda key: nnx.to_pure_dict(nnx.split(make_model(key), nnx.Param)[1]), out_shardings=shardings.params),
         init_state=jax.jit(lambda params: step.init_state(params, optimizer), out_shardings=shardings, donate_argnums=0),
-        train_step=jax.jit(train_step, in_shardings=(shardings, None), out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
+        train_step=jax.jit(train_step, in_shardings=(shardings, None), out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0,
+                           compiler_options=startup.compiler_options(devices[0].device_kind)),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params))
+
+
+def _by_hand(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:
+    """How the gradient is distributed: None, by the partitioner, or `sharding.by_hand` for config.train.fsdp = "by_hand"."""
+    choices, dtypes, gathers = ("partitioner", "by_hand"), ("float32", "bfloat16"), ("joint", "staged")
+    if config.train.fsdp_gather not in gathers:
+        raise ValueError(f"config.train.fsdp_gather = {config.train.fsdp_gather!r}; valid: {list(gathers)}")
+    if config.train.fsdp not in choices:
+        raise ValueError(f"config.train.fsdp = {config.train.fsdp!r}; valid: {list(choices)}")
+    if config.train.grad_reduce_dtype not in dtypes:
+        raise ValueError(f"config.train.grad_reduce_dtype = {config.train.grad_reduce_dtype!r}; valid: {list(dtypes)}")
+    if config.train.fsdp == "partitioner":
+        if config.train.grad_reduce_dtype != "float32":
+            raise ValueError("config.train.grad_reduce_dtype = 'bfloat16' needs config.train.fsdp = 'by_hand': the partitioner reduces in float32")
+        return None
+    if split := [axis for axis in ("tensor", "sequence", "expert") if mesh.shape[axis] > 1]:
+        raise ValueError(f"config.train.fsdp = 'by_hand' splits rows and weights only; set config.mesh.{split[0]} = 1, or train.fsdp = 'partitioner'")
+    return functools.partial(sharding.by_hand, mesh=mesh, axes=axes, reduce_dtype=config.train.grad_reduce_dtype, joint=config.train.fsdp_gather == "joint")
 
 
 def _abstract_state(abstract_params: dict, axes: dict, optimizer: optim.Optimizer, mesh: Mesh) -> step.TrainState:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 # What a run may change when it goes on from its checkpoints. Everything else is the experiment: changing it is another run.
 RESUMABLE = ("platform", "mesh", "evals", "checkpoint", "train.length", "train.log_every", "train.nonfinite",
-             "model.attention", "model.remat", "model.scan_unroll", "data.cache_dir",
+             "train.fsdp", "train.fsdp_gather", "objective.chunk", "model.attention", "model.remat", "model.scan_unroll", "data.cache_dir",
              # Where the corpus lies; that it is the same text is held by its fingerprint.
              "data.source_args.data_dir", "data.source_args.path")
 
@@ -58,14 +58,16 @@ def default() -> ConfigDict:
     c.model.init_std = 0.02
     c.model.param_dtype = "bfloat16"  # bfloat16 | float32; norms are always float32
     c.model.compute_dtype = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
-    c.model.attention = "xla"  # xla | cudnn (GPU, bfloat16)
-    c.model.remat = "none"  # what the backward pass computes again: none | dots (all but the matmuls) | full (all)
-
+    c.model.attention = "xla"  # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
+    # What the backward pass computes again: none | dots (all but the matmuls) | full (all) | all but the results named, of query, key,
+    # value, attention (splash), out, up, gate, down: "query,attention,out"; "up:host" keeps one in the host's memory.
+    c.model.remat = "none"
     c.model.scan_unroll = 1  # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
 
     c.objective = ConfigDict()
     c.objective.type = "lm.objectives.causal"  # dotted path of a module with make_loss(**the rest) and token_logprobs
     c.objective.z_loss = 0.0
+    c.objective.chunk = 0  # positions of a row whose logits exist at a time; 0: all
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw | adafactor | lion | muon
@@ -88,6 +90,9 @@ def default() -> ConfigDict:
     c.train = ConfigDict()
     c.train.length = "1000 steps"  # "N steps", "N tokens" (positions of the batches) or "X epochs"
     c.train.accumulation = 1  # microbatches a step
+    c.train.fsdp = "partitioner"  # who writes FSDP's collectives: partitioner | by_hand (faster on TPU pods)
+    c.train.grad_reduce_dtype = "float32"  # of gradients on the wire: float32 | bfloat16 (by_hand only)
+    c.train.fsdp_gather = "staged"  # by_hand over fsdp and fsdp2: one after the other (v4, v5p) | joint, in one all-gather (v5e, v6e)
     c.train.nonfinite = "halt"  # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
     c.train.log_every = 10  # steps
 

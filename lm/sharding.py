@@ -4,10 +4,14 @@ A parameter names its dims when it is born (``logical_axes``, see `lm.nn.layers.
 mesh. Nothing else in the project decides a layout. *Axis* means an axis of the mesh, *dim* a dim of a tensor.
 """
 
+import contextvars
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -20,16 +24,16 @@ RULES = {
     "batch": ("slice", "data", "fsdp", "fsdp2", "expert"),
     "length": ("sequence",),
     "layers": (),
-    "vocab": ("fsdp2", "tensor"),
+    "vocab": ("tensor",),
     "position": (),
-    "embed": ("fsdp",),
-    "mlp": ("fsdp2", "tensor"),
-    "heads": ("fsdp2", "tensor"),
-    "kv_heads": ("fsdp2", "tensor"),
+    "embed": ("fsdp", "fsdp2"),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
     "head_dim": (),
-    # Biases have no embed dim that the fsdp axis could split.
+    # Biases have no embed dim that the fsdp axes could split.
     "mlp_bias": ("fsdp", "fsdp2", "tensor"),
-    "head_dim_bias": ("fsdp",),
+    "head_dim_bias": ("fsdp", "fsdp2"),
     # The same dims in activations, where the fsdp axes already split the batch.
     "act_embed": (),
     "act_mlp": ("tensor",),
@@ -92,24 +96,146 @@ def spec(logical_axes: Sequence[str | None], mesh: Mesh, *, without: Sequence[st
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Asks the partitioner to lay `x` out by `RULES` on the mesh of the context (`jax.set_mesh`); no mesh, no change."""
+    """Asks the partitioner to lay `x` out by `RULES` on the mesh of the context (`jax.set_mesh`); no mesh, or by hand: no change."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, spec(logical_axes, mesh))
 
 
-def gather(weight: jax.Array, logical_axes: Sequence[str], dtype) -> jax.Array:
+# FSDP. A layer takes its weights through `gather` and `lookup`, and what they do depends on where they are traced: left to the partitioner,
+# they are constraints on layouts; inside `by_hand` they are the collectives themselves. Both have a backward rule, so that a weight's
+# gradient is summed over the batch and split again in one place, in one dtype.
+
+
+class ByHand(NamedTuple):
+    reduce_dtype: jnp.dtype
+    joint: bool
+
+
+_BY_HAND: contextvars.ContextVar[ByHand] = contextvars.ContextVar("by_hand")
+
+
+def by_hand(gradient: Callable, *, mesh: Mesh, axes, reduce_dtype, joint: bool) -> Callable:
+    """`gradient(params, batch, key) -> (grads, count, terms)`, computed on each device from its rows, with FSDP's collectives written out.
+
+    The partitioner's gradient reduction over all axes of a torus is an all-reduce on TPUs, which moves twice the bytes; one axis
+    after the other it stays a reduce-scatter.
+
+    Args:
+      gradient: gives sums over the rows that it sees; its `grads` are already summed over the mesh, by `scatter`.
+      axes: the parameters' logical axes.
+      reduce_dtype: of the gradients on the wire.
+      joint: gather over fsdp and fsdp2 at once, which a two-dimensional torus does at full speed, and overlapped; on a three-dimensional
+        one the compiler makes it an all-reduce, unlike one gather after the other.
+    """
+    specs = jax.tree.map(lambda names: spec(names, mesh), axes, is_leaf=lambda x: isinstance(x, tuple))
+    every = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1)
+
+    def local(params, batch, key):
+        grads, *sums = gradient(params, batch, key)
+        return grads, *(jax.tree.map(lambda x: jax.lax.psum(x, every), sums) if every else sums)
+
+    def wrapped(params, batch, key):
+        token = _BY_HAND.set(ByHand(jnp.dtype(reduce_dtype), joint))
+        try:
+            rows = jax.tree.map(lambda x: batch_sharding(mesh, x.ndim).spec, batch)
+            return jax.shard_map(local, mesh=mesh, in_specs=(specs, rows, PartitionSpec()), out_specs=(specs, PartitionSpec(), PartitionSpec()),
+                                 check_vma=False)(params, batch, key)
+        finally:
+            _BY_HAND.reset(token)
+    return wrapped
+
+
+def _fsdp_dim(logical_axes: Sequence[str | None], mesh) -> tuple[int, tuple[str, ...]]:
+    """(the dim of a weight that FSDP splits, the mesh axes that do it); (0, ()) for none."""
+    for dim, entry in enumerate(spec(logical_axes, mesh)):
+        if axes := tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in FSDP_AXES):
+            return dim, axes
+    return 0, ()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(weight: jax.Array, logical_axes: tuple[str, ...], dtype) -> jax.Array:
     """A layer's weight as it computes with it: cast to `dtype`, and collected over the FSDP axes.
 
-    Casting first means that the wire carries `dtype`. This is the one place where FSDP happens: the partitioner turns the
-    constraint into an all-gather, and its transpose into the reduction of the gradient.
+    Casting first means that the wire carries `dtype`. The gradient comes back through `scatter`.
     """
     value = weight.astype(dtype)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return value
-    return jax.lax.with_sharding_constraint(value, spec(logical_axes, mesh, without=FSDP_AXES))
+    if not mesh.manual_axes:
+        return jax.lax.with_sharding_constraint(value, spec(logical_axes, mesh, without=FSDP_AXES))
+    dim, axes = _fsdp_dim(logical_axes, mesh)
+    for group in ([axes] if _BY_HAND.get().joint else reversed(axes)) if axes else ():
+        value = jax.lax.all_gather(value, group, axis=dim, tiled=True)
+    return value
+
+
+def scatter(grad: jax.Array, logical_axes: tuple[str, ...], dtype) -> jax.Array:
+    """The transpose of `gather`: the gradient of a gathered weight, summed over the batch's shards and split as the weight is.
+
+    Args:
+      dtype: of the result. On the wire it is `by_hand`'s reduce_dtype; the partitioner reduces in `grad`'s own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return grad.astype(dtype)
+    if not mesh.manual_axes:
+        return jax.lax.with_sharding_constraint(grad.astype(dtype), spec(logical_axes, mesh))
+    grad = grad.astype(_BY_HAND.get().reduce_dtype)
+    dim, axes = _fsdp_dim(logical_axes, mesh)
+    for axis in axes:  # one after the other: over all of a torus at once, the compiler would make it an all-reduce
+        grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+    return _sum_rest(grad, axes, mesh).astype(dtype)
+
+
+def _sum_rest(grad, done, mesh):
+    rest = tuple(a for a in mesh.manual_axes if mesh.shape[a] > 1 and a not in done)
+    return jax.lax.psum(grad, rest) if rest else grad
+
+
+gather.defvjp(lambda weight, logical_axes, dtype: (gather(weight, logical_axes, dtype), jnp.zeros((), weight.dtype)),
+              lambda logical_axes, dtype, like, grad: (scatter(grad, logical_axes, like.dtype),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table: jax.Array, ids_BT: jax.Array, logical_axes: tuple[str, str], dtype) -> jax.Array:
+    """Rows of a [V, D] table in `dtype`: [B, T, D]. The gradient is summed in f32.
+
+    By hand the table is not gathered: each device looks up its columns for the ids of all, and sends them theirs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return jnp.take(gather(table, logical_axes, dtype), ids_BT, axis=0)
+    axes = _columns(logical_axes, mesh)
+    if not axes:
+        return jnp.take(table.astype(dtype), ids_BT, axis=0)
+    x = jnp.take(table.astype(dtype), jax.lax.all_gather(ids_BT, axes, axis=0, tiled=True), axis=0)
+    return jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=2, tiled=True)
+
+
+def _columns(logical_axes, mesh):
+    dim, axes = _fsdp_dim(logical_axes, mesh)
+    assert dim == 1 or not axes, logical_axes
+    return axes
+
+
+def _lookup_backward(logical_axes, dtype, saved, grad_BTD):
+    table, ids_BT = saved
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = _columns(logical_axes, mesh) if mesh.manual_axes else ()
+    if axes:
+        grad_BTD = jax.lax.all_to_all(grad_BTD, axes, split_axis=2, concat_axis=0, tiled=True)
+        ids_BT = jax.lax.all_gather(ids_BT, axes, axis=0, tiled=True)
+    grad = jnp.zeros(table.shape, jnp.float32).at[ids_BT].add(grad_BTD.astype(jnp.float32))
+    if mesh.manual_axes:
+        return _sum_rest(grad, axes, mesh).astype(table.dtype), None
+    return scatter(grad, logical_axes, table.dtype), None
+
+
+lookup.defvjp(lambda table, ids_BT, logical_axes, dtype: (lookup(table, ids_BT, logical_axes, dtype), (table, ids_BT)), _lookup_backward)
 
 
 def logical_axes(state) -> dict:

@@ -13,6 +13,28 @@ PLATFORMS = ("", "tpu", "gpu", "cpu")
 HEARTBEAT_SECONDS = 30  # how long a process may be silent before the others are stopped
 
 
+# Options of the compiler for the train step, by device kind, each with its reason. "TPU v5" is v5p, "lite" are the e models.
+_NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}  # on few chips it turns gather + matmul into slow loops
+_SPARSECORE = {  # gathers and scatters run on the SparseCores, beside the matmuls
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,  # the other way to overlap them, which excludes this one
+    "xla_tpu_use_tc_device_shape_on_sc": True,  # else they are not offloaded from a megacore chip
+    "xla_sc_disable_megacore_partitioning": True,
+}
+COMPILER_OPTIONS = {
+    "TPU v4": _NO_WINDOWED_EINSUM,
+    "TPU v5 lite": _NO_WINDOWED_EINSUM,
+    "TPU v5": _NO_WINDOWED_EINSUM | _SPARSECORE,
+    "TPU v6 lite": _NO_WINDOWED_EINSUM,
+}
+
+
+def compiler_options(device_kind: str) -> dict | None:
+    """jax.jit's compiler_options of the train step."""
+    return COMPILER_OPTIONS.get(device_kind)
+
+
 def start(platform: str = "") -> list[jax.Device]:
     """Takes TPU, else GPU, else CPU (or the one asked for), joins the other processes of a pod, and logs what it took and why.
 

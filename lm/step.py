@@ -25,7 +25,8 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), bool), jnp.zeros((), jnp.int32))
 
 
-def make_train_step(graphdef, loss: Callable, optimizer: Optimizer, *, seed: int, accumulation: int, nonfinite: str) -> Callable:
+def make_train_step(graphdef, loss: Callable, optimizer: Optimizer, *, seed: int, accumulation: int, nonfinite: str,
+                    by_hand: Callable | None = None) -> Callable:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
     Args:
@@ -33,6 +34,7 @@ def make_train_step(graphdef, loss: Callable, optimizer: Optimizer, *, seed: int
       loss: `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`.
       seed: of every random number in the step, folded with its purpose and the step.
       accumulation: number of microbatches that the batch's rows are dealt into; the gradient is that of the whole batch.
+      by_hand: wraps the gradient of a microbatch with FSDP written out (`lm.sharding.by_hand`); None leaves it to the partitioner.
       nonfinite: "halt" stops at the first non-finite loss, gradient or update, "skip" leaves that update out and goes on.
 
     metrics: {name: (sum, count)} of the loss's terms, and scalars from the optimizer.
@@ -46,12 +48,13 @@ def make_train_step(graphdef, loss: Callable, optimizer: Optimizer, *, seed: int
         def loss_sum(params):
             value, count, terms = loss(nnx.merge(graphdef, params), batch, key)
             return value, (count, terms)
-        # With respect to an f32 view of the parameters, so that gradients are accumulated in f32.
-        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         grads, (count, terms) = jax.grad(loss_sum, has_aux=True)(params)
         return grads, count, terms
+    gradient = by_hand(gradient) if by_hand else gradient
 
     def accumulated(params, batch, key):
+        # With respect to an f32 view of the parameters, so that gradients are accumulated in f32.
+        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         if accumulation == 1:
             return gradient(params, batch, key)
         # Rows are dealt, not cut into blocks: every device keeps a share of each microbatch.

@@ -22,7 +22,7 @@ def _operands(spec):
 def test_dense_is_einsum(spec):
     """Value and both gradients, in f32."""
     x, weight = _operands(spec)
-    ours = lambda x, w: jnp.sum(jnp.sin(dense(spec, x, nnx.Param(w, logical_axes=weight.get_metadata("logical_axes")), jnp.float32)))
+    ours = lambda x, w: jnp.sum(jnp.sin(dense(spec, x, nnx.Param(w, logical_axes=weight.get_metadata("logical_axes")), jnp.float32, "y")))
     plain = lambda x, w: jnp.sum(jnp.sin(jnp.einsum(spec, x, w)))
     got, wanted = (jax.value_and_grad(f, argnums=(0, 1))(x, weight[...]) for f in (ours, plain))
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, wanted)
@@ -32,7 +32,7 @@ def test_weight_gradient_is_not_rounded():
     """In bf16 the gradient of an f32 view of the weight has more bits than bf16; x's gradient has x's dtype."""
     x, weight = _operands("btd,df->btf")
     x = x.astype(jnp.bfloat16)
-    f = lambda x, w: jnp.sum(dense("btd,df->btf", x, nnx.Param(w, logical_axes=("embed", "mlp")), jnp.bfloat16).astype(jnp.float32) ** 2)
+    f = lambda x, w: jnp.sum(dense("btd,df->btf", x, nnx.Param(w, logical_axes=("embed", "mlp")), jnp.bfloat16, "y").astype(jnp.float32) ** 2)
     x_grad, w_grad = jax.grad(f, argnums=(0, 1))(x, weight[...])
     assert x_grad.dtype == jnp.bfloat16 and w_grad.dtype == jnp.float32
     assert np.any(np.asarray(w_grad) != np.asarray(w_grad.astype(jnp.bfloat16).astype(jnp.float32)))

@@ -14,7 +14,7 @@ from lm import optim, sharding, step
 from lm.models.transformer import Config, Transformer
 from lm.objectives import causal
 
-PLAIN, WITH_Z = causal.make_loss(z_loss=0.0), causal.make_loss(z_loss=0.1)
+PLAIN, WITH_Z = causal.make_loss(z_loss=0.0, chunk=0), causal.make_loss(z_loss=0.1, chunk=0)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
 BAD = 39  # the first token of a row that poisons its batch
 
@@ -109,7 +109,7 @@ def test_the_gradient_is_of_the_mean_over_weights():
 def test_z_loss_adds_what_it_should():
     """Its share of the squared log-partition function to the objective, and so to the gradient; the loss reported is the cross entropy alone."""
     moments, metrics = {}, {}
-    for z_loss, loss in {0.0: PLAIN, 0.1: WITH_Z, 0.2: causal.make_loss(z_loss=0.2)}.items():
+    for z_loss, loss in {0.0: PLAIN, 0.1: WITH_Z, 0.2: causal.make_loss(z_loss=0.2, chunk=0)}.items():
         train_step, state = make(loss)
         state, metrics[z_loss] = train_step(state, batch())
         moments[z_loss] = moment(state)

@@ -56,7 +56,7 @@ def logits(graphdef, params):
 
 
 def loss(graphdef, params, batch=BATCH):
-    value, count, _ = causal.make_loss(z_loss=0.01)(nnx.merge(graphdef, params), batch, None)
+    value, count, _ = causal.make_loss(z_loss=0.01, chunk=0)(nnx.merge(graphdef, params), batch, None)
     return value / count
 
 
@@ -206,7 +206,7 @@ def test_execution_fields_are_fields():
     (dict(norm="rms"), r"config.model.norm = 'rms'; valid: \['layernorm', 'rmsnorm'\]"),
     (dict(activation="gelu"), r"config.model.activation = 'gelu'; valid: \['gelu_tanh', 'relu_squared', 'silu'\]"),
     (dict(positions="alibi"), r"config.model.positions = 'alibi'; valid: \['learned', 'rope'\]"),
-    (dict(remat="all"), r"config.model.remat = 'all'; valid: \['dots', 'full', 'none'\]"),
+    (dict(remat="all"), r"config.model.remat = 'all': \['all'\]; valid: \['none', 'full', 'dots'\], or names of \['query'"),
     (dict(attention="flash"), r"config.model.attention = 'flash'; valid: \[.*'xla'.*\]"),
     (dict(param_dtype="float16"), r"config.model.param_dtype = 'float16'; valid: \['bfloat16', 'float32'\]"),
     (dict(compute_dtype="float64"), r"config.model.compute_dtype = 'float64'; valid: \['bfloat16', 'float32'\]"),
@@ -329,7 +329,7 @@ def test_loss_is_the_cross_entropy_of_weighted_targets():
     got, got_z = jit(lambda p: causal.token_logprobs(nnx.merge(graphdef, p), batch))(params)
     np.testing.assert_allclose(got, logprobs, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got_z, log_z, rtol=1e-4, atol=1e-4)
-    total, count, terms = jit(lambda p: causal.make_loss(z_loss=0.1)(nnx.merge(graphdef, p), batch, None))(params)
+    total, count, terms = jit(lambda p: causal.make_loss(z_loss=0.1, chunk=0)(nnx.merge(graphdef, p), batch, None))(params)
     nll, extra = -(logprobs * batch["weights"]).sum(), 0.1 * (log_z ** 2 * batch["weights"]).sum()
     np.testing.assert_allclose([total, count, *terms["loss"], *terms["z_loss"]],
                                [nll + extra, batch["weights"].sum(), nll, batch["weights"].sum(), extra, batch["weights"].sum()], rtol=1e-4)

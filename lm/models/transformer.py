@@ -10,18 +10,37 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.nn.attention import Attention, Cache, cache_mask, causal_mask
+from lm.nn.attention import SPLASH, Attention, Cache, Visible, cache_mask, causal_mask
 from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed
 from lm.sharding import constrain
 
 POSITIONS = ("learned", "rope")
-ATTENTION = ("xla", "cudnn")
-# What the backward pass finds saved of each layer; the rest it computes again.
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("dense"),  # matmuls with weights saved, attention recomputed
-}
+ATTENTION = ("xla", "cudnn", *SPLASH)
+# What the backward pass may find saved of each layer: results of matmuls, and the attention kernel's own residuals (splash).
+REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down")
+REMAT = {"none": None, "full": (), "dots": REMAT_NAMES}
+
+
+def remat_policy(remat: str):
+    """The policy of jax.checkpoint for config.model.remat: a key of `REMAT`, or names of `REMAT_NAMES` with commas between them, those
+    to be kept in the host's memory with ":host" behind them. What is not kept is computed again in the backward pass; gathered
+    weights always are gathered again.
+
+    Raises:
+      ValueError: anything else.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return policies.save_anything_except_these_names("weights")
+    names = [name.partition(":") for name in (REMAT[remat] if remat in REMAT else remat.split(","))]
+    if wrong := [f"{name}{colon}{place}" for name, colon, place in names if name not in REMAT_NAMES or (colon and place != "host")]:
+        raise ValueError(f"config.model.remat = {remat!r}: {wrong}; valid: {list(REMAT)}, or names of {list(REMAT_NAMES)} with commas between "
+                         f"them, with \":host\" behind those to be kept in the host's memory")
+    saved, offloaded = ([name for name, _, place in names if bool(place) == there] for there in (False, True))
+    if offloaded:
+        return policies.save_and_offload_only_these_names(names_which_can_be_saved=saved, names_which_can_be_offloaded=offloaded,
+                                                          offload_src="device", offload_dst="pinned_host")
+    return policies.save_only_these_names(*saved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +65,18 @@ class Config:
     init_std: float  # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
     param_dtype: Any  # of all parameters but the norms', which are f32
     compute_dtype: Any
-    attention: str  # xla | cudnn (GPU, bf16)
-    remat: str  # none | full | dots
+    attention: str  # xla | cudnn (GPU, bf16) | splash (TPU) | splash_interpreted (anywhere, slowly: for tests)
+    remat: str  # see remat_policy
     scan_unroll: int  # layers in one iteration of the loop over layers
 
     def __post_init__(self):
-        for field, valid in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS), ("remat", REMAT), ("attention", ATTENTION)):
+        for field, valid in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS), ("attention", ATTENTION)):
             if getattr(self, field) not in valid:
                 raise ValueError(f"config.model.{field} = {getattr(self, field)!r}; valid: {sorted(valid)}")
         for field in ("param_dtype", "compute_dtype"):
             if getattr(self, field) not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
                 raise ValueError(f"config.model.{field} = {getattr(self, field)!r}; valid: ['bfloat16', 'float32']")
+        remat_policy(self.remat)
         sizes = ("vocab_size", "context_length", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "scan_unroll")
         if small := [f for f in sizes if getattr(self, f) < 1]:
             raise ValueError(f"config.model: {', '.join(f'{f} = {getattr(self, f)}' for f in small)}; sizes must be at least 1")
@@ -89,8 +109,8 @@ class Block(nnx.Module):
         self.mlp = MLP(mlp_key, c.embed_dim, c.mlp_dim, activation=c.activation, gated=c.gated_mlp, use_bias=c.use_bias,
                        std=c.init_std, out_std=out_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
-        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, mask_BTS, cache)
+    def __call__(self, x_BTD, positions_BT, visible, cache=None):
+        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, visible, cache)
         x_BTD = constrain(x_BTD + attended_BTD, "batch", "length", "act_embed")
         x_BTD = constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "length", "act_embed")
         return x_BTD, cache
@@ -124,16 +144,25 @@ class Transformer(nnx.Module):
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
-        mask_BTS = causal_mask(segments_BT) if cache is None else cache_mask(positions_BT, cache.key.shape[2])
+        if cache is not None:
+            mask_BTS = cache_mask(positions_BT, cache.key.shape[2])
+        else:
+            mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT)
+        visible = Visible(mask_BTS, segments_BT)
         graphdef, stack = nnx.split(self.layers)
 
         def body(x_BTD, layer):
             params, layer_cache = layer
-            return nnx.merge(graphdef, params)(x_BTD, positions_BT, mask_BTS, layer_cache)
-        if REMAT[c.remat] is not None:
-            body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
+            return nnx.merge(graphdef, params)(x_BTD, positions_BT, visible, layer_cache)
+        if cache is None:
+            body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
         x_BTD, cache = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
         return Output(self.norm(x_BTD), cache, {})
+
+    @property
+    def head_table(self) -> nnx.Param:
+        """The head's weight, [V, D]."""
+        return (self.head or self.embed).table
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32 logits [..., V] of hidden states [..., D]."""

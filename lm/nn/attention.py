@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from lm import sharding
 from lm.nn.layers import add_bias, dense, param
 from lm.nn.positions import rope
 from lm.sharding import constrain
@@ -29,6 +33,54 @@ def cache_mask(positions_BT: jax.Array, cache_length: int) -> jax.Array:
     return jnp.arange(cache_length)[None, None, :] <= positions_BT[:, :, None]
 
 
+SPLASH = ("splash", "splash_interpreted")
+
+
+class Visible(NamedTuple):
+    """What each query may attend to. `mask` is None where the kernel finds it out from the segments."""
+    mask_BTS: jax.Array | None
+    segments_BT: jax.Array
+
+
+def _splash_kernel(num_heads: int, length: int, block: int, interpret: bool):
+    blocks = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+                               use_fused_bwd_kernel=True)  # one kernel for the three gradients: a third less than two, see docs/pods.md
+    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * num_heads)
+    return splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention", interpret=interpret)
+
+
+def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, block: int = 1024, interpret: bool = False) -> jax.Array:
+    """Causal attention within segments by JAX's Pallas kernel for TPU, [B, T, N, H].
+
+    The partitioner can't split a kernel: under it the call is mapped by hand over the mesh, rows and heads each to their devices.
+
+    Args:
+      block: queries and keys of a tile.
+      interpret: run the kernel's program without a TPU, slowly.
+
+    Raises:
+      ValueError: a length that tiles don't fill, or that the sequence axis splits.
+    """
+    length = q_BTNH.shape[1]
+    mesh = jax.sharding.get_abstract_mesh()
+    block = min(block, length)
+    if length % block or length % 128:
+        raise ValueError(f"config.data.length = {length}: config.model.attention = 'splash' needs a multiple of {max(block, 128)}")
+    if mesh.shape.get("sequence", 1) > 1:
+        raise ValueError("config.model.attention = 'splash' doesn't split sequences yet: set config.mesh.sequence = 1, or attention = 'xla'")
+
+    def local(q, k, v, segments):
+        kernel = _splash_kernel(q.shape[2], length, block, interpret)
+        heads_first = lambda x: x.swapaxes(1, 2)
+        run = lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s))
+        scale = np.asarray(q.shape[-1] ** -0.5, q.dtype)
+        return heads_first(jax.vmap(run)(heads_first(q * scale), heads_first(k), heads_first(v), segments))
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    heads, rows = (sharding.spec(axes, mesh) for axes in (("batch", None, "act_heads", None), ("batch", None)))
+    return jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
 class Attention(nnx.Module):
     """Multi-head attention with `num_kv_heads` <= `num_heads` shared keys and values (Ainslie et al. 2023, arXiv 2305.13245)."""
 
@@ -49,15 +101,15 @@ class Attention(nnx.Module):
             self.value_bias = param(None, (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim_bias"), c.param_dtype)
             self.out_bias = param(None, (c.embed_dim,), ("embed",), c.param_dtype)
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array, cache: Cache | None = None):
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, visible: Visible, cache: Cache | None = None):
         """Returns the output [B, T, D] and the cache with this call's keys and values written at `positions_BT`."""
-        def project(weight, bias):
-            y = dense("btd,dnh->btnh", x_BTD, weight, self.compute_dtype)
+        def project(weight, bias, name):
+            y = dense("btd,dnh->btnh", x_BTD, weight, self.compute_dtype, name)
             return add_bias(y, bias) if bias is not None else y
         biases = (self.query_bias, self.key_bias, self.value_bias) if self.use_bias else (None, None, None)
-        q_BTNH = project(self.query, biases[0])
-        k_BSKH = project(self.key, biases[1])
-        v_BSKH = project(self.value, biases[2])
+        q_BTNH = project(self.query, biases[0], "query")
+        k_BSKH = project(self.key, biases[1], "key")
+        v_BSKH = project(self.value, biases[2], "value")
         if self.rope_theta is not None:
             q_BTNH = rope(q_BTNH, positions_BT, self.rope_theta)
             k_BSKH = rope(k_BSKH, positions_BT, self.rope_theta)
@@ -70,8 +122,12 @@ class Attention(nnx.Module):
         k_BSKH = constrain(k_BSKH, "batch", None, "act_heads", None)
         v_BSKH = constrain(v_BSKH, "batch", None, "act_heads", None)
         # Softmax in f32 inside; query heads n attend to kv head n // (N/K).
-        with jax.numpy_dtype_promotion("standard"):  # it multiplies bf16 by f32 scalars
-            y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation=self.implementation)
+        if visible.mask_BTS is None:
+            y_BTNH = splash_attention(q_BTNH, k_BSKH, v_BSKH, visible.segments_BT, interpret=self.implementation == "splash_interpreted")
+        else:
+            with jax.numpy_dtype_promotion("standard"):  # it multiplies bf16 by f32 scalars
+                y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible.mask_BTS[:, None],
+                                                      implementation="xla" if self.implementation in SPLASH else self.implementation)
         y_BTNH = constrain(y_BTNH, "batch", "length", "act_heads", None)
-        out_BTD = dense("btnh,nhd->btd", y_BTNH, self.out, self.compute_dtype)
+        out_BTD = dense("btnh,nhd->btd", y_BTNH, self.out, self.compute_dtype, "out")
         return add_bias(out_BTD, self.out_bias) if self.use_bias else out_BTD, cache

@@ -23,17 +23,19 @@ def param(key: jax.Array | None, shape: Sequence[int], logical_axes: Sequence[st
 
 def gather(weight: nnx.Param, dtype) -> jax.Array:
     """A parameter as a layer computes with it, see `lm.sharding.gather`."""
-    return sharding.gather(weight[...], weight.get_metadata("logical_axes"), dtype)
+    return sharding.gather(weight[...], weight.get_metadata("logical_axes"), jnp.dtype(dtype))
 
 
-def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype) -> jax.Array:
+def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype, name: str) -> jax.Array:
     """einsum(spec, x, weight) with operands in `dtype`, sums in f32, the result in x's dtype.
 
     Unlike a plain einsum's, its gradient with respect to the weight is not rounded to `dtype`: it stays f32 as it leaves the
     matmul. And every matmul, backward too, is of two `dtype` operands, which is what bf16 units are made for.
+
+    Args:
+      name: of the result, for remat policies (`lm.models.transformer.REMAT_NAMES`). The gathered weight is named "weights".
     """
-    y = _dense(spec, weight.get_metadata("logical_axes"), jnp.dtype(dtype), x, weight[...])
-    return checkpoint_name(y, "dense")  # a remat policy can't see into the backward rule, but can name its result
+    return checkpoint_name(_dense(spec, weight.get_metadata("logical_axes"), jnp.dtype(dtype), x, weight[...]), name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -46,16 +48,18 @@ def _matmul(spec, a, b, dtype):
 
 
 def _dense_forward(spec, logical_axes, dtype, x, weight):
-    return _dense(spec, logical_axes, dtype, x, weight), (x.astype(dtype), weight)  # the sharded weight: gathered anew in the backward pass
+    gathered = checkpoint_name(sharding.gather(weight, logical_axes, dtype), "weights")
+    x_cast = x.astype(dtype)
+    return _matmul(spec, x_cast, gathered, x.dtype), (x_cast, gathered, jnp.zeros((), weight.dtype))
 
 
 def _dense_backward(spec, logical_axes, dtype, saved, g):
-    x, weight = saved
+    x, gathered, like = saved
     inputs, out = spec.split("->")
     a, b = inputs.split(",")
-    x_grad = _matmul(f"{out},{b}->{a}", g.astype(dtype), sharding.gather(weight, logical_axes, dtype), g.dtype)
-    weight_grad = _matmul(f"{a},{out}->{b}", x, g.astype(dtype), weight.dtype)
-    return x_grad, weight_grad
+    x_grad = _matmul(f"{out},{b}->{a}", g.astype(dtype), gathered, g.dtype)
+    weight_grad = _matmul(f"{a},{out}->{b}", x, g.astype(dtype), jnp.float32)
+    return x_grad, sharding.scatter(weight_grad, logical_axes, like.dtype)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
@@ -125,15 +129,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        up_BTF = dense("btd,df->btf", x_BTD, self.up, self.compute_dtype)
+        up_BTF = dense("btd,df->btf", x_BTD, self.up, self.compute_dtype, "up")
         if self.up_bias is not None:
             up_BTF = add_bias(up_BTF, self.up_bias)
         if self.gate is not None:
-            hidden_BTF = act(dense("btd,df->btf", x_BTD, self.gate, self.compute_dtype)) * up_BTF
+            hidden_BTF = act(dense("btd,df->btf", x_BTD, self.gate, self.compute_dtype, "gate")) * up_BTF
         else:
             hidden_BTF = act(up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
-        out_BTD = dense("btf,fd->btd", hidden_BTF, self.down, self.compute_dtype)
+        out_BTD = dense("btf,fd->btd", hidden_BTF, self.down, self.compute_dtype, "down")
         return out_BTD if self.down_bias is None else add_bias(out_BTD, self.down_bias)
 
 
@@ -145,9 +149,9 @@ class Embed(nnx.Module):
         self.table = param(key, (num, dim), (axis, "embed"), dtype, std=std)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        return jnp.take(gather(self.table, self.compute_dtype), ids_BT, axis=0)
+        return sharding.lookup(self.table[...], ids_BT, self.table.get_metadata("logical_axes"), jnp.dtype(self.compute_dtype))
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits [..., num] in f32 from vectors [..., dim]."""
         spec = "btd,vd->btv" if x.ndim == 3 else "bd,vd->bv"
-        return dense(spec, x.astype(jnp.float32), self.table, self.compute_dtype)
+        return dense(spec, x.astype(jnp.float32), self.table, self.compute_dtype, "logits")

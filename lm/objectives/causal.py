@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from lm.nn.loss import chunked_cross_entropy
+
 
 def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target, and the log-partition function, both [B, T] in f32."""
@@ -13,8 +15,11 @@ def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
     return target_BT - log_z_BT, log_z_BT
 
 
-def make_loss(*, z_loss: float):
+def make_loss(*, z_loss: float, chunk: int):
     """Cross entropy of the next token, in nats, plus `z_loss` * log(Z)^2 (PaLM, Chowdhery et al. 2022, section 5).
+
+    Args:
+      chunk: positions of each row whose logits exist at a time; 0: all.
 
     Returns:
       `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`: sums over the batch's weights, never means, so that
@@ -22,10 +27,16 @@ def make_loss(*, z_loss: float):
     """
     def loss(model, batch, key):
         del key  # nothing random here
-        logprobs_BT, log_z_BT = token_logprobs(model, batch)
         weights_BT = batch["weights"]
         count = jnp.sum(weights_BT)
-        nll_sum = -jnp.sum(logprobs_BT * weights_BT)
-        z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
-        return nll_sum + z_loss * z_sum, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count)}
+        if chunk:
+            hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
+            total, nll_sum, z_sum = chunked_cross_entropy(hidden_BTD, model.head_table, batch["targets"], weights_BT, z_loss=z_loss, chunk=chunk,
+                                                          dtype=model.config.compute_dtype)
+        else:
+            logprobs_BT, log_z_BT = token_logprobs(model, batch)
+            nll_sum = -jnp.sum(logprobs_BT * weights_BT)
+            z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
+            total = nll_sum + z_loss * z_sum
+        return total, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count)}
     return loss
