@@ -206,7 +206,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     encoder = pack.Encoder(words, c.data.label_prompt)
     steps = total_steps(c.train.length, batch_tokens=c.data.batch_size * c.data.length,
                         epoch_tokens=lambda: pack.count_tokens(train_documents, encoder))
-    return Experiment(**vars(program(c, devices, words.vocab_size, steps)), tokenizer=words, encoder=encoder, train_documents=train_documents, total_steps=steps)
+    return Experiment(**vars(program(c, devices, words.vocab_size, steps)), tokenizer=words, encoder=encoder, train_documents=train_documents,
+                      total_steps=steps)
 
 
 def program(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, total_steps: int) -> Program:

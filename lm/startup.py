@@ -22,11 +22,17 @@ _SPARSECORE = {  # gathers and scatters run on the SparseCores, beside the matmu
     "xla_tpu_use_tc_device_shape_on_sc": True,  # else they are not offloaded from a megacore chip
     "xla_sc_disable_megacore_partitioning": True,
 }
+# Larger tiles, so that matmuls wait less for memory; twice as much gains 1% and compiles in twice the time.
+_MORE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": 32768}
+_OVERLAPPED_SCATTERS = {  # reduce-scatters run in pieces inside the matmuls next to them; where they don't fit in VMEM, plainly
+    "xla_enable_async_reduce_scatter_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
+}
 COMPILER_OPTIONS = {
     "TPU v4": _NO_WINDOWED_EINSUM,
-    "TPU v5 lite": _NO_WINDOWED_EINSUM,
-    "TPU v5": _NO_WINDOWED_EINSUM | _SPARSECORE,
-    "TPU v6 lite": _NO_WINDOWED_EINSUM,
+    "TPU v5 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM | _OVERLAPPED_SCATTERS,
+    "TPU v5": _NO_WINDOWED_EINSUM | _MORE_VMEM | _SPARSECORE,
+    "TPU v6 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM | _OVERLAPPED_SCATTERS,
 }
 
 

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from lm import config as config_lib
+from lm import sharding
 from lm.models.transformer import Config, Transformer
-from lm.nn.attention import cache_mask, causal_mask
+from lm.nn.attention import cache_mask, causal_mask, splash_attention
 from lm.nn.positions import rope
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
@@ -190,3 +191,29 @@ def test_the_model_has_no_hidden_state():
     assert (call(TOKENS[:, ::-1]) != first).any()
     np.testing.assert_array_equal(call(TOKENS), first)
     assert jax.tree.leaves(nnx.split(model, nnx.Param, ...)[2]) == []
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_splash_is_xla(kv_heads):
+    """The TPU kernel's program, interpreted: values and gradients of packed rows of two tiles, under no mesh and on one."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 256, heads, 16)).astype(np.float32) for heads in (4, kv_heads, kv_heads))
+    segments = np.repeat(np.array([[1, 1, 2, 0], [1, 2, 2, 3]], np.int32), 64, axis=1)
+    weights = rng.normal(size=q.shape).astype(np.float32) * (segments > 0)[:, :, None, None]
+
+    def xla(q, k, v):
+        return jnp.sum(weights * jax.nn.dot_product_attention(q, k, v, mask=causal_mask(segments)[:, None]))
+
+    def ours(q, k, v):
+        return jnp.sum(weights * splash_attention(q, k, v, segments, block=128, interpret=True))
+    wanted = jax.value_and_grad(xla, argnums=(0, 1, 2))(q, k, v)
+    for mesh in (sharding.make_mesh({}, jax.devices()[:1]), sharding.make_mesh(dict(fsdp=2), jax.devices()[:2])):
+        with jax.set_mesh(mesh):
+            found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(q, k, v)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), found, wanted)
+
+
+def test_splash_lengths():
+    x = np.zeros((1, 192, 1, 16), np.float32)
+    with pytest.raises(ValueError, match="config.data.length = 192.*needs a multiple of"):
+        splash_attention(x, x, x, np.ones((1, 192), np.int32))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lm import build, main, optim, sharding, startup
+from lm import build, command_line, main, optim, sharding, startup
 from lm import config as config_lib
 from lm.data import pydocs, sources
 from lm.models import presets
@@ -150,7 +150,7 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
         record_reads(patch, c, read)
         start = startup.start
         patch.setattr(startup, "start", lambda platform: start(platform)[:1])
-        patch.setattr(main, "_CONFIG", types.SimpleNamespace(value=c))
+        patch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=c))
         patch.setattr(main, "_WORKDIR", types.SimpleNamespace(value=str(tmp_path / "run")))
         patch.setattr(main, "_MODE", types.SimpleNamespace(value="train"))
         assert main.main(["lm.main"]) == 0

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from lm import command_line, train
 from lm import config as config_lib
 from lm import main as main_lib
-from lm import train
 
 ROOT = Path(main_lib.__file__).parents[1]
 KEYS = list(config_lib.flatten(config_lib.default()))
@@ -40,7 +40,7 @@ def config_file(tmp_path, monkeypatch):
 
 def parse(config_file, *arguments, size=""):
     sys.argv[:] = ["main", f"--config={config_file}{size}", f"--workdir={Path(config_file).parent / 'run'}", *arguments]
-    return main_lib._parse(list(sys.argv))
+    return command_line.parse(list(sys.argv))
 
 
 def command(*arguments, cwd):
@@ -53,18 +53,18 @@ def command(*arguments, cwd):
     ("-config.optimizer.learning_rat=1", "learning_rate"),
     ("--config.train.lenght", "train.length"), ("--config.model=x", "model."), ("--config.sede=1", "seed")])
 def test_misspelt_keys_name_the_nearest(argument, nearest):
-    message = main_lib.unknown_key(["--workdir=x", "--config.seed=1", argument], KEYS)
+    message = command_line.unknown_key(["--workdir=x", "--config.seed=1", argument], KEYS)
     assert message.startswith(f"no configuration key {argument.split('.', 1)[1].split('=')[0]!r}; did you mean ") and nearest in message
 
 
 def test_keys_that_are_there():
-    assert main_lib.unknown_key([f"--config.{key}=1" for key in KEYS] + ["--config=a.py", "--workdir=config.x", "--mode=train"], KEYS) is None
-    assert "lm/config.py has them all" in main_lib.unknown_key(["--config.zzzzqqqq=1"], KEYS)
+    assert command_line.unknown_key([f"--config.{key}=1" for key in KEYS] + ["--config=a.py", "--workdir=config.x", "--mode=train"], KEYS) is None
+    assert "lm/config.py has them all" in command_line.unknown_key(["--config.zzzzqqqq=1"], KEYS)
 
 
 def test_overrides_reach_the_configuration(config_file):
     parse(config_file, "--config.evals.validation.every=7", "--config.model.num_heads", "4", size=":large")
-    config = main_lib._CONFIG.value
+    config = command_line.CONFIG.value
     assert (config.model.num_layers, config.evals.validation.every, config.model.num_heads) == (9, 7, 4)
     assert config.is_locked
 
@@ -86,12 +86,12 @@ def test_a_misspelt_key_after_a_config_apart(config_file):
     # `--config FILE` is as good as `--config=FILE`.
     sys.argv[:] = ["main", "--config", config_file, "--workdir", "run", "--config.modle.num_layers=4"]
     with pytest.raises(SystemExit, match="did you mean .*model.num_layers"):
-        main_lib._parse(list(sys.argv))
+        command_line.parse(list(sys.argv))
 
 
 def test_configuration_files_that_cannot_work(config_file):
     with pytest.raises(SystemExit, match="no configuration file '/none.py'"):
-        main_lib._parse(["main", "--config=/none.py", "--workdir=x"])
+        command_line.parse(["main", "--config=/none.py", "--workdir=x"])
     Path(config_file).write_text(CONFIG + "def get_config(size='x'):\n    raise ValueError(f'no size {size}')")
     with pytest.raises(SystemExit, match="error: no size huge"):
         parse(config_file, size=":huge")

@@ -40,6 +40,9 @@ PRESETS = {
     "llama2_7b": _sized(_LLAMA2, 32, 4096, 32, mlp_dim=11008),
     "llama2_13b": _sized(_LLAMA2, 40, 5120, 40, mlp_dim=13824),
     "llama2_70b": _sized(_LLAMA2, 80, 8192, 64, num_kv_heads=8, mlp_dim=28672),
+    # Llama 3.2 1B's sizes; its scaled rotary frequencies, which matter beyond 8,192 tokens, are left out.
+    "llama3_1b": _sized(_LLAMA2, 16, 2048, 32, num_kv_heads=8, mlp_dim=8192, context_length=8192, rope_theta=500000.0, tie_embeddings=True,
+                        vocab_size=128256),
 }
 
 
