@@ -329,11 +329,11 @@ class Program:
         name = re.sub(r"[.\d]+$", "", op.name)
         shapes = [arrays(self.by_name[computation][n].type)[0] for n in op.operands if n in self.by_name[computation]]
         hbm = (_total(op.type, True) + sum(s.bytes for s in shapes if not s.on_chip)) / self.chip.hbm
-        heads = [s.shape for s in shapes if len(s.shape) == 4 and s.dtype in ("bf16", "f32")]
+        heads = [s.shape for s in shapes if len(s.shape) in (3, 4) and s.dtype in ("bf16", "f32")]  # queries first; one row has no batch dim
         if "splash" not in name or not heads:
             self.notes[f"kernel {name}: unknown, timed by its bytes"] += 1
             return name, 0.0, hbm
-        batch, num_heads, length, head_dim = heads[0]
+        batch, num_heads, length, head_dim = (1, *heads[0])[-4:]
         blocks = max(length // min(self.block, length), 1)
         backward = "dkv" in name or "dq" in name
         flops = 2.0 * batch * num_heads * length * length * head_dim * (5 if backward else 2) * (blocks + 1) / (2 * blocks)

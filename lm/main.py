@@ -12,6 +12,10 @@ from etils import epath
 from lm import command_line, startup, train
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; gs:// too. A run goes on from the checkpoints in it.")
+_PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST writes an xprof trace of these steps, LAST not among them, to WORKDIR/profile.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment (Cloud TPU, GKE, Slurm) doesn't say.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: the number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which of them this is, from 0.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the newest checkpoint (or config.init_from).")
 
 
@@ -23,6 +27,14 @@ def table(values: dict) -> str:
     return "\n".join(f"  {name:<{width}}  {value:>12,}" if isinstance(value, int) else f"  {name:<{width}}  {value:>12.4f}" for name, value in rows)
 
 
+def steps_of(text: str) -> tuple[int, int] | None:
+    """--profile_steps. Raises ValueError if it isn't FIRST:LAST."""
+    first, colon, last = text.partition(":")
+    if text and not (colon and first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
+        raise ValueError(f"--profile_steps={text}; wanted FIRST:LAST, such as 10:13 for the steps 10, 11 and 12")
+    return (int(first), int(last)) if text else None
+
+
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS tell every move
@@ -31,9 +43,9 @@ def main(argv: list[str]) -> int:
     config = command_line.CONFIG.value
     workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
     try:
-        devices = startup.start(config.platform)
-        run = train.train if _MODE.value == "train" else train.evaluate
-        values = run(config, workdir, devices)
+        profile_steps = steps_of(_PROFILE.value)
+        devices = startup.start(config.platform, (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value) if _COORDINATOR.value else None)
+        values = train.train(config, workdir, devices, profile_steps) if _MODE.value == "train" else train.evaluate(config, workdir, devices)
     except train.Stopped as stopped:
         logging.warning("%s", stopped)
         return 0

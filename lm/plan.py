@@ -76,6 +76,9 @@ def compile_text(jitted, *arguments) -> tuple[jax.stages.Compiled, str, list[str
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
                 raise MemoryError(str(error)) from None
+            if "option" in str(error) or "FAILED_PRECONDITION" in str(error):
+                raise ValueError(f"libtpu {_libtpu_version()} refuses an option of lm/startup.py's COMPILER_OPTIONS: {str(error).splitlines()[0]}. "
+                                 f"constraints.txt has the version that they were chosen for") from None
             raise
         seconds = time.monotonic() - began
         largest = lambda pattern: max(Path(folder).glob(pattern), key=lambda path: path.stat().st_size)

@@ -24,15 +24,11 @@ _SPARSECORE = {  # gathers and scatters run on the SparseCores, beside the matmu
 }
 # Larger tiles, so that matmuls wait less for memory; twice as much gains 1% and compiles in twice the time.
 _MORE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": 32768}
-_OVERLAPPED_SCATTERS = {  # reduce-scatters run in pieces inside the matmuls next to them; where they don't fit in VMEM, plainly
-    "xla_enable_async_reduce_scatter_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
-}
 COMPILER_OPTIONS = {
     "TPU v4": _NO_WINDOWED_EINSUM,
-    "TPU v5 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM | _OVERLAPPED_SCATTERS,
+    "TPU v5 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM,
     "TPU v5": _NO_WINDOWED_EINSUM | _MORE_VMEM | _SPARSECORE,
-    "TPU v6 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM | _OVERLAPPED_SCATTERS,
+    "TPU v6 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM,
 }
 
 
@@ -41,8 +37,11 @@ def compiler_options(device_kind: str) -> dict | None:
     return COMPILER_OPTIONS.get(device_kind)
 
 
-def start(platform: str = "") -> list[jax.Device]:
+def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> list[jax.Device]:
     """Takes TPU, else GPU, else CPU (or the one asked for), joins the other processes of a pod, and logs what it took and why.
+
+    Args:
+      processes: (address of process 0, number of processes, which one this is), where the environment doesn't say.
 
     Returns:
       All devices, those of other processes included.
@@ -54,7 +53,7 @@ def start(platform: str = "") -> list[jax.Device]:
         raise ValueError(f"config.platform = {platform!r}; valid: {list(PLATFORMS)}")
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
-    _join_processes()
+    _join_processes(processes)
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -92,16 +91,21 @@ def _missing() -> str:
     return f"TPU: {tpu}; GPU: {gpu}"
 
 
-def _join_processes() -> None:
-    """jax.distributed, where the environment says that there are several processes."""
+def _join_processes(processes: tuple[str, int, int] | None) -> None:
+    """jax.distributed, where there are several processes: on Cloud TPU, GKE and Slurm the environment says so."""
     env = os.environ
-    several = (len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    if processes and not 0 <= processes[2] < processes[1]:
+        raise ValueError(f"--coordinator={processes[0]} needs --num_processes and a --process_id from 0 to below it; got {processes[1]} and {processes[2]}")
+    several = (bool(processes) or len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env
                or "JAX_COORDINATOR_ADDRESS" in env or int(env.get("SLURM_NTASKS", "1")) > 1)
     on_tpu_vm = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     if jax.distributed.is_initialized() or not (several or (on_tpu_vm and importlib.util.find_spec("libtpu"))):
         return
     # TPU pods and Slurm say who is who; elsewhere these three variables do: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
-    explicit = dict(num_processes=int(env["JAX_NUM_PROCESSES"]), process_id=int(env["JAX_PROCESS_ID"])) if "JAX_NUM_PROCESSES" in env else {}
+    if processes:
+        explicit = dict(coordinator_address=processes[0], num_processes=processes[1], process_id=processes[2])
+    else:
+        explicit = dict(num_processes=int(env["JAX_NUM_PROCESSES"]), process_id=int(env["JAX_PROCESS_ID"])) if "JAX_NUM_PROCESSES" in env else {}
     # On CPU, programs dispatched one after the other may overlap, and their messages to another process get mixed up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:

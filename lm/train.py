@@ -216,8 +216,11 @@ def write_artifact(workdir: epath.Path, artifact: Artifact, step: int) -> None:
     metrics.write_whole(path, content)
 
 
-def train(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
+def train(config: ConfigDict, workdir: epath.Path, devices, profile_steps: tuple[int, int] | None = None) -> dict[str, float]:
     """Trains to the end of `config.train.length`, from the newest checkpoint if there is one. Returns the last metrics.
+
+    Args:
+      profile_steps: traces the steps from the first to before the second.
 
     Raises:
       ValueError: what can't work, before anything is computed or overwritten.
@@ -227,9 +230,11 @@ def train(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
     """
     with StopSignal() as stop, contextlib.ExitStack() as closing:
         run = Run(config, workdir, devices, stop, closing)
+        profile = Profile(profile_steps, workdir)
+        closing.callback(profile.close)
         try:
             with jax.set_mesh(run.experiment.mesh):
-                return _loop(run)
+                return _loop(run, profile)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -238,7 +243,7 @@ def train(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
                        f"see what it said. Start all of them again to go on from the newest checkpoint in {workdir}.") from error
 
 
-def _loop(run: Run) -> dict[str, float]:
+def _loop(run: Run, profile: "Profile") -> dict[str, float]:
     e, c, total = run.experiment, run.config, run.experiment.total_steps
     progress = metrics.Progress(total, run.step)
     timer = Timer(e)
@@ -268,11 +273,12 @@ def _loop(run: Run) -> dict[str, float]:
         save_due = step == total or (c.checkpoint.every and step % c.checkpoint.every == 0)
         if names or save_due:
             read(0)
-            with timer.paused():
-                if names:
+            if names:
+                with timer.paused("evals"):
                     values = run.evaluate(step, names)
                     shown = [f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items() if k.endswith(SHOWN)]
                     progress.note(" | ".join([f"step {step}", *shown]))
+            with timer.paused("checkpoints"):
                 if jax.process_index() == 0 and (names or step == total):
                     metrics.write_whole(run.workdir / "curves.png", metrics.plot_curves(run.writer.lines()))
                 if save_due or (names and run.checkpointer.latest() == step):
@@ -286,12 +292,17 @@ def _loop(run: Run) -> dict[str, float]:
             if run.stop.at_step(run.step):
                 raise Stopped
             streams_before = run.streams
+            began, busy = time.monotonic(), bool(pending)
             batch, batch_hash = next(run.loader)
             run.streams = run.loader.state()
+            if not busy or pending[-1][1]["grad_norm"].is_ready():
+                timer.waited_for_data(time.monotonic() - began)
+            profile.before(run.step + 1)
             run.state, values = e.train_step(run.state, batch)
             run.step += 1
             pending.append((run.step, values, batch_hash, streams_before))
             timer.first_step(run.state)
+            profile.after(run.step, run.state)
             read(1)
             boundary(run.step)
     except Stopped:
@@ -322,7 +333,7 @@ def _halt(run: Run, step: int, batch_hash: str, streams_before: dict, values: di
 
 
 class Timer:
-    """Tokens per second and MFU of the steps since the last line, evals and checkpoints left out."""
+    """Where the time goes: tokens/s and MFU of the steps since the last line, evals and checkpoints left out, and the goodput since the start."""
 
     def __init__(self, experiment):
         c = experiment.config.data
@@ -332,40 +343,70 @@ class Timer:
                        "train/mfu_full_attention": metrics.model_flops_per_token(experiment.model_config, c.length, causal=False)}
         self._began = self._mark = time.monotonic()
         self._pauses, self._step = 0.0, None
-        self._first = None
+        self._lost = dict.fromkeys(("first_step", "data", "evals", "checkpoints"), 0.0)
 
     def first_step(self, state) -> None:
         """Waits for the first step, which compiles, and starts counting after it."""
-        if self._first is None:
+        if not self._lost["first_step"]:
             jax.block_until_ready(state)
-            self._first = time.monotonic() - self._began
-            logging.info("first step after %.1f s, compilation included", self._first)
+            self._lost["first_step"] = time.monotonic() - self._began - self._pauses
+            logging.info("first step after %.1f s, compilation included", time.monotonic() - self._began)
             self._mark, self._pauses = time.monotonic(), 0.0
 
-    def paused(self):
-        timer = self
+    @contextlib.contextmanager
+    def paused(self, what: str):
+        """Time that isn't the steps'."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._pauses += time.monotonic() - began
+            self._lost[what] += time.monotonic() - began
 
-        class Pause:
-            def __enter__(self):
-                self.began = time.monotonic()
-
-            def __exit__(self, *unused):
-                timer._pauses += time.monotonic() - self.began
-        return Pause()
+    def waited_for_data(self, seconds: float) -> None:
+        """The devices had nothing to do while the loader made a batch. It counts in tokens/s all the same."""
+        if self._lost["first_step"]:
+            self._lost["data"] += seconds
 
     def line(self, step: int) -> dict[str, float]:
         now = time.monotonic()
         seconds = max(now - self._mark - self._pauses, 1e-9)
         steps = step - self._step if self._step is not None else None
         self._mark, self._pauses, self._step = now, 0.0, step
+        lost = {f"train/seconds_{what}": value for what, value in self._lost.items()}
+        goodput = {"train/goodput": 1 - sum(self._lost.values()) / max(now - self._began, 1e-9)} | lost
         if not steps:  # the first line has the first step in it, whose time was compilation
-            return {"train/tokens_per_second": 0.0}
+            return {"train/tokens_per_second": 0.0} | goodput
         speed = self._tokens * steps / seconds
         values = {name: metrics.mfu(flops * speed, self._devices) for name, flops in self._flops.items()}
-        return {"train/tokens_per_second": speed} | {name: value for name, value in values.items() if value is not None}
+        return {"train/tokens_per_second": speed} | {name: value for name, value in values.items() if value is not None} | goodput
 
     def total(self) -> float:
         return time.monotonic() - self._began
+
+
+class Profile:
+    """An xprof trace of the steps from `steps[0]` to before `steps[1]`, in workdir/profile; none for None."""
+
+    def __init__(self, steps: tuple[int, int] | None, workdir: epath.Path):
+        self._steps, self._workdir, self._on = steps, workdir, False
+
+    def before(self, step: int) -> None:
+        """`step` is the number of the one that comes next, from 1."""
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._workdir / "profile"))
+            self._on = True
+
+    def after(self, step: int, state) -> None:
+        if self._on and step + 1 >= self._steps[1]:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+            logging.info("trace written to %s/profile", self._workdir)
 
 
 def evaluate(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:

@@ -149,10 +149,10 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         record_reads(patch, c, read)
         start = startup.start
-        patch.setattr(startup, "start", lambda platform: start(platform)[:1])
+        patch.setattr(startup, "start", lambda platform, processes: start(platform)[:1])
         patch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=c))
-        patch.setattr(main, "_WORKDIR", types.SimpleNamespace(value=str(tmp_path / "run")))
-        patch.setattr(main, "_MODE", types.SimpleNamespace(value="train"))
+        for flag, value in dict(_WORKDIR=str(tmp_path / "run"), _MODE="train", _PROFILE="", _COORDINATOR="").items():
+            patch.setattr(main, flag, types.SimpleNamespace(value=value))
         assert main.main(["lm.main"]) == 0
     for changes in (dict(name="muon"), dict(name="adafactor")):
         other = tiny.copy_and_resolve_references()

@@ -107,7 +107,7 @@ def test_configuration_files_that_cannot_work(config_file):
 ])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_exit_codes(config_file, monkeypatch, capsys, mode, outcome, code, out, err):
-    def run(config, workdir, devices):
+    def run(config, workdir, devices, profile_steps=None):
         assert workdir.name == "run" and devices == "devices" and config.seed == 5
         if isinstance(outcome, Exception):
             raise outcome
@@ -115,7 +115,7 @@ def test_exit_codes(config_file, monkeypatch, capsys, mode, outcome, code, out, 
 
     def other(*args):
         raise AssertionError("the other mode ran")
-    monkeypatch.setattr(main_lib.startup, "start", lambda platform: "devices")
+    monkeypatch.setattr(main_lib.startup, "start", lambda platform, processes: "devices")
     monkeypatch.setattr(main_lib.logging, "basicConfig", lambda **kwargs: None)  # pytest has its own handlers
     monkeypatch.setattr(train, "train", run if mode == "train" else other)
     monkeypatch.setattr(train, "evaluate", run if mode == "eval" else other)
@@ -142,3 +142,10 @@ def test_command_with_a_bad_value(config_file, tmp_path):
     result = command(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=3", "--config.platform=cpu", cwd=tmp_path)
     assert result.returncode == 1 and "error: config.mesh asks for" in result.stderr and "Traceback" not in result.stderr
     assert "running on 1 x cpu" in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_steps_to_profile():
+    assert main_lib.steps_of("10:13") == (10, 13) and main_lib.steps_of("") is None
+    for text in ("10", "13:10", "a:b", "0:2", "10:"):
+        with pytest.raises(ValueError, match="wanted FIRST:LAST"):
+            main_lib.steps_of(text)

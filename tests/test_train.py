@@ -21,7 +21,7 @@ from lm.evals import perplexity
 from lm.evals.common import Artifact
 
 PNG = b"\x89PNG\r\n\x1a\n"
-CLOCK = ("tokens_per_second", "mfu", "seconds")  # what two runs never share
+CLOCK = ("tokens_per_second", "mfu", "seconds", "goodput")  # what two runs never share
 VERBALIZER = {colour: (" " + colour,) for colour in COLOURS}
 
 # What is compiled once, however many runs: an Experiment holds nothing that changes, and jax.jit knows a function that it has seen.
@@ -160,6 +160,23 @@ def test_run_directory_is_complete(small, tmp_path, quick):
         assert all(line.keys() >= {f"eval/{name}/{key}" for key in wanted} for line in found)
     merged = {key: value for line in every for key, value in line.items()}
     assert without_clock(returned) == without_clock(merged)
+
+
+def test_where_the_time_goes(small, tmp_path):
+    small.checkpoint.every = 2
+    small.evals.text = config_lib.perplexity(every=2, batch_size=8)
+    go(small.lock(), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "train/goodput" in line]
+    lost = ("first_step", "data", "evals", "checkpoints")
+    for before, line in zip(lines, lines[1:]):
+        assert 0 < line["train/goodput"] < 1 and all(line[f"train/seconds_{what}"] >= before[f"train/seconds_{what}"] for what in lost)
+    assert all(lines[-1][f"train/seconds_{what}"] > 0 for what in ("first_step", "evals", "checkpoints"))
+
+
+def test_profile(small, tmp_path):
+    train.train(small.lock(), epath.Path(tmp_path / "run"), jax.devices()[:1], (3, 5))
+    assert len(list((tmp_path / "run/profile").rglob("*.xplane.pb"))) == 1
 
 
 def test_a_run_without_evals_has_its_curves(small, tmp_path):
