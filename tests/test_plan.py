@@ -48,7 +48,7 @@ def test_report(small):
     assert train["step_ms"]["roofline"] < train["step_ms"]["calibrated"] < train["step_ms"]["compiler"]
     assert train["mfu"]["calibrated"] == pytest.approx(train["model_tflops"] * 1e12 / 197e12 / (train["step_ms"]["calibrated"] / 1e3))
     # Forward and backward gathers of every layer's weights, and their gradients scattered: bf16 there, f32 back.
-    assert train["wire_gb"] == pytest.approx(sum(row["wire_gb"] for row in train["collectives"].values()), rel=0.02)
+    assert train["wire_gb"] == pytest.approx(sum(row["wire_gb"] for row in train["collectives"].values()), rel=0.05)  # rounded there
     assert any(name.startswith("reduce-scatter") for name in train["collectives"])
     assert report["tokens"] == pytest.approx(1e9, rel=1e-4)
     assert report["chip_hours"]["calibrated"] == pytest.approx(1e9 / report["tokens_per_second_per_chip"]["calibrated"] / 3600, rel=1e-3)
@@ -147,6 +147,6 @@ def test_every_pod_configuration_has_its_card():
 def test_quick_cards_hold(monkeypatch):
     """The one that compiles fastest; `python -m lm.plan --check` does all."""
     monkeypatch.chdir(ROOT)
-    assert plan.check(["llama3_1b-v5e-4x4-lean"], plan.load_config, progress=lambda text: None) == []
+    assert plan.check(["gpt3_small-v6e-2x4"], plan.load_config, progress=lambda text: None) == []
     with pytest.raises(ValueError, match="no cards .*'nothing'"):
         plan.check(["nothing"], plan.load_config)
