@@ -325,11 +325,14 @@ class Program:
     # Time
 
     def _kernel(self, op: Op, computation: str) -> tuple[str, float, float]:
-        """(name, FLOPs, seconds) of a Pallas kernel. Of attention: the blocks at and below the diagonal."""
+        """(name, FLOPs, seconds) of a Pallas kernel. Of attention: the blocks at and below the diagonal. Of others (libtpu puts one of its own
+        in the place of a small unmasked attention): as the kernel declares, at the speed of attention."""
         name = re.sub(r"[.\d]+$", "", op.name)
         shapes = [arrays(self.by_name[computation][n].type)[0] for n in op.operands if n in self.by_name[computation]]
         hbm = (_total(op.type, True) + sum(s.bytes for s in shapes if not s.on_chip)) / self.chip.hbm
         heads = [s.shape for s in shapes if len(s.shape) in (3, 4) and s.dtype in ("bf16", "f32")]  # queries first; one row has no batch dim
+        if "splash" not in name and (declared := op.attribute(r'"cost_estimate":\{"flops":"(\d+)"')):
+            return name, float(declared), max(hbm, float(declared) / (self.chip.peak * self.chip.kernel[0]))
         if "splash" not in name or not heads:
             self.notes[f"kernel {name}: unknown, timed by its bytes"] += 1
             return name, 0.0, hbm

@@ -58,10 +58,10 @@ def stack(unroll):
 def test_flops_are_those_that_xla_counts_and_loops_count_by_their_trips():
     shapes = [((2, 256, 2048), jnp.bfloat16), ((4, 2048, 2048), jnp.bfloat16), ((4, 2048, 2048), jnp.bfloat16)]
     executable, unrolled = compiled("v5e:2x2", stack(4), shapes)
-    matmuls = unrolled.cost("roofline").flops
-    assert matmuls == pytest.approx(executable.cost_analysis()["flops"], rel=0.005)  # XLA's count has elementwise ones in it
+    whole = lambda program: program.cost("roofline").flops + program.cost("roofline").kernel_flops  # libtpu makes a kernel of the softmax
+    assert whole(unrolled) == pytest.approx(executable.cost_analysis()["flops"], rel=0.005)  # XLA's count has elementwise ones in it
     _, scanned = compiled("v5e:2x2", stack(1), shapes)
-    assert scanned.cost("roofline").flops == pytest.approx(matmuls, rel=0.005)
+    assert whole(scanned) == pytest.approx(whole(unrolled), rel=0.005)
     assert scanned.cost("roofline").hbm > 0.8 * unrolled.cost("roofline").hbm and not scanned.notes
 
 
