@@ -4,7 +4,7 @@
     python -m lm.main --config=configs/pods.py:llama2_7b-v5p-4x4x4 --workdir=gs://BUCKET/RUN --config.data.source_args.data_dir=gs://BUCKET/tfds
 
 A size is PRESET-CHIP-TOPOLOGY, with "-lean" where there is a second setting that takes less memory. The data is C4 as in configs/c4.py; a batch
-is as many rows a chip as the setting was chosen for. Times on the cards are modelled, none was measured on a TPU.
+is as many rows a chip as the setting was chosen for ("-128k": rows of 131,072 tokens, each over the eight chips of the sequence axis). Times on the cards are modelled, none was measured on a TPU.
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +32,7 @@ SIZES = {
     "llama2_7b-v5e-16x16-lean": (dict(fsdp=16, fsdp2=16), 4, 2048, "query,attention", 256, "joint"),
     "llama2_7b-v6e-16x16": (dict(fsdp=16, fsdp2=16), 4, 4096, ATTENTION, 512, "joint"),
     "llama2_7b-v5e-16x16-2slices": (dict(slice=2, fsdp=16, fsdp2=16), 4, 2048, "query,attention", 512, "joint"),
+    "llama2_7b-v5p-4x4x8-128k": (dict(fsdp=16, sequence=8), 1 / 8, 131072, "query,attention,out", 2048, "staged"),
     "llama2_70b-v5p-4x4x8": (dict(fsdp=8, fsdp2=16), 2, 4096, "attention,out,query", 1024, "staged"),
     "llama2_70b-v5p-8x8x4": (dict(fsdp=8, fsdp2=32), 4, 4096, "attention,out", 1024, "staged"),
     "llama2_70b-v5p-8x8x4-lean": (dict(fsdp=8, fsdp2=32), 4, 4096, "attention", 1024, "staged"),
@@ -50,12 +51,14 @@ def get_config(size: str = "llama2_7b-v5p-4x4x4") -> ConfigDict:
         chips *= int(side)
     c.model.update(presets.get(preset))
     c.model.update(dict(compute_dtype="bfloat16", attention="splash", remat=remat, context_length=max(length, c.model.context_length)))
+    if length > 8192:
+        c.model.rope_theta = 500000.0  # Llama 3's, for rows this long
     c.model.vocab_size = -(-c.model.vocab_size // 128) * 128  # whole tiles
     c.mesh.update({"fsdp": 1, **mesh})
     c.data.source = "lm.data.sources.tfds"
     c.data.source_args = dict(name="c4/en", data_dir="", text_key="text", label_key="")
     c.data.length = length
-    c.data.batch_size = rows * chips * mesh.get("slice", 1)
+    c.data.batch_size = int(rows * chips * mesh.get("slice", 1))
     c.data.streams = min(c.data.batch_size, 64)
     c.tokenizer.vocab_size = min(c.model.vocab_size, 32000)
     c.tokenizer.max_documents = 200_000

@@ -231,6 +231,7 @@ def program(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, 
     train_step = step.make_train_step(graphdef, objective.make_loss(**objective_args), optimizer, seed=c.seed,
                                       accumulation=c.train.accumulation, nonfinite=c.train.nonfinite, by_hand=_by_hand(c, mesh, axes))
     abstract_state = _abstract_state(nnx.to_pure_dict(abstract), axes, optimizer, mesh)
+    sharding.check_heads(mesh, model_config.num_heads)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     return Program(
         config=c, mesh=mesh, devices=devices, model_config=model_config, graphdef=graphdef, optimizer=optimizer, abstract_state=abstract_state,
@@ -255,8 +256,8 @@ def _by_hand(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:
         if config.train.grad_reduce_dtype != "float32":
             raise ValueError("config.train.grad_reduce_dtype = 'bfloat16' needs config.train.fsdp = 'by_hand': the partitioner reduces in float32")
         return None
-    if split := [axis for axis in ("tensor", "sequence", "expert") if mesh.shape[axis] > 1]:
-        raise ValueError(f"config.train.fsdp = 'by_hand' splits rows and weights only; set config.mesh.{split[0]} = 1, or train.fsdp = 'partitioner'")
+    if split := [axis for axis in ("tensor", "expert") if mesh.shape[axis] > 1]:
+        raise ValueError(f"config.train.fsdp = 'by_hand' splits rows, positions and weights only; set config.mesh.{split[0]} = 1, or train.fsdp = 'partitioner'")
     return functools.partial(sharding.by_hand, mesh=mesh, axes=axes, reduce_dtype=config.train.grad_reduce_dtype, joint=config.train.fsdp_gather == "joint")
 
 

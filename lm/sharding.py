@@ -26,7 +26,7 @@ RULES = {
     "layers": (),
     "vocab": ("tensor",),
     "position": (),
-    "embed": ("fsdp", "fsdp2"),
+    "embed": ("fsdp", "fsdp2", "sequence"),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -34,13 +34,14 @@ RULES = {
     # Biases have no embed dim that the fsdp axes could split.
     "mlp_bias": ("fsdp", "fsdp2", "tensor"),
     "head_dim_bias": ("fsdp", "fsdp2"),
-    # The same dims in activations, where the fsdp axes already split the batch.
+    # The same dims in activations, where those axes already split the batch.
     "act_embed": (),
     "act_mlp": ("tensor",),
     "act_heads": ("tensor",),
+    "whole_rows_heads": ("tensor", "sequence"),  # inside attention, where rows are whole
     "act_vocab": ("tensor",),
 }
-FSDP_AXES = ("fsdp", "fsdp2")
+FSDP_AXES = ("fsdp", "fsdp2", "sequence")  # those that split rows of the batch or positions split the weights too
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
@@ -96,11 +97,50 @@ def spec(logical_axes: Sequence[str | None], mesh: Mesh, *, without: Sequence[st
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Asks the partitioner to lay `x` out by `RULES` on the mesh of the context (`jax.set_mesh`); no mesh, or by hand: no change."""
+    """Asks the partitioner to lay `x` out by `RULES` on the mesh of the context (`jax.set_mesh`); no mesh, or by hand: no change.
+    A dim that its mesh axes don't divide (one position in decoding) stays whole."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(logical_axes, mesh))
+    parts = [entry if size % axes_size(mesh, entry) == 0 else None for size, entry in zip(x.shape, spec(logical_axes, mesh))]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def axes_size(mesh, entry: str | Sequence[str] | None) -> int:
+    """Into how many parts an entry of a `PartitionSpec` splits."""
+    return math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+# Sequence parallelism. The sequence axis splits rows into their positions everywhere but in attention, which sees whole rows of some of
+# the heads instead: an all-to-all before and one after (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv 2309.14509). Every device then has
+# the same causal work, and less travels than if all keys and values were gathered.
+
+
+def whole_rows(x: jax.Array, heads_dim: int | None = None) -> jax.Array:
+    """[B, T of a part, ...] -> [B, T of the whole row, ...], of a share of the heads if there is a dim of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes:
+        if mesh.shape["sequence"] == 1:
+            return x
+        if heads_dim is None:
+            return jax.lax.all_gather(x, "sequence", axis=1, tiled=True)
+        return jax.lax.all_to_all(x, "sequence", split_axis=heads_dim, concat_axis=1, tiled=True)
+    return constrain(x, "batch", None, *("whole_rows_heads" if dim == heads_dim else None for dim in range(2, x.ndim)))
+
+
+def split_rows(x_BTNH: jax.Array) -> jax.Array:
+    """What `whole_rows` did to an array with heads, undone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes and mesh.shape["sequence"] > 1:
+        return jax.lax.all_to_all(x_BTNH, "sequence", split_axis=1, concat_axis=2, tiled=True)
+    return constrain(x_BTNH, "batch", "length", "act_heads", None)
+
+
+def repeats(num_kv_heads: int) -> int:
+    """How often keys and values are repeated so that each device has some of the heads: 1 unless there are fewer than devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["sequence"] * (1 if mesh.manual_axes else mesh.shape["tensor"])
+    return parts // math.gcd(parts, num_kv_heads)
 
 
 # FSDP. A layer takes its weights through `gather` and `lookup`, and what they do depends on where they are traced: left to the partitioner,
@@ -268,7 +308,7 @@ def shardings(abstract, axes, mesh: Mesh):
         except ValueError as error:
             raise ValueError(f"parameter {jax.tree_util.keystr(path)}: {error}") from None
         for dim, size, entry in zip(names, leaf.shape, partition):
-            parts = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            parts = axes_size(mesh, entry)
             if size % parts:
                 raise ValueError(
                     f"parameter {jax.tree_util.keystr(path)}: its dim {dim!r} of {size} is not divisible by {parts}, the size of mesh "
@@ -280,6 +320,14 @@ def shardings(abstract, axes, mesh: Mesh):
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     """The sharding of a batch's arrays: rows over the batch axes, positions over the sequence axis."""
     return NamedSharding(mesh, spec(("batch", "length", *([None] * (ndim - 2)))[:ndim], mesh))
+
+
+def check_heads(mesh: Mesh, num_heads: int) -> None:
+    """Raises ValueError if attention's heads can't be dealt to the mesh."""
+    parts = mesh.shape["tensor"] * mesh.shape["sequence"]
+    if num_heads % parts:
+        raise ValueError(f"config.model.num_heads = {num_heads} can't be divided by {parts}, the size of config.mesh's tensor and sequence axes: in "
+                         f"attention each device has whole rows of its share of the heads. Make their product a divisor of {num_heads}")
 
 
 def check_batch(mesh: Mesh, batch_size: int, length: int, name: str) -> None:

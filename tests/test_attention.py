@@ -207,7 +207,9 @@ def test_splash_is_xla(kv_heads):
     def ours(q, k, v):
         return jnp.sum(weights * splash_attention(q, k, v, segments, block=128, interpret=True))
     wanted = jax.value_and_grad(xla, argnums=(0, 1, 2))(q, k, v)
-    for mesh in (sharding.make_mesh({}, jax.devices()[:1]), sharding.make_mesh(dict(fsdp=2), jax.devices()[:2])):
+    meshes = [{}, dict(fsdp=2), dict(fsdp=2, sequence=min(kv_heads, 2)), dict(tensor=min(kv_heads, 2), sequence=max(kv_heads // 2, 1))]
+    for sizes in meshes:
+        mesh = sharding.make_mesh(sizes, jax.devices()[:int(np.prod(list(sizes.values()), dtype=int))])
         with jax.set_mesh(mesh):
             found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(q, k, v)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), found, wanted)

@@ -91,6 +91,25 @@ def test_fsdp_by_hand_is_the_partitioners(tiny, sizes):
         np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [dict(sequence=4), dict(sequence=2, fsdp=2, fsdp2=2), dict(data=2, sequence=4)], ids=str)
+@pytest.mark.parametrize("fsdp", ["partitioner", "by_hand"])
+def test_rows_split_into_positions_are_rows_whole(tiny, sizes, fsdp):
+    """Sequence parallelism, with fewer kv heads than devices: documents that cross the cuts, chunks of each part, accumulation."""
+    model = dict(model_vocab_size=264, model_num_heads=4, model_num_kv_heads=2, model_head_dim=8, model_tie_embeddings=False)
+    params = make_params(experiment(tiny, {}, **model), 0, QUICK)
+    gradient, losses = train(tiny, {}, 1, params, steps=4, **model)
+    changes = dict(train_fsdp=fsdp, objective_chunk=4, model_remat="query,attention")
+    other_gradient, other_losses = train(tiny, sizes, 2, params, steps=4, **model, **changes)
+    for (path, ours), wanted in zip(jax.tree_util.tree_leaves_with_path(other_gradient), jax.tree.leaves(gradient)):
+        assert np.linalg.norm(ours - wanted) < 2e-5 * max(np.linalg.norm(wanted), 0.01), jax.tree_util.keystr(path)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+
+
+def test_heads_that_the_mesh_does_not_divide(tiny):
+    with pytest.raises(ValueError, match="num_heads = 2 can't be divided by 4.*tensor and sequence.*divisor of 2"):
+        experiment(tiny, dict(sequence=4, data=2), model_num_heads=2, model_num_kv_heads=2)
+
+
 def test_reduce_dtype_is_what_travels(tiny):
     """By hand and rounded to bf16 on the way, the gradient is still close, and no longer equal."""
     params = make_params(experiment(tiny, {}), 0, QUICK)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lm.nn.attention import SPLASH, Attention, Cache, Visible, cache_mask, causal_mask
 from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed
-from lm.sharding import constrain
+from lm.sharding import constrain, whole_rows
 
 POSITIONS = ("learned", "rope")
 ATTENTION = ("xla", "cudnn", *SPLASH)
@@ -144,6 +144,7 @@ class Transformer(nnx.Module):
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
+        segments_BT = whole_rows(segments_BT)
         if cache is not None:
             mask_BTS = cache_mask(positions_BT, cache.key.shape[2])
         else:
@@ -154,7 +155,8 @@ class Transformer(nnx.Module):
         def body(x_BTD, layer):
             params, layer_cache = layer
             return nnx.merge(graphdef, params)(x_BTD, positions_BT, visible, layer_cache)
-        if cache is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if cache is None and (c.remat != "none" or mesh.size > 1):  # on one device "none" has no gathered weights to drop
             body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
         x_BTD, cache = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
         return Output(self.norm(x_BTD), cache, {})

@@ -12,7 +12,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from lm import sharding
 from lm.nn.layers import add_bias, dense, param
 from lm.nn.positions import rope
-from lm.sharding import constrain
 
 
 class Cache(NamedTuple):
@@ -33,11 +32,32 @@ def cache_mask(positions_BT: jax.Array, cache_length: int) -> jax.Array:
     return jnp.arange(cache_length)[None, None, :] <= positions_BT[:, :, None]
 
 
+def blocked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, *, block: int = 128, most: int = 8) -> jax.Array:
+    """Softmax attention under a mask within the causal one, [B, T, N, H]: sums and softmax in f32, query heads n attend to kv head n // (N/K).
+
+    Queries go in at most `most` blocks of `block` positions or more, each against the keys up to its own end: what lies right of the
+    diagonal's blocks is never computed.
+    """
+    batch, length, heads, size = q_BTNH.shape
+    kv_heads = k_BTKH.shape[2]
+    block = max(block, -(-length // most))
+    q = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
+    k, v = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    blocks = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        scores = jnp.einsum("bkgth,bksh->bkgts", q[:, :, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32) * size**-0.5
+        scores = jnp.where(mask_BTT[:, None, None, start:end, :end], scores, -1e30)
+        shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        blocks.append(jnp.einsum("bkgts,bksh->bkgth", shares, v[:, :, :end], preferred_element_type=jnp.float32).astype(v.dtype))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
 SPLASH = ("splash", "splash_interpreted")
 
 
 class Visible(NamedTuple):
-    """What each query may attend to. `mask` is None where the kernel finds it out from the segments."""
+    """What each query may attend to, of whole rows. `mask` is None where the kernel finds it out from the segments."""
     mask_BTS: jax.Array | None
     segments_BT: jax.Array
 
@@ -59,15 +79,13 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, block: int = 1024, 
       interpret: run the kernel's program without a TPU, slowly.
 
     Raises:
-      ValueError: a length that tiles don't fill, or that the sequence axis splits.
+      ValueError: a length that tiles don't fill.
     """
     length = q_BTNH.shape[1]
     mesh = jax.sharding.get_abstract_mesh()
     block = min(block, length)
     if length % block or length % 128:
         raise ValueError(f"config.data.length = {length}: config.model.attention = 'splash' needs a multiple of {max(block, 128)}")
-    if mesh.shape.get("sequence", 1) > 1:
-        raise ValueError("config.model.attention = 'splash' doesn't split sequences yet: set config.mesh.sequence = 1, or attention = 'xla'")
 
     def local(q, k, v, segments):
         kernel = _splash_kernel(q.shape[2], length, block, interpret)
@@ -77,7 +95,7 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, block: int = 1024, 
         return heads_first(jax.vmap(run)(heads_first(q * scale), heads_first(k), heads_first(v), segments))
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    heads, rows = (sharding.spec(axes, mesh) for axes in (("batch", None, "act_heads", None), ("batch", None)))
+    heads, rows = (sharding.spec(axes, mesh) for axes in (("batch", None, "whole_rows_heads", None), ("batch", None)))
     return jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
@@ -118,16 +136,18 @@ class Attention(nnx.Module):
             cache = Cache(cache.key.at[rows, positions_BT].set(k_BSKH.astype(cache.key.dtype), mode="drop"),
                           cache.value.at[rows, positions_BT].set(v_BSKH.astype(cache.value.dtype), mode="drop"))
             k_BSKH, v_BSKH = cache.key.astype(q_BTNH.dtype), cache.value.astype(q_BTNH.dtype)
-        q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", None)
-        k_BSKH = constrain(k_BSKH, "batch", None, "act_heads", None)
-        v_BSKH = constrain(v_BSKH, "batch", None, "act_heads", None)
+        elif (times := sharding.repeats(k_BSKH.shape[2])) > 1:
+            k_BSKH, v_BSKH = jnp.repeat(k_BSKH, times, axis=2), jnp.repeat(v_BSKH, times, axis=2)
+        q_BTNH, k_BSKH, v_BSKH = (sharding.whole_rows(x, heads_dim=2) for x in (q_BTNH, k_BSKH, v_BSKH))
         # Softmax in f32 inside; query heads n attend to kv head n // (N/K).
         if visible.mask_BTS is None:
             y_BTNH = splash_attention(q_BTNH, k_BSKH, v_BSKH, visible.segments_BT, interpret=self.implementation == "splash_interpreted")
+        elif cache is None and self.implementation == "xla":
+            y_BTNH = blocked_attention(q_BTNH, k_BSKH, v_BSKH, visible.mask_BTS)
         else:
             with jax.numpy_dtype_promotion("standard"):  # it multiplies bf16 by f32 scalars
                 y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible.mask_BTS[:, None],
                                                       implementation="xla" if self.implementation in SPLASH else self.implementation)
-        y_BTNH = constrain(y_BTNH, "batch", "length", "act_heads", None)
+        y_BTNH = sharding.split_rows(y_BTNH)
         out_BTD = dense("btnh,nhd->btd", y_BTNH, self.out, self.compute_dtype, "out")
         return add_bias(out_BTD, self.out_bias) if self.use_bias else out_BTD, cache

@@ -58,7 +58,12 @@ def _dense_backward(spec, logical_axes, dtype, saved, g):
     inputs, out = spec.split("->")
     a, b = inputs.split(",")
     x_grad = _matmul(f"{out},{b}->{a}", g.astype(dtype), gathered, g.dtype)
-    weight_grad = _matmul(f"{a},{out}->{b}", x, g.astype(dtype), jnp.float32)
+    weight_grad = lambda x, g: _matmul(f"{a},{out}->{b}", x, g, jnp.float32)
+    if len(b) == 2 and x.size > g.size:
+        # XLA's CPU compiler transposes the first operand, and computes it again with all that led to it: let it be the smaller one.
+        turned = lambda x, g: jax.lax.optimization_barrier(_matmul(f"{out},{a}->{b[::-1]}", g, x, jnp.float32)).T
+        weight_grad = functools.partial(jax.lax.platform_dependent, cpu=turned, default=weight_grad)
+    weight_grad = weight_grad(x, g.astype(dtype))
     return x_grad, sharding.scatter(weight_grad, logical_axes, like.dtype)
 
 
@@ -101,8 +106,17 @@ class LayerNorm(nnx.Module):
 
 def add_bias(x: jax.Array, bias: nnx.Param) -> jax.Array:
     """x plus a bias over its last dims, in x's dtype."""
-    value = gather(bias, x.dtype)
+    return _add_bias(x, gather(bias, x.dtype))
+
+
+@jax.custom_vjp
+def _add_bias(x, value):
     return x + value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
+
+
+# The gradient is summed in f32, whatever it arrives in.
+_add_bias.defvjp(lambda x, value: (_add_bias(x, value), jnp.zeros((0, *value.shape), value.dtype)),
+                 lambda like, g: (g, jnp.sum(g, axis=tuple(range(g.ndim - like.ndim + 1)), dtype=jnp.float32).astype(like.dtype)))
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
