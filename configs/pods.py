@@ -3,8 +3,9 @@
     python -m lm.plan --config=configs/pods.py:llama2_7b-v5p-4x4x4 --topology=v5p:4x4x4
     python -m lm.main --config=configs/pods.py:llama2_7b-v5p-4x4x4 --workdir=gs://BUCKET/RUN --config.data.source_args.data_dir=gs://BUCKET/tfds
 
-A size is PRESET-CHIP-TOPOLOGY, with "-lean" where there is a second setting that takes less memory. The data is C4 as in configs/c4.py; a batch
-is as many rows a chip as the setting was chosen for ("-128k": rows of 131,072 tokens, each over the eight chips of the sequence axis). Times on the cards are modelled, none was measured on a TPU.
+A size is PRESET-CHIP-TOPOLOGY, with "-lean" where there is a second setting that takes less memory, and "-128k" for rows of 131,072 tokens, each
+over the eight chips of the sequence axis. The data is C4 as in configs/c4.py; a batch is as many rows a chip as the setting was chosen for. Times on
+the cards are modelled, none was measured on a TPU.
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,7 @@ are models of them (lm/hlo.py), given as a range.
 """
 
 import collections
+import functools
 import json
 import logging
 import math
@@ -18,14 +19,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from flax import nnx
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from lm import build, command_line, decode, hlo, metrics, sharding, step
+from lm import build, command_line, decode, hlo, metrics, search, sharding, step
 
+PROGRAMS = ("train", "eval", "prefill", "decode")
 CARDS = Path(__file__).parent.parent / "configs" / "cards"
 # What a card holds still, and how far it may move (a share) before --check fails.
 TOLERANCES = {"memory_gib": 0.02, "executed_tflops": 0.005, "model_tflops": 1e-6, "wire_gb": 0.02}
+
+
+class DoesNotFit(MemoryError):
+    """A program that is too big: what is, and `needed_gib` by the compiler's count, 0 if it doesn't say."""
+    needed_gib = 0.0
 
 
 def describe(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -120,7 +128,7 @@ def measure(program: build.Program, jitted, arguments: tuple, model_flops: dict[
 
 
 def plan(config: ConfigDict, topology: str, slices: int = 1, *, programs: tuple[str, ...] = ("train",), progress=lambda text: None) -> dict:
-    """The report of a configuration on a pod: for each of `programs` (train, eval, generate) what `measure` says, and what the run takes.
+    """The report of a configuration on a pod: for each of `programs` (of `PROGRAMS`) what `measure` says, and what the run takes.
 
     Raises:
       ValueError: a configuration that can't run there.
@@ -137,7 +145,7 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, *, programs: tuple[
                                           for name in ("causal", "full")}
     params = program.abstract_state.params
     objective = build.resolve(c.objective.type, "config.objective.type")
-    prompts = (len(devices), min(128, c.data.length))
+    prompts = (len(devices), min(1024, c.data.length))  # a row a chip
 
     def made(name):
         if name == "train":
@@ -145,10 +153,16 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, *, programs: tuple[
         if name == "eval":
             return (jax.jit(step.make_token_logprobs(program.graphdef, objective.token_logprobs)),
                     (params, program.abstract_batch(c.data.batch_size)), flops(c.data.batch_size, c.data.length, 1 / 3))
-        generate = decode.make_generate(program.graphdef, max_new_tokens=128, temperature=1.0, top_k=0, eos_id=0, vocab_size=c.model.vocab_size)
-        rows = jax.ShapeDtypeStruct(prompts, jnp.int32, sharding=sharding.batch_sharding(program.mesh))
-        lengths = jax.ShapeDtypeStruct(prompts[:1], jnp.int32, sharding=sharding.batch_sharding(program.mesh, 1))
-        return jax.jit(generate), (params, rows, lengths, jax.eval_shape(lambda: jax.random.key(0))), flops(prompts[0], prompts[1] + 128, 1 / 3)
+        rows = lambda ndim: sharding.batch_sharding(program.mesh, ndim)
+        ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows(1 if len(shape) == 1 else 2))
+        if name == "prefill":
+            run = lambda params, *arguments: decode.prefill(nnx.merge(program.graphdef, params), *arguments, c.data.length)
+            return jax.jit(run), (params, ids(*prompts), ids(prompts[0])), flops(*prompts, 1 / 3)
+        run = lambda params, token, position, cache: decode.decode_step(nnx.merge(program.graphdef, params), token, position, cache)
+        cache = jax.eval_shape(lambda params: nnx.merge(program.graphdef, params).init_cache(prompts[0], c.data.length), params)
+        place = jax.sharding.NamedSharding(program.mesh, sharding.spec(("layers", "batch", None, "act_heads", None), program.mesh))
+        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache)
+        return jax.jit(run, donate_argnums=3), (params, ids(prompts[0]), ids(prompts[0]), cache), flops(prompts[0], 1, 1 / 3)
     per_device = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
     report = {
         "topology": topology, "slices": slices, "chips": len(devices), "mesh": {axis: n for axis, n in program.mesh.shape.items() if n > 1},
@@ -162,7 +176,7 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, *, programs: tuple[
         try:
             report[name] = measure(program, jitted, arguments, model_flops)
         except MemoryError as error:
-            raise MemoryError(_too_big(c, name, str(error))) from None
+            raise _too_big(c, name, str(error)) from None
     train = report.get("train")
     if train:
         batch = c.data.batch_size * c.data.length
@@ -180,8 +194,8 @@ def _libtpu_version() -> str:
     return metadata.version("libtpu")
 
 
-def _too_big(config: ConfigDict, name: str, error: str) -> str:
-    used = re.search(r"Used ([\d.]+[MG]) of ([\d.]+[MG]) hbm", error)
+def _too_big(config: ConfigDict, name: str, error: str) -> DoesNotFit:
+    used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+[MG]) hbm", error)
     large = re.findall(r"Size: ([\d.]+[MG])\s[\s\S]*?Shape: (\S+)", error)[:3]
     ways = []
     if name == "train":
@@ -189,8 +203,10 @@ def _too_big(config: ConfigDict, name: str, error: str) -> str:
         ways += [] if config.objective.chunk else [f"chunk the loss (config.objective.chunk={max(config.data.length // 4, 1)})"]
         ways += [f"smaller microbatches (config.train.accumulation={config.train.accumulation * 2})"]
     ways += ["more chips, or a smaller batch"]
-    return (f"the {name} program does not fit: {f'{used.group(1)} of {used.group(2)}' if used else error.splitlines()[0]}. "
-            f"Largest: {', '.join(f'{size} {shape}' for size, shape in large) or 'unknown'}. Nearest changes: {'; '.join(ways)}.")
+    found = DoesNotFit(f"the {name} program does not fit: {f'{used.group(1)}{used.group(2)} of {used.group(3)}' if used else error.splitlines()[0]}. "
+                       f"Largest: {', '.join(f'{size} {shape}' for size, shape in large) or 'unknown'}. What helps: {'; '.join(ways)}.")
+    found.needed_gib = float(used.group(1)) / (1 if used.group(2) == "G" else 1024) if used and name == "train" else 0.0
+    return found
 
 
 def in_words(config: ConfigDict, train: dict) -> str:
@@ -222,7 +238,7 @@ def table(report: dict) -> str:
              f"{report['batch'][0]} x {report['batch'][1]}; jax {report['versions']['jax']}, libtpu {report['versions']['libtpu']}",
              f"parameters {report['parameters_gib']:.2f} GiB, optimizer {report['optimizer_gib']:.2f} GiB a chip"]
     spread = lambda values, form: " | ".join(f"{form.format(values[m])} ({m})" for m in ("roofline", "calibrated", "compiler"))
-    for name in ("train", "eval", "generate"):
+    for name in PROGRAMS:
         if name not in report:
             continue
         r = report[name]
@@ -283,6 +299,31 @@ def check(names: list[str], load, progress=print) -> list[str]:
     return failures
 
 
+def run_search(config: ConfigDict, topology: str, slices: int, *, minutes: float, out: Path, say) -> str:
+    """Looks for faster settings (lm/search.py), writes those of the fastest to `out` as flags, and returns the ranking."""
+    evaluate = search.remembered(functools.partial(plan, topology=topology, slices=slices), Path("~/.cache/lm/plan").expanduser(),
+                                 topology, str(slices), jax.__version__, _libtpu_version())
+    devices = describe(topology, slices)
+    tried = search.search(config, len(devices), hlo.CHIPS[devices[0].device_kind].memory / 2**30, evaluate, minutes=minutes, say=say)
+    base = search.settings_of(config, len(devices))
+    changes = search.overrides(tried[0].settings, base)
+    metrics.write_whole(out, "\n".join(changes) + "\n" if changes else "")
+    return (f"{search.table(tried, base)}\n\nfastest: {' '.join(changes) or 'the configuration as given'}\nwritten to {out}: "
+            f"python -m lm.main --config=... $(cat {out})")
+
+
+def _nearest(config: ConfigDict, topology: str, slices: int, error: DoesNotFit, say) -> str:
+    """A change that makes a train step fit, found by compiling; "" if none was."""
+    devices = describe(topology, slices)
+    limit = hlo.CHIPS[devices[0].device_kind].memory / 2**30
+    found = search.nearest_that_fits(config, len(devices), functools.partial(plan, topology=topology, slices=slices), needed_gib=error.needed_gib,
+                                     limit_gib=limit, say=say)
+    if not found:
+        return ""
+    changes = search.overrides(found.settings, search.settings_of(config, len(devices)))
+    return f" The nearest change that fits: {' '.join(changes)} ({found.report['train']['memory_gib']:.1f} GiB)."
+
+
 def load_config(path: str, size: str) -> ConfigDict:
     import runpy
     return runpy.run_path(path)["get_config"](*([size] if size else [])).lock()
@@ -301,7 +342,13 @@ def main(argv: list[str]) -> int:
         if config is None:
             raise ValueError("--config is missing, such as --config=configs/pods.py:llama2_7b-v5p-4x4x4")
         topology = _TOPOLOGY.value or config.get("topology", "")
-        report = plan(config, topology, _SLICES.value, programs=tuple(_PROGRAMS.value), progress=say)
+        if _SEARCH.value:
+            print(run_search(config, topology, _SLICES.value, minutes=_MINUTES.value, out=Path(_OVERRIDES.value), say=say))
+            return 0
+        try:
+            report = plan(config, topology, _SLICES.value, programs=tuple(_PROGRAMS.value), progress=say)
+        except DoesNotFit as error:
+            raise MemoryError(f"{error}{_nearest(config, topology, _SLICES.value, error, say) if error.needed_gib else ''}") from None
     except (ValueError, MemoryError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -315,8 +362,11 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     _TOPOLOGY = flags.DEFINE_string("topology", "", "Chips of the pod, such as v5p:4x4x8 or v5e:16x16.")
     _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
-    _PROGRAMS = flags.DEFINE_list("programs", ["train"], "Of train, eval, generate.")
+    _PROGRAMS = flags.DEFINE_list("programs", ["train"], f"Of {', '.join(PROGRAMS)}.")
     _JSON = flags.DEFINE_boolean("json", False, "Print the report as JSON.")
+    _SEARCH = flags.DEFINE_boolean("search", False, "Look for faster settings: mesh, remat, microbatches, chunks of the loss.")
+    _MINUTES = flags.DEFINE_float("search_minutes", 27.0, "How long to look.")
+    _OVERRIDES = flags.DEFINE_string("overrides", "overrides.txt", "Where --search writes the fastest settings, as flags of lm.main.")
     _CARD = flags.DEFINE_string("card", "", "Write the report to configs/cards/CARD.json.")
     _CHECK = flags.DEFINE_boolean("check", False, "Compile the cards named (all by default) again, and fail where figures moved.")
     app.run(main, flags_parser=command_line.parse)

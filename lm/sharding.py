@@ -71,7 +71,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
         within = [1] + shape[1:]
         grid = mesh_utils.create_hybrid_device_mesh(within, [shape[0]] + [1] * (len(shape) - 1), devices)
     elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(shape, devices)  # follows the torus
+        try:
+            grid = mesh_utils.create_device_mesh(shape, devices)  # follows the torus
+        except NotImplementedError:
+            sides = [n for n in np.max([d.coords for d in devices], axis=0) + 1 if n > 1]
+            raise ValueError(f"config.mesh = {({axis: n for axis, n in zip(MESH_AXES, shape) if n != 1})} can't be laid on a torus of "
+                             f"{' x '.join(map(str, sides))} chips: each axis must be as long as one of the torus's sides, or as some of them "
+                             f"multiplied, such as {({'fsdp': int(sides[0]), 'fsdp2': len(devices) // int(sides[0])})}") from None
     else:
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, MESH_AXES)

@@ -30,8 +30,8 @@ def small():
 
 def test_report(small):
     said = []
-    report = plan.plan(small.lock(), "v5e:2x2", programs=("train", "eval", "generate"), progress=said.append)
-    assert len(said) == 3
+    report = plan.plan(small.lock(), "v5e:2x2", programs=plan.PROGRAMS, progress=said.append)
+    assert len(said) == 4
     train = report["train"]
     # Each chip holds a quarter: parameters (bf16, norms f32), and two f32 moments.
     count = report["parameters"]
@@ -52,7 +52,8 @@ def test_report(small):
     assert any(name.startswith("reduce-scatter") for name in train["collectives"])
     assert report["tokens"] == pytest.approx(1e9, rel=1e-4)
     assert report["chip_hours"]["calibrated"] == pytest.approx(1e9 / report["tokens_per_second_per_chip"]["calibrated"] / 3600, rel=1e-3)
-    assert report["eval"]["executed_tflops"] < 0.5 * train["executed_tflops"] and report["generate"]["memory_gib"] < train["memory_gib"]
+    assert report["eval"]["executed_tflops"] < 0.5 * train["executed_tflops"] and report["prefill"]["memory_gib"] < train["memory_gib"]
+    assert 0 < report["decode"]["executed_tflops"] < report["prefill"]["executed_tflops"] / 256 and report["decode"]["hbm_gb"] > 0
     assert json.loads(json.dumps(report)) == report
     text = plan.table(report)
     assert all(word in text for word in ("fits", "MFU", "on the wire", "chip-hours", "reduce-scatter over fsdp", "not modelled", "Matmuls take"))
@@ -115,8 +116,36 @@ def test_what_cannot_run_there(small):
 def test_what_does_not_fit_says_what_to_change(small):
     small.data.batch_size = 65536
     small.objective.chunk = 0
-    with pytest.raises(MemoryError, match=r"train program does not fit: .*Largest: .*Nearest changes: .*config.objective.chunk=128.*accumulation=2"):
+    with pytest.raises(MemoryError, match=r"train program does not fit: .*Largest: .*What helps: .*config.objective.chunk=128.*accumulation=2"):
         plan.plan(small, "v5e:2x2")
+
+
+def test_what_does_not_fit_is_told_a_change_that_does(small):
+    """Found by compiling, for a config that overflows by its saved results alone."""
+    small.data.batch_size = 2048
+    small.model.remat = "query,key,value,attention,out,up"
+    with pytest.raises(plan.DoesNotFit) as error:
+        plan.plan(small, "v5e:2x2")
+    assert error.value.needed_gib > 15.7
+    said = []
+    text = plan._nearest(small.lock(), "v5e:2x2", 1, error.value, said.append)
+    assert "The nearest change that fits: --config." in text and "GiB" in text and said
+
+
+def test_kept_in_the_hosts_memory_is_not_on_the_chip(small):
+    small.data.batch_size = 64
+    small.model.remat = "query,key,value,attention,out,up"
+    here = report_of(small)["train"]
+    small.model.remat = "query,key,value,attention,out,up:host"
+    there = report_of(small)["train"]
+    assert there["temporaries_gib"] < here["temporaries_gib"] - 0.9 * 2 * 16 * 512 * 2048 * 2 / 2**30  # two layers' results
+    assert there["executed_tflops"] == pytest.approx(here["executed_tflops"], rel=0.01)
+
+
+def test_a_mesh_that_the_torus_does_not_hold(small):
+    small.mesh.update(dict(fsdp=2, fsdp2=8))
+    with pytest.raises(ValueError, match="can't be laid on a torus of 4 x 4 chips.*such as {'fsdp': 4, 'fsdp2': 4}"):
+        plan.plan(small, "v5e:4x4")
 
 
 def test_a_card_notices(small):

@@ -142,13 +142,13 @@ def test_gradient_is_the_slope(changes):
 def test_remat_changes_memory_only():
     """Loss and gradients are those without; and what the backward pass keeps is really less, or the test would prove nothing."""
     run, kept = {}, {}
-    for name in ("none", "dots", "full"):
+    for name in ("none", "dots", "full", "query,up", "query,up:host"):
         graphdef, params = drawn(config(remat=name, use_bias=True))
         value = functools.partial(loss, graphdef)
         run[name] = jax.device_get(jit(jax.value_and_grad(value))(params))
         residuals = jax.eval_shape(lambda params: jax.vjp(value, params)[1], params)  # noqa: B023
         kept[name] = sum(x.size for x in jax.tree.leaves(residuals))
-    for name in ("dots", "full"):
+    for name in ("dots", "full", "query,up", "query,up:host"):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), run[name], run["none"])
     assert kept["full"] < 0.9 * kept["dots"] < 0.8 * kept["none"], kept
 
