@@ -22,17 +22,17 @@ class Chip:
     peak: float  # bf16 FLOP/s
     clock: float  # Hz: peak / FLOPs per cycle of all matrix units
     hbm: float  # bytes/s
-    memory: float  # bytes
+    memory: float  # bytes that a program may use, by the compiler (the data sheets' figure less what is reserved)
     link: float  # bytes/s of one ICI link, one way
     wrap: int  # a torus dim of a multiple of this length is closed to a ring
     kernel: tuple[float, float]  # splash attention with segments: share of peak at head size 128, forward and backward, from VLIW bundle counts
 
 
 CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 1.05e9, 1.2e12, 32e9, 4.5e10, 4, (0.54, 0.70)),
-    "TPU v5 lite": Chip("v5e", 197e12, 1.5e9, 8.1e11, 16e9, 4.5e10, 16, (0.56, 0.73)),
-    "TPU v5": Chip("v5p", 459e12, 1.75e9, 2.76e12, 95e9, 9e10, 4, (0.54, 0.70)),
-    "TPU v6 lite": Chip("v6e", 918e12, 1.75e9, 1.64e12, 32e9, 9e10, 16, (0.21, 0.28)),
+    "TPU v4": Chip("v4", 275e12, 1.05e9, 1.2e12, 30.75 * 2**30, 4.5e10, 4, (0.54, 0.70)),
+    "TPU v5 lite": Chip("v5e", 197e12, 1.5e9, 8.1e11, 15.75 * 2**30, 4.5e10, 16, (0.56, 0.73)),
+    "TPU v5": Chip("v5p", 459e12, 1.75e9, 2.76e12, 95.74 * 2**30, 9e10, 4, (0.54, 0.70)),
+    "TPU v6 lite": Chip("v6e", 918e12, 1.75e9, 1.64e12, 31.25 * 2**30, 9e10, 16, (0.21, 0.28)),
 }
 DCN = 6.25e9  # bytes/s of a chip between slices: a host's 200 Gbit/s over its four chips
 MODELS = ("compiler", "calibrated", "roofline")

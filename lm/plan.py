@@ -75,6 +75,7 @@ def compile_text(jitted, *arguments) -> tuple[jax.stages.Compiled, str, list[str
 
     Raises:
       MemoryError: it doesn't fit; the compiler's words.
+      ValueError: the compiler refuses an option, or fails.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +88,8 @@ def compile_text(jitted, *arguments) -> tuple[jax.stages.Compiled, str, list[str
             if "option" in str(error) or "FAILED_PRECONDITION" in str(error):
                 raise ValueError(f"libtpu {_libtpu_version()} refuses an option of lm/startup.py's COMPILER_OPTIONS: {str(error).splitlines()[0]}. "
                                  f"constraints.txt has the version that they were chosen for") from None
-            raise
+            raise ValueError(f"libtpu {_libtpu_version()}'s compiler fails on this program: {str(error).splitlines()[0]}. Another mesh, remat or number of "
+                             f"microbatches may do") from error
         seconds = time.monotonic() - began
         largest = lambda pattern: max(Path(folder).glob(pattern), key=lambda path: path.stat().st_size)
         text = largest("*after_codegen.txt").read_text()
@@ -114,7 +116,8 @@ def measure(program: build.Program, jitted, arguments: tuple, model_flops: dict[
     per_chip = {name: flops / len(devices) for name, flops in model_flops.items()}
     return {
         "memory_gib": memory.peak_memory_in_bytes / 2**30, "arguments_gib": memory.argument_size_in_bytes / 2**30,
-        "temporaries_gib": memory.temp_size_in_bytes / 2**30, "limit_gib": chip.memory / 2**30, "largest_buffers": largest,
+        "temporaries_gib": memory.temp_size_in_bytes / 2**30, "host_gib": memory.host_temp_size_in_bytes / 2**30,
+        "limit_gib": chip.memory / 2**30, "largest_buffers": largest,
         "model_tflops": per_chip["causal"] / 1e12, "model_tflops_full_attention": per_chip["full"] / 1e12,
         "executed_tflops": (middle.flops + middle.kernel_flops) / 1e12, "hbm_gb": middle.hbm / 1e9,
         "wire_gb": sum(c.count * c.wire for c in middle.collectives) / 1e9,
@@ -195,7 +198,7 @@ def _libtpu_version() -> str:
 
 
 def _too_big(config: ConfigDict, name: str, error: str) -> DoesNotFit:
-    used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+[MG]) hbm", error)
+    used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+[MG]) hbm", error) or re.search(r"\(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+[MG])\)", error)
     large = re.findall(r"Size: ([\d.]+[MG])\s[\s\S]*?Shape: (\S+)", error)[:3]
     ways = []
     if name == "train":
@@ -244,7 +247,7 @@ def table(report: dict) -> str:
         r = report[name]
         lines += [
             f"\n{name}: memory {r['memory_gib']:.2f} of {r['limit_gib']:.1f} GiB: fits (arguments {r['arguments_gib']:.2f}, temporaries "
-            f"{r['temporaries_gib']:.2f}); compiled in {r['compile_seconds']:.0f} s",
+            f"{r['temporaries_gib']:.2f}; in the host's memory {r['host_gib']:.2f}); compiled in {r['compile_seconds']:.0f} s",
             "  largest: " + "; ".join(r["largest_buffers"][:4]),
             f"  TFLOP a chip: model {r['model_tflops']:.1f} (full attention {r['model_tflops_full_attention']:.1f}), executed {r['executed_tflops']:.1f}; "
             f"HBM {r['hbm_gb']:.1f} GB; on the wire {r['wire_gb']:.2f} GB",

@@ -187,13 +187,13 @@ def remembered(evaluate: Callable[[ConfigDict], dict], folder: Path, *circumstan
         else:
             try:
                 found = {"report": evaluate(config)}
-            except MemoryError as error:
-                found = {"does not fit": str(error)}
+            except (MemoryError, ValueError) as error:
+                found = {"failed": str(error), "fits": isinstance(error, ValueError)}
             folder.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".part").write_text(json.dumps(found))
             path.with_suffix(".part").rename(path)
         if "report" not in found:
-            raise MemoryError(found["does not fit"])
+            raise (ValueError if found["fits"] else MemoryError)(found["failed"])
         return found["report"]
     return evaluated
 

@@ -11,7 +11,7 @@ from flax import nnx
 from lm import config as config_lib
 from lm import sharding
 from lm.models.transformer import Config, Transformer
-from lm.nn.attention import cache_mask, causal_mask, splash_attention
+from lm.nn.attention import blocked_attention, cache_mask, causal_mask, splash_attention
 from lm.nn.positions import rope
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
@@ -191,6 +191,24 @@ def test_the_model_has_no_hidden_state():
     assert (call(TOKENS[:, ::-1]) != first).any()
     np.testing.assert_array_equal(call(TOKENS), first)
     assert jax.tree.leaves(nnx.split(model, nnx.Param, ...)[2]) == []
+
+
+@pytest.mark.parametrize("kv_heads, dtype, tolerance", [(4, jnp.float32, 2e-5), (2, jnp.float32, 2e-5), (1, jnp.bfloat16, 3e-2)])
+def test_blocks_are_the_whole(kv_heads, dtype, tolerance):
+    """Values and gradients of `blocked_attention` for lengths that blocks fill or don't, against JAX's attention under the same mask."""
+    rng = np.random.default_rng(0)
+    for length, block, most in ((48, 16, 8), (50, 16, 8), (50, 4, 3), (20, 128, 8)):
+        q, k, v = (rng.normal(size=(2, length, heads, 16)).astype(np.float32).astype(dtype) for heads in (4, kv_heads, kv_heads))
+        segments = np.sort(rng.integers(0, 4, (2, length)), axis=1).astype(np.int32)
+        weights = rng.normal(size=q.shape).astype(np.float32)
+        mask = causal_mask(segments)
+        value = lambda attend: jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(weights * attend(*qkv).astype(jnp.float32)), argnums=(0, 1, 2)))(q, k, v)  # noqa: B023
+        with jax.numpy_dtype_promotion("standard"):
+            wanted = value(lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=mask[:, None], implementation="xla"))  # noqa: B023
+        found = value(functools.partial(blocked_attention, mask_BTT=mask, block=block, most=most))
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+            ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+            assert np.linalg.norm(ours - theirs) <= tolerance * max(np.linalg.norm(theirs), 1), (length, block)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

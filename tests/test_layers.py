@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm.nn.layers import dense, param
+from lm.nn.layers import add_bias, dense, param
 
 
 def _operands(spec):
@@ -18,7 +18,7 @@ def _operands(spec):
     return x, weight
 
 
-@pytest.mark.parametrize("spec", ["btd,df->btf", "btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv", "bd,vd->bv"])
+@pytest.mark.parametrize("spec", ["btd,df->btf", "btd,dnh->btnh", "btnh,nhd->btd", "btf,fd->btd", "btd,vd->btv", "bd,vd->bv"])
 def test_dense_is_einsum(spec):
     """Value and both gradients, in f32."""
     x, weight = _operands(spec)
@@ -36,3 +36,12 @@ def test_weight_gradient_is_not_rounded():
     x_grad, w_grad = jax.grad(f, argnums=(0, 1))(x, weight[...])
     assert x_grad.dtype == jnp.bfloat16 and w_grad.dtype == jnp.float32
     assert np.any(np.asarray(w_grad) != np.asarray(w_grad.astype(jnp.bfloat16).astype(jnp.float32)))
+
+
+def test_bias_gradient_is_summed_in_f32():
+    """4,096 slopes of 1 + 1/128 in bf16: a bf16 sum would stand still at 256."""
+    x = jnp.zeros((4, 1024, 2, 3), jnp.bfloat16)
+    bias = jnp.zeros((2, 3), jnp.float32)
+    f = lambda b: jnp.sum(add_bias(x, nnx.Param(b, logical_axes=("heads", "head_dim_bias"))) * jnp.bfloat16(1 + 1 / 128), dtype=jnp.float32)
+    grad = jax.grad(f)(bias)
+    np.testing.assert_allclose(grad, 4096 * (1 + 1 / 128), rtol=2**-8)

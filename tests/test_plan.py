@@ -120,32 +120,30 @@ def test_what_does_not_fit_says_what_to_change(small):
         plan.plan(small, "v5e:2x2")
 
 
-def test_what_does_not_fit_is_told_a_change_that_does(small):
-    """Found by compiling, for a config that overflows by its saved results alone."""
-    small.data.batch_size = 2048
+def test_what_does_not_fit_is_told_a_change_that_does(small, monkeypatch):
+    """How much is needed is read off the compiler's words; the changes that it tries then are as if they fitted (test_search.py has the rest)."""
+    small.data.batch_size = 8192
     small.model.remat = "query,key,value,attention,out,up"
     with pytest.raises(plan.DoesNotFit) as error:
         plan.plan(small, "v5e:2x2")
-    assert error.value.needed_gib > 15.7
-    said = []
-    text = plan._nearest(small.lock(), "v5e:2x2", 1, error.value, said.append)
-    assert "The nearest change that fits: --config." in text and "GiB" in text and said
-
-
-def test_kept_in_the_hosts_memory_is_not_on_the_chip(small):
-    small.data.batch_size = 64
-    small.model.remat = "query,key,value,attention,out,up"
-    here = report_of(small)["train"]
-    small.model.remat = "query,key,value,attention,out,up:host"
-    there = report_of(small)["train"]
-    assert there["temporaries_gib"] < here["temporaries_gib"] - 0.9 * 2 * 16 * 512 * 2048 * 2 / 2**30  # two layers' results
-    assert there["executed_tflops"] == pytest.approx(here["executed_tflops"], rel=0.01)
+    assert error.value.needed_gib > 15.75
+    monkeypatch.setattr(plan, "plan", lambda config, topology, slices: {"train": {"memory_gib": 12.0}})
+    text = plan._nearest(small.lock(), "v5e:2x2", 1, error.value, lambda text: None)
+    assert "The nearest change that fits: --config." in text and "12.0 GiB" in text
 
 
 def test_a_mesh_that_the_torus_does_not_hold(small):
     small.mesh.update(dict(fsdp=2, fsdp2=8))
     with pytest.raises(ValueError, match="can't be laid on a torus of 4 x 4 chips.*such as {'fsdp': 4, 'fsdp2': 4}"):
         plan.plan(small, "v5e:4x4")
+
+
+def test_a_compiler_that_fails_is_told_as_such(small, monkeypatch):
+    def fail(*unused, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    with pytest.raises(ValueError, match="libtpu .*'s compiler fails on this program: INTERNAL: RET_CHECK.*Another mesh"):
+        plan.plan(small, "v5e:2x2")
 
 
 def test_a_card_notices(small):

@@ -121,6 +121,14 @@ def test_results_are_remembered_for_the_same_configuration_only(given, tmp_path)
             first(big)
     assert len(calls) == 3
 
+    def fails(config):
+        calls.append(config)
+        raise ValueError("the compiler fails")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the compiler fails"):
+            search.remembered(fails, tmp_path, "v5e:8x8")(given)
+    assert len(calls) == 4
+
 
 def test_the_nearest_change_that_fits(given):
     big = search.apply(given, {"model.remat": "query,key,value,attention,out,up,gate"})
