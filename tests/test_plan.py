@@ -77,7 +77,7 @@ def _model(config):
 
 def test_remat_and_accumulation_show(small):
     """More kept is more memory and fewer FLOPs; microbatches take less memory for the same FLOPs."""
-    small.data.batch_size = 64
+    small.data.batch_size = 32
     full = report_of(small)["train"]
     small.model.remat = "query,key,value,attention,out,up,down"
     kept = report_of(small)["train"]
@@ -147,7 +147,6 @@ def test_a_compiler_that_fails_is_told_as_such(small, monkeypatch):
 
 
 def test_a_card_notices(small):
-    small.data.batch_size = 64
     report = report_of(small)
     card = json.loads(json.dumps(report))
     assert plan.differences(card, report) == []
