@@ -87,7 +87,8 @@ def neighbours(config: ConfigDict, settings: dict, chips: int) -> Iterator[dict]
     columns = config.data.length // config.mesh.get("sequence", 1)
     if chunk := settings["objective.chunk"]:
         yield from ({"objective.chunk": n} for n in (chunk * 2, chunk // 2) if 64 <= n <= columns and columns % n == 0)
-    pairs = [(n, weights // n) for n in range(1, weights + 1) if weights % n == 0 and n != settings["mesh.fsdp"]]
+    # All on one axis is (weights, 1); (1, weights) would be the same program.
+    pairs = [(n, weights // n) for n in range(2, weights + 1) if weights % n == 0 and (n, weights // n) != (settings["mesh.fsdp"], settings["mesh.fsdp2"])]
     near = lambda pair: abs(math.log(pair[0] / settings["mesh.fsdp"]))
     yield from ({"mesh.fsdp": a, "mesh.fsdp2": b} for a, b in sorted(pairs, key=near))
     replicas = settings["mesh.data"]
