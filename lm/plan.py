@@ -122,7 +122,7 @@ def measure(program: build.Program, jitted, arguments: tuple, model_flops: dict[
         "executed_tflops": (middle.flops + middle.kernel_flops) / 1e12, "hbm_gb": middle.hbm / 1e9,
         "wire_gb": sum(c.count * c.wire for c in middle.collectives) / 1e9,
         "kernels": dict(sorted(middle.kernels.items())),
-        "collectives": {name: {k: round(v, 3) for k, v in row.items()} for name, row in sorted(collectives.items())},
+        "collectives": {name: {k: round(v, 6) for k, v in row.items()} for name, row in sorted(collectives.items())},
         "step_ms": {model: cost.seconds * 1e3 for model, cost in costs.items()},
         "mfu": {model: per_chip["causal"] / chip.peak / cost.seconds for model, cost in costs.items()},
         "breakdown_ms": {name: value * 1e3 for name, value in middle.time.most_common()},
@@ -156,8 +156,7 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, *, programs: tuple[
         if name == "eval":
             return (jax.jit(step.make_token_logprobs(program.graphdef, objective.token_logprobs)),
                     (params, program.abstract_batch(c.data.batch_size)), flops(c.data.batch_size, c.data.length, 1 / 3))
-        rows = lambda ndim: sharding.batch_sharding(program.mesh, ndim)
-        ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows(1 if len(shape) == 1 else 2))
+        ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(program.mesh, len(shape)))
         if name == "prefill":
             run = lambda params, *arguments: decode.prefill(nnx.merge(program.graphdef, params), *arguments, c.data.length)
             return jax.jit(run), (params, ids(*prompts), ids(prompts[0])), flops(*prompts, 1 / 3)

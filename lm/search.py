@@ -14,6 +14,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from lm.models import transformer
+
 KNOBS = ("mesh.data", "mesh.fsdp", "mesh.fsdp2", "model.remat", "train.accumulation", "train.fsdp_gather", "objective.chunk")
 # Results kept for the backward pass, from the leanest to the most; each adds what saves most FLOPs for its bytes (docs/pods.md).
 LADDER = ("full", "attention", "attention,out", "query,attention,out", "query,key,value,attention,out", "query,key,attention,out,gate",
@@ -47,10 +49,10 @@ def apply(config: ConfigDict, settings: dict) -> ConfigDict:
     return changed.lock()
 
 
-def remat_names(config: ConfigDict, remat: str) -> list[str]:
-    """The results of a layer that there are to keep."""
-    names = {"full": "", "none": LADDER[-1], "dots": LADDER[-1]}.get(remat, remat).split(",")
-    return [name for name in names if name and not (name == "gate" and not config.model.gated_mlp)]
+def local_rows(config: ConfigDict, settings: dict) -> tuple[int, int]:
+    """(rows a step, positions of each) of a device."""
+    parts = config.mesh.slice * math.prod(settings[f"mesh.{axis}"] for axis in ("data", "fsdp", "fsdp2"))
+    return config.data.batch_size // parts, config.data.length // config.mesh.sequence
 
 
 def kept_bytes(config: ConfigDict, settings: dict, chips: int) -> tuple[float, float]:
@@ -59,8 +61,8 @@ def kept_bytes(config: ConfigDict, settings: dict, chips: int) -> tuple[float, f
     tokens = config.data.batch_size * config.data.length / chips / settings["train.accumulation"]
     widths = dict(query=m.num_heads * m.head_dim, key=m.num_kv_heads * m.head_dim, value=m.num_kv_heads * m.head_dim, out=m.embed_dim,
                   attention=m.num_heads * (m.head_dim + 2), up=m.mlp_dim, gate=m.mlp_dim, down=m.embed_dim)
-    names = [name.partition(":") for name in remat_names(config, settings["model.remat"])]
-    width = m.embed_dim + sum(widths[name] for name, _, place in names if not place)
+    here, _ = transformer.kept_results(settings["model.remat"])
+    width = m.embed_dim + sum(widths[name] for name in here if name != "gate" or m.gated_mlp)
     share = (settings["objective.chunk"] or config.data.length) / config.data.length
     return 2.0 * m.num_layers * tokens * width, 6.0 * tokens * share * m.vocab_size
 
@@ -84,7 +86,7 @@ def neighbours(config: ConfigDict, settings: dict, chips: int) -> Iterator[dict]
     weights = settings["mesh.fsdp"] * settings["mesh.fsdp2"]
     if config.train.fsdp == "by_hand" and settings["mesh.fsdp"] > 1 and settings["mesh.fsdp2"] > 1:
         yield {"train.fsdp_gather": "staged" if settings["train.fsdp_gather"] == "joint" else "joint"}
-    columns = config.data.length // config.mesh.get("sequence", 1)
+    rows, columns = local_rows(config, settings)
     if chunk := settings["objective.chunk"]:
         yield from ({"objective.chunk": n} for n in (chunk * 2, chunk // 2) if 64 <= n <= columns and columns % n == 0)
     # All on one axis is (weights, 1); (1, weights) would be the same program.
@@ -98,7 +100,6 @@ def neighbours(config: ConfigDict, settings: dict, chips: int) -> Iterator[dict]
             fsdp = min(settings["mesh.fsdp"], rest)
             if rest % fsdp == 0:
                 yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.fsdp2": rest // fsdp}
-    rows = config.data.batch_size // (config.mesh.get("slice", 1) * replicas * weights)
     yield from ({"train.accumulation": n} for n in (settings["train.accumulation"] // 2, settings["train.accumulation"] * 2) if n and rows % n == 0)
     yield from ({"model.remat": remat} for remat in less[-1:])
 
@@ -113,7 +114,7 @@ def search(config: ConfigDict, chips: int, limit_gib: float, evaluate: Callable[
     Raises:
       MemoryError, ValueError: the configuration as given can't be compiled.
     """
-    began, longest = time.monotonic(), 0.0
+    began = time.monotonic()
     base = settings_of(config, chips)
     best = Tried(base, evaluate(config))
     tried = {json.dumps(base, sort_keys=True): best}
@@ -129,7 +130,6 @@ def search(config: ConfigDict, chips: int, limit_gib: float, evaluate: Callable[
                 continue
             if time.monotonic() - began + longest > 60 * minutes:
                 say(f"the {minutes:.0f} minutes (--search_minutes) are over; there may be something faster")
-                improved = False
                 break
             predicted = predicted_gib(config, settings, best, chips)
             if predicted > limit_gib:
@@ -208,11 +208,10 @@ def nearest_that_fits(config: ConfigDict, chips: int, evaluate: Callable[[Config
     """
     base = settings_of(config, chips)
     there = sum(kept_bytes(config, base, chips)) / 2**30
-    columns = config.data.length // config.mesh.get("sequence", 1)
+    rows, columns = local_rows(config, base)
     chunk = base["objective.chunk"] or columns
     leaner = sorted((r for r in LADDER if kept_bytes(config, base | {"model.remat": r}, chips) < kept_bytes(config, base, chips)),
                     key=lambda r: -kept_bytes(config, base | {"model.remat": r}, chips)[0])
-    rows = config.data.batch_size // math.prod(base[f"mesh.{axis}"] for axis in ("data", "fsdp", "fsdp2")) // config.mesh.get("slice", 1)
     changes = [{"objective.chunk": n} for n in (chunk // 2, chunk // 4, chunk // 8) if n >= 64 and columns % n == 0]
     changes += [{"model.remat": remat} for remat in leaner]
     changes += [{"train.accumulation": n} for n in (2, 4, 8) if n > base["train.accumulation"] and rows % n == 0]

@@ -67,19 +67,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
         raise ValueError(
             f"config.mesh asks for {wanted or 'one device'}, which is {known} device(s){' or a multiple' if -1 in shape else ''}, but "
             f"there are {len(devices)} ({devices[0].platform}). Change the sizes, or set one axis to -1 to take what is left.")
-    if shape[0] > 1 and getattr(devices[0], "slice_index", None) is not None:
-        within = [1] + shape[1:]
-        grid = mesh_utils.create_hybrid_device_mesh(within, [shape[0]] + [1] * (len(shape) - 1), devices)
-    elif devices[0].platform == "tpu":
-        try:
-            grid = mesh_utils.create_device_mesh(shape, devices)  # follows the torus
-        except NotImplementedError:
-            sides = [n for n in np.max([d.coords for d in devices], axis=0) + 1 if n > 1]
-            raise ValueError(f"config.mesh = {({axis: n for axis, n in zip(MESH_AXES, shape) if n != 1})} can't be laid on a torus of "
-                             f"{' x '.join(map(str, sides))} chips: each axis must be as long as one of the torus's sides, or as some of them "
-                             f"multiplied, such as {({'fsdp': int(sides[0]), 'fsdp2': len(devices) // int(sides[0])})}") from None
-    else:
-        grid = np.asarray(devices).reshape(shape)
+    if devices[0].platform != "tpu":
+        return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+    within = [1, *shape[1:]]
+    try:  # both follow the torus
+        if shape[0] > 1 and getattr(devices[0], "slice_index", None) is not None:
+            grid = mesh_utils.create_hybrid_device_mesh(within, [shape[0]] + [1] * (len(shape) - 1), devices)
+        else:
+            grid = mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+        sides = [int(n) for n in np.max([d.coords for d in devices], axis=0) + 1 if n > 1]
+        raise ValueError(f"config.mesh = {({axis: n for axis, n in zip(MESH_AXES, shape) if n != 1})} can't be laid on a torus of "
+                         f"{' x '.join(map(str, sides))} chips: each axis must be as long as one of the torus's sides, or as some of them "
+                         f"multiplied, such as {({'fsdp': sides[0], 'fsdp2': math.prod(sides[1:])})}") from None
     return Mesh(grid, MESH_AXES)
 
 

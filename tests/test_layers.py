@@ -39,9 +39,11 @@ def test_weight_gradient_is_not_rounded():
 
 
 def test_bias_gradient_is_summed_in_f32():
-    """4,096 slopes of 1 + 1/128 in bf16: a bf16 sum would stand still at 256."""
+    """4,096 slopes of 1 + 1/128 in bf16. XLA may sum bf16 in f32 by itself; here it is asked to."""
     x = jnp.zeros((4, 1024, 2, 3), jnp.bfloat16)
     bias = jnp.zeros((2, 3), jnp.float32)
     f = lambda b: jnp.sum(add_bias(x, nnx.Param(b, logical_axes=("heads", "head_dim_bias"))) * jnp.bfloat16(1 + 1 / 128), dtype=jnp.float32)
     grad = jax.grad(f)(bias)
     np.testing.assert_allclose(grad, 4096 * (1 + 1 / 128), rtol=2**-8)
+    text = str(jax.make_jaxpr(jax.grad(f))(bias))
+    assert "f32[2,3] = reduce_sum" in text and "bf16[2,3] = reduce_sum" not in text

@@ -197,6 +197,14 @@ def test_spec():
     assert sharding.spec(("vocab", "mlp"), sharding.make_mesh(dict(fsdp=8), jax.devices())) == PartitionSpec(None, None)
 
 
+def test_an_activation_that_its_axes_do_not_divide_stays_whole():
+    """One position, as in decoding, under a sequence axis; rows are split all the same."""
+    with jax.set_mesh(sharding.make_mesh(dict(fsdp=4, sequence=2), jax.devices())):
+        for length, part in ((1, 1), (6, 3)):
+            x = jax.jit(lambda x: sharding.constrain(x + 1, "batch", "length", "act_embed"))(jnp.zeros((8, length, 4)))
+            assert x.sharding.shard_shape(x.shape) == (2, part, 4)
+
+
 def test_shardings_name_the_parameter():
     mesh = sharding.make_mesh(dict(data=2, fsdp=4), jax.devices())
     with pytest.raises(ValueError, match=r"\['mlp'\]\['up'\].*'embed' of 30 is not divisible by 4"):

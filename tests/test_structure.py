@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Rank of each file, or of all files of a folder. A file imports only files of lower rank, or those of its own rank and folder, without cycles.
 RANKS = {
-    "lm/config.py": 0, "lm/startup.py": 0, "lm/sharding.py": 0, "lm/metrics.py": 0, "lm/hlo.py": 0, "lm/search.py": 0, "lm/data/": 0,
+    "lm/config.py": 0, "lm/startup.py": 0, "lm/sharding.py": 0, "lm/metrics.py": 0, "lm/hlo.py": 0, "lm/data/": 0,
     "lm/command_line.py": 1, "lm/data/loader.py": 1, "lm/nn/": 1,
     "lm/models/": 2,
     "lm/objectives/": 3, "lm/optim.py": 3, "lm/step.py": 3, "lm/decode.py": 3, "lm/hf/": 3,
     "lm/checkpoint.py": 4, "lm/evals/": 4,
     "lm/build.py": 5,
-    "lm/train.py": 6, "lm/post/": 6, "lm/plan.py": 6, "lm/generate.py": 6, "lm/prepare.py": 6, "lm/convert.py": 6, "lm/sweep.py": 6,
+    "lm/train.py": 6, "lm/post/": 6, "lm/plan.py": 6, "lm/search.py": 3, "lm/generate.py": 6, "lm/prepare.py": 6, "lm/convert.py": 6, "lm/sweep.py": 6,
     "lm/main.py": 7,
 }
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lm/**/*.py"))

@@ -18,25 +18,34 @@ POSITIONS = ("learned", "rope")
 ATTENTION = ("xla", "cudnn", *SPLASH)
 # What the backward pass may find saved of each layer: results of matmuls, and the attention kernel's own residuals (splash).
 REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down")
-REMAT = {"none": None, "full": (), "dots": REMAT_NAMES}
+REMAT = {"none": REMAT_NAMES, "full": (), "dots": REMAT_NAMES}
 
 
-def remat_policy(remat: str):
-    """The policy of jax.checkpoint for config.model.remat: a key of `REMAT`, or names of `REMAT_NAMES` with commas between them, those
-    to be kept in the host's memory with ":host" behind them. What is not kept is computed again in the backward pass; gathered
-    weights always are gathered again.
+def kept_results(remat: str) -> tuple[list[str], list[str]]:
+    """The names that config.model.remat keeps (on the chip, in the host's memory): a key of `REMAT`, or names of `REMAT_NAMES` with commas
+    between them, those to be kept in the host's memory with ":host" behind them. "none" keeps others besides.
 
     Raises:
       ValueError: anything else.
     """
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        return policies.save_anything_except_these_names("weights")
     names = [name.partition(":") for name in (REMAT[remat] if remat in REMAT else remat.split(","))]
     if wrong := [f"{name}{colon}{place}" for name, colon, place in names if name not in REMAT_NAMES or (colon and place != "host")]:
         raise ValueError(f"config.model.remat = {remat!r}: {wrong}; valid: {list(REMAT)}, or names of {list(REMAT_NAMES)} with commas between "
                          f"them, with \":host\" behind those to be kept in the host's memory")
-    saved, offloaded = ([name for name, _, place in names if bool(place) == there] for there in (False, True))
+    return [name for name, _, place in names if not place], [name for name, _, place in names if place]
+
+
+def remat_policy(remat: str):
+    """The policy of jax.checkpoint for config.model.remat. What is not kept is computed again in the backward pass; gathered weights always
+    are gathered again.
+
+    Raises:
+      ValueError: see `kept_results`.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return policies.save_anything_except_these_names("weights")
+    saved, offloaded = kept_results(remat)
     if offloaded:
         return policies.save_and_offload_only_these_names(names_which_can_be_saved=saved, names_which_can_be_offloaded=offloaded,
                                                           offload_src="device", offload_dst="pinned_host")

@@ -58,12 +58,14 @@ def _dense_backward(spec, logical_axes, dtype, saved, g):
     inputs, out = spec.split("->")
     a, b = inputs.split(",")
     x_grad = _matmul(f"{out},{b}->{a}", g.astype(dtype), gathered, g.dtype)
-    weight_grad = lambda x, g: _matmul(f"{a},{out}->{b}", x, g, jnp.float32)
+    g = g.astype(dtype)
+    plain = lambda x, g: _matmul(f"{a},{out}->{b}", x, g, jnp.float32)
+    # XLA's CPU compiler transposes the first operand, and computes it again with all that led to it: let it be the smaller one.
+    turned = lambda x, g: jax.lax.optimization_barrier(_matmul(f"{out},{a}->{b[::-1]}", g, x, jnp.float32)).T
     if len(b) == 2 and x.size > g.size:
-        # XLA's CPU compiler transposes the first operand, and computes it again with all that led to it: let it be the smaller one.
-        turned = lambda x, g: jax.lax.optimization_barrier(_matmul(f"{out},{a}->{b[::-1]}", g, x, jnp.float32)).T
-        weight_grad = functools.partial(jax.lax.platform_dependent, cpu=turned, default=weight_grad)
-    weight_grad = weight_grad(x, g.astype(dtype))
+        weight_grad = jax.lax.platform_dependent(x, g, cpu=turned, default=plain)
+    else:
+        weight_grad = plain(x, g)
     return x_grad, sharding.scatter(weight_grad, logical_axes, like.dtype)
 
 
