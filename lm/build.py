@@ -239,7 +239,7 @@ def program(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, 
         make_params=jax.jit(lambda key: nnx.to_pure_dict(nnx.split(make_model(key), nnx.Param)[1]), out_shardings=shardings.params),
         init_state=jax.jit(lambda params: step.init_state(params, optimizer), out_shardings=shardings, donate_argnums=0),
         train_step=jax.jit(train_step, in_shardings=(shardings, None), out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0,
-                           compiler_options=startup.compiler_options(devices[0].device_kind)),
+                           compiler_options=startup.compiler_options(devices[0])),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params))
 
 

@@ -343,8 +343,10 @@ def main(argv: list[str]) -> int:
         config = command_line.CONFIG.value
         if config is None:
             raise ValueError("--config is missing, such as --config=configs/pods.py:llama2_7b-v5p-4x4x4")
-        topology = _TOPOLOGY.value or config.get("topology", "")
+        topology = _TOPOLOGY.value
         if _SEARCH.value:
+            if _JSON.value or _CARD.value or _PROGRAMS.value != ["train"]:
+                raise ValueError("--search ranks settings of the train step in a table; --json, --card and --programs go without it")
             print(run_search(config, topology, _SLICES.value, minutes=_MINUTES.value, out=Path(_OVERRIDES.value), say=say))
             return 0
         try:

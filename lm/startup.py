@@ -13,7 +13,7 @@ PLATFORMS = ("", "tpu", "gpu", "cpu")
 HEARTBEAT_SECONDS = 30  # how long a process may be silent before the others are stopped
 
 
-# Options of the compiler for the train step, by device kind, each with its reason. "TPU v5" is v5p, "lite" are the e models.
+# Options of the compiler for the train step, by device kind ("gpu": any), each with its reason. "TPU v5" is v5p, "lite" are the e models.
 _NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}  # on few chips it turns gather + matmul into slow loops
 _SPARSECORE = {  # gathers and scatters run on the SparseCores, beside the matmuls
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
@@ -29,12 +29,13 @@ COMPILER_OPTIONS = {
     "TPU v5 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM,
     "TPU v5": _NO_WINDOWED_EINSUM | _MORE_VMEM | _SPARSECORE,
     "TPU v6 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM,
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},  # gathers and scatters run beside the matmuls; NVIDIA sets it in its JAX images
 }
 
 
-def compiler_options(device_kind: str) -> dict | None:
+def compiler_options(device: jax.Device) -> dict | None:
     """jax.jit's compiler_options of the train step."""
-    return COMPILER_OPTIONS.get(device_kind)
+    return COMPILER_OPTIONS.get("gpu" if device.platform == "gpu" else device.device_kind)
 
 
 def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> list[jax.Device]:

@@ -12,7 +12,7 @@ from lm import config as config_lib
 from lm import sharding
 from lm.models.transformer import Config, Transformer
 from lm.nn.attention import blocked_attention, cache_mask, causal_mask, splash_attention
-from lm.nn.positions import rope
+from lm.nn.positions import rope, turn_by_matmul, turn_halves
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
@@ -121,6 +121,18 @@ def test_rope_turns_pairs_by_the_angles_of_its_paper():
     np.testing.assert_array_equal(rope(x, positions, 500.0)[0, 0], x[0, 0])
     low = x.astype(jnp.bfloat16)
     np.testing.assert_array_equal(rope(low, positions, 500.0), rope(low.astype(np.float32), positions, 500.0).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rope_on_a_tpu_and_its_gradient(dtype):
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(2, 7, 3, 8)), dtype) for _ in range(2))
+    sin, cos = np.sin(angles := rng.uniform(0, 99, (2, 7, 1, 4)).astype(np.float32)), np.cos(angles)
+    np.testing.assert_array_equal(jit(turn_by_matmul)(x, sin, cos), jit(turn_halves)(x, sin, cos))
+    positions = np.tile(np.arange(7, dtype=np.int32) * 31, (2, 1))
+    plain = lambda x: turn_halves(x, *(f(positions[:, :, None, None] * 500.0 ** (-np.arange(4, dtype=np.float32) / 4)) for f in (jnp.sin, jnp.cos)))
+    ours, reference = (jax.vjp(f, x)[1](g)[0] for f in (lambda x: rope(x, positions, 500.0), plain))
+    np.testing.assert_allclose(ours.astype(np.float32), reference.astype(np.float32), rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-3)
 
 
 def test_rope_scores_depend_on_distance_only():
