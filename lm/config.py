@@ -92,7 +92,7 @@ def default() -> ConfigDict:
     c.train.accumulation = 1  # microbatches a step
     c.train.fsdp = "partitioner"  # who writes FSDP's collectives: partitioner | by_hand (faster on TPU pods)
     c.train.grad_reduce_dtype = "float32"  # of gradients on the wire: float32 | bfloat16 (by_hand only)
-    c.train.fsdp_gather = "staged"  # by_hand over fsdp and fsdp2: one after the other (v4, v5p) | joint, in one all-gather (v5e, v6e)
+    c.train.fsdp_gather = "staged"  # by_hand over fsdp and fsdp2: one after the other (v4, v5p, v6e) | joint, in one all-gather (v5e)
     c.train.nonfinite = "halt"  # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
     c.train.log_every = 10  # steps
 
