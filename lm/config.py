@@ -37,32 +37,7 @@ def default() -> ConfigDict:
     c.tokenizer.vocab_size = 2048  # of a tokenizer that is trained
     c.tokenizer.max_documents = 0  # that it is trained on, evenly out of the split; 0: all
 
-    c.model = ConfigDict()
-    c.model.type = "lm.models.transformer"  # dotted path of a module with Config and a class named Transformer
-    c.model.vocab_size = 0  # 0: the tokenizer's
-    c.model.context_length = 256
-    c.model.num_layers = 4
-    c.model.embed_dim = 256
-    c.model.mlp_dim = 1024
-    c.model.num_heads = 2
-    c.model.num_kv_heads = 2
-    c.model.head_dim = 128
-    c.model.norm = "rmsnorm"  # layernorm | rmsnorm
-    c.model.norm_eps = 1e-5
-    c.model.activation = "relu_squared"  # gelu_tanh | silu | relu_squared
-    c.model.gated_mlp = False
-    c.model.positions = "rope"  # learned | rope
-    c.model.rope_theta = 10000.0
-    c.model.use_bias = False
-    c.model.tie_embeddings = True
-    c.model.init_std = 0.02
-    c.model.param_dtype = "bfloat16"  # bfloat16 | float32; norms are always float32
-    c.model.compute_dtype = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
-    c.model.attention = "xla"  # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
-    # What the backward pass computes again: none | dots (all but the matmuls) | full (all) | all but the results named, of query, key,
-    # value, attention (splash), out, up, gate, down: "query,attention,out"; "up:host" keeps one in the host's memory.
-    c.model.remat = "none"
-    c.model.scan_unroll = 1  # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
+    c.model = _model()
 
     c.objective = ConfigDict()
     c.objective.type = "lm.objectives.causal"  # dotted path of a module with make_loss(**the rest) and token_logprobs
@@ -106,6 +81,44 @@ def default() -> ConfigDict:
 
     # name -> dict(type=dotted path of an Evaluator, every=steps (0: only at the end), batch_size=rows, **its arguments)
     c.evals = ConfigDict()
+    return c
+
+
+def _model() -> ConfigDict:
+    c = ConfigDict()
+    c.type = "lm.models.transformer"  # dotted path of a module with Config and a class named Transformer
+    c.vocab_size = 0  # 0: the tokenizer's
+    c.context_length = 256
+    c.num_layers = 4
+    c.embed_dim = 256
+    c.mlp_dim = 1024
+    c.num_heads = 2
+    c.num_kv_heads = 2
+    c.head_dim = 128
+    c.norm = "rmsnorm"  # layernorm | rmsnorm
+    c.norm_eps = 1e-5
+    c.qk_norm = False  # RMSNorm of each head's queries and keys
+    c.residual = "pre_norm"  # pre_norm | post_norm | parallel
+    c.activation = "relu_squared"  # gelu | gelu_tanh | relu | silu | relu_squared
+    c.gated_mlp = False
+    c.positions = "rope"  # learned | rope
+    c.position_offset = 0  # learned: rows of the table before that of position 0
+    c.rope_theta = 10000.0
+    c.rope_fraction = 1.0  # of a head's dims that turn
+    c.rope_interleaved = False  # the pairs that turn are (2i, 2i + 1), not (i, i + half)
+    c.rope_scaling = ()  # or Llama 3.1's (factor, low_frequency_factor, high_frequency_factor, original context)
+    c.window = 0  # positions that a query sees, itself included; 0: all before it
+    c.bias = ""  # where there are biases, with commas between them: qkv, out (of attention), mlp, norm (layernorm)
+    c.tie_embeddings = True
+    c.table_dim = 0  # of the embedding and the head, if it isn't embed_dim: they are projected
+    c.init_std = 0.02
+    c.param_dtype = "bfloat16"  # bfloat16 | float32; norms are always float32
+    c.compute_dtype = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
+    c.attention = "xla"  # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
+    # What the backward pass computes again: none | dots (all but the matmuls) | full (all) | all but the results named, of query, key,
+    # value, attention (splash), out, up, gate, down: "query,attention,out"; "up:host" keeps one in the host's memory.
+    c.remat = "none"
+    c.scan_unroll = 1  # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
     return c
 
 

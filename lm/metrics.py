@@ -44,8 +44,11 @@ def model_flops_per_token(config, length: int, *, causal: bool = True) -> float:
     c = config
     attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     mlp = c.embed_dim * c.mlp_dim * (3 if c.gated_mlp else 2)
-    weights = c.num_layers * (attention + mlp) + c.vocab_size * c.embed_dim
-    keys = length / 2 if causal else length
+    table_dim = c.table_dim or c.embed_dim
+    projections = 2 * table_dim * c.embed_dim if table_dim != c.embed_dim else 0
+    weights = c.num_layers * (attention + mlp) + c.vocab_size * table_dim + projections
+    window = min(c.window or length, length)
+    keys = window - window**2 / (2 * length) if causal else length
     return 6.0 * weights + 12.0 * c.num_layers * c.num_heads * c.head_dim * keys
 
 

@@ -26,6 +26,7 @@ RULES = {
     "layers": (),
     "vocab": ("tensor",),
     "position": (),
+    "table": (),
     "embed": ("fsdp", "fsdp2", "sequence"),
     "mlp": ("tensor",),
     "heads": ("tensor",),

@@ -12,7 +12,7 @@ from lm import config as config_lib
 from lm import sharding
 from lm.models.transformer import Config, Transformer
 from lm.nn.attention import blocked_attention, cache_mask, causal_mask, splash_attention
-from lm.nn.positions import rope, turn_by_matmul, turn_halves
+from lm.nn.positions import frequencies, rope, turn_by_matmul, turn_pairs
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
@@ -28,7 +28,7 @@ def make(**changes):
     """(graphdef, params) of a small model whose weights are large enough for attention to choose, and whose biases are not 0."""
     fields = config_lib.default().model.to_dict() | dict(
         vocab_size=13, context_length=16, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, gated_mlp=True,
-        use_bias=True, tie_embeddings=False, param_dtype="float32", compute_dtype="float32") | changes
+        bias="qkv,out,mlp,norm", tie_embeddings=False, param_dtype="float32", compute_dtype="float32") | changes
     del fields["type"]
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(Config(**fields), jax.random.key(0))), nnx.Param)
     rng = np.random.default_rng(0)
@@ -123,16 +123,21 @@ def test_rope_turns_pairs_by_the_angles_of_its_paper():
     np.testing.assert_array_equal(rope(low, positions, 500.0), rope(low.astype(np.float32), positions, 500.0).astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turning", [8, 6])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rope_on_a_tpu_and_its_gradient(dtype):
+def test_rope_on_a_tpu_and_its_gradient(interleaved, turning, dtype):
+    """The way of the matrix units gives the same bits, and a rotation back is the gradient."""
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(rng.normal(size=(2, 7, 3, 8)), dtype) for _ in range(2))
-    sin, cos = np.sin(angles := rng.uniform(0, 99, (2, 7, 1, 4)).astype(np.float32)), np.cos(angles)
-    np.testing.assert_array_equal(jit(turn_by_matmul)(x, sin, cos), jit(turn_halves)(x, sin, cos))
     positions = np.tile(np.arange(7, dtype=np.int32) * 31, (2, 1))
-    plain = lambda x: turn_halves(x, *(f(positions[:, :, None, None] * 500.0 ** (-np.arange(4, dtype=np.float32) / 4)) for f in (jnp.sin, jnp.cos)))
-    ours, reference = (jax.vjp(f, x)[1](g)[0] for f in (lambda x: rope(x, positions, 500.0), plain))
-    np.testing.assert_allclose(ours.astype(np.float32), reference.astype(np.float32), rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-3)
+    angles = positions[:, :, None, None] * frequencies(turning, 500.0)
+    ways = [functools.partial(way, interleaved, sin_BT1R=jnp.sin(angles), cos_BT1R=jnp.cos(angles)) for way in (turn_by_matmul, turn_pairs)]
+    np.testing.assert_array_equal(*(jit(way)(x) for way in ways))
+    ours = functools.partial(rope, positions_BT=positions, theta=500.0, fraction=turning / 8, interleaved=interleaved)
+    np.testing.assert_array_equal(ours(x), ways[1](x))
+    grads = (jax.vjp(f, x)[1](g)[0].astype(np.float32) for f in (ours, ways[1]))
+    np.testing.assert_allclose(*grads, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-3)
 
 
 def test_rope_scores_depend_on_distance_only():
@@ -150,9 +155,9 @@ def test_a_document_that_starts_elsewhere(positions, same):
     assert (np.abs(here - there).max() < 1e-3) == same
 
 
-@pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_one_token_at_a_time_is_the_whole_at_once(positions):
-    graphdef, params = make(positions=positions)
+@pytest.mark.parametrize("changes", [dict(positions="rope"), dict(positions="learned"), dict(window=3)])
+def test_one_token_at_a_time_is_the_whole_at_once(changes):
+    graphdef, params = make(**changes)
     tokens = np.stack([TOKENS[0], TOKENS[0][::-1]])
     place = np.tile(np.arange(12, dtype=np.int32), (2, 1))
     whole = run((graphdef, params), tokens, place, np.ones_like(tokens))
@@ -223,8 +228,8 @@ def test_blocks_are_the_whole(kv_heads, dtype, tolerance):
             assert np.linalg.norm(ours - theirs) <= tolerance * max(np.linalg.norm(theirs), 1), (length, block)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_splash_is_xla(kv_heads):
+@pytest.mark.parametrize("kv_heads, window", [(4, 0), (2, 0), (1, 0), (2, 100)])
+def test_splash_is_xla(kv_heads, window):
     """The TPU kernel's program, interpreted: values and gradients of packed rows of two tiles, under no mesh and on one."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, 256, heads, 16)).astype(np.float32) for heads in (4, kv_heads, kv_heads))
@@ -232,10 +237,10 @@ def test_splash_is_xla(kv_heads):
     weights = rng.normal(size=q.shape).astype(np.float32) * (segments > 0)[:, :, None, None]
 
     def xla(q, k, v):
-        return jnp.sum(weights * jax.nn.dot_product_attention(q, k, v, mask=causal_mask(segments)[:, None]))
+        return jnp.sum(weights * jax.nn.dot_product_attention(q, k, v, mask=causal_mask(segments, window)[:, None]))
 
     def ours(q, k, v):
-        return jnp.sum(weights * splash_attention(q, k, v, segments, block=128, interpret=True))
+        return jnp.sum(weights * splash_attention(q, k, v, segments, window=window, block=128, interpret=True))
     wanted = jax.value_and_grad(xla, argnums=(0, 1, 2))(q, k, v)
     meshes = [{}, dict(fsdp=2), dict(fsdp=2, sequence=min(kv_heads, 2)), dict(tensor=min(kv_heads, 2), sequence=max(kv_heads // 2, 1))]
     for sizes in meshes:

@@ -37,13 +37,17 @@ def test_the_mean_of_nothing_is_not_a_number():
 
 def test_flops_by_hand():
     """GPT-2: 6 per weight of a matmul (all but the look-up and the positions, norms and biases) and 12 a layer for each key and dim."""
-    config = types.SimpleNamespace(**presets.get("gpt2"))
+    config = types.SimpleNamespace(**(config_lib.default().model.to_dict() | presets.get("gpt2")))
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 50257 * 768
     assert metrics.model_flops_per_token(config, 1024) == 6 * weights + 12 * 12 * 768 * 1024 / 2
     assert metrics.model_flops_per_token(config, 1024, causal=False) == 6 * weights + 12 * 12 * 768 * 1024
+    config.window, config.table_dim = 256, 512
+    weights += 50257 * (512 - 768) + 2 * 512 * 768
+    seen = (sum(range(256)) + 128 + 256 * (1024 - 256)) / 1024  # each query's own key half, as above
+    assert metrics.model_flops_per_token(config, 1024) == 6 * weights + 12 * 12 * 768 * seen
 
 
-@pytest.mark.parametrize("changes", [dict(activation="relu_squared", num_kv_heads=4, tie_embeddings=True, use_bias=True, positions="learned"),
+@pytest.mark.parametrize("changes", [dict(activation="relu_squared", num_kv_heads=4, tie_embeddings=True, bias="qkv,out,mlp,norm", positions="learned"),
                                      dict(activation="silu", gated_mlp=True, num_kv_heads=1, tie_embeddings=False)], ids=["mha", "mqa"])
 def test_flops_are_those_that_xla_counts(changes):
     """Of the loss's gradient with the layers written out one by one: XLA counts the body of a loop once. Wide enough for norms, softmax

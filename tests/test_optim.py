@@ -263,7 +263,7 @@ def test_muon_orthogonalises_matrices_with_their_heads_merged():
 
 
 def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
-    shapes, axes = model_axes(use_bias=True, gated_mlp=True, positions="learned", norm="layernorm", tie_embeddings=False)
+    shapes, axes = model_axes(bias="qkv,out,mlp,norm", gated_mlp=True, positions="learned", norm="layernorm", tie_embeddings=False)
     optimizer = make(axes, name="muon", b1=0.9)
     params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), shapes, is_leaf=lambda x: isinstance(x, tuple))
     held = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))]
@@ -289,7 +289,7 @@ def test_muon_scales_what_adam_updates():
 
 def test_decay_shrinks_matrices_and_tables_only():
     """Without a gradient Lion does nothing, so that only decay is left."""
-    shapes, axes = model_axes(use_bias=True, positions="learned", norm="layernorm", tie_embeddings=False)
+    shapes, axes = model_axes(bias="qkv,out,mlp,norm", positions="learned", norm="layernorm", tie_embeddings=False)
     params = draw(shapes, 0)
     new, _, _ = steps(make(axes, name="lion", learning_rate=0.1, weight_decay=0.5), params, [jax.tree.map(np.zeros_like, params)])
     for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(new)):

@@ -70,23 +70,36 @@ def _norm(c, p, x):
 
 def _activation(name, x):
     return {"relu_squared": lambda: np.maximum(x, 0) ** 2, "silu": lambda: x / (1 + np.exp(-x)),
+            "relu": lambda: np.maximum(x, 0), "gelu": lambda: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
             "gelu_tanh": lambda: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))}[name]()
 
 
 def _rope(c, x, position):
-    angle = position[:, None, None] * c.rope_theta ** (-np.arange(c.head_dim // 2) / (c.head_dim // 2))
-    turned = (x[..., :c.head_dim // 2] + 1j * x[..., c.head_dim // 2:]) * np.exp(1j * angle)
-    return np.concatenate([turned.real, turned.imag], axis=-1)
+    turning = int(c.head_dim * c.rope_fraction)
+    first, second = (np.arange(0, turning, 2), np.arange(1, turning, 2)) if c.rope_interleaved else np.split(np.arange(turning), 2)
+    frequency = c.rope_theta ** (-np.arange(turning // 2) / (turning // 2))
+    if c.rope_scaling:
+        factor, low, high, context = c.rope_scaling
+        for i, f in enumerate(frequency):
+            wavelength = 2 * math.pi / f
+            smooth = (context / wavelength - low) / (high - low)
+            frequency[i] = f if wavelength < context / high else f / factor if wavelength > context / low else (1 - smooth) * f / factor + smooth * f
+    turned = (x[..., first] + 1j * x[..., second]) * np.exp(1j * position[:, None, None] * frequency)
+    out = np.array(x)
+    out[..., first], out[..., second] = turned.real, turned.imag
+    return out
 
 
 def _attention(c, p, x, position, segment):
     q, k, v = (np.einsum("td,dnh->tnh", x, p[name]) + p.get(f"{name}_bias", 0) for name in ("query", "key", "value"))
+    if c.qk_norm:
+        q, k = (x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps) * p[f"{name}_norm"]["scale"] for x, name in ((q, "query"), (k, "key")))
     if c.positions == "rope":
         q, k = _rope(c, q, position), _rope(c, k, position)
     out = np.zeros_like(q)
     for t in range(len(x)):
         for n in range(c.num_heads):
-            seen = [s for s in range(t + 1) if segment[s] == segment[t]]
+            seen = [s for s in range(t + 1) if segment[s] == segment[t] and (not c.window or t - s < c.window)]
             kv = n // (c.num_heads // c.num_kv_heads)
             weights = np.exp(k[seen, kv] @ q[t, n] / math.sqrt(c.head_dim))
             out[t, n] = weights @ v[seen, kv] / weights.sum()
@@ -102,21 +115,36 @@ def _mlp(c, p, x):
 def reference(c, params, tokens, position, segment):
     """Logits of one row."""
     p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
-    x = p["embed"]["table"][tokens]
+    x = p["embed"]["table"][tokens] @ p.get("project_in", np.eye(c.table_dim or c.embed_dim))
     if c.positions == "learned":
-        x = x + p["position_embed"]["table"][position]
+        x = x + p["position_embed"]["table"][position + c.position_offset]
     for layer in range(c.num_layers):
         block = jax.tree.map(lambda w: w[layer], p["layers"])  # noqa: B023
-        x = x + _attention(c, block["attention"], _norm(c, block["attention_norm"], x), position, segment)
-        x = x + _mlp(c, block["mlp"], _norm(c, block["mlp_norm"], x))
-    return _norm(c, p["norm"], x) @ (p["embed"] if c.tie_embeddings else p["head"])["table"].T
+        first, second = (functools.partial(_norm, c, block[name]) for name in ("attention_norm", "mlp_norm"))
+        attention = lambda x: _attention(c, block["attention"], x, position, segment)  # noqa: B023
+        mlp = lambda x: _mlp(c, block["mlp"], x)  # noqa: B023
+        if c.residual == "post_norm":
+            x = first(x + attention(x))
+            x = second(x + mlp(x))
+        elif c.residual == "parallel":
+            x = x + attention(first(x)) + mlp(second(x))
+        else:
+            x = x + attention(first(x))
+            x = x + mlp(second(x))
+    x = (x if c.residual == "post_norm" else _norm(c, p["norm"], x)) @ p.get("project_out", np.eye(c.table_dim or c.embed_dim))
+    return x @ (p["embed"] if c.tie_embeddings else p["head"])["table"].T
 
 
 @pytest.mark.parametrize("changes", [
-    dict(norm="layernorm", activation="gelu_tanh", positions="learned", use_bias=True, tie_embeddings=True, num_kv_heads=4),  # GPT-2
+    dict(norm="layernorm", activation="gelu_tanh", positions="learned", bias="qkv,out,mlp,norm", tie_embeddings=True, num_kv_heads=4),  # GPT-2
     dict(norm="rmsnorm", activation="silu", gated_mlp=True, rope_theta=500.0, num_kv_heads=2),  # Llama
     dict(norm="layernorm", activation="relu_squared", norm_eps=0.1, num_kv_heads=1, head_dim=6, num_layers=3),
-], ids=["gpt2", "llama", "other"])
+    dict(norm="layernorm", activation="gelu", residual="parallel", rope_fraction=0.5, bias="qkv,mlp,norm", num_kv_heads=4),  # GPT-NeoX
+    dict(norm="layernorm", activation="relu", residual="post_norm", positions="learned", position_offset=2, table_dim=24, tie_embeddings=True,
+         bias="out,norm"),  # OPT-350M
+    dict(gated_mlp=True, qk_norm=True, window=4, rope_theta=500.0, rope_scaling=(8.0, 1.0, 4.0, 24), bias="qkv"),  # Qwen and Llama 3.1
+    dict(gated_mlp=True, rope_fraction=0.5, rope_interleaved=True, head_dim=16),  # GLM
+], ids=["gpt2", "llama", "other", "neox", "opt", "qwen", "glm"])
 def test_model_is_its_formulas(changes):
     c = config(**changes)
     graphdef, params = drawn(c)
@@ -126,7 +154,9 @@ def test_model_is_its_formulas(changes):
         np.testing.assert_allclose(got[row], reference(c, params, TOKENS[row], POSITIONS[row], SEGMENTS[row]), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [dict(gated_mlp=True, use_bias=True), dict(norm="layernorm", positions="learned", use_bias=True, tie_embeddings=True)])
+@pytest.mark.parametrize("changes", [
+    dict(gated_mlp=True, bias="qkv,out,mlp,norm"), dict(norm="layernorm", positions="learned", bias="qkv,out,mlp,norm", tie_embeddings=True),
+    dict(residual="post_norm", table_dim=24, qk_norm=True, window=5), dict(residual="parallel", rope_fraction=0.5, rope_interleaved=True)])
 def test_gradient_is_the_slope(changes):
     """Of every parameter, by central differences along a random direction: no backward pass of our own may differ from its forward pass."""
     graphdef, params = drawn(config(**changes))
@@ -143,7 +173,7 @@ def test_remat_changes_memory_only():
     """Loss and gradients are those without; and what the backward pass keeps is really less, or the test would prove nothing."""
     run, kept = {}, {}
     for name in ("none", "dots", "full", "query,up", "query,up:host"):
-        graphdef, params = drawn(config(remat=name, use_bias=True))
+        graphdef, params = drawn(config(remat=name, bias="qkv,out,mlp,norm"))
         value = functools.partial(loss, graphdef)
         run[name] = jax.device_get(jit(jax.value_and_grad(value))(params))
         residuals = jax.eval_shape(lambda params: jax.vjp(value, params)[1], params)  # noqa: B023
@@ -169,7 +199,15 @@ ALTERNATIVES = {
     "gated_mlp": (True, {}),
     "positions": ("learned", {}),
     "rope_theta": (100.0, {}),
-    "use_bias": (True, {}),
+    "qk_norm": (True, {}),
+    "residual": ("post_norm", {}),
+    "window": (3, {}),
+    "position_offset": (2, dict(positions="learned")),
+    "rope_fraction": (0.5, {}),
+    "rope_interleaved": (True, {}),
+    "rope_scaling": ((8.0, 1.0, 4.0, 4), {}),
+    "bias": ("out", {}),
+    "table_dim": (24, {}),
     "tie_embeddings": (True, {}),
     "init_std": (0.03, {}),
     "param_dtype": ("bfloat16", {}),
@@ -204,7 +242,7 @@ def test_execution_fields_are_fields():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(norm="rms"), r"config.model.norm = 'rms'; valid: \['layernorm', 'rmsnorm'\]"),
-    (dict(activation="gelu"), r"config.model.activation = 'gelu'; valid: \['gelu_tanh', 'relu_squared', 'silu'\]"),
+    (dict(activation="swish"), r"config.model.activation = 'swish'; valid: \['gelu', 'gelu_tanh', 'relu', 'relu_squared', 'silu'\]"),
     (dict(positions="alibi"), r"config.model.positions = 'alibi'; valid: \['learned', 'rope'\]"),
     (dict(remat="all"), r"config.model.remat = 'all': \['all'\]; valid: \['none', 'full', 'dots'\], or names of \['query'"),
     (dict(attention="flash"), r"config.model.attention = 'flash'; valid: \[.*'xla'.*\]"),
@@ -213,7 +251,12 @@ def test_execution_fields_are_fields():
     (dict(compute_dtype="f32_please"), "config.model.compute_dtype = 'f32_please'; valid"),
     (dict(num_layers=0, mlp_dim=-3), "num_layers = 0, mlp_dim = -3|mlp_dim = -3, num_layers = 0"),
     (dict(num_heads=4, num_kv_heads=3), "num_heads = 4 must be a multiple of num_kv_heads = 3"),
-    (dict(head_dim=7), "head_dim = 7 must be even"),
+    (dict(head_dim=7), "head_dim = 7, rope_fraction = 1.0"),
+    (dict(rope_fraction=0.0), "head_dim = 8, rope_fraction = 0.0"),
+    (dict(rope_scaling=(8.0, 1.0)), r"rope_scaling = \(8.0, 1.0\); wanted \(\) or"),
+    (dict(residual="sandwich"), r"config.model.residual = 'sandwich'; valid: \['parallel', 'post_norm', 'pre_norm'\]"),
+    (dict(bias="qkv,head"), r"config.model.bias = 'qkv,head': \['head'\]; valid: names of \['qkv', 'out', 'mlp', 'norm'\]"),
+    (dict(window=-1, table_dim=-2), "window = -1, table_dim = -2"),
 ])
 def test_config_errors_say_what_is_valid(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -266,7 +309,7 @@ def test_activations(name):
 
 def test_initial_weights():
     """Standard deviations as published, norms 1 and biases 0, every layer and every parameter with numbers of its own."""
-    c = config(embed_dim=128, mlp_dim=128, num_layers=2, use_bias=True, norm="layernorm", positions="learned")
+    c = config(embed_dim=128, mlp_dim=128, num_layers=2, bias="qkv,out,mlp,norm", norm="layernorm", positions="learned")
     params = split(c)[1]
     firsts = []
     for path, p in jax.tree_util.tree_leaves_with_path(params):
@@ -284,12 +327,12 @@ def test_initial_weights():
 
 def test_low_precision():
     """Parameters have the dtype asked for (norms f32), logits are f32, the computation in bfloat16 is close to that in f32."""
-    graphdef, params = drawn(config(param_dtype="bfloat16", compute_dtype="bfloat16", use_bias=True))
+    graphdef, params = drawn(config(param_dtype="bfloat16", compute_dtype="bfloat16", bias="qkv,out,mlp,norm"))
     for path, p in jax.tree_util.tree_leaves_with_path(params):
         assert p.dtype == (jnp.float32 if "norm" in jax.tree_util.keystr(path) else jnp.bfloat16), path
     with jax.numpy_dtype_promotion("standard"):  # jax.nn's attention promotes bfloat16 by itself
         low = logits(graphdef, params)
-        high = logits(drawn(config(param_dtype="bfloat16", use_bias=True))[0], params)
+        high = logits(drawn(config(param_dtype="bfloat16", bias="qkv,out,mlp,norm"))[0], params)
         hidden = jax.eval_shape(lambda params: nnx.merge(graphdef, params)(TOKENS, POSITIONS, SEGMENTS).hidden, params)
     assert low.dtype == np.float32 and hidden.dtype == jnp.bfloat16
     assert 0 < np.abs(low - high).max() < 0.15 * high.std()

@@ -1,12 +1,12 @@
 """Sizes of published models, and small ones for CPU: data only. `get(name)` gives the fields of `transformer.Config`."""
 
 _GPT2 = dict(context_length=1024, norm="layernorm", norm_eps=1e-5, activation="gelu_tanh", gated_mlp=False, positions="learned",
-             rope_theta=10000.0, use_bias=True, tie_embeddings=True, init_std=0.02, vocab_size=50257)
+             bias="qkv,out,mlp,norm", tie_embeddings=True, init_std=0.02, vocab_size=50257)
 _GPT3 = _GPT2 | dict(context_length=2048)
 _LLAMA2 = dict(context_length=4096, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated_mlp=True, positions="rope",
-               rope_theta=10000.0, use_bias=False, tie_embeddings=False, init_std=0.02, vocab_size=32000)
+               rope_theta=10000.0, bias="", tie_embeddings=False, init_std=0.02, vocab_size=32000)
 _SMALL = dict(context_length=256, norm="rmsnorm", norm_eps=1e-5, activation="relu_squared", gated_mlp=False, positions="rope",
-              rope_theta=10000.0, use_bias=False, tie_embeddings=True, init_std=0.02, vocab_size=2048)
+              rope_theta=10000.0, bias="", tie_embeddings=True, init_std=0.02, vocab_size=2048)
 
 
 def _sized(family, num_layers, embed_dim, num_heads, *, head_dim=None, num_kv_heads=None, mlp_dim=None, **changes):
@@ -20,7 +20,7 @@ PRESETS = {
     "mini": _sized(_SMALL, 3, 192, 2),
     "small": _sized(_SMALL, 4, 320, 4),
     # nanoGPT's CPU recipe for tiny Shakespeare (config/train_shakespeare_char.py and the README's flags): GPT-2 without biases.
-    "nanogpt_cpu": _sized(_GPT2, 4, 128, 4, context_length=64, use_bias=False),
+    "nanogpt_cpu": _sized(_GPT2, 4, 128, 4, context_length=64, bias=""),
     # GPT-2 (Radford et al. 2019, table 2).
     "gpt2": _sized(_GPT2, 12, 768, 12),
     "gpt2_medium": _sized(_GPT2, 24, 1024, 16),

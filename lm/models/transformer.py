@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: pre-norm, layers stacked and scanned. One model; its presets are data (presets.py).
+"""The decoder-only Transformer, its layers stacked and scanned. One model; its presets are data (presets.py).
 
 Letters: B batch, T length, D embed, F mlp, N heads, K kv heads, H head size, V vocab, L layers.
 """
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.nn.attention import SPLASH, Attention, Cache, Visible, cache_mask, causal_mask
-from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed
+from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed, dense, param
 from lm.sharding import constrain, whole_rows
 
 POSITIONS = ("learned", "rope")
+RESIDUALS = ("pre_norm", "post_norm", "parallel")
+BIASES = ("qkv", "out", "mlp", "norm")
 ATTENTION = ("xla", "cudnn", *SPLASH)
 # What the backward pass may find saved of each layer: results of matmuls, and the attention kernel's own residuals (splash).
 REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down")
@@ -65,12 +67,20 @@ class Config:
     head_dim: int
     norm: str  # layernorm | rmsnorm
     norm_eps: float
-    activation: str  # gelu_tanh | silu | relu_squared
+    qk_norm: bool  # RMSNorm of each head's queries and keys
+    residual: str  # pre_norm | post_norm (of the sum; no norm at the end) | parallel (attention and MLP both on the layer's input)
+    activation: str  # gelu | gelu_tanh | relu | silu | relu_squared
     gated_mlp: bool
+    window: int  # positions that a query sees, itself included; 0: all before it
     positions: str  # learned | rope
+    position_offset: int  # rows of the position table before that of position 0 (learned)
     rope_theta: float
-    use_bias: bool  # on every dense layer and LayerNorm
+    rope_fraction: float  # of a head's dims that turn
+    rope_interleaved: bool  # see lm.nn.positions.rope
+    rope_scaling: tuple[float, ...]  # see lm.nn.positions.frequencies
+    bias: str  # which layers have one, with commas between them: qkv, out (of attention), mlp, norm (layernorm)
     tie_embeddings: bool
+    table_dim: int  # of the embedding and the head where it isn't embed_dim, with a projection between them; 0: embed_dim
     init_std: float  # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
     param_dtype: Any  # of all parameters but the norms', which are f32
     compute_dtype: Any
@@ -79,7 +89,7 @@ class Config:
     scan_unroll: int  # layers in one iteration of the loop over layers
 
     def __post_init__(self):
-        for field, valid in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS), ("attention", ATTENTION)):
+        for field, valid in (("norm", NORMS), ("residual", RESIDUALS), ("activation", ACTIVATIONS), ("positions", POSITIONS), ("attention", ATTENTION)):
             if getattr(self, field) not in valid:
                 raise ValueError(f"config.model.{field} = {getattr(self, field)!r}; valid: {sorted(valid)}")
         for field in ("param_dtype", "compute_dtype"):
@@ -91,38 +101,57 @@ class Config:
             raise ValueError(f"config.model: {', '.join(f'{f} = {getattr(self, f)}' for f in small)}; sizes must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"config.model: num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"config.model.head_dim = {self.head_dim} must be even with rotary positions")
+        if unknown := [name for name in self.biases if name not in BIASES]:
+            raise ValueError(f"config.model.bias = {self.bias!r}: {unknown}; valid: names of {list(BIASES)} with commas between them, or \"\"")
+        if negative := [f for f in ("window", "position_offset", "table_dim") if getattr(self, f) < 0]:
+            raise ValueError(f"config.model: {', '.join(f'{f} = {getattr(self, f)}' for f in negative)}; must not be negative")
+        if self.positions == "rope":
+            if not 0 < self.rope_fraction <= 1 or int(self.head_dim * self.rope_fraction) % 2:
+                raise ValueError(f"config.model.head_dim = {self.head_dim}, rope_fraction = {self.rope_fraction}: an even number of dims must turn, 2 to all")
+            if len(self.rope_scaling) not in (0, 4):
+                raise ValueError(f"config.model.rope_scaling = {self.rope_scaling}; wanted () or (factor, low_frequency_factor, high_frequency_factor, "
+                                 f"original context)")
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        return tuple(name for name in self.bias.split(",") if name)
 
 
 EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "attention", "remat", "scan_unroll")
 
 
 class Output(NamedTuple):
-    hidden: jax.Array  # [B, T, D], after the last norm
+    hidden: jax.Array  # [B, T, D], what the head takes: after the last norm (and projection)
     cache: Cache | None
     aux: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each on a normed copy of the residual stream and added back to it."""
+    """One layer: attention and MLP, each added to the residual stream."""
 
     def __init__(self, key: jax.Array, config: Config):
         c = config
         attention_key, mlp_key = jax.random.split(key)
         out_std = c.init_std / (2 * c.num_layers) ** 0.5  # GPT-2's (Radford et al. 2019, section 2.3)
-        norm = dict(eps=c.norm_eps, use_bias=c.use_bias)
+        norm = dict(eps=c.norm_eps, use_bias="norm" in c.biases)
+        self.residual = c.residual
         self.attention_norm = NORMS[c.norm](c.embed_dim, **norm)
         self.attention = Attention(attention_key, c, out_std=out_std)
         self.mlp_norm = NORMS[c.norm](c.embed_dim, **norm)
-        self.mlp = MLP(mlp_key, c.embed_dim, c.mlp_dim, activation=c.activation, gated=c.gated_mlp, use_bias=c.use_bias,
+        self.mlp = MLP(mlp_key, c.embed_dim, c.mlp_dim, activation=c.activation, gated=c.gated_mlp, use_bias="mlp" in c.biases,
                        std=c.init_std, out_std=out_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
 
     def __call__(self, x_BTD, positions_BT, visible, cache=None):
+        stream = lambda x: constrain(x, "batch", "length", "act_embed")
+        if self.residual == "post_norm":  # the first Transformer's (Vaswani et al. 2017, arXiv 1706.03762, section 3.1)
+            attended_BTD, cache = self.attention(x_BTD, positions_BT, visible, cache)
+            x_BTD = stream(self.attention_norm(x_BTD + attended_BTD))
+            return stream(self.mlp_norm(x_BTD + self.mlp(x_BTD))), cache
         attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, visible, cache)
-        x_BTD = constrain(x_BTD + attended_BTD, "batch", "length", "act_embed")
-        x_BTD = constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "length", "act_embed")
-        return x_BTD, cache
+        if self.residual == "parallel":  # GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745, section 2.1)
+            return stream(x_BTD + attended_BTD + self.mlp(self.mlp_norm(x_BTD))), cache
+        x_BTD = stream(x_BTD + attended_BTD)
+        return stream(x_BTD + self.mlp(self.mlp_norm(x_BTD))), cache
 
 
 class Transformer(nnx.Module):
@@ -133,13 +162,19 @@ class Transformer(nnx.Module):
         c = self.config = config
         embed_key, position_key, layers_key, head_key = jax.random.split(key, 4)
         table = dict(std=c.init_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
-        self.embed = Embed(embed_key, c.vocab_size, c.embed_dim, axis="vocab", **table)
+        table_dim = c.table_dim or c.embed_dim
+        self.embed = Embed(embed_key, c.vocab_size, table_dim, axis="vocab", **table)
         learned = c.positions == "learned"
-        self.position_embed = Embed(position_key, c.context_length, c.embed_dim, axis="position", **table) if learned else None
+        self.position_embed = Embed(position_key, c.position_offset + c.context_length, c.embed_dim, axis="position", **table) if learned else None
         self.layers = nnx.vmap(lambda k: Block(k, c), in_axes=0, out_axes=0)(jax.random.split(layers_key, c.num_layers))
-        self.norm = NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias=c.use_bias)
+        self.norm = NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias="norm" in c.biases) if c.residual != "post_norm" else None
         # Tied weights are one parameter that is called twice; the same Param under two attributes would break tree transforms.
-        self.head = None if c.tie_embeddings else Embed(head_key, c.vocab_size, c.embed_dim, axis="vocab", **table)
+        self.head = None if c.tie_embeddings else Embed(head_key, c.vocab_size, table_dim, axis="vocab", **table)
+        # OPT-350M's, after the embedding and before the head.
+        between = lambda number, shape, axes: (param(jax.random.fold_in(key, number), shape, axes, c.param_dtype, std=c.init_std)
+                                               if table_dim != c.embed_dim else None)
+        self.project_in = between(1, (table_dim, c.embed_dim), ("table", "embed"))
+        self.project_out = between(2, (c.embed_dim, table_dim), ("embed", "table"))
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, *, cache: Cache | None = None) -> Output:
         """Args:
@@ -150,14 +185,16 @@ class Transformer(nnx.Module):
         """
         c = self.config
         x_BTD = self.embed(tokens_BT)
+        if self.project_in is not None:
+            x_BTD = dense("btp,pd->btd", x_BTD, self.project_in, c.compute_dtype, "project_in")
         if self.position_embed is not None:
-            x_BTD = x_BTD + self.position_embed(positions_BT)
+            x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         segments_BT = whole_rows(segments_BT)
         if cache is not None:
-            mask_BTS = cache_mask(positions_BT, cache.key.shape[2])
+            mask_BTS = cache_mask(positions_BT, cache.key.shape[2], c.window)
         else:
-            mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT)
+            mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT, c.window)
         visible = Visible(mask_BTS, segments_BT)
         graphdef, stack = nnx.split(self.layers)
 
@@ -168,7 +205,11 @@ class Transformer(nnx.Module):
         if cache is None and (c.remat != "none" or mesh.size > 1):  # on one device "none" has no gathered weights to drop
             body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
         x_BTD, cache = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
-        return Output(self.norm(x_BTD), cache, {})
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        if self.project_out is not None:
+            x_BTD = dense("btd,dp->btp", x_BTD, self.project_out, c.compute_dtype, "project_out")
+        return Output(x_BTD, cache, {})
 
     @property
     def head_table(self) -> nnx.Param:

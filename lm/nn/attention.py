@@ -1,5 +1,6 @@
 """Attention. Letters: B batch, T query length, S key length, D embed, N query heads, K kv heads, H head size."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from lm import sharding
-from lm.nn.layers import add_bias, dense, param
+from lm.nn.layers import RMSNorm, add_bias, dense, param
 from lm.nn.positions import rope
 
 
@@ -20,16 +21,20 @@ class Cache(NamedTuple):
     value: jax.Array
 
 
-def causal_mask(segments_BT: jax.Array) -> jax.Array:
-    """[B, T, T], True where the query (dim 1) may attend to the key (dim 2): no later one, and only in its own document."""
+def causal_mask(segments_BT: jax.Array, window: int = 0) -> jax.Array:
+    """[B, T, T], True where the query (dim 1) may attend to the key (dim 2): no later one, only in its own document, and of the last
+    `window` only (itself included; 0: all; Mistral 7B, Jiang et al. 2023, arXiv 2310.06825, section 2)."""
     length = segments_BT.shape[1]
-    earlier_TT = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-    return (segments_BT[:, :, None] == segments_BT[:, None, :]) & earlier_TT[None]
+    distance_TT = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    seen_TT = (distance_TT >= 0) & (distance_TT < (window or length))
+    return (segments_BT[:, :, None] == segments_BT[:, None, :]) & seen_TT[None]
 
 
-def cache_mask(positions_BT: jax.Array, cache_length: int) -> jax.Array:
-    """[B, T, S], True for the cache slots up to the query's own position; later ones hold padding, or nothing yet."""
-    return jnp.arange(cache_length)[None, None, :] <= positions_BT[:, :, None]
+def cache_mask(positions_BT: jax.Array, cache_length: int, window: int = 0) -> jax.Array:
+    """[B, T, S], True for the cache slots up to the query's own position, of the last `window` (0: all); later ones hold padding, or
+    nothing yet."""
+    distance_BTS = positions_BT[:, :, None] - jnp.arange(cache_length)[None, None, :]
+    return (distance_BTS >= 0) & (distance_BTS < (window or cache_length))
 
 
 def blocked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, *, block: int = 128, most: int = 8) -> jax.Array:
@@ -62,15 +67,16 @@ class Visible(NamedTuple):
     segments_BT: jax.Array
 
 
-def _splash_kernel(num_heads: int, length: int, block: int, interpret: bool):
+def _splash_kernel(num_heads: int, length: int, window: int, block: int, interpret: bool):
     blocks = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
                                use_fused_bwd_kernel=True)  # one kernel for the three gradients: a third less than two, see docs/pods.md
-    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * num_heads)
+    mask = splash_mask.LocalMask((length, length), (window - 1, 0), 0) if window else splash_mask.CausalMask((length, length))
+    mask = splash_mask.MultiHeadMask([mask] * num_heads)
     return splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention", interpret=interpret)
 
 
-def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, block: int = 1024, interpret: bool = False) -> jax.Array:
-    """Causal attention within segments by JAX's Pallas kernel for TPU, [B, T, N, H].
+def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, window: int = 0, block: int = 1024, interpret: bool = False) -> jax.Array:
+    """Causal attention within segments, and the last `window` positions if not 0, by JAX's Pallas kernel for TPU, [B, T, N, H].
 
     The partitioner can't split a kernel: under it the call is mapped by hand over the mesh, rows and heads each to their devices.
 
@@ -88,7 +94,7 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, block: int = 1024, 
         raise ValueError(f"config.data.length = {length}: config.model.attention = 'splash' needs a multiple of {max(block, 128)}")
 
     def local(q, k, v, segments):
-        kernel = _splash_kernel(q.shape[2], length, block, interpret)
+        kernel = _splash_kernel(q.shape[2], length, window, block, interpret)
         heads_first = lambda x: x.swapaxes(1, 2)
         run = lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s))
         scale = np.asarray(q.shape[-1] ** -0.5, q.dtype)
@@ -105,32 +111,34 @@ class Attention(nnx.Module):
     def __init__(self, key: jax.Array, config, *, out_std: float):
         c = config
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
-        self.rope_theta = c.rope_theta if c.positions == "rope" else None
-        self.implementation, self.compute_dtype = c.attention, c.compute_dtype
+        self.rope = None
+        if c.positions == "rope":
+            self.rope = functools.partial(rope, theta=c.rope_theta, fraction=c.rope_fraction, interleaved=c.rope_interleaved, scaling=tuple(c.rope_scaling))
+        self.window, self.implementation, self.compute_dtype = c.window, c.attention, c.compute_dtype
         heads = dict(dtype=c.param_dtype, std=c.init_std)
         self.query = param(q_key, (c.embed_dim, c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), **heads)
         self.key = param(k_key, (c.embed_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), **heads)
         self.value = param(v_key, (c.embed_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), **heads)
         self.out = param(o_key, (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), c.param_dtype, std=out_std)
-        self.use_bias = c.use_bias
-        if c.use_bias:
-            self.query_bias = param(None, (c.num_heads, c.head_dim), ("heads", "head_dim_bias"), c.param_dtype)
-            self.key_bias = param(None, (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim_bias"), c.param_dtype)
-            self.value_bias = param(None, (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim_bias"), c.param_dtype)
-            self.out_bias = param(None, (c.embed_dim,), ("embed",), c.param_dtype)
+        bias = lambda part, shape, axes: param(None, shape, axes, c.param_dtype) if part in c.biases else None
+        self.query_bias = bias("qkv", (c.num_heads, c.head_dim), ("heads", "head_dim_bias"))
+        self.key_bias = bias("qkv", (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim_bias"))
+        self.value_bias = bias("qkv", (c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim_bias"))
+        self.out_bias = bias("out", (c.embed_dim,), ("embed",))
+        # Over each head (Henry et al. 2020, arXiv 2010.04245; RMSNorm in Qwen 3).
+        self.query_norm, self.key_norm = (RMSNorm(c.head_dim, eps=c.norm_eps, use_bias=False, axis="head_dim") if c.qk_norm else None for _ in range(2))
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, visible: Visible, cache: Cache | None = None):
         """Returns the output [B, T, D] and the cache with this call's keys and values written at `positions_BT`."""
-        def project(weight, bias, name):
+        def project(weight, bias, norm, name):
             y = dense("btd,dnh->btnh", x_BTD, weight, self.compute_dtype, name)
-            return add_bias(y, bias) if bias is not None else y
-        biases = (self.query_bias, self.key_bias, self.value_bias) if self.use_bias else (None, None, None)
-        q_BTNH = project(self.query, biases[0], "query")
-        k_BSKH = project(self.key, biases[1], "key")
-        v_BSKH = project(self.value, biases[2], "value")
-        if self.rope_theta is not None:
-            q_BTNH = rope(q_BTNH, positions_BT, self.rope_theta)
-            k_BSKH = rope(k_BSKH, positions_BT, self.rope_theta)
+            y = add_bias(y, bias) if bias is not None else y
+            return norm(y) if norm is not None else y
+        q_BTNH = project(self.query, self.query_bias, self.query_norm, "query")
+        k_BSKH = project(self.key, self.key_bias, self.key_norm, "key")
+        v_BSKH = project(self.value, self.value_bias, None, "value")
+        if self.rope is not None:
+            q_BTNH, k_BSKH = self.rope(q_BTNH, positions_BT), self.rope(k_BSKH, positions_BT)
         if cache is not None:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
             cache = Cache(cache.key.at[rows, positions_BT].set(k_BSKH.astype(cache.key.dtype), mode="drop"),
@@ -141,7 +149,8 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH, v_BSKH = (sharding.whole_rows(x, heads_dim=2) for x in (q_BTNH, k_BSKH, v_BSKH))
         # Softmax in f32 inside; query heads n attend to kv head n // (N/K).
         if visible.mask_BTS is None:
-            y_BTNH = splash_attention(q_BTNH, k_BSKH, v_BSKH, visible.segments_BT, interpret=self.implementation == "splash_interpreted")
+            y_BTNH = splash_attention(q_BTNH, k_BSKH, v_BSKH, visible.segments_BT, window=self.window,
+                                      interpret=self.implementation == "splash_interpreted")
         elif cache is None and self.implementation == "xla":
             y_BTNH = blocked_attention(q_BTNH, k_BSKH, v_BSKH, visible.mask_BTS)
         else:
@@ -150,4 +159,4 @@ class Attention(nnx.Module):
                                                       implementation="xla" if self.implementation in SPLASH else self.implementation)
         y_BTNH = sharding.split_rows(y_BTNH)
         out_BTD = dense("btnh,nhd->btd", y_BTNH, self.out, self.compute_dtype, "out")
-        return add_bias(out_BTD, self.out_bias) if self.use_bias else out_BTD, cache
+        return out_BTD if self.out_bias is None else add_bias(out_BTD, self.out_bias), cache

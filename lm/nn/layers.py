@@ -77,10 +77,10 @@ _dense.defvjp(_dense_forward, _dense_backward)
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in f32."""
 
-    def __init__(self, dim: int, *, eps: float, use_bias: bool):
+    def __init__(self, dim: int, *, eps: float, use_bias: bool, axis: str = "embed"):
         del use_bias  # it has none
         self.eps = eps
-        self.scale = param(None, (dim,), ("embed",), jnp.float32, mean=1.0)
+        self.scale = param(None, (dim,), (axis,), jnp.float32, mean=1.0)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
@@ -124,7 +124,9 @@ _add_bias.defvjp(lambda x, value: (_add_bias(x, value), jnp.zeros((0, *value.sha
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # GPT-NeoX's
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT-2's
+    "relu": jax.nn.relu,  # OPT's
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # Primer (So et al. 2021, arXiv 2109.08668)
 }
