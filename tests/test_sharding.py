@@ -80,7 +80,8 @@ def test_gradient_and_losses_are_the_same_on_every_mesh_and_for_any_accumulation
 def test_fsdp_by_hand_is_the_partitioners(tiny, sizes):
     """The same gradient and losses; with chunked loss, tied and untied tables, biases and learned positions, and accumulation."""
     for tied, accumulation in ((True, 1), (False, 2)):
-        model = dict(model_vocab_size=264, model_num_kv_heads=4, model_tie_embeddings=tied, model_bias="qkv,out,mlp,norm", model_positions="rope" if tied else "learned")
+        model = dict(model_vocab_size=264, model_num_kv_heads=4, model_tie_embeddings=tied, model_bias="qkv,out,mlp,norm",
+                     model_positions="rope" if tied else "learned")
         params = make_params(experiment(tiny, {}, **model), 0, QUICK)
         gradient, losses = train(tiny, {}, 1, params, steps=4, **model)
         by_hand = dict(train_fsdp="by_hand", train_fsdp_gather="joint" if tied else "staged", objective_chunk=8,

@@ -108,7 +108,7 @@ def _attention(c, p, x, position, segment):
 
 def _mlp(c, p, x):
     up = x @ p["up"] + p.get("up_bias", 0)
-    hidden = _activation(c.activation, x @ p["gate"]) * up if c.gated_mlp else _activation(c.activation, up)
+    hidden = _activation(c.activation, x @ p["gate"] + p.get("gate_bias", 0)) * up if c.gated_mlp else _activation(c.activation, up)
     return hidden @ p["down"] + p.get("down_bias", 0)
 
 
@@ -142,7 +142,7 @@ def reference(c, params, tokens, position, segment):
     dict(norm="layernorm", activation="gelu", residual="parallel", rope_fraction=0.5, bias="qkv,mlp,norm", num_kv_heads=4),  # GPT-NeoX
     dict(norm="layernorm", activation="relu", residual="post_norm", positions="learned", position_offset=2, table_dim=24, tie_embeddings=True,
          bias="out,norm"),  # OPT-350M
-    dict(gated_mlp=True, qk_norm=True, window=4, rope_theta=500.0, rope_scaling=(8.0, 1.0, 4.0, 24), bias="qkv"),  # Qwen and Llama 3.1
+    dict(gated_mlp=True, qk_norm=True, window=4, rope_theta=500.0, rope_scaling=(8.0, 1.0, 4.0, 24), bias="qkv,mlp"),  # Qwen and Llama 3.1
     dict(gated_mlp=True, rope_fraction=0.5, rope_interleaved=True, head_dim=16),  # GLM
 ], ids=["gpt2", "llama", "other", "neox", "opt", "qwen", "glm"])
 def test_model_is_its_formulas(changes):

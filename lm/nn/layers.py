@@ -143,6 +143,7 @@ class MLP(nnx.Module):
         self.gate = param(gate_key, (embed_dim, mlp_dim), ("embed", "mlp"), dtype, std=std) if gated else None
         self.down = param(down_key, (mlp_dim, embed_dim), ("mlp", "embed"), dtype, std=out_std)
         self.up_bias = param(None, (mlp_dim,), ("mlp_bias",), dtype) if use_bias else None
+        self.gate_bias = param(None, (mlp_dim,), ("mlp_bias",), dtype) if use_bias and gated else None
         self.down_bias = param(None, (embed_dim,), ("embed",), dtype) if use_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -151,7 +152,8 @@ class MLP(nnx.Module):
         if self.up_bias is not None:
             up_BTF = add_bias(up_BTF, self.up_bias)
         if self.gate is not None:
-            hidden_BTF = act(dense("btd,df->btf", x_BTD, self.gate, self.compute_dtype, "gate")) * up_BTF
+            gate_BTF = dense("btd,df->btf", x_BTD, self.gate, self.compute_dtype, "gate")
+            hidden_BTF = act(gate_BTF if self.gate_bias is None else add_bias(gate_BTF, self.gate_bias)) * up_BTF
         else:
             hidden_BTF = act(up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
