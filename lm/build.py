@@ -26,6 +26,7 @@ from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
 from lm.evals.common import Evaluator, PredictFns, take
+from lm.hf import checkpoint as hf
 
 
 def resolve(path: str, what: str) -> Any:
@@ -76,6 +77,26 @@ def documents(config: ConfigDict, split: str) -> Documents:
     except TypeError as error:
         raise ValueError(f"config.data.source_args = {arguments}: {error}; {config.data.source} takes {inspect.signature(source)}") from None
     return source(split, **arguments)
+
+
+def adopt(config: ConfigDict) -> ConfigDict:
+    """The configuration with what a Hugging Face checkpoint in `init_from` decides: the model, but for how it is executed and the dtype
+    of its parameters, and the tokenizer, unless another is given. Other configurations come back as they are.
+
+    Raises:
+      ValueError: a checkpoint that can't be read, see `lm.hf.checkpoint.Source`.
+    """
+    directory = epath.Path(config.init_from).expanduser() if config.init_from else None
+    if directory is None or not hf.is_checkpoint(directory):
+        return config
+    source = hf.Source(directory)
+    config = ConfigDict(config).unlock()  # a copy
+    config.model.update(source.fields)
+    config.tokenizer.path = config.tokenizer.path or str(directory)
+    if source.dtype() == "float32" and config.model.param_dtype == "bfloat16":
+        logging.warning("%s has float32 weights, and config.model.param_dtype = 'bfloat16' rounds them", directory)
+    logging.info("model and tokenizer from %s: %s", directory, source.family.name)
+    return config.lock()
 
 
 def tokenizer(config: ConfigDict, train: Callable[[], Documents]) -> tokenizers.Tokenizer:
@@ -223,7 +244,7 @@ def program(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, 
         raise ValueError(f"config.train.accumulation = {c.train.accumulation} must divide config.data.batch_size = {c.data.batch_size}")
     sharding.check_batch(mesh, c.data.batch_size // c.train.accumulation, c.data.length, "config.data.batch_size / config.train.accumulation")
     model_config, make_model = model(c, vocab_size, devices[0].platform)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+    graphdef, abstract = _abstract(make_model)
     axes = sharding.logical_axes(abstract)
     optimizer = optim.make_optimizer(c.optimizer, axes, total_steps)
     objective_args = c.objective.to_dict()
@@ -241,6 +262,19 @@ def program(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, 
         train_step=jax.jit(train_step, in_shardings=(shardings, None), out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0,
                            compiler_options=startup.compiler_options(devices[0])),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params))
+
+
+def _abstract(make_model: Callable):
+    """(graphdef, abstract parameters) of a model."""
+    return nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+
+
+def parameters(config: ConfigDict, devices: Sequence[jax.Device]) -> dict:
+    """The parameters of config.model as ShapeDtypeStructs, laid out on config.mesh."""
+    abstract = _abstract(model(config, 0, devices[0].platform)[1])[1]
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+    layouts = sharding.shardings(nnx.to_pure_dict(abstract), sharding.logical_axes(abstract), mesh)
+    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), nnx.to_pure_dict(abstract), layouts)
 
 
 def _by_hand(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:

@@ -241,12 +241,12 @@ def _restore_arrays(manager: ocp.CheckpointManager, step: int, abstract, what: s
     return unflatten(restored, abstract)
 
 
-def restore_weights(workdir: epath.Path, abstract_params, *, averaged: bool, check: Callable[[dict], None]) -> tuple[Any, int]:
+def restore_weights(workdir: epath.Path, wanted: Callable[[dict], Any], *, averaged: bool) -> tuple[Any, int]:
     """(parameters, step) of the newest whole checkpoint of a run, which is left as it is.
 
     Args:
+      wanted: called with the checkpoint's meta before anything else is read; gives the abstract parameters, or raises.
       averaged: take the moving average where the run kept one.
-      check: called with the checkpoint's meta before anything else is read; may raise.
 
     Raises:
       ValueError: there is none, its parameters don't fit, or a kill left a newer one set aside.
@@ -259,7 +259,7 @@ def restore_weights(workdir: epath.Path, abstract_params, *, averaged: bool, che
     if whole is None:
         raise ValueError(f"{workdir} has no checkpoint that can be read; wanted a run directory with checkpoints/ in it")
     with ocp.CheckpointManager(directory, handler_registry=_handlers(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        check(manager.restore(whole, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        abstract_params = wanted(manager.restore(whole, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
         stored = manager.item_metadata(whole).state.tree
         if not averaged or not any(path.startswith("opt_state/ema/") for path in stored):
             return _restore_arrays(manager, whole, {"params": abstract_params}, "model")["params"], whole

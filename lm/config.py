@@ -17,7 +17,9 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.platform = ""  # tpu | gpu | cpu; "": TPU if there is one, else GPU, else CPU
-    c.init_from = ""  # a run directory whose weights (newest checkpoint) the run starts from, at step 0
+    # What the run starts from, at step 0: a run directory (its newest checkpoint's weights), or the directory of a Hugging Face checkpoint,
+    # which also decides config.model (but for its execution and param_dtype) and, if tokenizer.path is "", the tokenizer.
+    c.init_from = ""
 
     c.data = ConfigDict()
     c.data.source = "lm.data.pydocs.pydocs"  # dotted path of a function (split, **source_args) -> Documents
@@ -33,7 +35,8 @@ def default() -> ConfigDict:
 
     c.tokenizer = ConfigDict()
     c.tokenizer.kind = "sentencepiece"  # sentencepiece | bytes
-    c.tokenizer.path = ""  # a SentencePiece model, or the tokenizer folder of a run; "": train one on the training split
+    # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face checkpoint; "": train one on the training split.
+    c.tokenizer.path = ""
     c.tokenizer.vocab_size = 2048  # of a tokenizer that is trained
     c.tokenizer.max_documents = 0  # that it is trained on, evenly out of the split; 0: all
 

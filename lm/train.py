@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from lm import build, checkpoint, metrics
 from lm import config as config_lib
 from lm.evals.common import Artifact
+from lm.hf import checkpoint as hf
 
 
 class NonFinite(RuntimeError):
@@ -87,11 +88,27 @@ def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path)
                          f"{ours.fingerprint} ({ours.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)")
 
 
+def load_weights(experiment: build.Experiment, source: epath.Path, *, averaged: bool):
+    """(parameters, step) of a run directory's newest checkpoint, or of a Hugging Face checkpoint.
+
+    Raises:
+      ValueError: there is none, or it is another model's, or another tokenizer's.
+    """
+    if hf.is_checkpoint(source):
+        return hf.Source(source).load(experiment.abstract_state.params, hf.progress_line(str(source))), 0
+
+    def wanted(meta):
+        check_tokenizer(experiment, meta, source)
+        return experiment.abstract_state.params
+    return checkpoint.restore_weights(source, wanted, averaged=averaged)
+
+
 class Run:
     """A run in its directory: state, streams, what was measured since the last line, and the files. `closing` closes what it opens."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path, devices, stop: StopSignal, closing: contextlib.ExitStack):
-        self.config, self.workdir, self.stop = config, workdir, stop
+        self.config = config = build.adopt(config)
+        self.workdir, self.stop = workdir, stop
         claim = workdir / "config.json"
         if claim.exists():
             config_lib.check_resumable(json.loads(claim.read_text()), config, str(workdir))
@@ -123,8 +140,7 @@ class Run:
         e, c = self.experiment, self.config
         self.step = 0
         if c.init_from:
-            source = epath.Path(c.init_from).expanduser()
-            params, step = checkpoint.restore_weights(source, e.abstract_state.params, averaged=False, check=lambda meta: check_tokenizer(e, meta, source))
+            params, step = load_weights(e, epath.Path(c.init_from).expanduser(), averaged=False)
             logging.info("weights from %s, step %d", c.init_from, step)
         else:
             params = e.make_params(jax.random.key(c.seed))
@@ -411,10 +427,11 @@ class Profile:
 
 def evaluate(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
     """Runs every evaluator on the newest checkpoint of the run (or on config.init_from), writes eval-STEP.json; trains nothing."""
+    config = build.adopt(config)
     e = build.build(config, devices)
     source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
     with jax.set_mesh(e.mesh):
-        params, step = checkpoint.restore_weights(source, e.abstract_state.params, averaged=True, check=lambda meta: check_tokenizer(e, meta, source))
+        params, step = load_weights(e, source, averaged=True)
         values = {}
         for name, evaluator in e.make_evaluators().items():
             values |= run_evaluator(workdir, name, evaluator, params, step)

@@ -380,12 +380,13 @@ def test_reading_another_run_leaves_it_as_it_is(tmp_path):
     flip(biggest(tmp_path / "checkpoints/2"))
     before = snapshot(tmp_path)
     metas = []
-    params, step = checkpoint.restore_weights(epath.Path(tmp_path), ABSTRACT["params"], averaged=True, check=metas.append)
+    wanted = lambda meta: (metas.append(meta), ABSTRACT["params"])[1]
+    params, step = checkpoint.restore_weights(epath.Path(tmp_path), wanted, averaged=True)
     jax.tree.map(np.testing.assert_array_equal, params, state(1)["params"])
     assert metas == [{"streams": {"0": 1}}] and step == 1
     assert snapshot(tmp_path) == before
     with pytest.raises(ValueError, match="nowhere has no checkpoint that can be read"):
-        checkpoint.restore_weights(epath.Path(tmp_path / "nowhere"), ABSTRACT["params"], averaged=True, check=metas.append)
+        checkpoint.restore_weights(epath.Path(tmp_path / "nowhere"), wanted, averaged=True)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -395,7 +396,7 @@ def test_reading_a_run_that_was_killed_while_it_replaced_a_checkpoint(tmp_path):
     for step in (1, 2):
         save(checkpointer, step)
     checkpointer.close()
-    read = lambda: checkpoint.restore_weights(epath.Path(tmp_path), ABSTRACT["params"], averaged=True, check=lambda meta: None)
+    read = lambda: checkpoint.restore_weights(epath.Path(tmp_path), lambda meta: ABSTRACT["params"], averaged=True)
     (tmp_path / "checkpoints/2").rename(tmp_path / "checkpoints/replaced-2")
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match="saving checkpoint 2 again, or was when it was killed: wait, or start that run again"):
@@ -421,7 +422,7 @@ def test_relative_directory(tmp_path, monkeypatch):
     checkpointer = make("run/checkpoints")
     save(checkpointer, 3)
     checkpointer.close()
-    params, step = checkpoint.restore_weights(epath.Path("run"), ABSTRACT["params"], averaged=True, check=lambda meta: None)
+    params, step = checkpoint.restore_weights(epath.Path("run"), lambda meta: ABSTRACT["params"], averaged=True)
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, params, state(3)["params"])
 

@@ -1,12 +1,13 @@
-"""Tokenizers behind one protocol: SentencePiece (trained here, or a given model) and plain bytes.
+"""Tokenizers behind one protocol: SentencePiece (trained here, or a given model), those of Hugging Face checkpoints, and plain bytes.
 
 Policy: a tokenizer never adds special ids by itself. `lm.data.pack` puts one BOS before a document and one EOS after it.
 """
 
 import hashlib
 import io
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import sentencepiece
@@ -40,14 +41,18 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), with its own BOS and EOS."""
+    """A SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), with its own BOS and EOS.
 
-    def __init__(self, model: bytes, name: str = "the model"):
+    Args:
+      files: what else a Hugging Face checkpoint has for it; kept for the way back.
+    """
+
+    def __init__(self, model: bytes, name: str = "the model", files: Mapping[str, bytes] | None = None):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"{name} is not a SentencePiece model: {error}") from None
-        self._model = model
+        self._model, self.files = model, files or {}
         self.vocab_size = self._processor.vocab_size()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         self.fingerprint = "sentencepiece-" + hashlib.sha256(model).hexdigest()[:16]
@@ -61,22 +66,115 @@ class SentencePieceTokenizer:
         return self._processor.decode([int(i) for i in ids])
 
     def save(self, directory: epath.Path) -> None:
-        (directory / "tokenizer.model").write_bytes(self._model)
+        own = {"tokenizer_config.json": json.dumps(self._for_transformers(), indent=2).encode() + b"\n"}
+        for name, content in {**own, **self.files, "tokenizer.model": self._model}.items():
+            (directory / name).write_bytes(content)
+
+    def _for_transformers(self) -> dict:
+        """With this beside the model, transformers gives the same ids, but for special tokens that are spelt out in a text."""
+        piece = lambda i: self._processor.id_to_piece(i) if i >= 0 else None
+        return dict(tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=False, add_eos_token=False, add_prefix_space=False,
+                    clean_up_tokenization_spaces=False, bos_token=piece(self.bos_id), eos_token=piece(self.eos_id), unk_token=piece(self._processor.unk_id()))
+
+
+# What a Hugging Face checkpoint's tokenizer may consist of; all that is there is kept for the way back.
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "chat_template.jinja", "generation_config.json")
+_SPECIAL = "special_ids.json"  # ours: BOS and EOS, which some checkpoints have in config.json only
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, or byte-level BPE's vocab.json and merges.txt (Radford et al. 2019, section 2.2), by the `tokenizers` library.
+
+    A tokenizer without BOS takes EOS for it: what separates documents is what comes before the first one.
+
+    Args:
+      files: name -> contents, of `FILES`.
+      config: the checkpoint's config.json.
+
+    Raises:
+      ValueError: files that the library can't read; no EOS.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], config: Mapping, name: str = "the tokenizer"):
+        self.files = dict(files)
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f"{name} needs the package tokenizers: pip install 'lm[hf]'") from None
+        try:
+            about = {**config, **_json(files, "special_tokens_map.json"), **_json(files, "tokenizer_config.json"), **_json(files, _SPECIAL)}
+            if "tokenizer.json" in files:
+                self._tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+            else:
+                self._tokenizer = _byte_level(tokenizers, files, about)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{name} can't be read: {str(error).splitlines()[0]}") from None
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        special = lambda kind: next((i for i in (_id(about.get(f"{kind}_token"), ids), about.get(f"{kind}_token_id")) if i is not None), None)
+        first = lambda i: i[0] if isinstance(i, list) else i
+        self.eos_id = first(special("eos"))
+        if self.eos_id is None:
+            raise ValueError(f"{name} has no EOS: wanted eos_token in tokenizer_config.json, one that is in the vocabulary, or eos_token_id in config.json")
+        self.bos_id = first(special("bos"))
+        self.bos_id = self.eos_id if self.bos_id is None else self.bos_id
+        digest = hashlib.sha256(b"".join(files[n] for n in ("tokenizer.json", "vocab.json", "merges.txt") if n in files))
+        self.fingerprint = f"tokenizers-{digest.hexdigest()[:16]}-{self.bos_id}-{self.eos_id}"
+        self.files[_SPECIAL] = json.dumps(dict(bos_token_id=self.bos_id, eos_token_id=self.eos_id)).encode()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, directory: epath.Path) -> None:
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict:
+    return json.loads(files.get(name, b"{}"))
+
+
+def _id(token, ids: Mapping[str, int]) -> int | None:
+    """The id of a special token, given as text or as the description of an added token."""
+    return ids.get(token.get("content") if isinstance(token, dict) else token)
+
+
+def _byte_level(tokenizers, files: Mapping[str, bytes], about: Mapping):
+    """GPT-2's kind of tokenizer out of vocab.json and merges.txt."""
+    vocab = json.loads(files["vocab.json"])
+    lines = files["merges.txt"].decode().split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    found = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(about.get("add_prefix_space", False)))
+    found.decoder = tokenizers.decoders.ByteLevel()
+    added = sorted(_json(files, "added_tokens.json").items(), key=lambda item: item[1])
+    special = [t.get("content") if isinstance(t, dict) else t for t in (about.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")) if t]
+    found.add_special_tokens([t for t in [*special, "<|endoftext|>"] if t in vocab] + [name for name, _ in added])
+    return found
 
 
 def load(path: str | epath.Path) -> Tokenizer:
-    """The tokenizer of a SentencePiece model file, or of a directory that `save` wrote.
+    """The tokenizer of a SentencePiece model file, or of a directory: one that `save` wrote, or a Hugging Face checkpoint.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it can't be read.
     """
     path = epath.Path(path)
     if (path / "tokenizer.bytes").exists():
         return ByteTokenizer()
-    model = path / "tokenizer.model" if (path / "tokenizer.model").exists() else path
+    files = {name: (path / name).read_bytes() for name in (*FILES, _SPECIAL) if (path / name).exists()}
+    if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files):
+        config = path / "config.json"
+        return HuggingFaceTokenizer(files, json.loads(config.read_text()) if config.exists() else {}, str(path))
+    model = path / "tokenizer.model" if "tokenizer.model" in files else path
     if model.is_dir() or not model.exists():
-        raise ValueError(f"no tokenizer at {path}: wanted a SentencePiece model file, or a directory with tokenizer.model in it")
-    return SentencePieceTokenizer(model.read_bytes(), str(model))
+        raise ValueError(f"no tokenizer at {path}: wanted a SentencePiece model file, or a directory with tokenizer.model, tokenizer.json, or "
+                         f"vocab.json and merges.txt in it")
+    return SentencePieceTokenizer(model.read_bytes(), str(model), files)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, cache: epath.Path) -> SentencePieceTokenizer:

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,25 @@ from lm.hf.families import Family, Tensor
 INDEX = "model.safetensors.index.json"
 
 
-def is_checkpoint(directory: Path) -> bool:
+def is_checkpoint(directory) -> bool:
     """Whether there is a config.json that names a model_type; a run's own names none."""
     try:
         return "model_type" in json.loads((directory / "config.json").read_text())
     except (OSError, ValueError, TypeError):
         return False
+
+
+def progress_line(what: str) -> Callable[[int, int], None]:
+    """A line on stderr that grows: the share of the bytes done."""
+    shown = [-1]
+
+    def show(done: int, total: int) -> None:
+        percent = 100 * done // max(total, 1)
+        if percent != shown[0] and jax.process_index() == 0:
+            shown[0] = percent
+            end = "\n" if done == total else ""
+            print(f"\r{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, file=sys.stderr, flush=True)
+    return show
 
 
 class Source:
@@ -34,8 +48,8 @@ class Source:
       ValueError: what is missing, unknown, twice there or of another shape than config.json says; pickled weights.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory):
+        self.directory = directory = Path(directory)
         try:
             self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         except FileNotFoundError:
@@ -104,24 +118,21 @@ class Source:
             by_path[row.ours].append((row, layer, name))
         total, done, arrays = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flat.values()), 0, {}
         for path, leaf in flat.items():
-            buffers: dict[str, np.ndarray] = {}  # devices with the same part share one
-            index_map = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-            for index in index_map.values():
-                if str(index) not in buffers:
-                    buffers[str(index)] = _aligned(_part_shape(leaf.shape, index), leaf.dtype)
+            places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+            parts = {str(index): index for index in places.values()}  # devices with the same part share one buffer
+            buffers = {key: _aligned(_part_shape(leaf.shape, index), leaf.dtype) for key, index in parts.items()}
             for row, layer, name in by_path[path]:
                 shape = leaf.shape if layer is None else leaf.shape[1:]
                 array = to_ours(row, self.entries[name].read(), shape, heads)
-                for index in {str(i): i for i in index_map.values()}.values():
-                    buffer = buffers[str(index)]
+                for key, index in parts.items():
                     if layer is None:
-                        buffer[...] = array[index]
-                    elif layer in range(leaf.shape[0])[index[0]]:
-                        buffer[range(leaf.shape[0])[index[0]].index(layer)] = array[index[1:]]
+                        buffers[key][...] = array[index]
+                    else:
+                        buffers[key][layer] = array[index[1:]]  # no mesh axis splits the stack
                 done += math.prod(shape) * leaf.dtype.itemsize
                 progress(done, total)
-            parts = [jax.device_put(buffers[str(index)], device) for device, index in index_map.items()]
-            arrays[path] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+            on_devices = [jax.device_put(buffers[str(index)], device) for device, index in places.items()]
+            arrays[path] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, on_devices)
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in flat])
 
 
@@ -245,11 +256,12 @@ def their_tensors(family: Family, params, heads: int) -> dict[str, Callable[[], 
             for name, group in _grouped(family, {path: leaf.shape for path, leaf in flat.items()}).items()}
 
 
-def save(directory: Path, family: Family, fields: Mapping[str, Any], params, *, shard_bytes: int = 5 * 10**9,
+def save(directory: Path, family: Family, fields: Mapping[str, Any], params, *, token_ids: Mapping[str, int | None], shard_bytes: int = 5 * 10**9,
          progress: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Writes a checkpoint that transformers loads: config.json and safetensors, each tensor in its parameter's dtype.
 
     Args:
+      token_ids: bos_token_id, eos_token_id and pad_token_id.
       shard_bytes: of a file, at most (a tensor is never cut).
 
     Raises:
@@ -259,7 +271,7 @@ def save(directory: Path, family: Family, fields: Mapping[str, Any], params, *, 
     shapes = {path: leaf.shape for path, leaf in flat.items()}
     dtypes = {name: np.dtype(flat[group[0][0].ours].dtype) for name, group in _grouped(family, shapes).items()}
     about = {name: (dtypes[name], shape) for name, shape in _their_shapes(family, shapes).items()}
-    config = families.write_config(family, fields) | {"torch_dtype": "bfloat16" if "bfloat16" in map(str, dtypes.values()) else "float32"}
+    config = families.write_config(family, fields) | token_ids | {"torch_dtype": "bfloat16" if "bfloat16" in map(str, dtypes.values()) else "float32"}
     shards: list[list[str]] = [[]]
     for name, size in ((name, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in about.items()):
         if shards[-1] and size + sum(about[n][0].itemsize * math.prod(about[n][1]) for n in shards[-1]) > shard_bytes:

@@ -300,7 +300,7 @@ def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, _, parts in family.flags:
         config[name] = set(parts) <= set(fields["bias"].split(","))
     if family.rope is not None:
-        config["rope_theta"] = fields["rope_theta"]
+        config["rotary_emb_base" if family.name == "gpt_neox" else "rope_theta"] = fields["rope_theta"]
         if family.rope != 1.0 or fields["rope_fraction"] != 1.0:
             config["rotary_pct" if family.name == "gpt_neox" else "partial_rotary_factor"] = fields["rope_fraction"]
         if fields["rope_scaling"]:
