@@ -90,7 +90,7 @@ def adopt(config: ConfigDict) -> ConfigDict:
     if directory is None or not hf.is_checkpoint(directory):
         return config
     source = hf.Source(directory)
-    config = ConfigDict(config).unlock()  # a copy
+    config = config.copy_and_resolve_references().unlock()
     config.model.update(source.fields)
     config.tokenizer.path = config.tokenizer.path or str(directory)
     if source.dtype() == "float32" and config.model.param_dtype == "bfloat16":
@@ -102,12 +102,12 @@ def adopt(config: ConfigDict) -> ConfigDict:
 def tokenizer(config: ConfigDict, train: Callable[[], Documents]) -> tokenizers.Tokenizer:
     """The tokenizer; one that is trained sees the training split only, label lines as pieces of their own."""
     c = config.tokenizer
-    if c.kind == "bytes":
-        return tokenizers.ByteTokenizer()
-    if c.kind != "sentencepiece":
+    if c.kind not in ("bytes", "sentencepiece"):
         raise ValueError(f"config.tokenizer.kind = {c.kind!r}; valid: ['bytes', 'sentencepiece']")
     if c.path:
         return tokenizers.load(epath.Path(c.path).expanduser())
+    if c.kind == "bytes":
+        return tokenizers.ByteTokenizer()
     corpus = train()
     prompt = config.data.label_prompt
     key = hashlib.sha256(json.dumps([corpus.fingerprint, c.vocab_size, c.max_documents, prompt]).encode()).hexdigest()[:16]

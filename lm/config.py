@@ -34,9 +34,9 @@ def default() -> ConfigDict:
     c.data.packing_bins = 128  # rows that first_fit fills at a time
 
     c.tokenizer = ConfigDict()
-    c.tokenizer.kind = "sentencepiece"  # sentencepiece | bytes
-    # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face checkpoint; "": train one on the training split.
+    # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face checkpoint; "": see kind.
     c.tokenizer.path = ""
+    c.tokenizer.kind = "sentencepiece"  # where there is no path: sentencepiece (one is trained on the training split) | bytes
     c.tokenizer.vocab_size = 2048  # of a tokenizer that is trained
     c.tokenizer.max_documents = 0  # that it is trained on, evenly out of the split; 0: all
 

@@ -41,6 +41,7 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
     config = config_lib.default()
     config.model.update(found.fields)
     config.model.param_dtype = param_dtype or found.dtype()
+    config.data.length = min(config.data.length, config.model.context_length)
     tokenizer = tokenizers.load(source)
     if tokenizer.vocab_size > found.fields["vocab_size"]:
         raise ValueError(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, and its embedding only {found.fields['vocab_size']}")
@@ -74,6 +75,7 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
         config = config_lib.default()
         config.model = ConfigDict(meta["config"]["model"])
         config.model.vocab_size = config.model.vocab_size or meta["tokenizer"]["vocab_size"]
+        config.data.length = config.model.context_length
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config.model.to_dict().items()}
         original = None if family else meta.get("hf")
         if original:
@@ -93,6 +95,7 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
         ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=None)
         hf.save(target, table, fields, params, token_ids=ids, progress=progress)
     tokenizer.save(epath.Path(target))
+    (target / tokenizers.SPECIAL_IDS).unlink(missing_ok=True)
     return table.name
 
 

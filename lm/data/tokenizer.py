@@ -80,7 +80,7 @@ class SentencePieceTokenizer:
 # What a Hugging Face checkpoint's tokenizer may consist of; all that is there is kept for the way back.
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja", "generation_config.json")
-_SPECIAL = "special_ids.json"  # ours: BOS and EOS, which some checkpoints have in config.json only
+SPECIAL_IDS = "special_ids.json"  # ours: BOS and EOS, which some checkpoints have in config.json only
 
 
 class HuggingFaceTokenizer:
@@ -103,7 +103,7 @@ class HuggingFaceTokenizer:
         except ImportError:
             raise ValueError(f"{name} needs the package tokenizers: pip install 'lm[hf]'") from None
         try:
-            about = {**config, **_json(files, "special_tokens_map.json"), **_json(files, "tokenizer_config.json"), **_json(files, _SPECIAL)}
+            about = {**config, **_json(files, "special_tokens_map.json"), **_json(files, "tokenizer_config.json"), **_json(files, SPECIAL_IDS)}
             if "tokenizer.json" in files:
                 self._tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
             else:
@@ -121,7 +121,7 @@ class HuggingFaceTokenizer:
         self.bos_id = self.eos_id if self.bos_id is None else self.bos_id
         digest = hashlib.sha256(b"".join(files[n] for n in ("tokenizer.json", "vocab.json", "merges.txt") if n in files))
         self.fingerprint = f"tokenizers-{digest.hexdigest()[:16]}-{self.bos_id}-{self.eos_id}"
-        self.files[_SPECIAL] = json.dumps(dict(bos_token_id=self.bos_id, eos_token_id=self.eos_id)).encode()
+        self.files[SPECIAL_IDS] = json.dumps(dict(bos_token_id=self.bos_id, eos_token_id=self.eos_id)).encode()
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -166,7 +166,7 @@ def load(path: str | epath.Path) -> Tokenizer:
     path = epath.Path(path)
     if (path / "tokenizer.bytes").exists():
         return ByteTokenizer()
-    files = {name: (path / name).read_bytes() for name in (*FILES, _SPECIAL) if (path / name).exists()}
+    files = {name: (path / name).read_bytes() for name in (*FILES, SPECIAL_IDS) if (path / name).exists()}
     if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files):
         config = path / "config.json"
         return HuggingFaceTokenizer(files, json.loads(config.read_text()) if config.exists() else {}, str(path))

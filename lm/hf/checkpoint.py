@@ -37,7 +37,7 @@ def progress_line(what: str) -> Callable[[int, int], None]:
         if percent != shown[0] and jax.process_index() == 0:
             shown[0] = percent
             end = "\n" if done == total else ""
-            print(f"\r{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, file=sys.stderr, flush=True)
+            print(f"\r{what}: {percent}% of {total / 1e9:.2f} GB", end=end, file=sys.stderr, flush=True)
     return show
 
 

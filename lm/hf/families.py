@@ -186,8 +186,8 @@ FAMILIES = {family.name: family for family in (
            flags=(("attention_bias", False, ("qkv", "out")), ("mlp_bias", False, ("mlp",)))),
     Family("mistral", "MistralForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, window=4096, buffers=_FREQUENCIES),
     Family("qwen2", "Qwen2ForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, window=4096, bias=("qkv",), buffers=_FREQUENCIES),
-    Family("qwen3", "Qwen3ForCausalLM", _renamed(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)), _LLAMA_TENSORS, _LLAMA | dict(qk_norm=True), rope=1.0, window=4096,
-           flags=(("attention_bias", False, ("qkv", "out")),), buffers=_FREQUENCIES),
+    Family("qwen3", "Qwen3ForCausalLM", _renamed(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)), _LLAMA_TENSORS, _LLAMA | dict(qk_norm=True),
+           rope=1.0, window=4096, flags=(("attention_bias", False, ("qkv", "out")),), buffers=_FREQUENCIES),
     # Llama with an MLP of two layers.
     Family("arcee", "ArceeForCausalLM", _renamed(_LLAMA_KEYS, Key("activation", "hidden_act", "relu2", ACTIVATIONS), Key("norm_eps", "rms_norm_eps", 1e-5)),
            _LLAMA_TENSORS, _LLAMA | dict(gated_mlp=False), rope=1.0, flags=(("attention_bias", False, ("qkv", "out")), ("mlp_bias", False, ("mlp",)))),
@@ -250,8 +250,8 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     known |= set(_ROPE) if family.rope is not None else set()
     known |= set(_WINDOW) if family.window is not None else set()
     if unknown := sorted(set(given) - known):
-        raise ValueError(f"config.json: {', '.join(f'{name} = {given[name]!r}' for name in unknown)}: not known for {family.name}. Where that changes nothing in "
-                         f"the model's outputs, take it out of config.json")
+        raise ValueError(f"config.json: {', '.join(f'{name} = {given[name]!r}' for name in unknown)}: not known for {family.name}. Where that "
+                         f"changes nothing in the model's outputs, take it out of config.json")
     return fields
 
 
@@ -266,7 +266,8 @@ def _read_rope(family: Family, given) -> dict[str, Any]:
     fraction = parameters.pop("partial_rotary_factor", given.get("partial_rotary_factor", given.get("rotary_pct", family.rope)))
     wanted = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind not in wanted or set(parameters) - {"type"} != set(wanted[kind]):
-        raise _unsupported(family, "rope_parameters", given.get("rope_parameters") or given.get("rope_scaling"), [f"{k} with {list(v)}" for k, v in wanted.items()])
+        kinds = [f"{name} with {list(parts)}" for name, parts in wanted.items()]
+        raise _unsupported(family, "rope_parameters", given.get("rope_parameters") or given.get("rope_scaling"), kinds)
     return dict(rope_theta=float(theta), rope_fraction=float(fraction), rope_scaling=tuple(float(parameters[name]) for name in wanted[kind]))
 
 

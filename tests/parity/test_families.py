@@ -9,13 +9,13 @@ import safetensors
 import torch
 import transformers
 from flax import nnx
-from tests.parity import references
 
 from lm import config as config_lib
 from lm import sharding
 from lm.hf import checkpoint
 from lm.models.transformer import Config, Transformer
 from lm.objectives import causal
+from tests.parity import references
 
 TEXT = np.random.default_rng(0).integers(3, 96, (3, 40)).astype(np.int32)
 TOKEN_IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
