@@ -15,8 +15,8 @@ from lm.hf import checkpoint, families, safetensors
 from lm.models.transformer import Config, Transformer
 
 TOKEN_IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)
-LLAMA = dict(vocab_size=40, context_length=16, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=4, norm_eps=1e-5, activation="silu",
-             gated_mlp=True, tie_embeddings=False)
+LLAMA = dict(vocab_size=40, context_length=16, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, norm_eps=1e-5,
+             activation="silu", gated_mlp=True, tie_embeddings=False)
 
 
 def parameters(fields, dtype="float32"):
@@ -112,8 +112,8 @@ def test_headers_that_lie(tmp_path, tensors, data, message):
     (b"", "its header should be 0 bytes long, and the file is 0"),
     (struct.pack("<Q", 1 << 40) + b"{}", "its header should be 1099511627776 bytes long"),
     (struct.pack("<Q", 5) + b"[1,2]", "its header is no JSON object"),
-    (struct.pack("<Q", 4) + b"\\xff{}!", "its header can't be read"),
-    (struct.pack("<Q", 23) + b'{"a": {}, "a": {}     }', r"\\['a'\\] twice"),
+    (struct.pack("<Q", 4) + b"\xff{}!", "its header can't be read"),
+    (struct.pack("<Q", 23) + b'{"a": {}, "a": {}     }', r"\['a'\] twice"),
 ])
 def test_no_header(tmp_path, content, message):
     (tmp_path / "x").write_bytes(content)
@@ -150,15 +150,15 @@ def test_tensors_that_are_not_as_they_should_be(directory):
     with pytest.raises(ValueError, match="names tensors that their files don't have: model.layers.1.mlp.down_proj.weight"):
         load(directory)
     index.write_text(json.dumps({"weight_map": {key: file for key, file in weight_map.items() if key != name}}))
-    with pytest.raises(ValueError, match=r"needs 1 tensor\\(s\\) that are not there: model.layers.1.mlp.down_proj.weight; there are"):
+    with pytest.raises(ValueError, match=r"needs 1 tensor\(s\) that are not there: model.layers.1.mlp.down_proj.weight; there are"):
         load(directory)
     index.write_text(json.dumps({"weight_map": weight_map}))
     rewrite(path, **{name: array.T})
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj.weight \\[24, 16\\], wanted \\[16, 24\\]"):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj.weight \[24, 16\], wanted \[16, 24\]"):
         load(directory)
     path.write_bytes(whole)
     rewrite(path, **{"model.layers.1.mlp.experts.weight": array})
-    with pytest.raises(ValueError, match=r"has no tensor\\(s\\) model.layers.1.mlp.experts.weight: what they are for would be lost"):
+    with pytest.raises(ValueError, match=r"has no tensor\(s\) model.layers.1.mlp.experts.weight: what they are for would be lost"):
         load(directory)
     rewrite(path, **{"model.layers.1.mlp.experts.weight": None, "model.layers.1.self_attn.rotary_emb.inv_freq": array[0]})
     load(directory)  # a buffer that older checkpoints have
@@ -184,24 +184,24 @@ def test_pickled_weights_are_refused(directory):
     with pytest.raises(ValueError, match="has no safetensors$"):
         load(directory)
     (directory / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(ValueError, match=r"pickled weights \\(pytorch_model.bin\\), which can run any code.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model.bin\), which can run any code.*save_pretrained"):
         load(directory)
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(model_type="bert"), r"model_type = 'bert' is none of the families that can be read: \\['arcee', 'glm', 'gpt2'"),
-    (dict(hidden_act="tanh"), r"hidden_act = 'tanh' is not supported for llama; this reads \\['silu'"),
+    (dict(model_type="bert"), r"model_type = 'bert' is none of the families that can be read: \['arcee', 'glm', 'gpt2'"),
+    (dict(hidden_act="tanh"), r"hidden_act = 'tanh' is not supported for llama; this reads \['silu'"),
     (dict(hidden_size=None), "hidden_size is missing; a llama can't do without"),
-    (dict(quantization_config=dict(bits=4)), r"quantization_config = \\{'bits': 4\\}: not known for llama"),
+    (dict(quantization_config=dict(bits=4)), r"quantization_config = \{'bits': 4\}: not known for llama"),
     (dict(logit_scale=0.5, attention_softcap=20), "attention_softcap = 20, logit_scale = 0.5: not known"),
     (dict(sliding_window=7), "sliding_window = 7: not known for llama"),
     (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope_parameters = .*'yarn'.* is not supported for llama; this reads"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "is not supported for llama"),
-    (dict(vocab_size=41), r"model.embed_tokens.weight \\[40, 16\\], wanted \\[41, 16\\]"),
-    (dict(num_hidden_layers=3), r"needs 9 tensor\\(s\\) that are not there: model.layers.2"),
-    (dict(num_hidden_layers=1), r"has no tensor\\(s\\) model.layers.1.*and 3 more: what they are for would be lost"),
-    (dict(attention_bias=True), r"needs 8 tensor\\(s\\) that are not there: .*q_proj.bias"),
-    (dict(model_type="gpt_neox"), "config.json: rms_norm_eps = 1e-05.*not known for gpt_neox"),
+    (dict(vocab_size=41), r"model.embed_tokens.weight \[40, 16\], wanted \[41, 16\]"),
+    (dict(num_hidden_layers=3), r"needs 9 tensor\(s\) that are not there: model.layers.2"),
+    (dict(num_hidden_layers=1), r"has no tensor\(s\) model.layers.1.*and 3 more: what they are for would be lost"),
+    (dict(attention_bias=True), r"needs 8 tensor\(s\) that are not there: .*q_proj.bias"),
+    (dict(model_type="gpt_neox"), "rms_norm_eps = 1e-05.*not known for gpt_neox"),
 ])
 def test_configurations_that_are_not_as_they_should_be(directory, changes, message):
     change(directory / "config.json", **changes)
@@ -218,7 +218,7 @@ def test_no_configuration(tmp_path, directory):
 
 
 def test_attributes_of_no_consequence(directory):
-    change(directory / "config.json", attention_dropout=0.1, use_cache=False, transformers_version="4.30.0", pretraining_tp=1, id2label={"0": "a"}, rope_scaling=None)
+    change(directory / "config.json", attention_dropout=0.1, use_cache=False, transformers_version="4.30.0", id2label={"0": "a"}, rope_scaling=None)
     load(directory)
 
 
@@ -238,8 +238,8 @@ def test_a_tied_head_that_differs(tmp_path):
 
 def test_names_without_their_prefix(tmp_path):
     """GPT-2's own checkpoints are of the body alone, with masks among the tensors."""
-    fields, params, _ = parameters(dict(LLAMA, num_kv_heads=4, norm="layernorm", gated_mlp=False, positions="learned", bias="qkv,out,mlp,norm", tie_embeddings=True,
-                                        activation="gelu_tanh"))
+    fields, params, _ = parameters(LLAMA | dict(num_kv_heads=2, norm="layernorm", gated_mlp=False, positions="learned", bias="qkv,out,mlp,norm",
+                                               tie_embeddings=True, activation="gelu_tanh"))
     checkpoint.save(tmp_path, families.FAMILIES["gpt2"], fields, params, token_ids=TOKEN_IDS)
     path = tmp_path / "model.safetensors"
     old = {name: np.array(e.read()) for name, e in safetensors.entries(path).items()}
@@ -260,10 +260,10 @@ def test_a_model_that_was_changed_is_not_written_as_it_was(directory):
     (dict(), "llama"), (dict(window=8), "mistral"), (dict(bias="qkv", window=0), "qwen2"), (dict(qk_norm=True), "qwen3"),
     (dict(gated_mlp=False, activation="relu_squared"), "arcee"), (dict(rope_interleaved=True, rope_fraction=0.5), "glm"),
     (dict(norm="layernorm", bias="norm", rope_fraction=0.25), "stablelm"),
-    (dict(norm="layernorm", bias="qkv,out,mlp,norm", rope_fraction=0.25, residual="parallel", gated_mlp=False, num_kv_heads=4), "gpt_neox"),
-    (dict(norm="layernorm", bias="qkv,out,mlp,norm", positions="learned", gated_mlp=False, num_kv_heads=4), "gpt2"),
-    (dict(norm="layernorm", bias="qkv,out,mlp,norm", positions="learned", gated_mlp=False, num_kv_heads=4, residual="post_norm"), "openai-gpt"),
-    (dict(norm="layernorm", bias="norm", positions="learned", gated_mlp=False, num_kv_heads=4, position_offset=2, table_dim=8), "opt"),
+    (dict(norm="layernorm", bias="qkv,out,mlp,norm", rope_fraction=0.25, residual="parallel", gated_mlp=False, num_kv_heads=2), "gpt_neox"),
+    (dict(norm="layernorm", bias="qkv,out,mlp,norm", positions="learned", gated_mlp=False, num_kv_heads=2), "gpt2"),
+    (dict(norm="layernorm", bias="qkv,out,mlp,norm", positions="learned", gated_mlp=False, num_kv_heads=2, residual="post_norm"), "openai-gpt"),
+    (dict(norm="layernorm", bias="norm", positions="learned", gated_mlp=False, num_kv_heads=2, position_offset=2, table_dim=8), "opt"),
 ])
 def test_families_that_fit(changes, family):
     fields, _, _ = parameters(LLAMA | changes)
@@ -274,7 +274,7 @@ def test_families_that_fit(changes, family):
 
 def test_no_family_fits():
     fields, _, _ = parameters(LLAMA | dict(residual="parallel", qk_norm=True))
-    with pytest.raises(ValueError, match="no family .* has this model:\\n  .*\\n.*no llama has .*residual = 'parallel'"):
+    with pytest.raises(ValueError, match=r"(?s)no family .* has this model:.*no llama has residual = 'parallel', qk_norm = True"):
         families.fitting(fields)
 
 
