@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.nn.attention import SPLASH, Attention, Cache, Visible, cache_mask, causal_mask
+from lm.nn.attention import SPLASH, Attention, Cache, Visible, cache_mask, cache_slots, causal_mask
 from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed, dense, param
 from lm.sharding import constrain, whole_rows
 
@@ -180,8 +180,8 @@ class Transformer(nnx.Module):
         """Args:
           tokens_BT: int32 ids.
           positions_BT: int32, each token's place in its document.
-          segments_BT: int32; tokens attend within their segment only. Ignored with a cache: there each row is one sequence.
-          cache: [L, B, S, K, H] keys and values, see `init_cache`.
+          segments_BT: int32; tokens attend within their segment only. With a cache each row is one sequence, and 0 is padding behind it.
+          cache: [L, B, S, K, H] keys and values, see `init_cache`. A call with several positions is the first one, and fills it.
         """
         c = self.config
         x_BTD = self.embed(tokens_BT)
@@ -191,11 +191,12 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         segments_BT = whole_rows(segments_BT)
-        if cache is not None:
-            mask_BTS = cache_mask(positions_BT, cache.key.shape[2], c.window)
+        slots = cache.key.shape[2] if cache is not None else 0
+        if slots and tokens_BT.shape[1] == 1:
+            mask_BTS = cache_mask(positions_BT, slots, c.window)
         else:
             mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT, c.window)
-        visible = Visible(mask_BTS, segments_BT)
+        visible = Visible(mask_BTS, segments_BT, cache_slots(positions_BT, segments_BT, slots) if slots else None)
         graphdef, stack = nnx.split(self.layers)
 
         def body(x_BTD, layer):
@@ -222,7 +223,8 @@ class Transformer(nnx.Module):
         return constrain(logits, "batch", "length", "act_vocab") if logits.ndim == 3 else logits
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
-        """An empty cache for `batch_size` sequences of up to `length` tokens."""
+        """An empty cache for `batch_size` sequences of up to `length` tokens, or of the window's size if that is less."""
         c = self.config
-        shape = (c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim)
-        return Cache(jnp.zeros(shape, c.compute_dtype), jnp.zeros(shape, c.compute_dtype))
+        shape = (c.num_layers, batch_size, min(length, c.window or length), c.num_kv_heads, c.head_dim)
+        empty = lambda: constrain(jnp.zeros(shape, c.compute_dtype), "layers", "batch", None, "kv_heads", None)
+        return Cache(empty(), empty())

@@ -16,7 +16,7 @@ from lm.nn.positions import rope
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far; slot s of a row holds the position s of that row's sequence."""
+    """Keys and values of the positions seen so far: each row's position p lies in slot p mod S, so that a window needs no more than its size."""
     key: jax.Array  # [B, S, K, H]; [L, B, S, K, H] for a stack of layers
     value: jax.Array
 
@@ -30,11 +30,19 @@ def causal_mask(segments_BT: jax.Array, window: int = 0) -> jax.Array:
     return (segments_BT[:, :, None] == segments_BT[:, None, :]) & seen_TT[None]
 
 
-def cache_mask(positions_BT: jax.Array, cache_length: int, window: int = 0) -> jax.Array:
-    """[B, T, S], True for the cache slots up to the query's own position, of the last `window` (0: all); later ones hold padding, or
-    nothing yet."""
-    distance_BTS = positions_BT[:, :, None] - jnp.arange(cache_length)[None, None, :]
-    return (distance_BTS >= 0) & (distance_BTS < (window or cache_length))
+def cache_slots(positions_BT: jax.Array, segments_BT: jax.Array, num_slots: int) -> jax.Array:
+    """[B, T], where the keys and values of these positions are written: the last ones of a row that fit. Padding (segment 0) and what comes too
+    early get `num_slots`, which is no slot: it is dropped."""
+    length_B1 = jnp.max(jnp.where(segments_BT > 0, positions_BT + 1, 0), axis=1, keepdims=True)
+    kept_BT = (segments_BT > 0) & (positions_BT >= length_B1 - num_slots)
+    return jnp.where(kept_BT, positions_BT % num_slots, num_slots)
+
+
+def cache_mask(positions_BT: jax.Array, num_slots: int, window: int = 0) -> jax.Array:
+    """[B, T, S], True for the slots that a query at this position may attend to: those that hold a position up to its own, of the last
+    `window` (0: all)."""
+    distance_BTS = (positions_BT[:, :, None] - jnp.arange(num_slots)[None, None, :]) % num_slots
+    return (distance_BTS <= positions_BT[:, :, None]) & (distance_BTS < (window or num_slots))
 
 
 def blocked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, *, block: int = 128, most: int = 8) -> jax.Array:
@@ -65,6 +73,7 @@ class Visible(NamedTuple):
     """What each query may attend to, of whole rows. `mask` is None where the kernel finds it out from the segments."""
     mask_BTS: jax.Array | None
     segments_BT: jax.Array
+    slots_BT: jax.Array | None = None  # of the cache, where this call's keys and values go
 
 
 def _splash_kernel(num_heads: int, length: int, window: int, block: int, interpret: bool):
@@ -129,7 +138,8 @@ class Attention(nnx.Module):
         self.query_norm, self.key_norm = (RMSNorm(c.head_dim, eps=c.norm_eps, use_bias=False, axis="head_dim") if c.qk_norm else None for _ in range(2))
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, visible: Visible, cache: Cache | None = None):
-        """Returns the output [B, T, D] and the cache with this call's keys and values written at `positions_BT`."""
+        """Returns the output [B, T, D] and the cache with this call's keys and values in it. A single position attends to the cache, several to
+        each other only: they are the first ones."""
         def project(weight, bias, norm, name):
             y = dense("btd,dnh->btnh", x_BTD, weight, self.compute_dtype, name)
             y = add_bias(y, bias) if bias is not None else y
@@ -141,8 +151,10 @@ class Attention(nnx.Module):
             q_BTNH, k_BSKH = self.rope(q_BTNH, positions_BT), self.rope(k_BSKH, positions_BT)
         if cache is not None:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
-            cache = Cache(cache.key.at[rows, positions_BT].set(k_BSKH.astype(cache.key.dtype), mode="drop"),
-                          cache.value.at[rows, positions_BT].set(v_BSKH.astype(cache.value.dtype), mode="drop"))
+            cache = Cache(cache.key.at[rows, visible.slots_BT].set(k_BSKH.astype(cache.key.dtype), mode="drop"),
+                          cache.value.at[rows, visible.slots_BT].set(v_BSKH.astype(cache.value.dtype), mode="drop"))
+        one = cache is not None and x_BTD.shape[1] == 1
+        if one:
             k_BSKH, v_BSKH = cache.key.astype(q_BTNH.dtype), cache.value.astype(q_BTNH.dtype)
         elif (times := sharding.repeats(k_BSKH.shape[2])) > 1:
             k_BSKH, v_BSKH = jnp.repeat(k_BSKH, times, axis=2), jnp.repeat(v_BSKH, times, axis=2)
@@ -151,7 +163,7 @@ class Attention(nnx.Module):
         if visible.mask_BTS is None:
             y_BTNH = splash_attention(q_BTNH, k_BSKH, v_BSKH, visible.segments_BT, window=self.window,
                                       interpret=self.implementation == "splash_interpreted")
-        elif cache is None and self.implementation == "xla":
+        elif not one and self.implementation == "xla":
             y_BTNH = blocked_attention(q_BTNH, k_BSKH, v_BSKH, visible.mask_BTS)
         else:
             with jax.numpy_dtype_promotion("standard"):  # it multiplies bf16 by f32 scalars

@@ -3,11 +3,11 @@
 import torch
 import transformers as t
 
-SIZES = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=48, vocab_size=96, max_position_embeddings=64)
+SIZES = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=48, vocab_size=96, max_position_embeddings=128)
 GROUPED = SIZES | dict(num_key_value_heads=2)
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-GPT = dict(n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=64)
-OPT = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, ffn_dim=48, vocab_size=96, max_position_embeddings=64, word_embed_proj_dim=32)
+GPT = dict(n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=128)
+OPT = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, ffn_dim=48, vocab_size=96, max_position_embeddings=128, word_embed_proj_dim=32)
 
 CONFIGS = {
     "gpt2": lambda: t.GPT2Config(**GPT),

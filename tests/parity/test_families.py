@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from lm import config as config_lib
-from lm import sharding
+from lm import decode, sharding
 from lm.hf import checkpoint
 from lm.models.transformer import Config, Transformer
 from lm.objectives import causal
@@ -72,6 +72,31 @@ def test_logits_are_theirs(name, tmp_path):
     difference = np.abs(ours - theirs)[real].max()
     print(f"{name}: {difference:.1e}")
     assert difference < 1e-4
+
+
+PROMPTS = [TEXT[0, :21].tolist(), TEXT[1, :9].tolist(), TEXT[2, :1].tolist()]
+
+
+@pytest.mark.parametrize("name", references.CONFIGS)
+def test_greedy_text_is_theirs(name, tmp_path):
+    """64 tokens of a batch of unequal prompts, each as transformers has it alone; up to a step where its two best logits are all but the same."""
+    reference = references.make(name)
+    reference.save_pretrained(tmp_path)
+    _, graphdef, params = loaded(tmp_path)
+    config = nnx.merge(graphdef, params).config
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    made = decode.Generator(config, graphdef, params, mesh, decode.Sampling(temperature=0.0), stop_ids=[-1], vocab_size=96)
+    for prompt, ours in zip(PROMPTS, made.generate(PROMPTS, 64, seeds=[0, 0, 0])):
+        ids = torch.tensor([prompt])
+        out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None,
+                                 pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+        theirs = out.sequences[0, len(prompt):].tolist()
+        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a != b:
+                best = out.logits[step][0].topk(2).values
+                print(f"{name}: ends at step {step} of 64, where the two best logits are {best[0] - best[1]:.1e} apart")
+                assert best[0] - best[1] < 1e-4
+                break
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "opt-350m"])
