@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -269,12 +269,26 @@ def _abstract(make_model: Callable):
     return nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
 
 
-def parameters(config: ConfigDict, devices: Sequence[jax.Device]) -> dict:
-    """The parameters of config.model as ShapeDtypeStructs, laid out on config.mesh."""
-    abstract = _abstract(model(config, 0, devices[0].platform)[1])[1]
+class Weights(NamedTuple):
+    """A model without a run."""
+    model_config: Any
+    graphdef: Any
+    params: dict  # ShapeDtypeStructs with shardings
+    mesh: Mesh
+
+
+def weights(config: ConfigDict, devices: Sequence[jax.Device]) -> Weights:
+    """The model of config.model on config.mesh.
+
+    Raises:
+      ValueError: see `model` and `lm.sharding.shardings`.
+    """
+    model_config, make_model = model(config, 0, devices[0].platform)
+    graphdef, abstract = _abstract(make_model)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     layouts = sharding.shardings(nnx.to_pure_dict(abstract), sharding.logical_axes(abstract), mesh)
-    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), nnx.to_pure_dict(abstract), layouts)
+    params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), nnx.to_pure_dict(abstract), layouts)
+    return Weights(model_config, graphdef, params, mesh)
 
 
 def _by_hand(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:

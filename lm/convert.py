@@ -45,7 +45,7 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
     tokenizer = tokenizers.load(source)
     if tokenizer.vocab_size > found.fields["vocab_size"]:
         raise ValueError(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, and its embedding only {found.fields['vocab_size']}")
-    params = found.load(build.parameters(config, devices), hf.progress_line(f"import {source}"))
+    params = found.load(build.weights(config, devices).params, hf.progress_line(f"import {source}"))
     meta = {"config": config.to_dict(), "hf": found.record(),
             "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "files": checkpoint.pack_tokenizer(tokenizer)}}
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=1)
@@ -84,7 +84,7 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
             table = families.FAMILIES[family] if family else families.fitting(fields)
             families.write_config(table, fields)
         saved.update(fields=fields, original=original, table=table, tokenizer=checkpoint.unpack_tokenizer(meta["tokenizer"]["files"]))
-        return build.parameters(config, devices)
+        return build.weights(config, devices).params
     params, step = checkpoint.restore_weights(workdir, wanted, averaged=True)
     fields, original, table, tokenizer = (saved[name] for name in ("fields", "original", "table", "tokenizer"))
     logging.info("step %d of %s is a %s", step, workdir, table.name)

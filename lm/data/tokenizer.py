@@ -19,19 +19,25 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    stop_ids: tuple[int, ...]  # EOS and whatever else ends a generated text
     fingerprint: str
+    files: Mapping[str, bytes]  # of a Hugging Face checkpoint
 
     def encode(self, text: str) -> list[int]: ...
+    def prompt(self, text: str) -> list[int]: ...  # to be continued: with what stands before a text; never empty
     def decode(self, ids: Sequence[int]) -> str: ...
     def save(self, directory: epath.Path) -> None: ...
 
 
 class ByteTokenizer:
     """UTF-8 bytes as they are (ids 0 to 255), BOS 256, EOS 257."""
-    vocab_size, bos_id, eos_id, fingerprint = 258, 256, 257, "bytes-1"
+    vocab_size, bos_id, eos_id, stop_ids, fingerprint, files = 258, 256, 257, (257,), "bytes-1", {}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def prompt(self, text: str) -> list[int]:
+        return [self.bos_id] + self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -55,12 +61,16 @@ class SentencePieceTokenizer:
         self._model, self.files = model, files or {}
         self.vocab_size = self._processor.vocab_size()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        self.stop_ids = (self.eos_id,)
         self.fingerprint = "sentencepiece-" + hashlib.sha256(model).hexdigest()[:16]
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{name} has no BOS or EOS piece (ids {self.bos_id}, {self.eos_id}); train it with bos_id and eos_id >= 0")
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def prompt(self, text: str) -> list[int]:
+        return [self.bos_id] + self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -112,19 +122,27 @@ class HuggingFaceTokenizer:
             raise ValueError(f"{name} can't be read: {str(error).splitlines()[0]}") from None
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
-        special = lambda kind: next((i for i in (_id(about.get(f"{kind}_token"), ids), about.get(f"{kind}_token_id")) if i is not None), None)
-        first = lambda i: i[0] if isinstance(i, list) else i
-        self.eos_id = first(special("eos"))
-        if self.eos_id is None:
+
+        def special(kind: str) -> list[int]:
+            token = about.get(f"{kind}_token")
+            named = ids.get(token.get("content") if isinstance(token, dict) else token)
+            listed = [about.get(f"{kind}_token_id"), _json(files, "generation_config.json").get(f"{kind}_token_id")]
+            flat = [named] + [i for group in listed for i in (group if isinstance(group, list) else [group])]
+            return list(dict.fromkeys(i for i in flat if i is not None))
+        self.stop_ids = tuple(special("eos"))
+        if not self.stop_ids:
             raise ValueError(f"{name} has no EOS: wanted eos_token in tokenizer_config.json, one that is in the vocabulary, or eos_token_id in config.json")
-        self.bos_id = first(special("bos"))
-        self.bos_id = self.eos_id if self.bos_id is None else self.bos_id
+        self.eos_id = self.stop_ids[0]
+        self.bos_id = (special("bos") or self.stop_ids)[0]
         digest = hashlib.sha256(b"".join(files[n] for n in ("tokenizer.json", "vocab.json", "merges.txt") if n in files))
         self.fingerprint = f"tokenizers-{digest.hexdigest()[:16]}-{self.bos_id}-{self.eos_id}"
-        self.files[SPECIAL_IDS] = json.dumps(dict(bos_token_id=self.bos_id, eos_token_id=self.eos_id)).encode()
+        self.files[SPECIAL_IDS] = json.dumps(dict(bos_token_id=self.bos_id, eos_token_id=self.stop_ids)).encode()
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids or [self.bos_id]  # BOS where tokenizer.json says so
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -136,11 +154,6 @@ class HuggingFaceTokenizer:
 
 def _json(files: Mapping[str, bytes], name: str) -> dict:
     return json.loads(files.get(name, b"{}"))
-
-
-def _id(token, ids: Mapping[str, int]) -> int | None:
-    """The id of a special token, given as text or as the description of an added token."""
-    return ids.get(token.get("content") if isinstance(token, dict) else token)
 
 
 def _byte_level(tokenizers, files: Mapping[str, bytes], about: Mapping):
