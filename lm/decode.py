@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lm import sharding
+from lm.models import transformer
 from lm.nn.attention import SPLASH, Cache
 
 
@@ -141,6 +142,8 @@ class Generator:
     """
 
     def __init__(self, model_config, graphdef, params, mesh: Mesh, sampling: Sampling, *, stop_ids: Sequence[int], vocab_size: int):
+        if mesh.devices.flat[0].platform == "cpu":
+            graphdef, params = transformer.unstack(nnx.merge(graphdef, params), params)
         self._config, self._params, self._mesh, self._stop_ids = model_config, params, mesh, tuple(stop_ids)
         self._start = jax.jit(functools.partial(start, graphdef, sampling=sampling), static_argnames="cache_length")
         self._advance = jax.jit(functools.partial(advance, graphdef, sampling=sampling, stop_ids=self._stop_ids, vocab_size=vocab_size), donate_argnums=1)
@@ -165,6 +168,9 @@ class Generator:
           ValueError: see `check`.
         """
         self.check(prompts, max_new_tokens)
+        count, prompts, seeds = len(prompts), list(prompts), list(seeds)
+        if count == 1 and self._mesh.devices.flat[0].platform == "cpu" and self._config.compute_dtype in ("bfloat16", jnp.bfloat16):
+            prompts, seeds = prompts * 2, seeds * 2  # for a single row XLA converts all weights to f32, at every step
         longest = max(map(len, prompts))
         least = 128 if self._config.attention in SPLASH else 16
         bucket = lambda n: min(max(1 << (n - 1).bit_length(), least), max(self._config.context_length, n))
@@ -176,13 +182,13 @@ class Generator:
         keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
         with jax.set_mesh(self._mesh):
             state = self._start(self._params, put(padded), put(lengths), put(keys), cache_length=bucket(longest + max_new_tokens))
-        ended, ahead = np.zeros(len(prompts), bool), collections.deque()
+        ended, ahead = np.zeros(count, bool), collections.deque()
         for step in range(max_new_tokens):
             with jax.set_mesh(self._mesh):
                 state, token_B = self._advance(self._params, state)
             ahead.append(token_B)
             while ahead and (len(ahead) > 1 or step == max_new_tokens - 1):  # the device works on the next one meanwhile
-                token = np.where(ended, -1, np.asarray(ahead.popleft()))
+                token = np.where(ended, -1, np.asarray(ahead.popleft())[:count])
                 ended |= np.isin(token, self._stop_ids)
                 yield token
                 if ended.all():

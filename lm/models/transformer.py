@@ -158,7 +158,11 @@ class Transformer(nnx.Module):
     """`model(tokens, positions, segments)` gives hidden states; `model.logits(hidden)` is the head, so that whoever needs few
     positions pays for few. Modules own parameters and these two calls, nothing else: there is no random state in them."""
 
-    def __init__(self, config: Config, key: jax.Array):
+    def __init__(self, config: Config, key: jax.Array, *, stacked: bool = True):
+        """Args:
+          stacked: each parameter of the layers is one array for all of them, and a loop runs over it. Otherwise each layer has its own: for decoding on
+            CPUs, where taking a layer out of a stack copies it. `unstack` turns the one's parameters into the other's.
+        """
         c = self.config = config
         embed_key, position_key, layers_key, head_key = jax.random.split(key, 4)
         table = dict(std=c.init_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
@@ -166,7 +170,8 @@ class Transformer(nnx.Module):
         self.embed = Embed(embed_key, c.vocab_size, table_dim, axis="vocab", **table)
         learned = c.positions == "learned"
         self.position_embed = Embed(position_key, c.position_offset + c.context_length, c.embed_dim, axis="position", **table) if learned else None
-        self.layers = nnx.vmap(lambda k: Block(k, c), in_axes=0, out_axes=0)(jax.random.split(layers_key, c.num_layers))
+        keys = jax.random.split(layers_key, c.num_layers)
+        self.layers = nnx.vmap(lambda k: Block(k, c), in_axes=0, out_axes=0)(keys) if stacked else nnx.List([Block(k, c) for k in keys])
         self.norm = NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias="norm" in c.biases) if c.residual != "post_norm" else None
         # Tied weights are one parameter that is called twice; the same Param under two attributes would break tree transforms.
         self.head = None if c.tie_embeddings else Embed(head_key, c.vocab_size, table_dim, axis="vocab", **table)
@@ -181,7 +186,7 @@ class Transformer(nnx.Module):
           tokens_BT: int32 ids.
           positions_BT: int32, each token's place in its document.
           segments_BT: int32; tokens attend within their segment only. With a cache each row is one sequence, and 0 is padding behind it.
-          cache: [L, B, S, K, H] keys and values, see `init_cache`. A call with several positions is the first one, and fills it.
+          cache: keys and values of all layers, see `init_cache`. A call with several positions is the first one, and fills it.
         """
         c = self.config
         x_BTD = self.embed(tokens_BT)
@@ -191,12 +196,18 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         segments_BT = whole_rows(segments_BT)
-        slots = cache.key.shape[2] if cache is not None else 0
+        slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
         if slots and tokens_BT.shape[1] == 1:
             mask_BTS = cache_mask(positions_BT, slots, c.window)
         else:
             mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT, c.window)
         visible = Visible(mask_BTS, segments_BT, cache_slots(positions_BT, segments_BT, slots) if slots else None)
+        if isinstance(self.layers, nnx.List):
+            caches = []
+            for layer, layer_cache in zip(self.layers, cache or [None] * c.num_layers):
+                x_BTD, layer_cache = layer(x_BTD, positions_BT, visible, layer_cache)
+                caches.append(layer_cache)
+            return Output(self._finish(x_BTD), caches if cache else None, {})
         graphdef, stack = nnx.split(self.layers)
 
         def body(x_BTD, layer):
@@ -206,11 +217,15 @@ class Transformer(nnx.Module):
         if cache is None and (c.remat != "none" or mesh.size > 1):  # on one device "none" has no gathered weights to drop
             body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
         x_BTD, cache = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
+        return Output(self._finish(x_BTD), cache, {})
+
+    def _finish(self, x_BTD):
+        """From the last layer to the head."""
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         if self.project_out is not None:
-            x_BTD = dense("btd,dp->btp", x_BTD, self.project_out, c.compute_dtype, "project_out")
-        return Output(x_BTD, cache, {})
+            x_BTD = dense("btd,dp->btp", x_BTD, self.project_out, self.config.compute_dtype, "project_out")
+        return x_BTD
 
     @property
     def head_table(self) -> nnx.Param:
@@ -222,9 +237,18 @@ class Transformer(nnx.Module):
         logits = (self.head or self.embed).attend(hidden)
         return constrain(logits, "batch", "length", "act_vocab") if logits.ndim == 3 else logits
 
-    def init_cache(self, batch_size: int, length: int) -> Cache:
-        """An empty cache for `batch_size` sequences of up to `length` tokens, or of the window's size if that is less."""
+    def init_cache(self, batch_size: int, length: int) -> "Cache | list[Cache]":
+        """An empty cache for `batch_size` sequences of up to `length` tokens, or of the window's size if that is less; stacked as the layers are."""
         c = self.config
-        shape = (c.num_layers, batch_size, min(length, c.window or length), c.num_kv_heads, c.head_dim)
-        empty = lambda: constrain(jnp.zeros(shape, c.compute_dtype), "layers", "batch", None, "kv_heads", None)
-        return Cache(empty(), empty())
+        shape = (batch_size, c.num_kv_heads, min(length, c.window or length), c.head_dim)
+        empty = lambda *stack: constrain(jnp.zeros((*stack, *shape), c.compute_dtype), *["layers"] * len(stack), "batch", "kv_heads", None, None)
+        if isinstance(self.layers, nnx.List):
+            return [Cache(empty(), empty()) for _ in range(c.num_layers)]
+        return Cache(empty(c.num_layers), empty(c.num_layers))
+
+
+def unstack(model: Transformer, params: dict) -> tuple[Any, dict]:
+    """(graphdef, parameters) of the same model with layers of their own."""
+    graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(model.config, jax.random.key(0), stacked=False)), nnx.Param)[0]
+    layer = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
+    return graphdef, params | {"layers": {i: layer(i) for i in range(model.config.num_layers)}}

@@ -17,7 +17,7 @@ from lm.nn.positions import rope
 
 class Cache(NamedTuple):
     """Keys and values of the positions seen so far: each row's position p lies in slot p mod S, so that a window needs no more than its size."""
-    key: jax.Array  # [B, S, K, H]; [L, B, S, K, H] for a stack of layers
+    key: jax.Array  # [B, K, S, H], as both matmuls of attention read it; [L, B, K, S, H] for a stack of layers
     value: jax.Array
 
 
@@ -43,6 +43,25 @@ def cache_mask(positions_BT: jax.Array, num_slots: int, window: int = 0) -> jax.
     `window` (0: all)."""
     distance_BTS = (positions_BT[:, :, None] - jnp.arange(num_slots)[None, None, :]) % num_slots
     return (distance_BTS <= positions_BT[:, :, None]) & (distance_BTS < (window or num_slots))
+
+
+def _written(cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """The cache with new keys or values in their slots. Rows and heads are one dim meanwhile: what is indexed comes first then, or XLA's CPU
+    compiler would transpose the whole cache there and back."""
+    batch, kv_heads, num_slots, size = cache_BKSH.shape
+    rows, slots = jnp.arange(batch * kv_heads)[:, None], jnp.repeat(slots_BT, kv_heads, axis=0)
+    new = new_BTKH.swapaxes(1, 2).reshape(batch * kv_heads, -1, size).astype(cache_BKSH.dtype)
+    return cache_BKSH.reshape(-1, num_slots, size).at[rows, slots].set(new, mode="drop").reshape(cache_BKSH.shape)
+
+
+def cached_attention(q_B1NH, cache: Cache, mask_B1S) -> jax.Array:
+    """One query a row against the cache, [B, 1, N, H]: sums and softmax in f32, query heads n attend to kv head n // (N/K)."""
+    batch, _, heads, size = q_B1NH.shape
+    q_BKGH = q_B1NH.reshape(batch, cache.key.shape[1], -1, size)
+    scores_BKGS = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, cache.key.astype(q_BKGH.dtype), preferred_element_type=jnp.float32) * size**-0.5
+    shares_BKGS = jax.nn.softmax(jnp.where(mask_B1S[:, :, None], scores_BKGS, -1e30), axis=-1).astype(q_BKGH.dtype)
+    out_BKGH = jnp.einsum("bkgs,bksh->bkgh", shares_BKGS, cache.value.astype(q_BKGH.dtype), preferred_element_type=jnp.float32)
+    return out_BKGH.astype(q_B1NH.dtype).reshape(batch, 1, heads, size)
 
 
 def blocked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, *, block: int = 128, most: int = 8) -> jax.Array:
@@ -141,7 +160,7 @@ class Attention(nnx.Module):
         """Returns the output [B, T, D] and the cache with this call's keys and values in it. A single position attends to the cache, several to
         each other only: they are the first ones."""
         def project(weight, bias, norm, name):
-            y = dense("btd,dnh->btnh", x_BTD, weight, self.compute_dtype, name)
+            y = dense("btd,dij->btij", x_BTD, weight, self.compute_dtype, name)
             y = add_bias(y, bias) if bias is not None else y
             return norm(y) if norm is not None else y
         q_BTNH = project(self.query, self.query_bias, self.query_norm, "query")
@@ -150,25 +169,25 @@ class Attention(nnx.Module):
         if self.rope is not None:
             q_BTNH, k_BSKH = self.rope(q_BTNH, positions_BT), self.rope(k_BSKH, positions_BT)
         if cache is not None:
-            rows = jnp.arange(x_BTD.shape[0])[:, None]
-            cache = Cache(cache.key.at[rows, visible.slots_BT].set(k_BSKH.astype(cache.key.dtype), mode="drop"),
-                          cache.value.at[rows, visible.slots_BT].set(v_BSKH.astype(cache.value.dtype), mode="drop"))
-        one = cache is not None and x_BTD.shape[1] == 1
-        if one:
-            k_BSKH, v_BSKH = cache.key.astype(q_BTNH.dtype), cache.value.astype(q_BTNH.dtype)
-        elif (times := sharding.repeats(k_BSKH.shape[2])) > 1:
-            k_BSKH, v_BSKH = jnp.repeat(k_BSKH, times, axis=2), jnp.repeat(v_BSKH, times, axis=2)
-        q_BTNH, k_BSKH, v_BSKH = (sharding.whole_rows(x, heads_dim=2) for x in (q_BTNH, k_BSKH, v_BSKH))
-        # Softmax in f32 inside; query heads n attend to kv head n // (N/K).
+            cache = Cache(*(_written(old, new, visible.slots_BT) for old, new in zip(cache, (k_BSKH, v_BSKH))))
+        if cache is not None and x_BTD.shape[1] == 1:
+            y_BTNH = cached_attention(q_BTNH, cache, visible.mask_BTS)
+        else:
+            y_BTNH = self._attend(q_BTNH, k_BSKH, v_BSKH, visible)
+        out_BTD = dense("btij,ijd->btd", y_BTNH, self.out, self.compute_dtype, "out")
+        return out_BTD if self.out_bias is None else add_bias(out_BTD, self.out_bias), cache
+
+    def _attend(self, q_BTNH, k_BTKH, v_BTKH, visible: Visible) -> jax.Array:
+        """Positions to each other, [B, T, N, H]. Softmax in f32 inside; query heads n attend to kv head n // (N/K)."""
+        if (times := sharding.repeats(k_BTKH.shape[2])) > 1:
+            k_BTKH, v_BTKH = jnp.repeat(k_BTKH, times, axis=2), jnp.repeat(v_BTKH, times, axis=2)
+        q_BTNH, k_BTKH, v_BTKH = (sharding.whole_rows(x, heads_dim=2) for x in (q_BTNH, k_BTKH, v_BTKH))
         if visible.mask_BTS is None:
-            y_BTNH = splash_attention(q_BTNH, k_BSKH, v_BSKH, visible.segments_BT, window=self.window,
+            y_BTNH = splash_attention(q_BTNH, k_BTKH, v_BTKH, visible.segments_BT, window=self.window,
                                       interpret=self.implementation == "splash_interpreted")
-        elif not one and self.implementation == "xla":
-            y_BTNH = blocked_attention(q_BTNH, k_BSKH, v_BSKH, visible.mask_BTS)
+        elif self.implementation == "xla":
+            y_BTNH = blocked_attention(q_BTNH, k_BTKH, v_BTKH, visible.mask_BTS)
         else:
             with jax.numpy_dtype_promotion("standard"):  # it multiplies bf16 by f32 scalars
-                y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible.mask_BTS[:, None],
-                                                      implementation="xla" if self.implementation in SPLASH else self.implementation)
-        y_BTNH = sharding.split_rows(y_BTNH)
-        out_BTD = dense("btnh,nhd->btd", y_BTNH, self.out, self.compute_dtype, "out")
-        return out_BTD if self.out_bias is None else add_bias(out_BTD, self.out_bias), cache
+                y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=visible.mask_BTS[:, None], implementation=self.implementation)
+        return sharding.split_rows(y_BTNH)
