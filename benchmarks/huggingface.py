@@ -126,7 +126,8 @@ def decoding(args):
                         for name, side in sides.items():
                             _, before, after = side.ask(rows, length, new)
                             speeds[name].append(rows * (new - 1) / after if what == "decode" else rows * length / before)
-                        print(f"  turn {turn + 1}/{args.turns}: " + ", ".join(f"{n} {s[-1]:,.1f} tokens/s" for n, s in speeds.items()), file=sys.stderr, flush=True)
+                        said = ", ".join(f"{n} {s[-1]:,.1f} tokens/s" for n, s in speeds.items())
+                        print(f"  turn {turn + 1}/{args.turns}: {said}", file=sys.stderr, flush=True)
                     ratios = [a / b for a, b in zip(speeds["ours"], speeds["theirs"])]
                     print(json.dumps(dict(what=what, dtype=dtype, rows=rows, ours=round(statistics.median(speeds["ours"]), 1),
                                           theirs=round(statistics.median(speeds["theirs"]), 1), ratio=round(statistics.median(ratios), 2),
