@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
         devices = startup.start(_PLATFORM.value)
         if argv[1] == "import":
             import_checkpoint(directory, workdir, devices, _PARAM_DTYPE.value)
-            print(f"{directory} is the checkpoint at step 0 of {workdir}; --config.init_from={workdir} starts from it")
+            print(f"{directory} is the checkpoint at step 0 of {workdir}: --config.init_from={workdir} starts from it, where config.model is the same")
         else:
             print(f"{directory} is a {export_checkpoint(workdir, directory, devices, _FAMILY.value)}")
     except (ValueError, OSError) as error:
@@ -129,4 +129,3 @@ if __name__ == "__main__":
     _FAMILY = flags.DEFINE_string("family", "", "export: the model_type to write; by default the one it came from, or the first that has such models.")
     _PLATFORM = flags.DEFINE_string("platform", "", "tpu | gpu | cpu; by default the first that is there.")
     app.run(main)
-

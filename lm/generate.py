@@ -214,5 +214,3 @@ if __name__ == "__main__":
     _MESH = flags.DEFINE_string("mesh", "", "Sizes of the mesh's axes, such as tensor=4,data=2.")
     _PLATFORM = flags.DEFINE_string("platform", "", "tpu | gpu | cpu; by default the first that is there.")
     app.run(main)
-
-
