@@ -163,8 +163,8 @@ def importing(args):
     import tokenizers
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source = Path(folder, "source")
-        layers = round((args.import_gb * 1e9 / 2 - 2 * 32000 * 2048) / (2048 * 2048 * 2.67 + 3 * 2048 * 5632))
-        make(source, "bfloat16", num_hidden_layers=layers, hidden_size=2048, intermediate_size=5632)
+        layers = round((args.import_gb * 1e9 / 2 - 2 * 32000 * 2048) / (2048 * 2048 * 2.5 + 3 * 2048 * 5632))
+        make(source, "bfloat16", num_hidden_layers=layers, hidden_size=2048, num_attention_heads=16, intermediate_size=5632)
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<s>": 1, "</s>": 2, "a": 0}, merges=[]))
         tokenizer.save(str(source / "tokenizer.json"))
         files = list(source.glob("*.safetensors"))
