@@ -11,7 +11,7 @@ from flax import nnx
 from lm import config as config_lib
 from lm import sharding
 from lm.models.transformer import Config, Transformer
-from lm.nn.attention import blocked_attention, cache_mask, causal_mask, splash_attention
+from lm.nn.attention import blocked_attention, cache_mask, cache_slots, causal_mask, splash_attention
 from lm.nn.positions import frequencies, rope, turn_by_matmul, turn_pairs
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
@@ -138,6 +138,15 @@ def test_rope_on_a_tpu_and_its_gradient(interleaved, turning, dtype):
     np.testing.assert_array_equal(ours(x), ways[1](x))
     grads = (jax.vjp(f, x)[1](g)[0].astype(np.float32) for f in (ours, ways[1]))
     np.testing.assert_allclose(*grads, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-3)
+
+
+def test_cache_slots():
+    """The last positions that fit, no slot twice (which write would win?); padding and what comes too early go nowhere."""
+    positions = np.tile(np.arange(10), (3, 1))
+    segments = (positions < np.array([[9], [2], [4]])).astype(np.int32)
+    slots = cache_slots(positions, segments, 4)
+    np.testing.assert_array_equal(slots, [[4] * 5 + [1, 2, 3, 0] + [4], [0, 1] + [4] * 8, [0, 1, 2, 3] + [4] * 6])
+    np.testing.assert_array_equal(cache_slots(np.array([[6]]), np.array([[1]]), 4), [[2]])  # one more token
 
 
 def test_rope_scores_depend_on_distance_only():
