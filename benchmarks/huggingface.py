@@ -50,7 +50,7 @@ class Ours:
         source = hf.Source(directory)
         config = config_lib.default()
         config.model.update(source.fields | dict(param_dtype=dtype, compute_dtype=dtype, scan_unroll=source.fields["num_layers"]))
-        made = build.weights(config, jax.devices()[:1])
+        made = build.weights(config, jax.devices()[:1], SIZES["vocab_size"])
         self.generator = decode.Generator(made.model_config, made.graphdef, source.load(made.params), made.mesh, decode.Sampling(temperature=0.0),
                                           stop_ids=(-1,), vocab_size=SIZES["vocab_size"])
 

@@ -125,7 +125,7 @@ def model(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Call
     """(the model's own Config, key -> model).
 
     Raises:
-      ValueError: a model too small for the tokenizer or the rows, or see the model's Config.
+      ValueError: a model too small for the tokenizer, or see the model's Config.
     """
     fields = config.model.to_dict()
     module = resolve(fields.pop("type"), "config.model.type")
@@ -136,8 +136,6 @@ def model(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Call
             raise ValueError(f"config.model.attention = {attention!r} is for {wanted}, and this runs on {platform}; \"xla\" runs everywhere")
     if fields["vocab_size"] < vocab_size:
         raise ValueError(f"config.model.vocab_size = {fields['vocab_size']} is below the tokenizer's {vocab_size}; 0 takes the tokenizer's")
-    if fields["context_length"] < config.data.length:
-        raise ValueError(f"config.data.length = {config.data.length} is above config.model.context_length = {fields['context_length']}")
     model_config = module.Config(**fields)
     return model_config, lambda key: module.Transformer(model_config, key)
 
@@ -244,6 +242,8 @@ def program(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, 
         raise ValueError(f"config.train.accumulation = {c.train.accumulation} must divide config.data.batch_size = {c.data.batch_size}")
     sharding.check_batch(mesh, c.data.batch_size // c.train.accumulation, c.data.length, "config.data.batch_size / config.train.accumulation")
     model_config, make_model = model(c, vocab_size, devices[0].platform)
+    if model_config.context_length < c.data.length:
+        raise ValueError(f"config.data.length = {c.data.length} is above config.model.context_length = {model_config.context_length}")
     graphdef, abstract = _abstract(make_model)
     axes = sharding.logical_axes(abstract)
     optimizer = optim.make_optimizer(c.optimizer, axes, total_steps)
@@ -277,13 +277,13 @@ class Weights(NamedTuple):
     mesh: Mesh
 
 
-def weights(config: ConfigDict, devices: Sequence[jax.Device]) -> Weights:
-    """The model of config.model on config.mesh.
+def weights(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int) -> Weights:
+    """The model of config.model on config.mesh, for a tokenizer of `vocab_size` ids.
 
     Raises:
       ValueError: see `model` and `lm.sharding.shardings`.
     """
-    model_config, make_model = model(config, 0, devices[0].platform)
+    model_config, make_model = model(config, vocab_size, devices[0].platform)
     graphdef, abstract = _abstract(make_model)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     layouts = sharding.shardings(nnx.to_pure_dict(abstract), sharding.logical_axes(abstract), mesh)

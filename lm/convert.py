@@ -43,9 +43,7 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
     config.model.param_dtype = param_dtype or found.dtype()
     config.data.length = min(config.data.length, config.model.context_length)
     tokenizer = tokenizers.load(source)
-    if tokenizer.vocab_size > found.fields["vocab_size"]:
-        raise ValueError(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, and its embedding only {found.fields['vocab_size']}")
-    params = found.load(build.weights(config, devices).params, hf.progress_line(f"import {source}"))
+    params = found.load(build.weights(config, devices, tokenizer.vocab_size).params, hf.progress_line(f"import {source}"))
     meta = {"config": config.to_dict(), "hf": found.record(),
             "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "files": checkpoint.pack_tokenizer(tokenizer)}}
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=1)
@@ -75,7 +73,6 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
         config = config_lib.default()
         config.model = ConfigDict(meta["config"]["model"])
         config.model.vocab_size = config.model.vocab_size or meta["tokenizer"]["vocab_size"]
-        config.data.length = config.model.context_length
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config.model.to_dict().items()}
         original = None if family else meta.get("hf")
         if original:
@@ -84,7 +81,7 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
             table = families.FAMILIES[family] if family else families.fitting(fields)
             families.write_config(table, fields)
         saved.update(fields=fields, original=original, table=table, tokenizer=checkpoint.unpack_tokenizer(meta["tokenizer"]["files"]))
-        return build.weights(config, devices).params
+        return build.weights(config, devices, meta["tokenizer"]["vocab_size"]).params
     params, step = checkpoint.restore_weights(workdir, wanted, averaged=True)
     fields, original, table, tokenizer = (saved[name] for name in ("fields", "original", "table", "tokenizer"))
     logging.info("step %d of %s is a %s", step, workdir, table.name)

@@ -202,5 +202,3 @@ class Generator:
                 if one >= 0 and one not in self._stop_ids:
                     row.append(one)
         return rows
-
-

@@ -29,32 +29,29 @@ def load(source: epath.Path, devices, sampling: decode.Sampling, mesh: dict[str,
     Raises:
       ValueError: no such checkpoint, or devices that it can't be laid out on.
     """
-    def weights(model: dict) -> build.Weights:
+    def weights(model: dict, tokenizer: tokenizers.Tokenizer) -> build.Weights:
         config = config_lib.default()
         config.model = ConfigDict(model)
-        config.data.length = config.model.context_length
         if devices[0].platform != {"splash": "tpu", "cudnn": "gpu"}.get(config.model.attention, devices[0].platform):
-            config.model.attention = "xla"  # it was trained elsewhere
+            logging.info("trained with %s attention, which isn't for %s: continuing with xla's", config.model.attention, devices[0].platform)
+            config.model.attention = "xla"
         config.mesh.update(mesh or dict(tensor=math.gcd(len(devices), config.model.num_kv_heads), fsdp=-1))
-        return build.weights(config, devices)
+        return build.weights(config, devices, tokenizer.vocab_size)
     if hf.is_checkpoint(source):
         found = hf.Source(source)
         tokenizer = tokenizers.load(source)
-        made = weights(config_lib.default().model.to_dict() | found.fields | dict(param_dtype=found.dtype()))
+        made = weights(config_lib.default().model.to_dict() | found.fields | dict(param_dtype=found.dtype()), tokenizer)
         params = found.load(made.params, hf.progress_line(str(source)))
     else:
         kept: dict = {}
 
         def wanted(meta):
             kept["tokenizer"] = checkpoint.unpack_tokenizer(meta["tokenizer"]["files"])
-            model = dict(meta["config"]["model"])
-            kept["made"] = weights(model | dict(vocab_size=model["vocab_size"] or meta["tokenizer"]["vocab_size"]))
+            kept["made"] = weights(meta["config"]["model"], kept["tokenizer"])
             return kept["made"].params
         params, step = checkpoint.restore_weights(source, wanted, averaged=True)
         logging.info("step %d of %s", step, source)
         tokenizer, made = kept["tokenizer"], kept["made"]
-    if tokenizer.vocab_size > made.model_config.vocab_size:
-        raise ValueError(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, and its embedding only {made.model_config.vocab_size}")
     return decode.Generator(made.model_config, made.graphdef, params, made.mesh, sampling, stop_ids=tokenizer.stop_ids,
                             vocab_size=tokenizer.vocab_size), tokenizer
 

@@ -286,3 +286,5 @@ def test_dtypes(tmp_path):
     assert {e.dtype for e in source.entries.values()} == {np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)} and source.dtype() == "float32"
     rewrite(tmp_path / "model.safetensors", **{n: np.array(e.read()).astype(ml_dtypes.bfloat16) for n, e in source.entries.items()})
     assert checkpoint.Source(tmp_path).dtype() == "bfloat16"
+    rewrite(tmp_path / "model.safetensors", **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})  # no weight
+    assert checkpoint.Source(tmp_path).dtype() == "bfloat16"

@@ -74,7 +74,8 @@ class Source:
 
     def dtype(self) -> str:
         """The dtype that holds all of its weights exactly: bfloat16 if all are, else float32."""
-        return "bfloat16" if {str(e.dtype) for e in self.entries.values() if e.dtype.kind != "i"} == {"bfloat16"} else "float32"
+        dtypes = {str(entry.dtype) for name, entry in self.entries.items() if not re.search(self.family.buffers, name)}
+        return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
     def record(self) -> dict[str, Any]:
         """What `save_as` needs: config.json, and each tensor's dtype and file by the name that it has there."""

@@ -137,3 +137,14 @@ def test_pydocs_is_exported(tmp_path):
     texts = [documents[i * len(documents) // 12].text for i in range(12)]
     assert their_loss(tmp_path / "out", texts, config.data.length) == pytest.approx(found, abs=1e-3)
     assert np.isfinite(found)
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding(tmp_path):
+    source = checkpoint_directory(tmp_path / "source")
+    about = json.loads((source / "tokenizer.json").read_text())
+    about["added_tokens"].append(about["added_tokens"][0] | dict(id=200, content="<new>"))
+    about["model"]["vocab"]["<new>"] = 200
+    (source / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="vocab_size = 96 is below the tokenizer's 201"):
+        convert.import_checkpoint(source, epath.Path(tmp_path / "run"), jax.devices()[:1])
+    assert not (tmp_path / "run").exists()
