@@ -304,8 +304,8 @@ def _by_hand(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:
         if config.train.grad_reduce_dtype != "float32":
             raise ValueError("config.train.grad_reduce_dtype = 'bfloat16' needs config.train.fsdp = 'by_hand': the partitioner reduces in float32")
         return None
-    if split := [axis for axis in ("tensor", "expert") if mesh.shape[axis] > 1]:
-        raise ValueError(f"config.train.fsdp = 'by_hand' splits rows, positions and weights; set config.mesh.{split[0]} = 1, or train.fsdp = 'partitioner'")
+    if mesh.shape["tensor"] > 1:
+        raise ValueError("config.train.fsdp = 'by_hand' splits rows, positions, weights and experts; set config.mesh.tensor = 1, or train.fsdp = 'partitioner'")
     return functools.partial(sharding.by_hand, mesh=mesh, axes=axes, reduce_dtype=config.train.grad_reduce_dtype, joint=config.train.fsdp_gather == "joint")
 
 

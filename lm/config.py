@@ -45,6 +45,7 @@ def default() -> ConfigDict:
     c.objective = ConfigDict()
     c.objective.type = "lm.objectives.causal"  # dotted path of a module with make_loss(**the rest) and token_logprobs
     c.objective.z_loss = 0.0
+    c.objective.balance_loss = 0.0  # weight of the routers' imbalance (num_experts)
     c.objective.chunk = 0  # positions of a row whose logits exist at a time; 0: all
 
     c.optimizer = ConfigDict()
@@ -104,6 +105,10 @@ def _model() -> ConfigDict:
     c.residual = "pre_norm"  # pre_norm | post_norm | parallel
     c.activation = "relu_squared"  # gelu | gelu_tanh | relu | silu | relu_squared
     c.gated_mlp = False
+    c.num_experts = 0  # a mixture of experts of mlp_dim in the MLP's place; 0: none
+    c.experts_per_token = 2
+    c.normalize_router = True  # the weights of a token's experts sum to 1
+    c.shared_mlp_dim = 0  # of an expert that takes every token; 0: none
     c.positions = "rope"  # learned | rope
     c.position_offset = 0  # learned: rows of the table before that of position 0
     c.rope_theta = 10000.0

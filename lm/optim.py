@@ -46,10 +46,11 @@ def make_schedule(name: str, *, peak: float, total_steps: int, warmup_steps: int
 
 
 def _matrix_dims(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
-    """How a weight multiplies: (input dims, output dims) by its logical axes, heads merged; None if it isn't a hidden matrix."""
-    dims = [i for i, name in enumerate(axes) if name != "layers"]
+    """How a weight multiplies: (input dims, output dims) by its logical axes, heads merged; None if it isn't a hidden matrix. Layers
+    and experts are each a matrix of their own; a router's outputs are choices, and Adam's, as a head's are."""
+    dims = [i for i, name in enumerate(axes) if name not in ("layers", "expert")]
     names = tuple(axes[i] for i in dims)
-    if len(names) < 2 or "vocab" in names or "position" in names or "embed" not in names:
+    if len(names) < 2 or "vocab" in names or "position" in names or "router" in names or "embed" not in names:
         return None
     embed = [i for i in dims if axes[i] == "embed"]
     other = [i for i in dims if axes[i] != "embed"]

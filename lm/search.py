@@ -51,7 +51,7 @@ def apply(config: ConfigDict, settings: dict) -> ConfigDict:
 
 def local_rows(config: ConfigDict, settings: dict) -> tuple[int, int]:
     """(rows a step, positions of each) of a device."""
-    parts = config.mesh.slice * math.prod(settings[f"mesh.{axis}"] for axis in ("data", "fsdp", "fsdp2"))
+    parts = config.mesh.slice * config.mesh.expert * math.prod(settings[f"mesh.{axis}"] for axis in ("data", "fsdp", "fsdp2"))
     return config.data.batch_size // parts, config.data.length // config.mesh.sequence
 
 
@@ -59,8 +59,10 @@ def kept_bytes(config: ConfigDict, settings: dict, chips: int) -> tuple[float, f
     """(what the backward pass finds saved, the logits of a chunk and their gradient), in bytes a chip: the memory model."""
     m = config.model
     tokens = config.data.batch_size * config.data.length / chips / settings["train.accumulation"]
+    rows = m.experts_per_token * config.mesh.expert if m.num_experts else 1  # of the experts, as many as there is room for
     widths = dict(query=m.num_heads * m.head_dim, key=m.num_kv_heads * m.head_dim, value=m.num_kv_heads * m.head_dim, out=m.embed_dim,
-                  attention=m.num_heads * (m.head_dim + 2), up=m.mlp_dim, gate=m.mlp_dim, down=m.embed_dim)
+                  attention=m.num_heads * (m.head_dim + 2), up=rows * m.mlp_dim, gate=rows * m.mlp_dim,
+                  down=rows * m.embed_dim)
     here, _ = transformer.kept_results(settings["model.remat"])
     width = m.embed_dim + sum(widths[name] for name in here if name != "gate" or m.gated_mlp)
     share = (settings["objective.chunk"] or config.data.length) / config.data.length

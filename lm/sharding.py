@@ -32,6 +32,8 @@ RULES = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "expert": ("expert",),
+    "router": (),
     # Biases have no embed dim that the fsdp axes could split.
     "mlp_bias": ("fsdp", "fsdp2", "tensor"),
     "head_dim_bias": ("fsdp", "fsdp2"),
@@ -109,8 +111,12 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
-    parts = [entry if size % axes_size(mesh, entry) == 0 else None for size, entry in zip(x.shape, spec(logical_axes, mesh))]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+    return jax.lax.with_sharding_constraint(x, divisible(x.shape, logical_axes, mesh))
+
+
+def divisible(shape: Sequence[int], logical_axes: Sequence[str | None], mesh) -> PartitionSpec:
+    """`spec`, but dims that their mesh axes don't divide stay whole."""
+    return PartitionSpec(*(entry if size % axes_size(mesh, entry) == 0 else None for size, entry in zip(shape, spec(logical_axes, mesh))))
 
 
 def axes_size(mesh, entry: str | Sequence[str] | None) -> int:
@@ -160,7 +166,8 @@ class ByHand(NamedTuple):
     joint: bool
 
 
-_BY_HAND: contextvars.ContextVar[ByHand] = contextvars.ContextVar("by_hand")
+# None where the partitioner has the rest of the step, and only a part of it is mapped by hand (lm.nn.moe).
+_BY_HAND: contextvars.ContextVar[ByHand | None] = contextvars.ContextVar("by_hand", default=None)
 
 
 def by_hand(gradient: Callable, *, mesh: Mesh, axes, reduce_dtype, joint: bool) -> Callable:
@@ -215,13 +222,16 @@ def gather(weight: jax.Array, logical_axes: tuple[str, ...], dtype) -> jax.Array
     if not mesh.manual_axes:
         return jax.lax.with_sharding_constraint(value, spec(logical_axes, mesh, without=FSDP_AXES))
     dim, axes = _fsdp_dim(logical_axes, mesh)
-    for group in ([axes] if _BY_HAND.get().joint else reversed(axes)) if axes else ():
+    here = _BY_HAND.get()
+    for group in ([axes] if here and here.joint else reversed(axes)) if axes else ():
         value = jax.lax.all_gather(value, group, axis=dim, tiled=True)
     return value
 
 
 def scatter(grad: jax.Array, logical_axes: tuple[str, ...], dtype) -> jax.Array:
     """The transpose of `gather`: the gradient of a gathered weight, summed over the batch's shards and split as the weight is.
+
+    In a part of a step that is mapped by hand, the sum over axes that don't split the weight is left to shard_map's own transpose.
 
     Args:
       dtype: of the result. On the wire it is `by_hand`'s reduce_dtype; the partitioner reduces in `grad`'s own.
@@ -231,16 +241,26 @@ def scatter(grad: jax.Array, logical_axes: tuple[str, ...], dtype) -> jax.Array:
         return grad.astype(dtype)
     if not mesh.manual_axes:
         return jax.lax.with_sharding_constraint(grad.astype(dtype), spec(logical_axes, mesh))
-    grad = grad.astype(_BY_HAND.get().reduce_dtype)
+    here = _BY_HAND.get()
+    grad = grad.astype(here.reduce_dtype if here else jnp.float32)
     dim, axes = _fsdp_dim(logical_axes, mesh)
     for axis in axes:  # one after the other: over all of a torus at once, the compiler would make it an all-reduce
         grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
-    return _sum_rest(grad, axes, mesh).astype(dtype)
+    return (_sum_rest(grad, logical_axes, mesh) if here else grad).astype(dtype)
 
 
-def _sum_rest(grad, done, mesh):
-    rest = tuple(a for a in mesh.manual_axes if mesh.shape[a] > 1 and a not in done)
+def _sum_rest(grad, logical_axes, mesh):
+    """Sums over the axes that don't split the parameter."""
+    splitting = {axis for name in logical_axes for axis in RULES[name]}
+    rest = tuple(a for a in mesh.manual_axes if mesh.shape[a] > 1 and a not in splitting)
     return jax.lax.psum(grad, rest) if rest else grad
+
+
+def sum_over_rows(sums):
+    """What each device has summed over its rows and positions, summed over all of them; under the partitioner it is already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(a for a in (*RULES["batch"], *RULES["length"]) if mesh.manual_axes and mesh.shape[a] > 1)
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums) if axes else sums
 
 
 gather.defvjp(lambda weight, logical_axes, dtype: (gather(weight, logical_axes, dtype), jnp.zeros((), weight.dtype)),
@@ -278,7 +298,7 @@ def _lookup_backward(logical_axes, dtype, saved, grad_BTD):
         ids_BT = jax.lax.all_gather(ids_BT, axes, axis=0, tiled=True)
     grad = jnp.zeros(table.shape, jnp.float32).at[ids_BT].add(grad_BTD.astype(jnp.float32))
     if mesh.manual_axes:
-        return _sum_rest(grad, axes, mesh).astype(table.dtype), None
+        return _sum_rest(grad, logical_axes, mesh).astype(table.dtype), None
     return scatter(grad, logical_axes, table.dtype), None
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from lm.nn.attention import SPLASH, Attention, Cache, Visible, cache_mask, cache_slots, causal_mask
 from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed, dense, param
+from lm.nn.moe import MoE
 from lm.sharding import constrain, whole_rows
 
 POSITIONS = ("learned", "rope")
@@ -61,7 +62,7 @@ class Config:
     context_length: int  # longest sequence; the size of the position table when positions are learned
     num_layers: int
     embed_dim: int
-    mlp_dim: int
+    mlp_dim: int  # of each expert, where there are experts
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -71,6 +72,10 @@ class Config:
     residual: str  # pre_norm | post_norm (of the sum; no norm at the end) | parallel (attention and MLP both on the layer's input)
     activation: str  # gelu | gelu_tanh | relu | silu | relu_squared
     gated_mlp: bool
+    num_experts: int  # of every layer, in the MLP's place, see lm.nn.moe; 0: none
+    experts_per_token: int
+    normalize_router: bool  # the weights of a token's experts sum to 1
+    shared_mlp_dim: int  # of an expert that takes every token; 0: none
     window: int  # positions that a query sees, itself included; 0: all before it
     positions: str  # learned | rope
     position_offset: int  # rows of the position table before that of position 0 (learned)
@@ -103,8 +108,14 @@ class Config:
             raise ValueError(f"config.model: num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}")
         if unknown := [name for name in self.biases if name not in BIASES]:
             raise ValueError(f"config.model.bias = {self.bias!r}: {unknown}; valid: names of {list(BIASES)} with commas between them, or \"\"")
-        if negative := [f for f in ("window", "position_offset", "table_dim") if getattr(self, f) < 0]:
+        if negative := [f for f in ("window", "position_offset", "table_dim", "num_experts", "shared_mlp_dim") if getattr(self, f) < 0]:
             raise ValueError(f"config.model: {', '.join(f'{f} = {getattr(self, f)}' for f in negative)}; must not be negative")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(f"config.model.experts_per_token = {self.experts_per_token}: wanted 1 to num_experts = {self.num_experts}")
+        if self.num_experts and "mlp" in self.biases:
+            raise ValueError(f"config.model.bias = {self.bias!r}: experts have none; take \"mlp\" out, or set num_experts = 0")
+        if self.shared_mlp_dim and not self.num_experts:
+            raise ValueError(f"config.model.shared_mlp_dim = {self.shared_mlp_dim} needs num_experts; without experts mlp_dim is the MLP's size")
         if self.positions == "rope":
             if not 0 < self.rope_fraction <= 1 or int(self.head_dim * self.rope_fraction) % 2:
                 raise ValueError(f"config.model.head_dim = {self.head_dim}, rope_fraction = {self.rope_fraction}: an even number of dims must turn, 2 to all")
@@ -123,7 +134,7 @@ EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "attention", "remat", "scan_
 class Output(NamedTuple):
     hidden: jax.Array  # [B, T, D], what the head takes: after the last norm (and projection)
     cache: Cache | None
-    aux: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+    aux: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count), means over the layers; see lm.nn.moe.balance
 
 
 class Block(nnx.Module):
@@ -138,20 +149,28 @@ class Block(nnx.Module):
         self.attention_norm = NORMS[c.norm](c.embed_dim, **norm)
         self.attention = Attention(attention_key, c, out_std=out_std)
         self.mlp_norm = NORMS[c.norm](c.embed_dim, **norm)
-        self.mlp = MLP(mlp_key, c.embed_dim, c.mlp_dim, activation=c.activation, gated=c.gated_mlp, use_bias="mlp" in c.biases,
-                       std=c.init_std, out_std=out_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
+        if c.num_experts:
+            self.mlp = MoE(mlp_key, c, out_std=out_std)
+        else:
+            self.mlp = MLP(mlp_key, c.embed_dim, c.mlp_dim, activation=c.activation, gated=c.gated_mlp, use_bias="mlp" in c.biases,
+                           std=c.init_std, out_std=out_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
 
-    def __call__(self, x_BTD, positions_BT, visible, cache=None):
+    def __call__(self, x_BTD, positions_BT, visible, real_BT, cache=None):
+        """(x_BTD, cache, aux)."""
         stream = lambda x: constrain(x, "batch", "length", "act_embed")
+        mlp = (lambda x: self.mlp(x, real_BT)) if isinstance(self.mlp, MoE) else (lambda x: (self.mlp(x), {}))
         if self.residual == "post_norm":  # the first Transformer's (Vaswani et al. 2017, arXiv 1706.03762, section 3.1)
             attended_BTD, cache = self.attention(x_BTD, positions_BT, visible, cache)
             x_BTD = stream(self.attention_norm(x_BTD + attended_BTD))
-            return stream(self.mlp_norm(x_BTD + self.mlp(x_BTD))), cache
+            out_BTD, aux = mlp(x_BTD)
+            return stream(self.mlp_norm(x_BTD + out_BTD)), cache, aux
         attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, visible, cache)
         if self.residual == "parallel":  # GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745, section 2.1)
-            return stream(x_BTD + attended_BTD + self.mlp(self.mlp_norm(x_BTD))), cache
+            out_BTD, aux = mlp(self.mlp_norm(x_BTD))
+            return stream(x_BTD + attended_BTD + out_BTD), cache, aux
         x_BTD = stream(x_BTD + attended_BTD)
-        return stream(x_BTD + self.mlp(self.mlp_norm(x_BTD))), cache
+        out_BTD, aux = mlp(self.mlp_norm(x_BTD))
+        return stream(x_BTD + out_BTD), cache, aux
 
 
 class Transformer(nnx.Module):
@@ -195,7 +214,7 @@ class Transformer(nnx.Module):
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
-        segments_BT = whole_rows(segments_BT)
+        real_BT, segments_BT = segments_BT > 0, whole_rows(segments_BT)
         slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
         if slots and tokens_BT.shape[1] == 1:
             mask_BTS = cache_mask(positions_BT, slots, c.window)
@@ -203,21 +222,23 @@ class Transformer(nnx.Module):
             mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT, c.window)
         visible = Visible(mask_BTS, segments_BT, cache_slots(positions_BT, segments_BT, slots) if slots else None)
         if isinstance(self.layers, nnx.List):
-            caches = []
+            caches, auxes = [], []
             for layer, layer_cache in zip(self.layers, cache or [None] * c.num_layers):
-                x_BTD, layer_cache = layer(x_BTD, positions_BT, visible, layer_cache)
+                x_BTD, layer_cache, aux = layer(x_BTD, positions_BT, visible, real_BT, layer_cache)
                 caches.append(layer_cache)
-            return Output(self._finish(x_BTD), caches if cache else None, {})
+                auxes.append(aux)
+            return Output(self._finish(x_BTD), caches if cache else None, _mean_of_layers(jax.tree.map(lambda *xs: jnp.stack(xs), *auxes)))
         graphdef, stack = nnx.split(self.layers)
 
         def body(x_BTD, layer):
             params, layer_cache = layer
-            return nnx.merge(graphdef, params)(x_BTD, positions_BT, visible, layer_cache)
+            x_BTD, layer_cache, aux = nnx.merge(graphdef, params)(x_BTD, positions_BT, visible, real_BT, layer_cache)
+            return x_BTD, (layer_cache, aux)
         mesh = jax.sharding.get_abstract_mesh()
         if cache is None and (c.remat != "none" or mesh.size > 1):  # on one device "none" has no gathered weights to drop
             body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
-        x_BTD, cache = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
-        return Output(self._finish(x_BTD), cache, {})
+        x_BTD, (cache, aux) = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
+        return Output(self._finish(x_BTD), cache, _mean_of_layers(aux))
 
     def _finish(self, x_BTD):
         """From the last layer to the head."""
@@ -245,6 +266,10 @@ class Transformer(nnx.Module):
         if isinstance(self.layers, nnx.List):
             return [Cache(empty(), empty()) for _ in range(c.num_layers)]
         return Cache(empty(c.num_layers), empty(c.num_layers))
+
+
+def _mean_of_layers(aux):
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
 
 
 def unstack(model: Transformer, params: dict) -> tuple[Any, dict]:

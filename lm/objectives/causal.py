@@ -8,15 +8,19 @@ from lm.nn.loss import chunked_cross_entropy
 
 def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target, and the log-partition function, both [B, T] in f32."""
-    hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
+    return _logprobs(model, model(batch["tokens"], batch["positions"], batch["segments"]).hidden, batch["targets"])
+
+
+def _logprobs(model, hidden_BTD, targets_BT):
     logits_BTV = model.logits(hidden_BTD)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, batch["targets"][..., None], axis=-1)[..., 0]
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return target_BT - log_z_BT, log_z_BT
 
 
-def make_loss(*, z_loss: float, chunk: int):
-    """Cross entropy of the next token, in nats, plus `z_loss` * log(Z)^2 (PaLM, Chowdhery et al. 2022, section 5).
+def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
+    """Cross entropy of the next token, in nats, plus `z_loss` * log(Z)^2 (PaLM, Chowdhery et al. 2022, section 5), plus `balance_loss` *
+    router_balance, the mean over the layers, for a mixture of experts (lm.nn.moe.balance).
 
     Args:
       chunk: positions of each row whose logits exist at a time; 0: all.
@@ -24,19 +28,27 @@ def make_loss(*, z_loss: float, chunk: int):
     Returns:
       `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`: sums over the batch's weights, never means, so that
       microbatches, padding and hosts share one division.
+
+    Raises:
+      ValueError: by the loss: a balance_loss for a model without experts.
     """
     def loss(model, batch, key):
         del key  # nothing random here
         weights_BT = batch["weights"]
         count = jnp.sum(weights_BT)
+        hidden_BTD, _, aux = model(batch["tokens"], batch["positions"], batch["segments"])
+        if balance_loss and "router_balance" not in aux:
+            raise ValueError(f"config.objective.balance_loss = {balance_loss} needs experts, and config.model.num_experts is 0")
         if chunk:
-            hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
             total, nll_sum, z_sum = chunked_cross_entropy(hidden_BTD, model.head_table, batch["targets"], weights_BT, z_loss=z_loss, chunk=chunk,
                                                           dtype=model.config.compute_dtype)
         else:
-            logprobs_BT, log_z_BT = token_logprobs(model, batch)
+            logprobs_BT, log_z_BT = _logprobs(model, hidden_BTD, batch["targets"])
             nll_sum = -jnp.sum(logprobs_BT * weights_BT)
             z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
             total = nll_sum + z_loss * z_sum
-        return total, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count)}
+        if balance_loss:
+            value, tokens = aux["router_balance"]
+            total = total + balance_loss * value / jnp.maximum(tokens, 1.0) * count
+        return total, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count), **aux}
     return loss
