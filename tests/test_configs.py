@@ -18,7 +18,7 @@ from lm.models import presets
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 PARAMETERS = {"gpt2": 124e6, "gpt2_medium": 355e6, "gpt2_large": 774e6, "gpt2_xl": 1558e6, "llama2_7b": 6.74e9, "llama2_13b": 13.02e9,
-              "llama2_70b": 68.98e9, "gpt3_175b": 175e9}
+              "llama2_70b": 68.98e9, "gpt3_175b": 175e9, "mixtral_8x7b": 46.7e9, "qwen3_30b_a3b": 30.5e9}
 
 
 def sizes(path):

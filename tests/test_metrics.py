@@ -47,6 +47,14 @@ def test_flops_by_hand():
     assert metrics.model_flops_per_token(config, 1024) == 6 * weights + 12 * 12 * 768 * seen
 
 
+def test_flops_of_experts_are_those_of_one_token():
+    sizes = config_lib.default().model.to_dict() | presets.get("llama3_1b")
+    flops = lambda **changes: metrics.model_flops_per_token(types.SimpleNamespace(**(sizes | changes)), 1024)
+    routers = 6 * 16 * 2048 * 8
+    assert flops(num_experts=8, experts_per_token=2, mlp_dim=512) == pytest.approx(flops(mlp_dim=1024) + routers)
+    assert flops(num_experts=8, experts_per_token=2, mlp_dim=512, shared_mlp_dim=100) == pytest.approx(flops(mlp_dim=1124) + routers + routers / 8)
+
+
 @pytest.mark.parametrize("changes", [dict(activation="relu_squared", num_kv_heads=4, tie_embeddings=True, bias="qkv,out,mlp,norm", positions="learned"),
                                      dict(activation="silu", gated_mlp=True, num_kv_heads=1, tie_embeddings=False)], ids=["mha", "mqa"])
 def test_flops_are_those_that_xla_counts(changes):
@@ -67,7 +75,8 @@ def test_flops_are_those_that_xla_counts(changes):
         if model.position_embed is not None:
             x = x + model.position_embed(ids)
         for layer in range(config.num_layers):
-            x, _ = nnx.merge(block, jax.tree.map(lambda p: p[layer], stack))(x, ids, Visible(jnp.ones((2, length, length), bool), ids))  # noqa: B023
+            visible = Visible(jnp.ones((2, length, length), bool), ids)
+            x, *_ = nnx.merge(block, jax.tree.map(lambda p: p[layer], stack))(x, ids, visible, ids > 0)  # noqa: B023
         logits = model.logits(model.norm(x))
         return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
     counted = jax.jit(jax.grad(loss)).lower(params).cost_analysis()["flops"] / ids.size

@@ -262,6 +262,18 @@ def test_muon_orthogonalises_matrices_with_their_heads_merged():
             assert 0.1 < np.sqrt((update ** 2).mean()) / 0.01 < 0.3  # as large as Adam's usually are
 
 
+def test_muon_takes_each_expert_by_itself():
+    axes = {"layers": {"up": ("layers", "expert", "embed", "mlp"), "router": ("layers", "embed", "router")}}
+    params, grads = ({"layers": draw({"up": (2, 3, 16, 24), "router": (2, 16, 3)}, seed)} for seed in (0, 1))
+    new, _, _ = steps(make(axes, name="muon", learning_rate=0.01, muon_adam_ratio=0.0), params, [grads])
+    for layer in range(2):
+        for expert in range(3):
+            update = new["layers"]["up"][layer, expert] - params["layers"]["up"][layer, expert]
+            wanted = -0.01 * 0.2 * 24 ** 0.5 * newton_schulz(grads["layers"]["up"][layer, expert])
+            np.testing.assert_allclose(update, wanted, atol=1e-2 * np.abs(wanted).max())
+    np.testing.assert_array_equal(new["layers"]["router"], params["layers"]["router"])  # Adam's
+
+
 def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
     shapes, axes = model_axes(bias="qkv,out,mlp,norm", gated_mlp=True, positions="learned", norm="layernorm", tie_embeddings=False)
     optimizer = make(axes, name="muon", b1=0.9)

@@ -112,6 +112,20 @@ def _mlp(c, p, x):
     return hidden @ p["down"] + p.get("down_bias", 0)
 
 
+def _router(c, p, x):
+    """(probabilities [T, E], the experts' weights [T, E], 0 for those not chosen)."""
+    probabilities = np.exp(x @ p["router"])
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    weights = np.where(probabilities >= np.sort(probabilities)[:, [-c.experts_per_token]], probabilities, 0)
+    return probabilities, weights / weights.sum(-1, keepdims=True) if c.normalize_router else weights
+
+
+def _moe(c, p, x):
+    _, weights = _router(c, p, x)
+    out = sum(weights[:, [e]] * _mlp(c, {name: p[name][e] for name in ("up", "gate", "down") if name in p}, x) for e in range(c.num_experts))
+    return out + _mlp(c, p["shared"], x) / (1 + np.exp(-x @ p["shared_gate"])) if c.shared_mlp_dim else out
+
+
 def reference(c, params, tokens, position, segment):
     """Logits of one row."""
     p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
@@ -122,7 +136,7 @@ def reference(c, params, tokens, position, segment):
         block = jax.tree.map(lambda w: w[layer], p["layers"])  # noqa: B023
         first, second = (functools.partial(_norm, c, block[name]) for name in ("attention_norm", "mlp_norm"))
         attention = lambda x: _attention(c, block["attention"], x, position, segment)  # noqa: B023
-        mlp = lambda x: _mlp(c, block["mlp"], x)  # noqa: B023
+        mlp = lambda x: (_moe if c.num_experts else _mlp)(c, block["mlp"], x)  # noqa: B023
         if c.residual == "post_norm":
             x = first(x + attention(x))
             x = second(x + mlp(x))
@@ -144,7 +158,10 @@ def reference(c, params, tokens, position, segment):
          bias="out,norm"),  # OPT-350M
     dict(gated_mlp=True, qk_norm=True, window=4, rope_theta=500.0, rope_scaling=(8.0, 1.0, 4.0, 24), bias="qkv,mlp"),  # Qwen and Llama 3.1
     dict(gated_mlp=True, rope_fraction=0.5, rope_interleaved=True, head_dim=16),  # GLM
-], ids=["gpt2", "llama", "other", "neox", "opt", "qwen", "glm"])
+    dict(gated_mlp=True, num_experts=4, experts_per_token=2),  # Mixtral
+    dict(gated_mlp=True, num_experts=5, experts_per_token=3, normalize_router=False, shared_mlp_dim=24, bias="qkv"),  # Qwen-MoE
+    dict(num_experts=3, experts_per_token=1, normalize_router=False, residual="parallel"),
+], ids=["gpt2", "llama", "other", "neox", "opt", "qwen", "glm", "mixtral", "qwen-moe", "switch"])
 def test_model_is_its_formulas(changes):
     c = config(**changes)
     graphdef, params = drawn(c)
@@ -156,7 +173,8 @@ def test_model_is_its_formulas(changes):
 
 @pytest.mark.parametrize("changes", [
     dict(gated_mlp=True, bias="qkv,out,mlp,norm"), dict(norm="layernorm", positions="learned", bias="qkv,out,mlp,norm", tie_embeddings=True),
-    dict(residual="post_norm", table_dim=24, qk_norm=True, window=5), dict(residual="parallel", rope_fraction=0.5, rope_interleaved=True)])
+    dict(residual="post_norm", table_dim=24, qk_norm=True, window=5), dict(residual="parallel", rope_fraction=0.5, rope_interleaved=True),
+    dict(gated_mlp=True, num_experts=4, experts_per_token=4), dict(num_experts=3, experts_per_token=3, normalize_router=False, shared_mlp_dim=24)])
 def test_gradient_is_the_slope(changes):
     """Of every parameter, by central differences along a random direction: no backward pass of our own may differ from its forward pass."""
     graphdef, params = drawn(config(**changes))
@@ -169,11 +187,12 @@ def test_gradient_is_the_slope(changes):
         assert slope == pytest.approx(np.vdot(grad, direction), rel=0.02, abs=2e-4), jax.tree_util.keystr(path)
 
 
-def test_remat_changes_memory_only():
+@pytest.mark.parametrize("changes", [dict(bias="qkv,out,mlp,norm"), dict(num_experts=4)], ids=["dense", "experts"])
+def test_remat_changes_memory_only(changes):
     """Loss and gradients are those without; and what the backward pass keeps is really less, or the test would prove nothing."""
     run, kept = {}, {}
     for name in ("none", "dots", "full", "query,up", "query,up:host"):
-        graphdef, params = drawn(config(remat=name, bias="qkv,out,mlp,norm"))
+        graphdef, params = drawn(config(remat=name, **changes))
         value = functools.partial(loss, graphdef)
         run[name] = jax.device_get(jit(jax.value_and_grad(value))(params))
         residuals = jax.eval_shape(lambda params: jax.vjp(value, params)[1], params)  # noqa: B023
@@ -197,6 +216,10 @@ ALTERNATIVES = {
     "norm_eps": (1e-2, {}),
     "activation": ("gelu_tanh", {}),
     "gated_mlp": (True, {}),
+    "num_experts": (4, {}),
+    "experts_per_token": (1, dict(num_experts=4, normalize_router=False)),
+    "normalize_router": (False, dict(num_experts=4)),
+    "shared_mlp_dim": (24, dict(num_experts=4)),
     "positions": ("learned", {}),
     "rope_theta": (100.0, {}),
     "qk_norm": (True, {}),
@@ -257,6 +280,9 @@ def test_execution_fields_are_fields():
     (dict(residual="sandwich"), r"config.model.residual = 'sandwich'; valid: \['parallel', 'post_norm', 'pre_norm'\]"),
     (dict(bias="qkv,head"), r"config.model.bias = 'qkv,head': \['head'\]; valid: names of \['qkv', 'out', 'mlp', 'norm'\]"),
     (dict(window=-1, table_dim=-2), "window = -1, table_dim = -2"),
+    (dict(num_experts=4, experts_per_token=5), "experts_per_token = 5: wanted 1 to num_experts = 4"),
+    (dict(num_experts=4, bias="qkv,mlp"), "bias = 'qkv,mlp': experts have none"),
+    (dict(shared_mlp_dim=8), "shared_mlp_dim = 8 needs num_experts"),
 ])
 def test_config_errors_say_what_is_valid(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -376,3 +402,32 @@ def test_loss_is_the_cross_entropy_of_weighted_targets():
     nll, extra = -(logprobs * batch["weights"]).sum(), 0.1 * (log_z ** 2 * batch["weights"]).sum()
     np.testing.assert_allclose([total, count, *terms["loss"], *terms["z_loss"]],
                                [nll + extra, batch["weights"].sum(), nll, batch["weights"].sum(), extra, batch["weights"].sum()], rtol=1e-4)
+
+
+def test_router_balance():
+    """Against its formula in numpy, layer by layer; padding doesn't count, and the loss takes it by its weight."""
+    c = config(num_experts=5, experts_per_token=2, gated_mlp=True, num_layers=1)
+    graphdef, params = drawn(c)
+    found = jax.device_get(jit(lambda p: nnx.merge(graphdef, p)(TOKENS, POSITIONS, SEGMENTS).aux)(params))
+    p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+    block = jax.tree.map(lambda w: w[0], p["layers"])
+    probabilities, chosen = [], []
+    for row in range(2):
+        x = p["embed"]["table"][TOKENS[row]]
+        x = x + _attention(c, block["attention"], _norm(c, block["attention_norm"], x), POSITIONS[row], SEGMENTS[row])
+        mass, weights = _router(c, block["mlp"], _norm(c, block["mlp_norm"], x))
+        probabilities.append(mass[SEGMENTS[row] > 0])
+        chosen.append(weights[SEGMENTS[row] > 0] > 0)
+    share = np.concatenate(chosen).mean(0)
+    wanted = 5 * (share * np.concatenate(probabilities).mean(0)).sum()
+    tokens = (SEGMENTS > 0).sum()
+    np.testing.assert_allclose(found["router_balance"], [wanted * tokens, tokens], rtol=1e-5)
+    np.testing.assert_allclose(found["router_max_load"], [share.max() * 5 / 2 * tokens, tokens], rtol=1e-5)
+    totals = [jit(lambda p: causal.make_loss(z_loss=0.0, chunk=0, balance_loss=weight)(nnx.merge(graphdef, p), BATCH, None)[0])(params) for weight in (0.0, 0.5)]  # noqa: B023
+    assert totals[1] - totals[0] == pytest.approx(0.5 * wanted * BATCH["weights"].sum(), rel=1e-3)
+
+
+def test_balance_loss_needs_experts():
+    graphdef, params = drawn(config())
+    with pytest.raises(ValueError, match="balance_loss = 0.1 needs experts"):
+        causal.make_loss(z_loss=0.0, chunk=0, balance_loss=0.1)(nnx.merge(graphdef, params), BATCH, None)

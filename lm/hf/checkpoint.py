@@ -115,24 +115,24 @@ class Source:
         self.check(shapes)
         heads = self.fields["num_heads"]
         by_path = collections.defaultdict(list)
-        for row, layer, name in families.rows(self.family, shapes):
-            by_path[row.ours].append((row, layer, name))
+        for place in families.places(self.family, shapes):
+            by_path[place.row.ours].append(place)
         total, done, arrays = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flat.values()), 0, {}
         for path, leaf in flat.items():
-            places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-            parts = {str(index): index for index in places.values()}  # devices with the same part share one buffer
+            devices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+            parts = {str(index): index for index in devices.values()}  # devices with the same part share one buffer
             buffers = {key: _aligned(_part_shape(leaf.shape, index), leaf.dtype) for key, index in parts.items()}
-            for row, layer, name in by_path[path]:
-                shape = leaf.shape if layer is None else leaf.shape[1:]
-                array = to_ours(row, self.entries[name].read(), shape, heads)
-                for key, index in parts.items():
-                    if layer is None:
-                        buffers[key][...] = array[index]
-                    else:
-                        buffers[key][layer] = array[index[1:]]  # no mesh axis splits the stack
+            for row, at, name in by_path[path]:
+                shape = leaf.shape[len(at):]
+                within = {key: [range(size)[part] for size, part in zip(leaf.shape, index)] for key, index in parts.items()}
+                having = [key for key in parts if all(i in taken for i, taken in zip(at, within[key]))]
+                array = to_ours(row, self.entries[name].read(), shape, heads) if having else None
+                for key in having:
+                    inside = tuple(taken.index(i) for i, taken in zip(at, within[key]))
+                    buffers[key][inside] = array[parts[key][len(at):]]
                 done += math.prod(shape) * leaf.dtype.itemsize
                 progress(done, total)
-            on_devices = [jax.device_put(buffers[str(index)], device) for device, index in places.items()]
+            on_devices = [jax.device_put(buffers[str(index)], device) for device, index in devices.items()]
             arrays[path] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, on_devices)
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in flat])
 
@@ -230,11 +230,11 @@ def to_theirs(group: list[tuple[Tensor, np.ndarray]], heads: int) -> np.ndarray:
     return np.stack(apart, axis + 1).reshape(*shape[:axis], -1, *shape[axis + 1:])
 
 
-def _grouped(family: Family, shapes) -> dict[str, list[tuple[Tensor, int | None]]]:
-    """Their tensors in order, each with the rows that it is made of."""
+def _grouped(family: Family, shapes) -> dict[str, list[families.Place]]:
+    """Their tensors in order, each with the places that it is made of."""
     groups = collections.defaultdict(list)
-    for row, layer, name in families.rows(family, shapes):
-        groups[name].append((row, layer))
+    for place in families.places(family, shapes):
+        groups[place.theirs].append(place)
     return groups
 
 
@@ -242,8 +242,8 @@ def _their_shapes(family: Family, shapes) -> dict[str, tuple[int, ...]]:
     """name -> shape of every tensor of a model with these parameters."""
     found = {}
     for name, group in _grouped(family, shapes).items():
-        row, layer = group[0]
-        whole = shapes[row.ours] if layer is None else shapes[row.ours][1:]
+        row, at, _ = group[0]
+        whole = shapes[row.ours][len(at):]
         sizes = math.prod(whole[:row.inputs]), math.prod(whole[row.inputs:]) * row.part[1]
         found[name] = {"table": tuple(whole), "vector": (math.prod(whole) * row.part[1],), "conv1d": sizes, "linear": sizes[::-1]}[row.layout]
     return found
@@ -252,8 +252,8 @@ def _their_shapes(family: Family, shapes) -> dict[str, tuple[int, ...]]:
 def their_tensors(family: Family, params, heads: int) -> dict[str, Callable[[], np.ndarray]]:
     """name -> a function that makes that tensor of theirs out of our parameters, in the order of the layers."""
     flat = _flat(params)
-    part = lambda row, layer: (row, np.asarray(flat[row.ours] if layer is None else flat[row.ours][layer]))
-    return {name: functools.partial(lambda group: to_theirs([part(*member) for member in group], heads), group)
+    part = lambda place: (place.row, np.asarray(flat[place.row.ours][place.index]))
+    return {name: functools.partial(lambda group: to_theirs([part(place) for place in group], heads), group)
             for name, group in _grouped(family, {path: leaf.shape for path, leaf in flat.items()}).items()}
 
 
@@ -270,7 +270,7 @@ def save(directory: Path, family: Family, fields: Mapping[str, Any], params, *, 
     """
     flat = _flat(params)
     shapes = {path: leaf.shape for path, leaf in flat.items()}
-    dtypes = {name: np.dtype(flat[group[0][0].ours].dtype) for name, group in _grouped(family, shapes).items()}
+    dtypes = {name: np.dtype(flat[group[0].row.ours].dtype) for name, group in _grouped(family, shapes).items()}
     about = {name: (dtypes[name], shape) for name, shape in _their_shapes(family, shapes).items()}
     config = families.write_config(family, fields) | token_ids | {"torch_dtype": "bfloat16" if "bfloat16" in map(str, dtypes.values()) else "float32"}
     shards: list[list[str]] = [[]]

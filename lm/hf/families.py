@@ -5,6 +5,7 @@ spellings appear in this folder only.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ class Key(NamedTuple):
 
 class Tensor(NamedTuple):
     """A tensor of theirs that holds one of our parameters, or a part of it that does."""
-    ours: str  # path; a stack of layers has one tensor for each
-    theirs: str  # name, with {i} for the layer
+    ours: str  # path; a stack of layers has one tensor for each, one of experts too
+    theirs: str  # name, with {i} for the layer, {e} for the expert
     layout: str  # vector | table (as ours) | linear ([out, in]) | conv1d ([in, out])
     inputs: int = 1  # our leading dims that are `in`
     part: tuple[int, int] = (0, 1)  # which of how many equal parts of `out`
@@ -41,8 +42,11 @@ class Family:
     flags: tuple[tuple[str, bool, tuple[str, ...]], ...] = ()  # (attribute, its default, the parts whose bias it turns on)
     only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # attribute -> values that we know
     ignored: tuple[str, ...] = ()  # attributes that don't change logits
+    theta: float = 10000.0  # rope_theta where config.json doesn't say
     rope: float | None = None  # the fraction of a head that turns where config.json doesn't say; None: learned positions
     window: int | None = None  # sliding_window where config.json doesn't say; None: it has no such attribute
+    switched: bool = False  # the window is off unless use_sliding_window turns it on
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names of attributes
     prefix: str = ""  # of all names of the body, which some checkpoints leave out
     buffers: str = r"$."  # names that are no parameters
 
@@ -63,7 +67,6 @@ _IGNORED = frozenset("""
     max_window_layers unsloth_version unsloth_fixed gradient_checkpointing predict_special_tokens n_special
 """.split())
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "partial_rotary_factor", "rotary_pct")
-_WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu",
                "relu2": "relu_squared", "swish": "silu"}
 
@@ -85,7 +88,10 @@ _LLAMA_KEYS = (
     Key("activation", "hidden_act", "silu", ACTIVATIONS),
     Key("tie_embeddings", "tie_word_embeddings", False),
 )
-_LLAMA = dict(norm="rmsnorm", gated_mlp=True, positions="rope", residual="pre_norm", qk_norm=False, rope_interleaved=False, table_dim=0, position_offset=0)
+# Without experts these fields don't matter.
+_DENSE = dict(num_experts=0, experts_per_token=2, normalize_router=True, shared_mlp_dim=0)
+_LLAMA = dict(norm="rmsnorm", gated_mlp=True, positions="rope", residual="pre_norm", qk_norm=False, rope_interleaved=False, table_dim=0,
+              position_offset=0) | _DENSE
 
 
 def _renamed(keys, *new: Key):
@@ -116,6 +122,25 @@ _LLAMA_TENSORS = (
         *_norm("mlp_norm", "post_attention_layernorm"), ("attention/query_norm/scale", "self_attn.q_norm.weight", "vector"),
         ("attention/key_norm/scale", "self_attn.k_norm.weight", "vector"),
         *_linear("mlp/gate", "mlp.gate_proj"), *_linear("mlp/up", "mlp.up_proj"), *_linear("mlp/down", "mlp.down_proj")))
+
+
+def _with_experts(*more: Key) -> tuple[Key, ...]:
+    return _renamed(_LLAMA_KEYS, *more)
+
+
+def _experts(block: str, up: str = "up_proj", gate: str = "gate_proj", down: str = "down_proj") -> tuple[Tensor, ...]:
+    """Llama's tensors with a router and experts in the MLP's place."""
+    names = dict(up=up, gate=gate, down=down)
+    return (*(t for t in _LLAMA_TENSORS if not t.ours.startswith("layers/mlp/")), *_in_layers(
+        "model.layers", ("mlp/router", f"{block}.gate.weight", "linear"),
+        *((f"mlp/{ours}", f"{block}.experts.{{e}}.{theirs}.weight", "linear") for ours, theirs in names.items())))
+
+
+_MOE = {name: value for name, value in _LLAMA.items() if name not in _DENSE}
+_QWEN_EXPERTS = (Key("normalize_router", "norm_topk_prob", False),)
+# Layers that have no experts, and windows, are refused.
+_QWEN_ONLY = dict(decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
+_QWEN_IGNORED = ("router_aux_loss_coef", "intermediate_size")
 _FREQUENCIES = r"\.rotary_emb\.inv_freq$"
 
 
@@ -138,7 +163,7 @@ def _gpt(keys, tensors, **more) -> dict:
         ignored=("n_ctx", "reorder_and_upcast_attn"), **more)
 
 
-_GPT = dict(norm="layernorm", gated_mlp=False, positions="learned", qk_norm=False, table_dim=0, position_offset=0)
+_GPT = dict(norm="layernorm", gated_mlp=False, positions="learned", qk_norm=False, table_dim=0, position_offset=0) | _DENSE
 
 FAMILIES = {family.name: family for family in (
     Family("gpt2", "GPT2LMHeadModel", **_gpt(
@@ -154,7 +179,7 @@ FAMILIES = {family.name: family for family in (
               Key("activation", "activation_function", "relu", ACTIVATIONS), Key("tie_embeddings", "tie_word_embeddings", True),
               Key("residual", "do_layer_norm_before", "pre_norm", {True: "pre_norm", False: "post_norm"}),
               Key("table_dim", "word_embed_proj_dim", lambda fields: fields["embed_dim"])),
-        constants=dict(norm="layernorm", gated_mlp=False, positions="learned", qk_norm=False, position_offset=2), bias=("norm",),
+        constants=dict(norm="layernorm", gated_mlp=False, positions="learned", qk_norm=False, position_offset=2) | _DENSE, bias=("norm",),
         flags=(("enable_bias", True, ("qkv", "out", "mlp")),),
         only=dict(_remove_final_layer_norm=(False,), layer_norm_elementwise_affine=(True,)), prefix="model.",
         tensors=(
@@ -170,7 +195,7 @@ FAMILIES = {family.name: family for family in (
               Key("num_kv_heads", "", lambda fields: fields["num_heads"]), Key("head_dim", "", _head_dim), Key("norm_eps", "layer_norm_eps", 1e-5),
               Key("activation", "hidden_act", "gelu", ACTIVATIONS), Key("tie_embeddings", "tie_word_embeddings", False),
               Key("residual", "use_parallel_residual", "parallel", {True: "parallel", False: "pre_norm"})),
-        constants=dict(norm="layernorm", gated_mlp=False, positions="rope", qk_norm=False, rope_interleaved=False, table_dim=0, position_offset=0),
+        constants=dict(norm="layernorm", gated_mlp=False, positions="rope", qk_norm=False, rope_interleaved=False, table_dim=0, position_offset=0) | _DENSE,
         bias=("mlp", "norm"), flags=(("attention_bias", True, ("qkv", "out")),), rope=0.25, prefix="gpt_neox.",
         buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
         tensors=(
@@ -185,9 +210,24 @@ FAMILIES = {family.name: family for family in (
     Family("llama", "LlamaForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, buffers=_FREQUENCIES,
            flags=(("attention_bias", False, ("qkv", "out")), ("mlp_bias", False, ("mlp",)))),
     Family("mistral", "MistralForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, window=4096, buffers=_FREQUENCIES),
-    Family("qwen2", "Qwen2ForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, window=4096, bias=("qkv",), buffers=_FREQUENCIES),
+    Family("mixtral", "MixtralForCausalLM", _with_experts(
+               Key("num_experts", "num_local_experts", 8), Key("experts_per_token", "num_experts_per_tok", 2), Key("norm_eps", "rms_norm_eps", 1e-5)),
+           _experts("block_sparse_moe", up="w3", gate="w1", down="w2"), _MOE | dict(normalize_router=True, shared_mlp_dim=0), rope=1.0, theta=1e6, window=0,
+           only=dict(router_jitter_noise=(0.0,)), ignored=("router_aux_loss_coef",), buffers=_FREQUENCIES),
+    Family("qwen2", "Qwen2ForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, window=4096, switched=True, bias=("qkv",), buffers=_FREQUENCIES),
     Family("qwen3", "Qwen3ForCausalLM", _renamed(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)), _LLAMA_TENSORS, _LLAMA | dict(qk_norm=True),
-           rope=1.0, window=4096, flags=(("attention_bias", False, ("qkv", "out")),), buffers=_FREQUENCIES),
+           rope=1.0, window=4096, switched=True, flags=(("attention_bias", False, ("qkv", "out")),), buffers=_FREQUENCIES),
+    Family("qwen2_moe", "Qwen2MoeForCausalLM", _with_experts(
+               *_QWEN_EXPERTS, Key("num_experts", "num_experts", 60), Key("experts_per_token", "num_experts_per_tok", 4), Key("mlp_dim", "moe_intermediate_size", 1408),
+               Key("shared_mlp_dim", "shared_expert_intermediate_size", 5632)),
+           (*_experts("mlp"), *_in_layers("model.layers", *(row for ours in ("up", "gate", "down") for row in _linear(f"mlp/shared/{ours}", f"mlp.shared_expert.{ours}_proj")),
+                                          ("mlp/shared_gate", "mlp.shared_expert_gate.weight", "linear"))),
+           _MOE, rope=1.0, window=4096, switched=True, flags=(("qkv_bias", True, ("qkv",)),), only=_QWEN_ONLY,
+           ignored=_QWEN_IGNORED, buffers=_FREQUENCIES),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", _with_experts(
+               *_QWEN_EXPERTS, Key("num_experts", "num_experts", 128), Key("experts_per_token", "num_experts_per_tok", 8), Key("mlp_dim", "moe_intermediate_size", 768)),
+           _experts("mlp"), _MOE | dict(qk_norm=True, shared_mlp_dim=0), rope=1.0, window=4096, switched=True,
+           flags=(("attention_bias", False, ("qkv", "out")),), only=_QWEN_ONLY, ignored=_QWEN_IGNORED, aliases={"num_local_experts": "num_experts"}, buffers=_FREQUENCIES),
     # Llama with an MLP of two layers.
     Family("arcee", "ArceeForCausalLM", _renamed(_LLAMA_KEYS, Key("activation", "hidden_act", "relu2", ACTIVATIONS), Key("norm_eps", "rms_norm_eps", 1e-5)),
            _LLAMA_TENSORS, _LLAMA | dict(gated_mlp=False), rope=1.0, flags=(("attention_bias", False, ("qkv", "out")), ("mlp_bias", False, ("mlp",)))),
@@ -221,6 +261,7 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: a missing attribute, or one whose value would change the logits in a way that the model doesn't have.
     """
     family = family_of(config)
+    config = {family.aliases.get(name, name): value for name, value in config.items()}
     given = {name: value for name, value in config.items() if value is not None}
     fields = dict(family.constants)
     for key in family.keys:
@@ -242,13 +283,14 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         biases += parts if given.get(name, default) else ()
     fields["bias"] = ",".join(part for part in ("qkv", "out", "mlp", "norm") if part in biases)
     fields |= _read_rope(family, given) if family.rope is not None else dict(_NO_ROPE)
-    fields["window"] = _read_window(family, given) if family.window is not None else 0
+    fields["window"] = _read_window(family, config) if family.window is not None else 0
     for name, values in family.only.items():
         if given.get(name, values[0]) not in values:
             raise _unsupported(family, name, given[name], list(values))
     known = {key.theirs for key in family.keys} | {name for name, *_ in family.flags} | set(family.only) | set(family.ignored) | _IGNORED
     known |= set(_ROPE) if family.rope is not None else set()
-    known |= set(_WINDOW) if family.window is not None else set()
+    known |= {"sliding_window"} if family.window is not None else set()
+    known |= {"use_sliding_window", "layer_types"} if family.switched else set()
     if unknown := sorted(set(given) - known):
         raise ValueError(f"config.json: {', '.join(f'{name} = {given[name]!r}' for name in unknown)}: not known for {family.name}. Where that "
                          f"changes nothing in the model's outputs, take it out of config.json")
@@ -262,7 +304,7 @@ def _read_rope(family: Family, given) -> dict[str, Any]:
     """rope_theta, rope_fraction and rope_scaling, as transformers 5 writes them (rope_parameters) or as 4 did."""
     parameters = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
     kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-    theta = parameters.pop("rope_theta", given.get("rope_theta", given.get("rotary_emb_base", 10000.0)))
+    theta = parameters.pop("rope_theta", given.get("rope_theta", given.get("rotary_emb_base", family.theta)))
     fraction = parameters.pop("partial_rotary_factor", given.get("partial_rotary_factor", given.get("rotary_pct", family.rope)))
     wanted = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind not in wanted or set(parameters) - {"type"} != set(wanted[kind]):
@@ -271,17 +313,19 @@ def _read_rope(family: Family, given) -> dict[str, Any]:
     return dict(rope_theta=float(theta), rope_fraction=float(fraction), rope_scaling=tuple(float(parameters[name]) for name in wanted[kind]))
 
 
-def _read_window(family: Family, given) -> int:
-    """The window of all layers: 0 for none."""
-    layers = given.get("num_hidden_layers")
-    if family.name != "mistral":  # Qwen's: off unless it is turned on, and from some layer on
-        kinds = set(given.get("layer_types", ()))
-        if kinds == {"full_attention"} or (not kinds and not (given.get("use_sliding_window") and given.get("max_window_layers", 28) < layers)):
-            return 0
-        if kinds - {"sliding_attention"} or (not kinds and given.get("max_window_layers", 28) > 0):
-            raise _unsupported(family, "layer_types", given.get("layer_types", f"sliding from layer {given.get('max_window_layers', 28)} on"),
-                               "layers that are all full_attention, or all sliding_attention")
-    return given["sliding_window"] if "sliding_window" in given else 0
+def _read_window(family: Family, config: Mapping[str, Any]) -> int:
+    """The window of all layers: 0 for none. A window that is null is none, one that isn't there is the family's own."""
+    window = config.get("sliding_window", family.window) or 0
+    if not family.switched:
+        return window
+    first = config.get("max_window_layers") or 0 if "max_window_layers" in config else 28
+    by_switch = ["sliding_attention" if config.get("use_sliding_window") and i >= first else "full_attention" for i in range(config["num_hidden_layers"])]
+    kinds = config.get("layer_types") or by_switch
+    if set(kinds) == {"full_attention"}:
+        return 0
+    if set(kinds) != {"sliding_attention"} or not config.get("use_sliding_window"):
+        raise _unsupported(family, "layer_types", kinds, "layers that are all full_attention, or all sliding_attention with use_sliding_window")
+    return window
 
 
 def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,7 +354,7 @@ def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
             config["rope_scaling"]["original_max_position_embeddings"] = int(config["rope_scaling"]["original_max_position_embeddings"])
     if family.window is not None:
         config["sliding_window"] = fields["window"] or None
-        if family.name != "mistral":
+        if family.switched:
             config |= dict(use_sliding_window=bool(fields["window"]), max_window_layers=0 if fields["window"] else fields["num_layers"])
     try:
         found = read_config(config)
@@ -318,6 +362,8 @@ def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
         found = {}
     if family.rope is None:  # these fields don't matter there
         found |= {name: fields[name] for name in _NO_ROPE}
+    if found and not fields["num_experts"] and not found["num_experts"]:
+        found |= {name: fields[name] for name in _DENSE}
     if wrong := [name for name in found if _plain(found[name]) != _plain(fields[name])] or ([] if found else ["its values"]):
         raise ValueError(f"no {family.name} has {', '.join(f'{name} = {fields.get(name)!r}' for name in wrong)}")
     return config
@@ -339,8 +385,15 @@ def fitting(fields: Mapping[str, Any]) -> Family:
     raise ValueError("no family of Hugging Face's that can be written has this model:\n  " + "\n  ".join(reasons))
 
 
-def rows(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Tensor, int | None, str]]:
-    """(row of the table, layer or None, their name) for each of our parameters, layer by layer.
+class Place(NamedTuple):
+    """Where in our parameters a tensor of theirs has its row."""
+    row: Tensor
+    index: tuple[int, ...]  # in the stack: (), (layer,) or (layer, expert)
+    theirs: str
+
+
+def places(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
+    """All of them, layer by layer.
 
     Args:
       shapes: our parameters' paths -> shapes; those under "layers/" are stacks.
@@ -348,9 +401,9 @@ def rows(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Te
     found = []
     for row in family.tensors:
         if row.ours in shapes:
-            layers = range(shapes[row.ours][0]) if row.ours.startswith("layers/") else [None]
-            found += [(row, i, row.theirs.format(i=i)) for i in layers]
-    missing = set(shapes) - {row.ours for row, *_ in found}
+            stack = shapes[row.ours][:row.theirs.count("{")]
+            found += [Place(row, index, row.theirs.format(**dict(zip("ie", index)))) for index in itertools.product(*map(range, stack))]
+    missing = set(shapes) - {place.row.ours for place in found}
     assert not missing, f"the table of {family.name} has no {sorted(missing)}"
     natural: Callable = lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    return sorted(found, key=lambda item: (item[1] is not None, natural(item[2])))
+    return sorted(found, key=lambda place: (place.index != (), natural(place.theirs)))

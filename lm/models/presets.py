@@ -7,6 +7,9 @@ _LLAMA2 = dict(context_length=4096, norm="rmsnorm", norm_eps=1e-5, activation="s
                rope_theta=10000.0, bias="", tie_embeddings=False, init_std=0.02, vocab_size=32000)
 _SMALL = dict(context_length=256, norm="rmsnorm", norm_eps=1e-5, activation="relu_squared", gated_mlp=False, positions="rope",
               rope_theta=10000.0, bias="", tie_embeddings=True, init_std=0.02, vocab_size=2048)
+_MIXTRAL = _LLAMA2 | dict(context_length=32768, rope_theta=1e6, num_experts=8, experts_per_token=2, normalize_router=True)
+_QWEN3_MOE = _LLAMA2 | dict(context_length=32768, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, vocab_size=151936, num_experts=128,
+                            experts_per_token=8, normalize_router=True)
 
 
 def _sized(family, num_layers, embed_dim, num_heads, *, head_dim=None, num_kv_heads=None, mlp_dim=None, **changes):
@@ -43,6 +46,9 @@ PRESETS = {
     # Llama 3.2 1B's sizes; its scaled rotary frequencies, which matter beyond 8,192 tokens, are left out.
     "llama3_1b": _sized(_LLAMA2, 16, 2048, 32, num_kv_heads=8, mlp_dim=8192, context_length=8192, rope_theta=500000.0, tie_embeddings=True,
                         vocab_size=128256),
+    # Mixtures of experts, no token dropped; mlp_dim is an expert's. Jiang et al. 2024, arXiv 2401.04088, table 1; Qwen3-30B-A3B-Base's config.json.
+    "mixtral_8x7b": _sized(_MIXTRAL, 32, 4096, 32, num_kv_heads=8, mlp_dim=14336),
+    "qwen3_30b_a3b": _sized(_QWEN3_MOE, 48, 2048, 32, head_dim=128, num_kv_heads=4, mlp_dim=768),
 }
 
 

@@ -36,6 +36,17 @@ CONFIGS = {
     "glm-unbiased": lambda: t.GlmConfig(**GROUPED, head_dim=8, pad_token_id=0, attention_bias=False),
 }
 
+MOE = GROUPED | dict(num_experts_per_tok=2)
+CONFIGS |= {
+    "mixtral": lambda: t.MixtralConfig(**MOE, num_local_experts=4),
+    "mixtral-window": lambda: t.MixtralConfig(**MOE, num_local_experts=8, sliding_window=7, tie_word_embeddings=True),
+    "qwen2_moe": lambda: t.Qwen2MoeConfig(**MOE, num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40),
+    "qwen2_moe-normalized": lambda: t.Qwen2MoeConfig(**GROUPED, num_experts=5, num_experts_per_tok=5, moe_intermediate_size=24,
+                                                     shared_expert_intermediate_size=40, norm_topk_prob=True, qkv_bias=False),
+    "qwen3_moe": lambda: t.Qwen3MoeConfig(**MOE, num_experts=6, moe_intermediate_size=24, head_dim=16),
+    "qwen3_moe-normalized": lambda: t.Qwen3MoeConfig(**GROUPED, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
+}
+
 
 def make(name: str, seed: int = 0):
     """The model in f32, its weights large enough for every part to matter, biases and norms drawn too."""

@@ -9,6 +9,7 @@ import safetensors
 import torch
 import transformers
 from flax import nnx
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lm import config as config_lib
 from lm import decode, sharding
@@ -99,9 +100,28 @@ def test_greedy_text_is_theirs(name, tmp_path):
                 break
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "opt-350m"])
+def expert_by_expert(gradients, names):
+    """transformers holds the experts of a layer in one parameter, and files have them apart."""
+    found = {}
+    for key, g in gradients.items():
+        if key.endswith("experts.gate_up_proj"):
+            for e, expert in enumerate(g):
+                start = f"{key.removesuffix('gate_up_proj')}{e}."
+                found[f"{start}{names['gate']}.weight"], found[f"{start}{names['up']}.weight"] = np.split(expert, 2)
+        elif key.endswith("experts.down_proj"):
+            found |= {f"{key.removesuffix('down_proj')}{e}.{names['down']}.weight": expert for e, expert in enumerate(g)}
+        else:
+            found[key] = g
+    return found
+
+
+BALANCE = 0.3
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "opt-350m", "mixtral", "qwen2_moe", "qwen3_moe-normalized"])
 def test_gradients_are_theirs(name, tmp_path):
-    """Of the mean loss over the targets, for every tensor of theirs."""
+    """Of the mean loss over the targets, for every tensor of theirs; with experts, of their routers' balance too, which is taken layer by layer
+    here, not over all layers at once."""
     reference = references.make(name)
     reference.save_pretrained(tmp_path)
     source, graphdef, params = loaded(tmp_path)
@@ -113,14 +133,26 @@ def test_gradients_are_theirs(name, tmp_path):
     b["weights"] = weights
 
     def loss(params):
-        total, count, _ = causal.make_loss(z_loss=0.0, chunk=0)(nnx.merge(graphdef, params), b, None)
-        return total / count
-    ours = jax.jit(jax.grad(loss))(params)
+        balance_loss = BALANCE if source.fields["num_experts"] else 0.0
+        total, count, terms = causal.make_loss(z_loss=0.0, chunk=0, balance_loss=balance_loss)(nnx.merge(graphdef, params), b, None)
+        return total / count, terms
+    ours, terms = jax.jit(jax.grad(loss, has_aux=True))(params)
     labels = torch.tensor(np.where(weights > 0, b["targets"], -100)).long()
-    out = reference(torch.tensor(b["tokens"]).long(), attention_mask=torch.tensor(b["segments"]).long()).logits
-    torch.nn.functional.cross_entropy(out.flatten(0, 1), labels.flatten()).backward()
+    mask, more = torch.tensor(b["segments"]).long(), dict(output_router_logits=True) if source.fields["num_experts"] else {}
+    out = reference(torch.tensor(b["tokens"]).long(), attention_mask=mask, **more)
+    total = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+    if more:
+        experts = source.fields["num_experts"], source.fields["experts_per_token"]
+        balance = torch.stack([load_balancing_loss_func((layer,), *experts, mask) for layer in out.router_logits]).mean()
+        assert terms["router_balance"][0] / terms["router_balance"][1] == pytest.approx(balance.item(), rel=1e-5)
+        total = total + BALANCE * balance
+    total.backward()
     theirs = {{"lm_head.weight": "embed_out.weight"}.get(key, key) if name == "gpt_neox" else key: p.grad.numpy()  # as it is in the file
               for key, p in reference.named_parameters() if p.grad is not None}
+    if name == "mixtral":
+        theirs = expert_by_expert({key.replace(".mlp.", ".block_sparse_moe."): g for key, g in theirs.items()}, dict(gate="w1", up="w3", down="w2"))
+    else:
+        theirs = expert_by_expert(theirs, {part: f"{part}_proj" for part in ("gate", "up", "down")})
     made = checkpoint.their_tensors(source.family, ours, source.fields["num_heads"])
     assert set(made) <= set(theirs)
     for key, make in made.items():
@@ -166,12 +198,13 @@ def test_there_and_back(name, dtype, tmp_path):
     np.testing.assert_allclose(their_logits(read(tmp_path / "theirs"))[real], their_logits(found)[real], atol=1e-5)  # gelu_fast comes back as gelu_new
 
 
-def test_a_mesh_gets_its_parts(tmp_path):
+@pytest.mark.parametrize("name, sizes", [("llama-3.2", dict(data=2, fsdp=2, tensor=2)), ("mixtral", dict(expert=2, fsdp=2, data=2))])
+def test_a_mesh_gets_its_parts(name, sizes, tmp_path):
     """Loaded on eight devices, split and replicated, as on one."""
-    references.make("llama-3.2").save_pretrained(tmp_path)
+    references.make(name).save_pretrained(tmp_path)
     source, graphdef, params = loaded(tmp_path)
     wanted = logits(graphdef, params)
-    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2), jax.devices())
+    mesh = sharding.make_mesh(sizes, jax.devices())
     abstract = nnx.split(nnx.eval_shape(lambda: nnx.merge(graphdef, params)), nnx.Param)[1]
     layouts = sharding.shardings(params, sharding.logical_axes(abstract), mesh)
     split = source.load(jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, layouts))
