@@ -39,6 +39,7 @@ SIZES = {
     "llama2_70b-v5p-8x8x4-lean": (dict(fsdp=8, fsdp2=32), 4, 4096, "attention", 1024, "staged"),
     "llama2_70b-v5p-8x8x8": (dict(fsdp=8, fsdp2=64), 4, 4096, "attention,out", 1024, "staged"),
     "llama2_70b-v6e-16x16": (dict(fsdp=16, fsdp2=16), 1, 4096, "attention,out", 512, "staged"),
+    "mixtral_8x7b-v5p-4x4x8": (dict(fsdp=8, fsdp2=16), 4, 4096, "query,key,value,attention,out,up", 1024, "staged"),
     "gpt3_175b-v5p-8x8x16": (dict(data=8, fsdp=8, fsdp2=16), 4, 2048, "attention,out", 512, "staged"),
 }
 
@@ -64,6 +65,7 @@ def get_config(size: str = "llama2_7b-v5p-4x4x4") -> ConfigDict:
     c.tokenizer.vocab_size = min(c.model.vocab_size, 32000)
     c.tokenizer.max_documents = 200_000
     c.objective.chunk = chunk
+    c.objective.balance_loss = 0.02 if c.model.num_experts else 0.0  # Mixtral's
     c.optimizer.update(dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2000, b2=0.95, weight_decay=0.1))
     c.train.update(dict(fsdp="by_hand", fsdp_gather=gather, grad_reduce_dtype="bfloat16", length="100e9 tokens", log_every=20))
     c.checkpoint.every = 1000

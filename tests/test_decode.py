@@ -167,21 +167,26 @@ def generator(sizes=None, stop_ids=(-1,), sampling=None, **changes):
 SOME = [[3, 7, 1, 9, 4, 2, 8, 8, 1], [5, 8], [6]]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(window=4)])
+EXPERTS = dict(num_experts=4, experts_per_token=2, gated_mlp=True, shared_mlp_dim=16)
+
+
+@pytest.mark.parametrize("changes, sizes", [({}, dict(data=2, fsdp=2, tensor=2)), (dict(window=4), dict(data=2, fsdp=2, tensor=2)),
+                                            (EXPERTS, dict(expert=2, fsdp=2, tensor=2)), (EXPERTS, dict(expert=4, sequence=2))],
+                         ids=["whole", "window", "experts", "experts, few rows"])
 @pytest.mark.parametrize("sampling", [None, decode.Sampling(temperature=2.0, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)])
-def test_a_batch_is_each_alone(changes, sampling):
+def test_a_batch_is_each_alone(changes, sizes, sampling):
     """Prompts of unequal lengths, longer and shorter than the window: the same continuations, drawn or the best, on any mesh."""
     ours = generator(sampling=sampling, **changes)
     together = ours.generate(SOME, 20, seeds=[7, 8, 9])
     assert together == [ours.generate([prompt], 20, seeds=[seed])[0] for prompt, seed in zip(SOME, (7, 8, 9))]
     assert all(len(row) == 20 for row in together) and len(set(map(tuple, together))) == 3
-    assert generator(dict(data=2, fsdp=2, tensor=2), sampling=sampling, **changes).generate(SOME, 20, seeds=[7, 8, 9]) == together
+    assert generator(sizes, sampling=sampling, **changes).generate(SOME, 20, seeds=[7, 8, 9]) == together
     if sampling:
         assert ours.generate(SOME, 20, seeds=[7, 8, 1])[:2] == together[:2]
         assert ours.generate(SOME, 20, seeds=[7, 8, 1])[2] != together[2]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(window=4)])
+@pytest.mark.parametrize("changes", [{}, dict(window=4), EXPERTS], ids=["whole", "window", "experts"])
 def test_generation_is_one_forward_pass_a_token(changes):
     graphdef, params = model("rope", context_length=64, **changes)
 

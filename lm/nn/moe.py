@@ -2,11 +2,13 @@
 each token and expert of it."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
 from lm import sharding
 from lm.nn.layers import ACTIVATIONS, MLP, dense, param
@@ -129,7 +131,7 @@ def _permute(x, order, back):
 _permute.defvjp(lambda x, order, back: (x[order], back), lambda back, g: (g[back], None, None))
 
 
-# The grouped twin of `lm.nn.layers.dense`: each row's weight is that of its expert. Sums and the weight's gradient are f32 there too.
+# The grouped twin of `lm.nn.layers.dense`: each row's weight is that of its expert. Sums are f32 there too, and so is the weight's gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _grouped(logical_axes, dtype, x_MA, weight_EAB, sizes_E):
     return _grouped_forward(logical_axes, dtype, x_MA, weight_EAB, sizes_E)[0]
@@ -138,18 +140,86 @@ def _grouped(logical_axes, dtype, x_MA, weight_EAB, sizes_E):
 def _grouped_forward(logical_axes, dtype, x_MA, weight_EAB, sizes_E):
     gathered_EAB = checkpoint_name(sharding.gather(weight_EAB, logical_axes, dtype), "weights")
     x_cast = x_MA.astype(dtype)
-    out_MB = jax.lax.ragged_dot(x_cast, gathered_EAB, sizes_E, preferred_element_type=jnp.float32)
-    return out_MB.astype(x_MA.dtype), (x_cast, gathered_EAB, sizes_E, jnp.zeros((), weight_EAB.dtype))
-
-
-_BY_GROUP = jax.lax.RaggedDotDimensionNumbers(dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    return grouped_rows(x_cast, gathered_EAB, sizes_E, x_MA.dtype), (x_cast, gathered_EAB, sizes_E, jnp.zeros((), weight_EAB.dtype))
 
 
 def _grouped_backward(logical_axes, dtype, saved, g_MB):
     x_MA, gathered_EAB, sizes_E, like = saved
-    x_grad = jax.lax.ragged_dot(g_MB.astype(dtype), gathered_EAB.swapaxes(1, 2), sizes_E, preferred_element_type=jnp.float32)
-    weight_grad = jax.lax.ragged_dot_general(x_MA, g_MB.astype(dtype), sizes_E, _BY_GROUP, preferred_element_type=jnp.float32)
-    return x_grad.astype(g_MB.dtype), sharding.scatter(weight_grad, logical_axes, like.dtype), None
+    g = g_MB.astype(dtype)
+    x_grad = grouped_rows(g, gathered_EAB, sizes_E, g_MB.dtype, transposed=True)
+    return x_grad, sharding.scatter(grouped_weights(x_MA, g, sizes_E), logical_axes, like.dtype), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def grouped_rows(x_MA: jax.Array, weight_EAB: jax.Array, sizes_E: jax.Array, dtype, *, transposed: bool = False) -> jax.Array:
+    """[M, B] in `dtype`: the first sizes[0] rows times the first matrix (its transpose, if `transposed`), and so on; rows left over may be
+    anything. Without a kernel for it, which TPUs have, XLA multiplies all rows with all matrices: on CPUs they go block by block."""
+    contracted = 2 if transposed else 1
+    numbers = jax.lax.RaggedDotDimensionNumbers(dot_dimension_numbers=(((1,), (contracted,)), ((), ())), lhs_ragged_dimensions=[0],
+                                                rhs_group_dimensions=[0])
+    by_xla = lambda x, w, sizes: jax.lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=dtype)
+
+    def by_block(x, w, sizes):
+        blocks = _blocks(sizes, len(x))
+        x = blocks.take(x)
+        product = lambda i: jnp.einsum("ra,ba->rb" if transposed else "ra,ab->rb", x[i], w[blocks.group[i]], preferred_element_type=jnp.float32)
+        out = jnp.zeros((*x.shape[:2], w.shape[3 - contracted]), dtype)
+        return blocks.back(jax.lax.fori_loop(0, blocks.used, lambda i, out: out.at[i].set(product(i).astype(dtype)), out))
+    return jax.lax.platform_dependent(x_MA, weight_EAB, sizes_E, cpu=by_block, default=by_xla)
+
+
+def grouped_weights(x_MA: jax.Array, g_MB: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """[E, A, B] in f32: x^T g of each group of rows."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    by_xla = lambda x, g, sizes: jax.lax.ragged_dot_general(x, g, sizes, numbers, preferred_element_type=jnp.float32)
+
+    def by_block(x, g, sizes):
+        blocks = _blocks(sizes, len(x))
+        x, g = blocks.take(x), blocks.take(g)
+        add = lambda i, out: out.at[blocks.group[i]].add(jnp.einsum("ra,rb->ab", x[i], g[i], preferred_element_type=jnp.float32))
+        return jax.lax.fori_loop(0, blocks.used, add, jnp.zeros((len(sizes), x.shape[2], g.shape[2]), jnp.float32))
+    return jax.lax.platform_dependent(x_MA, g_MB, sizes_E, cpu=by_block, tpu=by_kernel, default=by_xla)
+
+
+def by_kernel(x_MA: jax.Array, g_MB: jax.Array, sizes_E: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """`grouped_weights` by JAX's Pallas kernel for TPU (Gale et al. 2022, arXiv 2211.15841). XLA has none for this product.
+
+    Args:
+      interpret: run the kernel's program without a TPU, slowly.
+    """
+    more = -len(x_MA) % 128  # tiles are filled with rows of no group
+    x_MA, g_MB = (jnp.pad(x, ((0, more), (0, 0))) for x in (x_MA, g_MB))
+    tile = 512 if len(x_MA) % 512 == 0 else 128
+    with jax.numpy_dtype_promotion("standard"):  # the kernel's own code needs it
+        return tgmm(x_MA.T, g_MB, sizes_E, jnp.float32, (tile, min(x_MA.shape[1], 1024), min(g_MB.shape[1], 1024)), interpret=interpret)
+
+
+class Blocks(NamedTuple):
+    """Rows of groups in blocks of one group each, the last of a group not full."""
+    group: jax.Array  # of each block
+    used: jax.Array  # how many of the blocks are
+    source: jax.Array  # [blocks, rows of one]: which row; as many as there are for none
+    place: jax.Array  # of each row, counted through all blocks; as many as there are for none
+
+    def take(self, x):
+        return x.at[self.source].get(mode="fill", fill_value=0)
+
+    def back(self, blocks):
+        return blocks.reshape(-1, blocks.shape[-1]).at[self.place].get(mode="fill", fill_value=0)
+
+
+def _blocks(sizes_E: jax.Array, num_rows: int) -> Blocks:
+    num_groups = len(sizes_E)
+    rows = min(64, max(8, 1 << (num_rows // num_groups).bit_length()))
+    number = num_rows // rows + num_groups  # at most
+    ends_E, block_ends_E = jnp.cumsum(sizes_E), jnp.cumsum(-(-sizes_E // rows))
+    starts_E, block_starts_E = ends_E - sizes_E, block_ends_E - -(-sizes_E // rows)
+    group = jnp.minimum(jnp.searchsorted(block_ends_E, jnp.arange(number), side="right"), num_groups - 1)
+    within = ((jnp.arange(number) - block_starts_E[group]) * rows)[:, None] + jnp.arange(rows)[None]
+    source = jnp.where(within < sizes_E[group][:, None], starts_E[group][:, None] + within, num_rows)
+    of_row = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right")
+    known = jnp.minimum(of_row, num_groups - 1)
+    place = jnp.where(of_row < num_groups, block_starts_E[known] * rows + jnp.arange(num_rows) - starts_E[known], number * rows)
+    return Blocks(group, block_ends_E[-1], source, place)
