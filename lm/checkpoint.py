@@ -107,7 +107,7 @@ def _settle_replaced(directory: epath.Path) -> None:
 
 
 def _handlers():
-    return ocp.handlers.create_default_handler_registry(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+    return ocp.handlers.create_default_handler_registry(state=ocp.PyTreeCheckpointHandler(use_compression=False), meta=ocp.JsonCheckpointHandler())
 
 
 class _Manager(ocp.CheckpointManager):

@@ -35,6 +35,7 @@ CHIPS = {
     "TPU v6 lite": Chip("v6e", 918e12, 1.75e9, 1.64e12, 31.25 * 2**30, 9e10, 16, (0.21, 0.28)),
 }
 DCN = 6.25e9  # bytes/s of a chip between slices: a host's 200 Gbit/s over its four chips
+GROUPED = ("ragged-dot", "tgmm")  # kernels of lm.nn.moe
 MODELS = ("compiler", "calibrated", "roofline")
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "f64": 8, "token": 0}
@@ -326,13 +327,16 @@ class Program:
 
     def _kernel(self, op: Op, computation: str) -> tuple[str, float, float]:
         """(name, FLOPs, seconds) of a Pallas kernel. Of attention: the blocks at and below the diagonal. Of others (libtpu puts one of its own
-        in the place of a small unmasked attention): as the kernel declares, at the speed of attention."""
+        in the place of a small unmasked attention): as the kernel declares, at the speed of attention; of experts' matmuls, of its backward
+        kernel, which is no more than a guess."""
         name = re.sub(r"[.\d]+$", "", op.name)
         shapes = [arrays(self.by_name[computation][n].type)[0] for n in op.operands if n in self.by_name[computation]]
         hbm = (_total(op.type, True) + sum(s.bytes for s in shapes if not s.on_chip)) / self.chip.hbm
         heads = [s.shape for s in shapes if len(s.shape) in (3, 4) and s.dtype in ("bf16", "f32")]  # queries first; one row has no batch dim
         if "splash" not in name and (declared := op.attribute(r'"cost_estimate":\{"flops":"(\d+)"')):
-            return name, float(declared), max(hbm, float(declared) / (self.chip.peak * self.chip.kernel[0]))
+            if grouped := name.startswith(GROUPED):
+                self.notes[f"experts' matmuls: {self.chip.kernel[1]:.0%} of the peak is a guess, for all rows that there is room for"] += 1
+            return name, float(declared), max(hbm, float(declared) / (self.chip.peak * self.chip.kernel[grouped]))
         if "splash" not in name or not heads:
             self.notes[f"kernel {name}: unknown, timed by its bytes"] += 1
             return name, 0.0, hbm
@@ -426,7 +430,7 @@ class Program:
                 name, flops, seconds = self._kernel(op, computation)
                 total.kernels[name] += 1
                 total.kernel_flops += flops
-                spend("kernels", seconds)
+                spend("experts' matmuls" if name.startswith(GROUPED) else "kernels", seconds)
             elif op.opcode not in ("custom-call", "send", "recv", "send-done", "recv-done"):
                 flops = self.flops(op.called) if op.opcode == "fusion" else self._matmul_flops(op, computation) if op.opcode in ("dot", "convolution") else 0.0
                 hbm = self._hbm(op, computation)

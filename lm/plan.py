@@ -217,7 +217,8 @@ def in_words(config: ConfigDict, train: dict) -> str:
     total = sum(times.values())
     waiting = sum(v for k, v in times.items() if k.startswith("waiting"))
     share = lambda value: f"{value / total:.0%}"
-    said = [f"Matmuls take {share(times.get('matmuls', 0))} of the step, attention kernels {share(times.get('kernels', 0))}, other compute "
+    experts = f"experts' {share(times[name])}, " if (name := "experts' matmuls") in times else ""
+    said = [f"Matmuls take {share(times.get('matmuls', 0))} of the step, {experts}attention kernels {share(times.get('kernels', 0))}, other compute "
             f"{share(times.get('other compute', 0))}, waiting for transfers {share(waiting)}."]
     extra = train["executed_tflops"] / train["model_tflops"] - 1
     room = train["limit_gib"] - train["memory_gib"]

@@ -129,7 +129,7 @@ class Source:
                 array = to_ours(row, self.entries[name].read(), shape, heads) if having else None
                 for key in having:
                     inside = tuple(taken.index(i) for i, taken in zip(at, within[key]))
-                    buffers[key][inside] = array[parts[key][len(at):]]
+                    safetensors.copy(buffers[key][inside], array[parts[key][len(at):]])
                 done += math.prod(shape) * leaf.dtype.itemsize
                 progress(done, total)
             on_devices = [jax.device_put(buffers[str(index)], device) for device, index in devices.items()]
