@@ -39,7 +39,7 @@ SIZES = {
     "llama2_70b-v5p-8x8x4-lean": (dict(fsdp=8, fsdp2=32), 4, 4096, "attention", 1024, "staged"),
     "llama2_70b-v5p-8x8x8": (dict(fsdp=8, fsdp2=64), 4, 4096, "attention,out", 1024, "staged"),
     "llama2_70b-v6e-16x16": (dict(fsdp=16, fsdp2=16), 1, 4096, "attention,out", 512, "staged"),
-    "mixtral_8x7b-v5p-4x4x8": (dict(fsdp=8, fsdp2=16), 4, 4096, "query,key,value,attention,out,up", 1024, "staged"),
+    "mixtral_8x7b-v5p-4x4x8": (dict(fsdp=8, fsdp2=16), 4, 4096, ALL, 1024, "staged"),
     "gpt3_175b-v5p-8x8x16": (dict(data=8, fsdp=8, fsdp2=16), 4, 2048, "attention,out", 512, "staged"),
 }
 

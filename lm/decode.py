@@ -66,16 +66,20 @@ def sample(keys_B: jax.Array, logits_BV: jax.Array, sampling: Sampling, *, vocab
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
 
-def prefill(model, prompts_BT: jax.Array, lengths_B: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
+def prefill(model, prompts_BT: jax.Array, lengths_B: jax.Array, cache_length: int, copies: int = 1) -> tuple[jax.Array, Cache]:
     """(logits [B, V] of what follows each prompt, a cache for `cache_length` positions that holds the prompts).
 
     Prompts are padded on the right; nothing attends to the padding, and none of it is in the cache.
+
+    Args:
+      copies: of each row, in what comes out (layers that aren't stacked only).
     """
     positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
     segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
     output = model(prompts_BT, positions_BT, segments_BT, cache=model.init_cache(prompts_BT.shape[0], cache_length))
     last_BD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last_BD), output.cache
+    copied = lambda x: jnp.repeat(x, copies, axis=0) if copies > 1 else x
+    return model.logits(copied(last_BD)), jax.tree.map(copied, output.cache)
 
 
 def decode_step(model, token_B: jax.Array, position_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -95,9 +99,10 @@ class State(NamedTuple):
     index: jax.Array  # tokens chosen
 
 
-def start(graphdef, params, prompts_BT, lengths_B, keys_B, *, sampling: Sampling, cache_length: int) -> State:
-    """Prefills. Prompts are padded on the right."""
-    logits_BV, cache = prefill(nnx.merge(graphdef, params), prompts_BT, lengths_B, cache_length)
+def start(graphdef, params, prompts_BT, lengths_B, keys_B, *, sampling: Sampling, cache_length: int, copies: int = 1) -> State:
+    """Prefills. Prompts are padded on the right. `copies`: see `prefill`."""
+    logits_BV, cache = prefill(nnx.merge(graphdef, params), prompts_BT, lengths_B, cache_length, copies)
+    prompts_BT, lengths_B, keys_B = (jnp.repeat(x, copies, axis=0) if copies > 1 else x for x in (prompts_BT, lengths_B, keys_B))
     seen_BV = None
     if sampling.repetition_penalty != 1:
         real_BT = jnp.arange(prompts_BT.shape[1])[None] < lengths_B[:, None]
@@ -145,7 +150,7 @@ class Generator:
         if mesh.devices.flat[0].platform == "cpu":
             graphdef, params = transformer.unstack(nnx.merge(graphdef, params), params)
         self._config, self._params, self._mesh, self._stop_ids = model_config, params, mesh, tuple(stop_ids)
-        self._start = jax.jit(functools.partial(start, graphdef, sampling=sampling), static_argnames="cache_length")
+        self._start = jax.jit(functools.partial(start, graphdef, sampling=sampling), static_argnames=("cache_length", "copies"))
         self._advance = jax.jit(functools.partial(advance, graphdef, sampling=sampling, stop_ids=self._stop_ids, vocab_size=vocab_size), donate_argnums=1)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -168,9 +173,9 @@ class Generator:
           ValueError: see `check`.
         """
         self.check(prompts, max_new_tokens)
-        count, prompts, seeds = len(prompts), list(prompts), list(seeds)
-        if count == 1 and self._mesh.devices.flat[0].platform == "cpu" and self._config.compute_dtype in ("bfloat16", jnp.bfloat16):
-            prompts, seeds = prompts * 2, seeds * 2  # for a single row XLA converts all weights to f32, at every step
+        count = len(prompts)
+        # For a single row XLA on CPUs converts all weights to f32, at every step.
+        copies = 2 if count == 1 and self._mesh.devices.flat[0].platform == "cpu" and self._config.compute_dtype in ("bfloat16", jnp.bfloat16) else 1
         longest = max(map(len, prompts))
         least = 128 if self._config.attention in SPLASH else 16
         bucket = lambda n: min(max(1 << (n - 1).bit_length(), least), max(self._config.context_length, n))
@@ -181,7 +186,7 @@ class Generator:
         put = functools.partial(jax.device_put, device=sharding.replicated(self._mesh))
         keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
         with jax.set_mesh(self._mesh):
-            state = self._start(self._params, put(padded), put(lengths), put(keys), cache_length=bucket(longest + max_new_tokens))
+            state = self._start(self._params, put(padded), put(lengths), put(keys), cache_length=bucket(longest + max_new_tokens), copies=copies)
         ended, ahead = np.zeros(count, bool), collections.deque()
         for step in range(max_new_tokens):
             with jax.set_mesh(self._mesh):

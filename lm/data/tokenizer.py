@@ -44,6 +44,21 @@ class ByteTokenizer:
 
     def save(self, directory: epath.Path) -> None:
         (directory / "tokenizer.bytes").write_text(self.fingerprint)
+        for name, content in self._for_transformers().items():
+            (directory / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def _for_transformers(self) -> dict[str, dict]:
+        """With these files transformers gives the same ids: byte-level BPE without merges, each byte spelt as GPT-2 does."""
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in plain]
+        spelling = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+        special = {"<s>": self.bos_id, "</s>": self.eos_id}
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        by_byte = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        return {
+            "tokenizer.json": dict(version="1.0", added_tokens=[dict(id=i, content=token, **flags) for token, i in special.items()], pre_tokenizer=by_byte,
+                                   decoder=by_byte, model=dict(type="BPE", vocab={spelling[b]: b for b in range(256)} | special, merges=[])),
+            "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False)}
 
 
 class SentencePieceTokenizer:

@@ -47,11 +47,13 @@ def cache_mask(positions_BT: jax.Array, num_slots: int, window: int = 0) -> jax.
 
 def _written(cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
     """The cache with new keys or values in their slots. Rows and heads are one dim meanwhile: what is indexed comes first then, or XLA's CPU
-    compiler would transpose the whole cache there and back."""
+    compiler would transpose the whole cache there and back; and bf16 numbers are written as integers, or it would convert all of them to f32."""
     batch, kv_heads, num_slots, size = cache_BKSH.shape
     rows, slots = jnp.arange(batch * kv_heads)[:, None], jnp.repeat(slots_BT, kv_heads, axis=0)
     new = new_BTKH.swapaxes(1, 2).reshape(batch * kv_heads, -1, size).astype(cache_BKSH.dtype)
-    return cache_BKSH.reshape(-1, num_slots, size).at[rows, slots].set(new, mode="drop").reshape(cache_BKSH.shape)
+    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16 if cache_BKSH.dtype == jnp.bfloat16 else cache_BKSH.dtype)
+    written = bits(cache_BKSH.reshape(-1, num_slots, size)).at[rows, slots].set(bits(new), mode="drop")
+    return jax.lax.bitcast_convert_type(written, cache_BKSH.dtype).reshape(cache_BKSH.shape)
 
 
 def cached_attention(q_B1NH, cache: Cache, mask_B1S) -> jax.Array:

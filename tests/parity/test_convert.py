@@ -121,6 +121,15 @@ def test_a_run_starts_from_a_directory(tiny, tmp_path):
     assert their_loss(tmp_path / "out", texts, config.data.length) == pytest.approx(after, abs=1e-4)
 
 
+def test_bytes_are_theirs_too(tmp_path):
+    ours = lm_tokenizers.ByteTokenizer()
+    ours.save(epath.Path(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, ours.vocab_size)
+    for text in ("def f(x):\n\treturn  'é – 日本 🙂' \r\n", " a  b ", "".join(map(chr, range(0x250)))):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+
+
 def test_pydocs_is_exported(tmp_path):
     """The README's configuration, trained for a few steps: transformers has the same validation loss, with the same tokenizer."""
     import runpy
