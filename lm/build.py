@@ -187,7 +187,7 @@ class Experiment(Program):
             predict_fns = PredictFns(
                 self.mesh, batch_size=batch_size, length=self.config.data.length, check_stop=check_stop,
                 token_logprobs=step.make_token_logprobs(self.graphdef, objective.token_logprobs),
-                last_logprobs=step.make_last_logprobs(self.graphdef),
+                tree_logprobs=step.make_tree_logprobs(self.graphdef),
                 make_generate=lambda **kwargs: decode.make_generate(self.graphdef, eos_id=self.tokenizer.eos_id,
                                                                     vocab_size=self.tokenizer.vocab_size, **kwargs))
             if "split" in arguments:

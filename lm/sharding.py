@@ -357,9 +357,14 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
                          f"attention each device has whole rows of its share of the heads. Make their product a divisor of {num_heads}")
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch's rows."""
+    return math.prod(mesh.shape[a] for a in RULES["batch"])
+
+
 def check_batch(mesh: Mesh, batch_size: int, length: int, name: str) -> None:
     """Raises ValueError if the mesh can't divide a [batch_size, length] batch evenly."""
-    rows = math.prod(mesh.shape[a] for a in RULES["batch"])
+    rows = batch_parts(mesh)
     columns = math.prod(mesh.shape[a] for a in RULES["length"])
     if batch_size % rows:
         raise ValueError(f"{name} = {batch_size} rows can't be divided by {rows}, the product of the mesh's batch axes "

@@ -90,12 +90,20 @@ def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:
     return lambda params, batch: token_logprobs(nnx.merge(graphdef, params), batch)[0]
 
 
-def make_last_logprobs(graphdef) -> Callable:
-    """Returns `eval_step(params, batch, index_B) -> [B, V]` f32: what comes after the position `index` of each row. The head
-    sees one position a row, not all."""
-    def last_logprobs(params, batch, index_B):
+def make_tree_logprobs(graphdef) -> Callable:
+    """Returns `eval_step(params, batch, after_BP, which_BQ) -> ([B, Q] f32, [B, Q] bool)`: the log-probability of each query's target, and whether
+    it is the best of the vocabulary. The head sees the positions that are asked after, not all, and each once.
+
+    batch: tokens, positions, segments, until [B, T]; targets [B, Q].
+    after_BP: places of the row after which is asked; which_BQ: which of them a query is about.
+    """
+    def tree_logprobs(params, batch, after_BP, which_BQ):
         model = nnx.merge(graphdef, params)
-        hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
-        hidden_BD = jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)[:, 0]
-        return jax.nn.log_softmax(model.logits(hidden_BD))
-    return last_logprobs
+        hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"], until_BT=batch["until"]).hidden
+        logits_BPV = model.logits(jnp.take_along_axis(hidden_BTD, after_BP[:, :, None], axis=1))
+        rows_B1 = jnp.arange(len(which_BQ))[:, None]
+        log_z_BP, best_BP = jax.nn.logsumexp(logits_BPV, axis=-1), jnp.argmax(logits_BPV, axis=-1)
+        targets_BQ = batch["targets"]
+        logprobs_BQ = logits_BPV[rows_B1, which_BQ, targets_BQ] - log_z_BP[rows_B1, which_BQ]
+        return logprobs_BQ, best_BP[rows_B1, which_BQ] == targets_BQ
+    return tree_logprobs

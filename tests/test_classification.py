@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from lm.data import batch as batch_contract
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
@@ -32,28 +31,19 @@ class Model:
     """PredictFns of a language model given as `distribution(prefix) -> log-probabilities of what follows`, prefix a tuple of ids."""
 
     def __init__(self, distribution, length=64):
-        self.length, self._distribution, self.rows, self.calls = length, distribution, [], []
+        self.length, self._distribution, self.trees = length, distribution, []
 
-    def token_logprobs(self, params, rows):
-        self._see("token", rows)
-        out = np.zeros((len(rows), self.length), np.float32)
-        for r, row in enumerate(rows):
-            for t in np.flatnonzero(row["segments"]):
-                out[r, t] = self._distribution(tuple(row["tokens"][:t + 1].tolist()))[row["targets"][t]]
-            out[r, row["segments"] == 0] = -1e4  # whoever counts padding will notice
+    def tree_logprobs(self, params, trees):
+        self.trees += trees
+        out = []
+        for tree in trees:
+            above = lambda t: [k for k in range(t + 1) if tree.until[k] > t]  # noqa: B023
+            prefixes = [tuple(tree.tokens[above(t)].tolist()) for t in range(len(tree.tokens))]
+            for t, prefix in enumerate(prefixes):
+                assert tree.positions[t] == len(prefix) - 1 < self.length
+            said = np.array([self._distribution(prefixes[t])[target] for t, target in zip(tree.at, tree.target)], np.float32)
+            out.append((said, said > -1))
         return out
-
-    def next_logprobs(self, params, rows, index):
-        self._see("next", rows)
-        assert len(index) == len(rows)
-        return np.stack([self._distribution(tuple(row["tokens"][:i + 1].tolist())) for row, i in zip(rows, index)]).astype(np.float32)
-
-    def _see(self, name, rows):
-        self.calls.append(name)
-        for row in rows:
-            batch_contract.check({k: v[None] for k, v in row.items()})
-            assert row["tokens"].shape == (self.length,)
-        self.rows += list(rows)
 
 
 def random_distribution(prefix):
@@ -96,20 +86,18 @@ def test_word_logprobs_are_the_chain_rule():
                 expected += random_distribution(tuple(ids))[token]
                 ids.append(token)
             assert found[i, j] == pytest.approx(expected, abs=1e-4)
-    assert found.dtype == np.float64 and fns.calls == ["token"]
+    assert found.dtype == np.float64
 
 
-def test_one_pass_for_single_tokens_equals_a_pass_for_each():
-    words = [f" {label}" for label in LABELS]
-    verbalizer = [(label, (f" {label}",)) for label in LABELS]
-    fast, slow = Model(random_distribution), Model(random_distribution)
-    single = make(fast, tokenizer=WordTokenizer(words)).word_logprobs(None)
-    # A word of two tokens besides sends all words through the long way.
-    extended = verbalizer[:-1] + [("blue", (" blue", " navy"))]
-    both = make(slow, extended, tokenizer=WordTokenizer(words)).word_logprobs(None)
-    assert fast.calls == ["next"] and slow.calls == ["token"]
-    np.testing.assert_allclose(single, both[:, :3], atol=1e-6)
-    assert len(fast.rows) == 9 and len(slow.rows) == 9 * 4
+def test_a_prompt_is_computed_once():
+    """However many words there are; single tokens add nothing to it, and what words share is there once."""
+    fns = Model(random_distribution)
+    prompt = 1 + len("text 0" + PROMPT)
+    make(fns, tokenizer=WordTokenizer([" red", " green", " blue"])).word_logprobs(None)
+    assert len(fns.trees) == 9 and all(len(tree.tokens) == prompt and len(tree.at) == 3 for tree in fns.trees)
+    fns.trees.clear()
+    make(fns, [("red", (" abc",)), ("green", (" abd",)), ("blue", (" x",))]).word_logprobs(None)
+    assert all(len(tree.tokens) == prompt + len(" ab") and len(tree.at) == len(" abcdx") for tree in fns.trees)
 
 
 def test_an_oracle_is_right_and_sure():
@@ -193,7 +181,7 @@ def test_long_documents_keep_their_end_and_the_question(tokenizer):
                 expected += random_distribution(tuple(ids))[token]
                 ids.append(token)
             assert found[i, j] == pytest.approx(expected, abs=1e-4)
-    assert max((row["segments"] > 0).sum() for row in fns.rows) == 32  # the room is used
+    assert max(tree.positions.max() for tree in fns.trees) >= 30  # the room is used
 
 
 def test_a_question_that_does_not_fit():

@@ -12,7 +12,8 @@ from lm import config as config_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import generation
-from lm.evals.common import Artifact, PredictFns, row
+from lm.evals.common import Artifact, PredictFns
+from lm.evals.tree import grow
 
 LENGTH = 24
 ENCODER = Encoder(ByteTokenizer(), "")
@@ -50,7 +51,7 @@ def model():
 def make_fns(make_generate=None):
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     make_generate = make_generate or (lambda **kwargs: decode.make_generate(model()[0], eos_id=257, vocab_size=258, **kwargs))
-    return PredictFns(mesh, batch_size=2, length=LENGTH, token_logprobs=len, last_logprobs=step.make_last_logprobs(model()[0]),
+    return PredictFns(mesh, batch_size=2, length=LENGTH, token_logprobs=len, tree_logprobs=step.make_tree_logprobs(model()[0]),
                       make_generate=make_generate, check_stop=lambda: None)
 
 
@@ -95,8 +96,7 @@ def test_greedy_is_the_best_token_each_time():
     for ids, continuation in zip(prompts, found):
         expected, ids = [], list(ids)
         while len(expected) < 8:
-            window = dict(tokens=np.array(ids), targets=np.array(ids), weights=np.ones(len(ids)))
-            best = int(np.argmax(fns.next_logprobs(params, [row(window, LENGTH)], [len(ids) - 1])[0][:258]))
+            best = int(np.argmax(fns.tree_logprobs(params, [grow(ids, [[token] for token in range(258)])])[0][0]))
             if best == 257:
                 break
             expected.append(best)

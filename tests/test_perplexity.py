@@ -44,7 +44,7 @@ def model():
 def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=lambda: None):
     count, sizes = MESHES[mesh]
     mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    return PredictFns(mesh, batch_size=batch_size, length=LENGTH, token_logprobs=token_logprobs, last_logprobs=len, make_generate=None, check_stop=check_stop)
+    return PredictFns(mesh, batch_size=batch_size, length=LENGTH, token_logprobs=token_logprobs, tree_logprobs=len, make_generate=None, check_stop=check_stop)
 
 
 def evaluate(fns, params=None, encoder=PLAIN, documents=DOCUMENTS, max_documents=0):

@@ -217,7 +217,7 @@ def test_nonfinite_must_be_known():
 
 
 def test_log_probabilities():
-    """Each target's by itself, [B, T], their weighted sum the loss; and the distribution after one position of each row."""
+    """Each target's by itself, [B, T], their weighted sum the loss; and those asked after some places of each row."""
     graphdef, params, _ = model()
     made = batch()
     token_logprobs = jax.jit(step.make_token_logprobs(graphdef, causal.token_logprobs), compiler_options=QUICK)(params, made)
@@ -225,8 +225,13 @@ def test_log_probabilities():
     _, metrics = train_step(state, made)
     assert token_logprobs.shape == (8, 16) and token_logprobs.dtype == jnp.float32
     np.testing.assert_allclose(-(token_logprobs * made["weights"]).sum(), metrics["loss"][0], rtol=1e-5)
-    index = np.array([15, 2, 0, 8, 0, 7, 11, 4], np.int32)
-    last = np.asarray(jax.jit(step.make_last_logprobs(graphdef), compiler_options=QUICK)(params, made, index))
-    np.testing.assert_allclose(np.exp(last).sum(axis=-1), 1, rtol=1e-5)
-    rows = np.arange(8)
-    np.testing.assert_allclose(last[rows, made["targets"][rows, index]], token_logprobs[rows, index], rtol=1e-4, atol=1e-5)
+    after, which = np.array([[15, 2, 7]] * 8, np.int32), np.array([[0, 1, 2, 1]] * 8, np.int32)
+    asked = {name: made[name] for name in ("tokens", "positions", "segments")} | dict(until=np.full((8, 16), 16, np.int32))
+    asked["targets"] = np.concatenate([made["targets"][:, [15, 2, 7]], made["targets"][:, [7]]], axis=1)
+    found, best = jax.jit(step.make_tree_logprobs(graphdef), compiler_options=QUICK)(params, asked, after, which)
+    np.testing.assert_allclose(found[:, :3], token_logprobs[:, [15, 2, 7]], rtol=1e-4, atol=1e-5)
+    assert found.shape == best.shape == (8, 4) and not np.allclose(found[:, 3], found[:, 2]) and (found[best] > np.log(1 / 64)).all()
+    asked["targets"] = np.broadcast_to(np.arange(64, dtype=np.int32), (8, 64))
+    found, best = jax.jit(step.make_tree_logprobs(graphdef), compiler_options=QUICK)(params, asked, after, np.zeros((8, 64), np.int32))
+    np.testing.assert_array_equal(np.asarray(best).argmax(1), np.asarray(found).argmax(1))
+    assert (np.asarray(best).sum(1) == 1).all()

@@ -27,7 +27,7 @@ VERBALIZER = {colour: (" " + colour,) for colour in COLOURS}
 # What is compiled once, however many runs: an Experiment holds nothing that changes, and jax.jit knows a function that it has seen.
 _EXPERIMENTS = {}
 _EVAL_STEPS = [(module, name, functools.cache(getattr(module, name))) for module, name in
-               [(step_lib, "make_token_logprobs"), (step_lib, "make_last_logprobs"), (decode, "make_generate")]]
+               [(step_lib, "make_token_logprobs"), (step_lib, "make_tree_logprobs"), (decode, "make_generate")]]
 
 
 def build_once(config, devices, real=build.build):

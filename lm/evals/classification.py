@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lm.data.pack import Encoder, windows
+from lm.data.pack import Encoder
 from lm.data.sources import Documents
 from lm.evals import calibration, statistics
-from lm.evals.common import Artifact, PredictFns, png, row, take
+from lm.evals.common import Artifact, PredictFns, png, take
+from lm.evals.tree import grow
 
 
 def compile_verbalizer(verbalizer: Sequence[tuple[str, Sequence[str]]], tokenizer, labels: set[str]) -> list[tuple[int, str, list[int]]]:
@@ -68,21 +69,10 @@ class Evaluator:
         self._gold = np.array([self._labels.index(d.label) for d in self._documents])
 
     def word_logprobs(self, params) -> np.ndarray:
-        """[examples, words] log-probability of each word as a sequence, f64."""
-        if all(len(ids) == 1 for _, _, ids in self._words):
-            # One pass answers for all words: they are entries of one distribution.
-            rows = [row(windows(prompt + [0], self._predict_fns.length)[0], self._predict_fns.length) for prompt in self._prompts]
-            logprobs = self._predict_fns.next_logprobs(params, rows, [len(p) - 1 for p in self._prompts])
-            return logprobs[:, [ids[0] for _, _, ids in self._words]].astype(np.float64)
-        rows = []
-        for prompt in self._prompts:
-            for _, _, ids in self._words:
-                window = windows(prompt + ids, self._predict_fns.length)[0]
-                window["weights"][:len(prompt) - 1] = 0  # only the word counts
-                rows.append(row(window, self._predict_fns.length))
-        logprobs = self._predict_fns.token_logprobs(params, rows)
-        weights = np.stack([r["weights"] for r in rows])
-        return np.sum(logprobs * weights, axis=1, dtype=np.float64).reshape(len(self._prompts), len(self._words))
+        """[examples, words] log-probability of each word as a sequence, f64. Each prompt is computed once, and what words share too."""
+        trees = [grow(prompt, [ids for _, _, ids in self._words]) for prompt in self._prompts]
+        found = self._predict_fns.tree_logprobs(params, trees)
+        return np.array([[np.sum(logprobs[path], dtype=np.float64) for path in tree.paths] for tree, (logprobs, _) in zip(trees, found)])
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         words = self.word_logprobs(params)
@@ -93,15 +83,21 @@ class Evaluator:
         predicted, gold = P.argmax(axis=1), self._gold
         matrix = statistics.confusion(predicted, gold, len(self._labels))
         right, n = int((predicted == gold).sum()), len(gold)
-        low, high = statistics.wilson(right, n)
+        low, high = statistics.proportion_interval(right, n)
         yield "accuracy", right / n
         yield "accuracy_low", low
         yield "accuracy_high", high
         yield "majority_accuracy", int(np.bincount(gold).max()) / n
-        yield "macro_f1", statistics.macro_f1(matrix)
+        yield from statistics.label_scores(matrix).items()
         yield "nll", calibration.nll(P, gold)
         yield "brier", calibration.brier(P, gold)
         yield "ece", calibration.ece(P, gold)
+        yield "ece_equal_mass", calibration.ece(P, gold, equal="mass")
+        yield "classwise_ece", calibration.classwise_ece(P, gold)
+        for name, value in (("auroc", calibration.auroc(P, gold)), ("confidence_auroc", calibration.confidence_auroc(P, gold))):
+            if value is not None:  # some need two labels, or right and wrong predictions
+                yield name, value
+        yield "selective_accuracy", float(np.mean(calibration.selective_accuracy(P, gold)[1]))
         yield "label_mass", float(np.mean(np.exp(mass)))
         yield "examples", n
         lines = [json.dumps({

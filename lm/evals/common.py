@@ -3,14 +3,15 @@
 `Evaluator(predict_fns, **config).run(params)` yields (name, value). A float is a metric; an `Artifact` is a file of the run
 directory. An evaluator sees neither the model nor the trainer, only
 
-  predict_fns.token_logprobs(params, rows)       -> f32 [rows, T]     log-probability of each target
-  predict_fns.next_logprobs(params, rows, index) -> f32 [rows, V]     of what follows position index[i] of row i
-  predict_fns.generate(params, prompts)          -> list of id lists  continuations
+  predict_fns.token_logprobs(params, rows)   -> f32 [rows, T]                   log-probability of each target
+  predict_fns.tree_logprobs(params, trees)   -> (f32 [Q], bool [Q]) a tree      of each query's target; whether no token is likelier
+  predict_fns.generate(params, prompts)      -> list of id lists                continuations
 
 Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly once, whatever the batch size,
 the mesh and the number of hosts: batches are filled with padding, whose results are dropped. All hosts get all results.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ from lm import sharding
 from lm.data import pack
 from lm.data.loader import evaluation_batches
 from lm.data.sources import Document, Documents
+from lm.evals.tree import Tree
 
 
 class Artifact(NamedTuple):
@@ -38,13 +40,13 @@ class Evaluator(Protocol):
 class PredictFns:
     """The compiled functions of one model on one mesh, for batches of `batch_size` rows of `length` tokens."""
 
-    def __init__(self, mesh: Mesh, *, batch_size: int, length: int, token_logprobs: Callable, last_logprobs: Callable, make_generate: Callable,
+    def __init__(self, mesh: Mesh, *, batch_size: int, length: int, token_logprobs: Callable, tree_logprobs: Callable, make_generate: Callable,
                  check_stop: Callable[[], None]):
         whole = sharding.replicated(mesh)
         self.length = length
         self._mesh, self._batch_size, self._check_stop = mesh, batch_size, check_stop
         self._token_logprobs = jax.jit(token_logprobs, out_shardings=whole)
-        self._last_logprobs = jax.jit(last_logprobs, out_shardings=whole)
+        self._tree_logprobs = jax.jit(tree_logprobs, out_shardings=whole)
         self._make_generate, self._generate = make_generate, {}
 
     def _batches(self, rows):
@@ -57,13 +59,31 @@ class PredictFns:
             out.append(self._token_logprobs(params, batch))
         return _fetch(out)[:len(rows)] if out else np.zeros((0, self.length), np.float32)
 
-    def next_logprobs(self, params, rows: Sequence[dict], index: Sequence[int]) -> np.ndarray:
-        out, padded = [], np.zeros(-(-len(rows) // self._batch_size) * self._batch_size, np.int32)
-        padded[:len(rows)] = index
-        for number, batch in enumerate(self._batches(rows)):
-            self._check_stop()
-            out.append(self._last_logprobs(params, batch, padded[number * self._batch_size:(number + 1) * self._batch_size]))
-        return _fetch(out)[:len(rows)]
+    def tree_logprobs(self, params, trees: Sequence[Tree]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each tree, in their order. They go through the model by length, in batches of about as many tokens as one of rows, all of a few sizes, so
+        that little is padding and few programs are compiled."""
+        groups = collections.defaultdict(list)
+        for number, tree in enumerate(trees):
+            groups[_bucket(len(tree.tokens))].append(number)
+        parts, found = sharding.batch_parts(self._mesh), [None] * len(trees)
+        for length, numbers in sorted(groups.items(), reverse=True):  # what needs most memory comes first
+            most = max(self._batch_size * self.length // length, 1)
+            size = -(-min(most, _bucket(len(numbers), 1)) // parts) * parts
+            places, queries = (_bucket(max(len(count(trees[n])) for n in numbers), 1) for count in (lambda t: np.unique(t.at), lambda t: t.at))
+            for start in range(0, len(numbers), size):
+                self._check_stop()
+                part = numbers[start:start + size]
+                batch, after, which = _pack([trees[n] for n in part], size, length, places, queries)
+                logprobs, best = jax.device_get(self._tree_logprobs(params, *jax.tree.map(self._rows, (batch, after, which))))
+                for row, number in enumerate(part):
+                    count = len(trees[number].at)
+                    found[number] = logprobs[row, :count], best[row, :count]
+        return found
+
+    def _rows(self, x: np.ndarray) -> jax.Array:
+        """On the mesh, split into its rows."""
+        layout = jax.sharding.NamedSharding(self._mesh, sharding.spec(("batch", None), self._mesh))
+        return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
         """The most tokens that a prompt may have; ValueError if one has more, or none."""
@@ -88,6 +108,27 @@ class PredictFns:
         lengths = np.array([len(ids) for ids in prompts], np.int32)
         out, ended = jax.device_get(self._generate[options](params, padded, lengths, jax.random.key(seed)))
         return [ids[:n].tolist() for ids, n in zip(out, ended)]
+
+
+def _bucket(size: int, least: int = 32) -> int:
+    """The next of the sizes that are compiled: powers of two, and what lies halfway between them."""
+    power = max(1 << (size - 1).bit_length(), least)
+    return power * 3 // 4 if size <= power * 3 // 4 and power > least else power
+
+
+def _pack(trees: Sequence[Tree], size: int, length: int, num_places: int, num_queries: int):
+    """(batch, after [B, P], which [B, Q]) of `lm.step.make_tree_logprobs`, filled up with zeros."""
+    batch = {name: np.zeros((size, length), np.int32) for name in ("tokens", "positions", "segments", "until")}
+    batch["targets"], which = np.zeros((size, num_queries), np.int32), np.zeros((size, num_queries), np.int32)
+    after = np.zeros((size, num_places), np.int32)
+    for row, tree in enumerate(trees):
+        for name in ("tokens", "positions", "until"):
+            batch[name][row, :len(tree.tokens)] = getattr(tree, name)
+        batch["segments"][row, :len(tree.tokens)] = 1
+        places, which[row, :len(tree.at)] = np.unique(tree.at, return_inverse=True)
+        after[row, :len(places)] = places
+        batch["targets"][row, :len(tree.at)] = tree.target
+    return batch, after, which
 
 
 def _fetch(arrays) -> np.ndarray:

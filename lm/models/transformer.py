@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.nn.attention import SPLASH, Attention, Cache, Visible, cache_mask, cache_slots, causal_mask
+from lm.nn.attention import SPLASH, Attention, Cache, Visible, cache_mask, cache_slots, causal_mask, tree_mask
 from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed, dense, param
 from lm.nn.moe import MoE
 from lm.sharding import constrain, whole_rows
@@ -200,11 +200,13 @@ class Transformer(nnx.Module):
         self.project_in = between(1, (table_dim, c.embed_dim), ("table", "embed"))
         self.project_out = between(2, (c.embed_dim, table_dim), ("embed", "table"))
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, *, cache: Cache | None = None) -> Output:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, *, until_BT: jax.Array | None = None,
+                 cache: Cache | None = None) -> Output:
         """Args:
           tokens_BT: int32 ids.
           positions_BT: int32, each token's place in its document.
           segments_BT: int32; tokens attend within their segment only. With a cache each row is one sequence, and 0 is padding behind it.
+          until_BT: int32, of rows in which a sequence branches: see `lm.nn.attention.tree_mask`.
           cache: keys and values of all layers, see `init_cache`. A call with several positions is the first one, and fills it.
         """
         c = self.config
@@ -218,6 +220,8 @@ class Transformer(nnx.Module):
         slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
         if slots and tokens_BT.shape[1] == 1:
             mask_BTS = cache_mask(positions_BT, slots, c.window)
+        elif until_BT is not None:
+            mask_BTS = tree_mask(segments_BT, whole_rows(positions_BT), whole_rows(until_BT), c.window)
         else:
             mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT, c.window)
         visible = Visible(mask_BTS, segments_BT, cache_slots(positions_BT, segments_BT, slots) if slots else None)

@@ -30,6 +30,15 @@ def causal_mask(segments_BT: jax.Array, window: int = 0) -> jax.Array:
     return (segments_BT[:, :, None] == segments_BT[:, None, :]) & seen_TT[None]
 
 
+def tree_mask(segments_BT: jax.Array, positions_BT: jax.Array, until_BT: jax.Array, window: int = 0) -> jax.Array:
+    """[B, T, T], as `causal_mask`, of rows in which a sequence branches (lm.evals.tree): a key is seen by the queries from itself up to `until`, the
+    end of what grows out of it. A window counts positions, not places in the row."""
+    place_T = jnp.arange(segments_BT.shape[1])
+    grown_BTT = (place_T[None, :, None] >= place_T[None, None, :]) & (place_T[None, :, None] < until_BT[:, None, :])
+    near_BTT = positions_BT[:, :, None] - positions_BT[:, None, :] < (window or segments_BT.shape[1])
+    return (segments_BT[:, :, None] == segments_BT[:, None, :]) & grown_BTT & near_BTT
+
+
 def cache_slots(positions_BT: jax.Array, segments_BT: jax.Array, num_slots: int) -> jax.Array:
     """[B, T], where the keys and values of these positions are written: the last ones of a row that fit. Padding (segment 0) and what comes too
     early get `num_slots`, which is no slot: it is dropped."""
@@ -187,7 +196,7 @@ class Attention(nnx.Module):
         if visible.mask_BTS is None:
             y_BTNH = splash_attention(q_BTNH, k_BTKH, v_BTKH, visible.segments_BT, window=self.window,
                                       interpret=self.implementation == "splash_interpreted")
-        elif self.implementation == "xla":
+        elif self.implementation != "cudnn":
             y_BTNH = blocked_attention(q_BTNH, k_BTKH, v_BTKH, visible.mask_BTS)
         else:
             with jax.numpy_dtype_promotion("standard"):  # it multiplies bf16 by f32 scalars

@@ -1,0 +1,92 @@
+"""Prompts with their continuations in one row: the same as each by itself."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lm import sharding, step
+from lm.evals.common import PredictFns
+from lm.evals.tree import grow
+from lm.objectives import causal
+from tests.test_transformer import QUICK, config, drawn
+
+CONTINUATIONS = [[5], [7, 8, 9], [7, 8], [7, 2], [5, 5, 5, 5], [7, 8, 9], [11, 3]]
+
+
+def test_paths_spell_the_continuations():
+    """Through the queries; and what a token sees is the prompt and what stands before it in a continuation."""
+    tree = grow([1, 2, 3], CONTINUATIONS)
+    for ids, path in zip(CONTINUATIONS, tree.paths):
+        assert [tree.target[q] for q in path] == ids
+        for depth, query in enumerate(path):
+            at = tree.at[query]
+            seen = [k for k in range(at + 1) if tree.until[k] > at]
+            assert [tree.tokens[k] for k in seen] == [1, 2, 3] + ids[:depth] and tree.positions[at] == len(seen) - 1
+    assert len(tree.tokens) == 3 + len([(7,), (7, 8), (5,), (5, 5), (5, 5, 5), (11,)])  # what is last is only predicted
+    assert len(tree.at) == len([(5,), (7,), (11,), (5, 5), (7, 8), (7, 2), (11, 3), (5, 5, 5), (7, 8, 9), (5, 5, 5, 5)])
+    single = grow([4], [[3], [2], [3]])
+    assert single.tokens.tolist() == [4] and single.at.tolist() == [0, 0] and single.paths == [[1], [0], [1]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_trees(seed):
+    rng = np.random.default_rng(seed)
+    continuations = [rng.integers(0, 3, rng.integers(1, 7)).tolist() for _ in range(30)]
+    prompt = rng.integers(0, 9, rng.integers(1, 9)).tolist()
+    tree = grow(prompt, continuations)
+    for ids, path in zip(continuations, tree.paths):
+        for depth, query in enumerate(path):
+            at = tree.at[query]
+            assert [tree.tokens[k] for k in range(at + 1) if tree.until[k] > at] == prompt + ids[:depth] and tree.target[query] == ids[depth]
+    assert len(tree.at) == len({tuple(ids[:n + 1]) for ids in continuations for n in range(len(ids))})
+
+
+def fns(graphdef, sizes, batch_size):
+    count = int(np.prod(list(sizes.values())))
+    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+    return PredictFns(mesh, batch_size=batch_size, length=16, token_logprobs=step.make_token_logprobs(graphdef, causal.token_logprobs),
+                      tree_logprobs=step.make_tree_logprobs(graphdef), make_generate=None, check_stop=lambda: None)
+
+
+def reference(graphdef, params):
+    """(prompt, ids) -> (log-probability of each token, whether it is the best), by the plain forward pass."""
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def logprobs(tokens, segments):
+        made = nnx.merge(graphdef, params)
+        return jax.nn.log_softmax(made.logits(made(tokens, np.arange(16, dtype=np.int32)[None], segments).hidden)[0])
+
+    def call(prompt, ids):
+        tokens = np.zeros((1, 16), np.int32)
+        tokens[0, :len(prompt + ids)] = prompt + ids
+        found = np.asarray(logprobs(tokens, (np.arange(16)[None] < len(prompt + ids)).astype(np.int32)))[len(prompt) - 1:len(prompt + ids) - 1]
+        return found[range(len(ids)), ids], found.argmax(-1) == ids
+    return call
+
+
+CASES = {"rope": {}, "learned": dict(positions="learned"), "window": dict(window=5), "post-norm": dict(residual="post_norm", table_dim=24),
+         "experts": dict(num_experts=4), "splash": dict(attention="splash_interpreted")}
+
+
+@pytest.mark.parametrize("changes, sizes, batch_size", [
+    *(pytest.param(changes, dict(data=1), 3, id=name) for name, changes in CASES.items()),
+    *(pytest.param({}, sizes, size, id=str(sizes)) for sizes, size in ((dict(data=2, fsdp=2, tensor=2), 4), (dict(fsdp=2, sequence=4), 8))),
+    pytest.param(CASES["experts"], dict(expert=4, fsdp=2), 8, id="experts on a mesh"), pytest.param({}, dict(data=1), 1, id="one by one")])
+def test_a_tree_is_each_continuation_alone(changes, sizes, batch_size):
+    """Prompts of many lengths, in batches of many sizes, on any mesh."""
+    graphdef, params = drawn(config(**changes))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 40, n).tolist() for n in (1, 2, 3, 8, 11, 9, 12, 5, 2)]
+    trees = [grow(prompt, CONTINUATIONS) for prompt in prompts] + [grow(prompts[0], [[1], [2]]), grow(prompts[4], [rng.integers(0, 40, 5).tolist() for _ in range(9)])]
+    mesh_fns = fns(graphdef, sizes, batch_size)
+    with jax.set_mesh(mesh_fns._mesh):
+        found = mesh_fns.tree_logprobs(params, trees)
+    alone = reference(drawn(config(**changes | dict(attention="xla")))[0], params)
+    for tree, prompt, (logprobs, best) in zip(trees, prompts, found):
+        for ids, path in zip(CONTINUATIONS, tree.paths):
+            wanted, greedy = alone(prompt, ids)
+            np.testing.assert_allclose(logprobs[path], wanted, atol=1e-4)
+            np.testing.assert_array_equal(best[path], greedy)
+    assert any(best.any() for _, best in found)
