@@ -143,10 +143,11 @@ def perplexity(*, every: int, split: str = "validation", batch_size: int = 16, m
 
 
 def classification(verbalizer: dict[str, tuple[str, ...]], *, every: int, split: str = "validation", batch_size: int = 16,
-                   max_documents: int = 0) -> ConfigDict:
-    """config.evals entry: verbalizer classification of a labelled split. `verbalizer`: label -> its words."""
-    return ConfigDict(dict(type="lm.evals.classification.Evaluator", every=every, batch_size=batch_size, split=split,
-                           max_documents=max_documents, verbalizer=tuple((k, tuple(v)) for k, v in verbalizer.items())))
+                   max_documents: int = 0, aggregate: str = "sum", length_norm: str = "none") -> ConfigDict:
+    """config.evals entry: verbalizer classification of a labelled split. `verbalizer`: label -> its words; how they become scores
+    (aggregate, length_norm): lm/evals/verbalizer.py."""
+    return ConfigDict(dict(type="lm.evals.classification.Evaluator", every=every, batch_size=batch_size, split=split, max_documents=max_documents,
+                           verbalizer=tuple((k, tuple(v)) for k, v in verbalizer.items()), aggregate=aggregate, length_norm=length_norm))
 
 
 def samples(prompts: tuple[str, ...], *, every: int, max_new_tokens: int = 64, temperature: float = 0.8, top_k: int = 50) -> ConfigDict:

@@ -9,8 +9,9 @@ import pytest
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
-from lm.evals import classification
+from lm.evals import calibration, classification
 from lm.evals.common import Artifact
+from lm.evals.verbalizer import word_scores
 
 PROMPT = "\n?"
 LABELS = ("red", "green", "blue")
@@ -60,10 +61,10 @@ def make_documents(num=9, labels=LABELS):
     return Documents([Document(f"text {i}", f"d{i}", labels[i % len(labels)]) for i in range(num)], "fingerprint")
 
 
-def make(fns, verbalizer=None, documents=None, tokenizer=None, max_documents=0, prompt=PROMPT):
+def make(fns, verbalizer=None, documents=None, tokenizer=None, max_documents=0, prompt=PROMPT, **options):
     verbalizer = verbalizer or [(label, (f" {label}",)) for label in LABELS]
-    return classification.Evaluator(fns, name="colours", documents=documents or make_documents(), encoder=Encoder(tokenizer or ByteTokenizer(), prompt),
-                                    verbalizer=verbalizer, max_documents=max_documents)
+    return classification.Evaluator(fns, name="colours", documents=make_documents() if documents is None else documents, encoder=Encoder(tokenizer or ByteTokenizer(), prompt),
+                                    verbalizer=verbalizer, max_documents=max_documents, **options)
 
 
 def run(*args, **kwargs):
@@ -77,7 +78,7 @@ def run(*args, **kwargs):
 def test_word_logprobs_are_the_chain_rule():
     fns = Model(random_distribution)
     evaluator = make(fns)
-    found = evaluator.word_logprobs(None)
+    found = word_scores(evaluator.logprobs(None)[0])
     for i, document in enumerate(make_documents()):
         for j, label in enumerate(LABELS):
             ids = [256, *(document.text + PROMPT).encode()]
@@ -93,11 +94,11 @@ def test_a_prompt_is_computed_once():
     """However many words there are; single tokens add nothing to it, and what words share is there once."""
     fns = Model(random_distribution)
     prompt = 1 + len("text 0" + PROMPT)
-    make(fns, tokenizer=WordTokenizer([" red", " green", " blue"])).word_logprobs(None)
-    assert len(fns.trees) == 9 and all(len(tree.tokens) == prompt and len(tree.at) == 3 for tree in fns.trees)
+    make(fns, tokenizer=WordTokenizer([" red", " green", " blue"])).logprobs(None)
+    assert len(fns.trees) == 9 + 3 and all(len(tree.tokens) == prompt and len(tree.at) == 3 for tree in fns.trees[:9])
     fns.trees.clear()
-    make(fns, [("red", (" abc",)), ("green", (" abd",)), ("blue", (" x",))]).word_logprobs(None)
-    assert all(len(tree.tokens) == prompt + len(" ab") and len(tree.at) == len(" abcdx") for tree in fns.trees)
+    make(fns, [("red", (" abc",)), ("green", (" abd",)), ("blue", (" x",))]).logprobs(None)
+    assert all(len(tree.tokens) == prompt + len(" ab") and len(tree.at) == len(" abcdx") for tree in fns.trees[:9])
 
 
 def test_an_oracle_is_right_and_sure():
@@ -155,7 +156,7 @@ def test_metrics_are_those_of_the_predictions():
 def test_several_words_add_up():
     verbalizer = [("red", (" red", " crimson")), ("green", (" green",)), ("blue", (" blue", " navy", " azure"))]
     fns = Model(random_distribution)
-    scores = make(fns, verbalizer).word_logprobs(None)
+    scores = word_scores(make(fns, verbalizer).logprobs(None)[0])
     _, predictions, _ = run(fns, verbalizer)
     for row, p in zip(scores, predictions):
         mass = np.exp([np.logaddexp(row[0], row[1]), row[2], np.logaddexp(np.logaddexp(row[3], row[4]), row[5])])
@@ -169,7 +170,7 @@ def test_long_documents_keep_their_end_and_the_question(tokenizer):
     documents = Documents([Document("x" * n + f"END{i % 10}", f"d{i}", LABELS[i % 3]) for i, n in enumerate(range(0, 60))], "")
     fns = Model(random_distribution, length=32)
     evaluator = make(fns, documents=documents, tokenizer=tokenizer)
-    found = evaluator.word_logprobs(None)
+    found = word_scores(evaluator.logprobs(None)[0])
     longest = max(len(tokenizer.encode(f" {label}")) for label in LABELS)
     for i, document in enumerate(documents):
         # All words of an example follow the same prompt, the longest whose longest word still fits.
@@ -237,7 +238,8 @@ def test_artifacts():
     for line in lines:
         assert set(line["distribution"]) == set(LABELS) and sum(line["distribution"].values()) == pytest.approx(1, abs=1e-12)
         assert set(line["word_logprobs"]) == {" red", " green", " blue"} and all(v < 0 for v in line["word_logprobs"].values())
-    assert confusion.path.endswith(".png") and confusion.content.startswith(b"\x89PNG\r\n\x1a\n") and confusion.content.rstrip().endswith(b"IEND\xaeB`\x82")
+    for picture in (confusion, artifacts["reliability"]):
+        assert picture.path.endswith(".png") and picture.content.startswith(b"\x89PNG\r\n\x1a\n") and picture.content.rstrip().endswith(b"IEND\xaeB`\x82")
 
 
 def test_certainty_is_finite():
@@ -249,3 +251,50 @@ def test_certainty_is_finite():
     metrics, predictions, _ = run(Model(distribution), [("red", ("r",)), ("green", ("gg",)), ("blue", ("bb",))])
     assert all(math.isfinite(v) for v in metrics.values()) and metrics["accuracy"] == pytest.approx(1 / 3)
     assert all(p["distribution"] == {"red": 1.0, "green": 0.0, "blue": 0.0} for p in predictions)
+
+
+def test_corrected_distributions():
+    """By what follows documents that say nothing, and by the mean: a bias towards a label, whatever the document, goes."""
+    documents = make_documents(30)
+
+    def distribution(prefix):
+        text = bytes(t for t in prefix[1:]).decode()
+        logits = np.zeros(512)
+        for number, label in enumerate(LABELS):
+            logits[ord(label[0])] = 3.0 * (number == 2) + 1.0 * any(text == f"{d.text}{PROMPT}" and d.label == label for d in documents)
+        return logits - np.log(np.exp(logits).sum())
+    metrics, _, _ = run(Model(distribution), [(label, (label[0],)) for label in LABELS], documents)
+    assert metrics["accuracy"] == metrics["content_free_accuracy"] == 1 / 3  # always the third
+    assert metrics["accuracy_content_free"] == metrics["accuracy_batch"] == 1.0
+    assert metrics["nll_content_free"] == pytest.approx(math.log(1 + 2 / math.e)) and metrics["nll_content_free"] < metrics["nll"]
+    assert metrics["ece_content_free"] == pytest.approx(1 - 1 / (1 + 2 / math.e))
+
+
+@pytest.mark.parametrize("options", [dict(aggregate="max"), dict(aggregate="mean"), dict(aggregate="logmeanexp"), dict(length_norm="token"), dict(length_norm="byte")])
+def test_other_scores(options):
+    """They change label distributions; predictions/ keeps what all of them are made of."""
+    words = [("red", (" red", " x")), ("green", (" g",)), ("blue", (" blue",))]
+    (_, plain, _), (_, other, _) = run(Model(random_distribution), words), run(Model(random_distribution), words, **options)
+    assert [p["word_logprobs"] for p in plain] == [p["word_logprobs"] for p in other] and [p["distribution"] for p in plain] != [p["distribution"] for p in other]
+
+
+def test_what_is_counted_and_refused():
+    long = Documents([Document("x" * 60, "d", "red"), Document("x", "e", "green"), Document("x", "f", "blue")], "")
+    assert run(Model(uniform_distribution), documents=long)[0]["cut"] == 1
+    with pytest.raises(ValueError, match=r"config.evals.colours.aggregate = 'median'; valid: \['sum', 'mean', 'max', 'logmeanexp'\]"):
+        make(Model(uniform_distribution), aggregate="median")
+    with pytest.raises(ValueError, match="length_norm = 'words'; valid"):
+        make(Model(uniform_distribution), length_norm="words")
+    with pytest.raises(ValueError, match="needs labelled documents"):
+        make(Model(uniform_distribution), documents=Documents([], ""))
+    with pytest.raises(ValueError, match="not finite for 9 of 9 examples"):
+        run(Model(lambda prefix: np.full(512, np.nan)))
+    same = Documents([Document("a", "a", "red"), Document("b", "b", "red")], "")
+    metrics, _, _ = run(Model(uniform_distribution), documents=same)  # one label only
+    assert "auroc" not in metrics and all(math.isfinite(v) for v in metrics.values())
+
+
+def test_pictures_have_many_labels():
+    P = np.random.default_rng(0).dirichlet(np.ones(20), 50)
+    assert classification.plot_reliability(P, np.arange(50) % 20, [f"label {i}" for i in range(20)], "many").startswith(b"\x89PNG")
+    assert calibration.ece(P, np.arange(50) % 20) > 0

@@ -49,17 +49,20 @@ def classwise_ece(P: np.ndarray, y: np.ndarray, bins: int = 15, equal: str = "wi
 
 def auroc(P: np.ndarray, y: np.ndarray) -> float | None:
     """Area under the ROC curve, each label against the rest, the mean over the labels that occur and aren't all; None if there is none."""
-    from sklearn.metrics import roc_auc_score
-    counts = np.bincount(y, minlength=P.shape[1])
-    labels = [k for k in range(P.shape[1]) if 0 < counts[k] < len(y)]
-    return float(np.mean([roc_auc_score(y == k, P[:, k]) for k in labels])) if labels else None
+    found = [_ranked_higher(P[y == k, k], P[y != k, k]) for k in range(P.shape[1]) if 0 < np.sum(y == k) < len(y)]
+    return float(np.mean(found)) if found else None
 
 
 def confidence_auroc(P: np.ndarray, y: np.ndarray) -> float | None:
     """How well confidence tells right predictions from wrong ones; None if all are right, or none."""
-    from sklearn.metrics import roc_auc_score
-    right = P.argmax(axis=1) == y
-    return float(roc_auc_score(right, P.max(axis=1))) if 0 < right.sum() < len(right) else None
+    right, confidence = P.argmax(axis=1) == y, P.max(axis=1)
+    return _ranked_higher(confidence[right], confidence[~right]) if 0 < right.sum() < len(right) else None
+
+
+def _ranked_higher(these: np.ndarray, those: np.ndarray) -> float:
+    """The chance that one of these is above one of those, which is the area under the ROC curve (Hanley and McNeil 1982)."""
+    from scipy.stats import mannwhitneyu
+    return float(mannwhitneyu(these, those, method="asymptotic").statistic / (len(these) * len(those)))
 
 
 def selective_accuracy(P: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
