@@ -189,7 +189,9 @@ class Experiment(Program):
                 token_logprobs=step.make_token_logprobs(self.graphdef, objective.token_logprobs),
                 tree_logprobs=step.make_tree_logprobs(self.graphdef),
                 make_generate=lambda **kwargs: decode.make_generate(self.graphdef, eos_id=self.tokenizer.eos_id,
-                                                                    vocab_size=self.tokenizer.vocab_size, **kwargs))
+                                                                    vocab_size=self.tokenizer.vocab_size, **kwargs),
+                make_generator=lambda params, sampling: decode.Generator(self.model_config, self.graphdef, params, self.mesh, sampling,
+                                                                         stop_ids=self.tokenizer.stop_ids, vocab_size=self.tokenizer.vocab_size))
             if "split" in arguments:
                 split = arguments.pop("split")
                 if split not in cache:

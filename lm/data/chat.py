@@ -17,8 +17,8 @@ def template(tokenizer: Tokenizer) -> str | None:
     return found
 
 
-def render(source: str, messages: Sequence[Mapping[str, str]], *, tokens: Mapping[str, str | None]) -> str:
-    """The conversation up to where the model is to answer.
+def render(source: str, messages: Sequence[Mapping[str, str]], *, tokens: Mapping[str, str | None], add_generation_prompt: bool = True) -> str:
+    """The conversation, up to where the model is to answer with `add_generation_prompt`.
 
     Args:
       messages: {"role": system | user | assistant, "content": ...} each.
@@ -39,7 +39,7 @@ def render(source: str, messages: Sequence[Mapping[str, str]], *, tokens: Mappin
     environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     environment.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form))
     try:
-        return environment.from_string(source).render(messages=list(messages), add_generation_prompt=True, **tokens)
+        return environment.from_string(source).render(messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens)
     except jinja2.exceptions.TemplateError as error:
         raise ValueError(f"the chat template fails: {error}") from None
 

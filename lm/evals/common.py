@@ -6,6 +6,7 @@ directory. An evaluator sees neither the model nor the trainer, only
   predict_fns.token_logprobs(params, rows)   -> f32 [rows, T]                   log-probability of each target
   predict_fns.tree_logprobs(params, trees)   -> (f32 [Q], bool [Q]) a tree      of each query's target; whether no token is likelier
   predict_fns.generate(params, prompts)      -> list of id lists                continuations
+  predict_fns.make_generator(params, sampling) -> lm.decode.Generator           continuations token by token
 
 Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly once, whatever the batch size,
 the mesh and the number of hosts: batches are filled with padding, whose results are dropped. All hosts get all results.
@@ -41,16 +42,16 @@ class PredictFns:
     """The compiled functions of one model on one mesh, for batches of `batch_size` rows of `length` tokens."""
 
     def __init__(self, mesh: Mesh, *, batch_size: int, length: int, token_logprobs: Callable, tree_logprobs: Callable, make_generate: Callable,
-                 check_stop: Callable[[], None]):
+                 check_stop: Callable[[], None], make_generator: Callable | None = None):
         whole = sharding.replicated(mesh)
-        self.length = length
-        self._mesh, self._batch_size, self._check_stop = mesh, batch_size, check_stop
+        self.length, self.batch_size, self.make_generator = length, batch_size, make_generator
+        self._mesh, self._check_stop = mesh, check_stop
         self._token_logprobs = jax.jit(token_logprobs, out_shardings=whole)
         self._tree_logprobs = jax.jit(tree_logprobs, out_shardings=whole)
         self._make_generate, self._generate = make_generate, {}
 
     def _batches(self, rows):
-        yield from evaluation_batches(rows, self._batch_size, sharding.batch_sharding(self._mesh), pack.empty_row(self.length))
+        yield from evaluation_batches(rows, self.batch_size, sharding.batch_sharding(self._mesh), pack.empty_row(self.length))
 
     def token_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
         out = []
@@ -67,7 +68,7 @@ class PredictFns:
             groups[_bucket(len(tree.tokens))].append(number)
         parts, found = sharding.batch_parts(self._mesh), [None] * len(trees)
         for length, numbers in sorted(groups.items(), reverse=True):  # what needs most memory comes first
-            most = max(self._batch_size * self.length // length, 1)
+            most = max(self.batch_size * self.length // length, 1)
             size = -(-min(most, _bucket(len(numbers), 1)) // parts) * parts
             places, queries = (_bucket(max(len(count(trees[n])) for n in numbers), 1) for count in (lambda t: np.unique(t.at), lambda t: t.at))
             for start in range(0, len(numbers), size):
