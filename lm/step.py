@@ -92,7 +92,7 @@ def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:
 
 def make_tree_logprobs(graphdef) -> Callable:
     """Returns `eval_step(params, batch, after_BP, which_BQ) -> ([B, Q] f32, [B, Q] bool)`: the log-probability of each query's target, and whether
-    it is the best of the vocabulary. The head sees the positions that are asked after, not all, and each once.
+    no other id is likelier. The head sees the positions that are asked after, not all, and each once.
 
     batch: tokens, positions, segments, until [B, T]; targets [B, Q].
     after_BP: places of the row after which is asked; which_BQ: which of them a query is about.
@@ -102,8 +102,7 @@ def make_tree_logprobs(graphdef) -> Callable:
         hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"], until_BT=batch["until"]).hidden
         logits_BPV = model.logits(jnp.take_along_axis(hidden_BTD, after_BP[:, :, None], axis=1))
         rows_B1 = jnp.arange(len(which_BQ))[:, None]
-        log_z_BP, best_BP = jax.nn.logsumexp(logits_BPV, axis=-1), jnp.argmax(logits_BPV, axis=-1)
-        targets_BQ = batch["targets"]
-        logprobs_BQ = logits_BPV[rows_B1, which_BQ, targets_BQ] - log_z_BP[rows_B1, which_BQ]
-        return logprobs_BQ, best_BP[rows_B1, which_BQ] == targets_BQ
+        log_z_BP, most_BP = jax.nn.logsumexp(logits_BPV, axis=-1), jnp.max(logits_BPV, axis=-1)
+        logits_BQ = logits_BPV[rows_B1, which_BQ, batch["targets"]]
+        return logits_BQ - log_z_BP[rows_B1, which_BQ], logits_BQ == most_BP[rows_B1, which_BQ]
     return tree_logprobs

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from lm import sharding, step
+from lm.evals import common
 from lm.evals.common import PredictFns
-from lm.evals.tree import grow
+from lm.evals.tree import grow, join
 from lm.objectives import causal
 from tests.test_transformer import QUICK, config, drawn
 
@@ -44,10 +45,34 @@ def test_random_trees(seed):
     assert len(tree.at) == len({tuple(ids[:n + 1]) for ids in continuations for n in range(len(ids))})
 
 
+def spelt(tree, query):
+    """All that a query's answer depends on."""
+    at = tree.at[query]
+    return [tree.tokens[k] for k in range(at + 1) if tree.until[k] > at], tree.positions[at], tree.target[query]
+
+
+@pytest.mark.parametrize("most", [20, 60, 500])
+def test_joined_trees_ask_the_same(most):
+    """Some share a beginning, some nothing; prompts that are the same, or the beginning of another."""
+    rng = np.random.default_rng(0)
+    stems = [rng.integers(0, 9, 12).tolist() for _ in range(3)]
+    prompts = [stems[rng.integers(3)] + rng.integers(0, 9, rng.integers(0, 6)).tolist() for _ in range(20)] + [stems[0]] * 2 + [[1], [1, 2]]
+    trees = [grow(prompt, CONTINUATIONS[:rng.integers(1, 7)]) for prompt in prompts]
+    rows = join(trees, most, least=6)
+    assert sorted(number for row in rows for number, _ in row.members) == list(range(len(trees)))
+    for row in rows:
+        for number, queries in row.members:
+            ours = range(len(row.tree.at))[queries]
+            assert [spelt(row.tree, q) for q in ours] == [spelt(trees[number], q) for q in range(len(trees[number].at))]
+        assert len(row.tree.tokens) <= most or len(row.members) == 1
+    total, before = sum(len(row.tree.tokens) for row in rows), sum(len(tree.tokens) for tree in trees)
+    assert total < 0.6 * before if most == 500 else total <= before
+
+
 def fns(graphdef, sizes, batch_size):
     count = int(np.prod(list(sizes.values())))
     mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    return PredictFns(mesh, batch_size=batch_size, length=16, token_logprobs=step.make_token_logprobs(graphdef, causal.token_logprobs),
+    return PredictFns(mesh, batch_size=batch_size, length=48, token_logprobs=step.make_token_logprobs(graphdef, causal.token_logprobs),
                       tree_logprobs=step.make_tree_logprobs(graphdef), make_generate=None, check_stop=lambda: None)
 
 
@@ -74,12 +99,15 @@ CASES = {"rope": {}, "learned": dict(positions="learned"), "window": dict(window
     *(pytest.param(changes, dict(data=1), 3, id=name) for name, changes in CASES.items()),
     *(pytest.param({}, sizes, size, id=str(sizes)) for sizes, size in ((dict(data=2, fsdp=2, tensor=2), 4), (dict(fsdp=2, sequence=4), 8))),
     pytest.param(CASES["experts"], dict(expert=4, fsdp=2), 8, id="experts on a mesh"), pytest.param({}, dict(data=1), 1, id="one by one")])
-def test_a_tree_is_each_continuation_alone(changes, sizes, batch_size):
-    """Prompts of many lengths, in batches of many sizes, on any mesh."""
+def test_a_tree_is_each_continuation_alone(changes, sizes, batch_size, monkeypatch):
+    """Prompts of many lengths, in batches of many sizes, on any mesh; with what prompts share in rows of its own, too."""
     graphdef, params = drawn(config(**changes))
+    monkeypatch.setattr(common, "join", functools.partial(join, least=2))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 40, n).tolist() for n in (1, 2, 3, 8, 11, 9, 12, 5, 2)]
-    trees = [grow(prompt, CONTINUATIONS) for prompt in prompts] + [grow(prompts[0], [[1], [2]]), grow(prompts[4], [rng.integers(0, 40, 5).tolist() for _ in range(9)])]
+    prompts += [prompts[3][:6] + [1], prompts[3][:6] + [2, 3], prompts[3][:6], prompts[3]]
+    trees = [grow(prompt, CONTINUATIONS) for prompt in prompts]
+    trees += [grow(prompts[0], [[1], [2]]), grow(prompts[4], [rng.integers(0, 40, 5).tolist() for _ in range(9)])]
     mesh_fns = fns(graphdef, sizes, batch_size)
     with jax.set_mesh(mesh_fns._mesh):
         found = mesh_fns.tree_logprobs(params, trees)

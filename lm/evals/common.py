@@ -13,6 +13,7 @@ the mesh and the number of hosts: batches are filled with padding, whose results
 """
 
 import collections
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +25,7 @@ from lm import sharding
 from lm.data import pack
 from lm.data.loader import evaluation_batches
 from lm.data.sources import Document, Documents
-from lm.evals.tree import Tree
+from lm.evals.tree import Tree, join
 
 
 class Artifact(NamedTuple):
@@ -61,24 +62,25 @@ class PredictFns:
         return _fetch(out)[:len(rows)] if out else np.zeros((0, self.length), np.float32)
 
     def tree_logprobs(self, params, trees: Sequence[Tree]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each tree, in their order. They go through the model by length, in batches of about as many tokens as one of rows, all of a few sizes, so
-        that little is padding and few programs are compiled."""
+        """Of each tree, in their order. Those that begin alike share a row. Rows go through the model by length, in batches of about as many tokens as
+        one of `token_logprobs`, all of a few sizes, so that little is padding and few programs are compiled."""
+        joined = join(trees, self.length)
         groups = collections.defaultdict(list)
-        for number, tree in enumerate(trees):
-            groups[_bucket(len(tree.tokens))].append(number)
+        for row in joined:
+            groups[_bucket(len(row.tree.tokens))].append(row)
         parts, found = sharding.batch_parts(self._mesh), [None] * len(trees)
-        for length, numbers in sorted(groups.items(), reverse=True):  # what needs most memory comes first
-            most = max(self.batch_size * self.length // length, 1)
-            size = -(-min(most, _bucket(len(numbers), 1)) // parts) * parts
-            places, queries = (_bucket(max(len(count(trees[n])) for n in numbers), 1) for count in (lambda t: np.unique(t.at), lambda t: t.at))
-            for start in range(0, len(numbers), size):
+        for length, rows in sorted(groups.items(), reverse=True):  # what needs most memory comes first
+            batches = -(-len(rows) // max(self.batch_size * self.length // length, 1))
+            size = -(-math.ceil(len(rows) / batches) // parts) * parts  # batches as equal as can be
+            places, queries = (_bucket(max(len(count(row.tree)) for row in rows), 1) for count in (lambda t: np.unique(t.at), lambda t: t.at))
+            for start in range(0, len(rows), size):
                 self._check_stop()
-                part = numbers[start:start + size]
-                batch, after, which = _pack([trees[n] for n in part], size, length, places, queries)
-                logprobs, best = jax.device_get(self._tree_logprobs(params, *jax.tree.map(self._rows, (batch, after, which))))
-                for row, number in enumerate(part):
-                    count = len(trees[number].at)
-                    found[number] = logprobs[row, :count], best[row, :count]
+                part = rows[start:start + size]
+                packed = _pack([row.tree for row in part], size, length, places, queries)
+                logprobs, best = jax.device_get(self._tree_logprobs(params, *jax.tree.map(self._rows, packed)))
+                for number, row in enumerate(part):
+                    for member, taken in row.members:
+                        found[member] = logprobs[number, taken], best[number, taken]
         return found
 
     def _rows(self, x: np.ndarray) -> jax.Array:
@@ -112,9 +114,9 @@ class PredictFns:
 
 
 def _bucket(size: int, least: int = 32) -> int:
-    """The next of the sizes that are compiled: powers of two, and what lies halfway between them."""
-    power = max(1 << (size - 1).bit_length(), least)
-    return power * 3 // 4 if size <= power * 3 // 4 and power > least else power
+    """The next of the sizes that are compiled: eight to each doubling, of `least` and more."""
+    step = max((1 << (size - 1).bit_length()) // 16, least // 8, 1)
+    return max(-(-size // step) * step, least)
 
 
 def _pack(trees: Sequence[Tree], size: int, length: int, num_places: int, num_queries: int):

@@ -53,3 +53,59 @@ def grow(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
     close(0)
     until[:len(prompt)] = [len(tokens)] * len(prompt)
     return Tree(*(np.asarray(x, np.int32) for x in (tokens, positions, until, at, target)), paths)
+
+
+class Joined(NamedTuple):
+    """Trees that begin alike, as one."""
+    tree: Tree
+    members: list[tuple[int, slice]]  # (a tree's number, its queries)
+
+
+def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
+    """Puts trees whose prompts begin with the same tokens (the same examples before a question, say) into one row, where that beginning is computed
+    once. The trees' log-probabilities stay what they are.
+
+    Args:
+      most: tokens of a row; a longer tree stays alone.
+      least: tokens that have to be shared, and half of each prompt.
+    """
+    prompts = [tree.tokens[:tree.at.min() + 1].tolist() for tree in trees]  # the first query comes right after it
+    found, row, shared = [], [], 0
+
+    def finish():
+        if row:
+            found.append(_joined(trees, row, shared))
+            row.clear()
+    for number in sorted(range(len(trees)), key=prompts.__getitem__):
+        common = _common(prompts[row[0]][:shared], prompts[number]) if row else 0
+        longer = common + sum(len(trees[n].tokens) - common for n in (*row, number))
+        if not row or common < least or any(2 * common < len(prompts[n]) for n in (*row, number)) or longer > most:
+            finish()
+            common = len(prompts[number])
+        row.append(number)
+        shared = common
+    finish()
+    return found
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
+def _joined(trees: Sequence[Tree], row: Sequence[int], shared: int) -> Joined:
+    if len(row) == 1:
+        return Joined(trees[row[0]], [(row[0], slice(0, len(trees[row[0]].at)))])
+    parts = {name: [getattr(trees[row[0]], name)[:shared]] for name in ("tokens", "positions")}
+    until, at, target, members, end, queries = [np.zeros(shared, np.int32)], [], [], [], shared, 0
+    for number in row:
+        tree = trees[number]
+        move = end - shared  # of what isn't shared
+        for name, part in parts.items():
+            part.append(getattr(tree, name)[shared:])
+        until.append(tree.until[shared:] + move)
+        at.append(np.where(tree.at < shared, tree.at, tree.at + move))
+        target.append(tree.target)
+        members.append((number, slice(queries, queries + len(tree.at))))
+        end, queries = end + len(tree.tokens) - shared, queries + len(tree.at)
+    until[0] += end
+    return Joined(Tree(*(np.concatenate(x).astype(np.int32) for x in (*parts.values(), until, at, target)), paths=[]), members)

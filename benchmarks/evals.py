@@ -1,0 +1,120 @@
+"""Classification by a model's probabilities of label words: lm on the tasks of lm_eval, beside lm_eval's own `hf` backend, on the same Llama of 41M parameters,
+drawn at random, and the same CPU in one run. Examples a second, tokenization included, and the tokens that go through the model.
+
+    pip install -c constraints.txt -e '.[parity]'
+    python benchmarks/evals.py
+
+The tasks are of synthetic words, as long and with as many labels of as many tokens as what they are named after. lm_eval merges requests that differ in their
+last token only (its logits cache, on by default). Compiling is not counted: both sides run the task once before.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DISABLE_MULTIPROC": "1", "JAX_PLATFORMS": "cpu"}
+SIZES = dict(num_hidden_layers=8, hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1536, vocab_size=32000,
+             max_position_embeddings=1024)
+# name -> (labels, tokens of a label, tokens of a question, questions answered before, examples)
+TASKS = {"sst2-like, 4-shot": (2, 1, 50, 4, 64), "trec-like, 4-shot": (6, 3, 30, 4, 48), "banking77-like": (77, 8, 26, 0, 16)}
+
+
+def make(directory):
+    """A checkpoint with a tokenizer whose words are w0 to w31999, a token each."""
+    import tokenizers
+    import torch
+    import transformers
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, initializer_range=0.05, bos_token_id=0, eos_token_id=1)).save_pretrained(directory)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 32000)}, unk_token="<s>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>")))
+
+
+def write_task(folder, name, labels, label_tokens, question, shots, examples):
+    rng = random.Random(0)
+    text = lambda n: " ".join(f"w{rng.randrange(2, 32000)}" for _ in range(n))
+    choices = [text(label_tokens if label_tokens == 1 else rng.randint(2, 2 * label_tokens - 2)) for _ in range(labels)]
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(dict(text=text(question), label=rng.randrange(labels))) + "\n" for _ in range(examples + shots)))
+    (folder / f"{name}.yaml").write_text(json.dumps(dict(
+        task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(validation=str(file))), validation_split="validation", fewshot_split="validation",
+        fewshot_config=dict(sampler="first_n"), num_fewshot=shots, output_type="multiple_choice", doc_to_text="{{text}} w2", doc_to_target="label",
+        doc_to_choice=choices, metric_list=[dict(metric="acc")])))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=3)
+    args = parser.parse_args()
+    import jax
+    import lm_eval
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from lm import build, step
+    from lm import config as config_lib
+    from lm.data import tokenizer as tokenizers
+    from lm.evals import common, harness
+    from lm.evals.common import PredictFns
+    from lm.hf import checkpoint as hf
+    from lm.objectives import causal
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = folder / "checkpoint"
+        checkpoint.mkdir()
+        make(checkpoint)
+        source, tokenizer = hf.Source(checkpoint), tokenizers.load(checkpoint)
+        config = config_lib.default()
+        config.model.update(source.fields | dict(param_dtype="float32", compute_dtype="float32", scan_unroll=SIZES["num_hidden_layers"]))
+        made = build.weights(config, jax.devices()[:1], tokenizer.vocab_size)
+        fns = PredictFns(made.mesh, batch_size=8, length=SIZES["max_position_embeddings"], token_logprobs=step.make_token_logprobs(made.graphdef, causal.token_logprobs),
+                         tree_logprobs=step.make_tree_logprobs(made.graphdef), make_generate=None, check_stop=lambda: None)
+        tokens = {"ours": 0, "theirs": 0}
+        real = common.join
+
+        def counted(trees, most):
+            rows = real(trees, most)
+            tokens["ours"] += sum(len(row.tree.tokens) for row in rows)
+            return rows
+        common.join = counted
+        theirs = HFLM(pretrained=str(checkpoint), batch_size=8, dtype="float32", device="cpu", max_length=SIZES["max_position_embeddings"])
+        call = theirs._model_call
+
+        def their_call(inputs, *more, **options):
+            tokens["theirs"] += inputs.numel()
+            return call(inputs, *more, **options)
+        theirs._model_call = their_call
+        sides = {"ours": harness.Model(fns, source.load(made.params), tokenizer), "theirs": theirs}
+        print(f"{os.cpu_count()} cores, jax {jax.__version__}, torch {torch.__version__}, lm_eval {lm_eval.__version__}", file=sys.stderr)
+        for task, sizes in TASKS.items():
+            write_task(folder, task, *sizes)
+            manager = TaskManager(include_path=str(folder), include_defaults=False)
+            run = lambda side: lm_eval.simple_evaluate(sides[side], tasks=[task], task_manager=manager, bootstrap_iters=0, limit=sizes[-1])  # noqa: B023
+            answers = {side: [s["filtered_resps"] for s in run(side)["samples"][task]] for side in sides}
+            worst = max(abs(a[0] - b[0]) for x, y in zip(*answers.values()) for a, b in zip(x, y))
+            seconds = {side: [] for side in sides}
+            tokens.update(ours=0, theirs=0)
+            for turn in range(args.turns):
+                for side in sides:
+                    began = time.perf_counter()
+                    run(side)
+                    seconds[side].append(time.perf_counter() - began)
+                print(f"  turn {turn + 1}/{args.turns}: " + ", ".join(f"{side} {s[-1]:.2f} s" for side, s in seconds.items()), file=sys.stderr, flush=True)
+            speed = {side: round(sizes[-1] / statistics.median(s), 2) for side, s in seconds.items()}
+            ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"])]
+            print(json.dumps(dict(task=task, examples_per_second=speed, ratio=round(statistics.median(ratios), 2), ratios=[round(min(ratios), 2), round(max(ratios), 2)],
+                                  tokens={side: n // args.turns for side, n in tokens.items()}, largest_difference=float(f"{worst:.1e}"))), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    main()
