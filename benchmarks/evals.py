@@ -31,7 +31,8 @@ def make(directory):
     import torch
     import transformers
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, initializer_range=0.05, bos_token_id=0, eos_token_id=1)).save_pretrained(directory)
+    config = transformers.LlamaConfig(**SIZES, initializer_range=0.05, bos_token_id=0, eos_token_id=1)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 32000)}, unk_token="<s>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.save(str(directory / "tokenizer.json"))
@@ -76,8 +77,9 @@ def main():
         config = config_lib.default()
         config.model.update(source.fields | dict(param_dtype="float32", compute_dtype="float32", scan_unroll=SIZES["num_hidden_layers"]))
         made = build.weights(config, jax.devices()[:1], tokenizer.vocab_size)
-        fns = PredictFns(made.mesh, batch_size=8, length=SIZES["max_position_embeddings"], token_logprobs=step.make_token_logprobs(made.graphdef, causal.token_logprobs),
-                         tree_logprobs=step.make_tree_logprobs(made.graphdef), make_generate=None, check_stop=lambda: None)
+        fns = PredictFns(made.mesh, batch_size=8, length=SIZES["max_position_embeddings"],
+                         token_logprobs=step.make_token_logprobs(made.graphdef, causal.token_logprobs), tree_logprobs=step.make_tree_logprobs(made.graphdef),
+                         make_generate=None, check_stop=lambda: None)
         tokens = {"ours": 0, "theirs": 0}
         real = common.join
 
@@ -111,8 +113,9 @@ def main():
                 print(f"  turn {turn + 1}/{args.turns}: " + ", ".join(f"{side} {s[-1]:.2f} s" for side, s in seconds.items()), file=sys.stderr, flush=True)
             speed = {side: round(sizes[-1] / statistics.median(s), 2) for side, s in seconds.items()}
             ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"])]
-            print(json.dumps(dict(task=task, examples_per_second=speed, ratio=round(statistics.median(ratios), 2), ratios=[round(min(ratios), 2), round(max(ratios), 2)],
-                                  tokens={side: n // args.turns for side, n in tokens.items()}, largest_difference=float(f"{worst:.1e}"))), flush=True)
+            print(json.dumps(dict(task=task, examples_per_second=speed, ratio=round(statistics.median(ratios), 2),
+                                  ratios=[round(min(ratios), 2), round(max(ratios), 2)], tokens={side: n // args.turns for side, n in tokens.items()},
+                                  largest_difference=float(f"{worst:.1e}"))), flush=True)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def make_documents(num=9, labels=LABELS):
 
 def make(fns, verbalizer=None, documents=None, tokenizer=None, max_documents=0, prompt=PROMPT, **options):
     verbalizer = verbalizer or [(label, (f" {label}",)) for label in LABELS]
-    return classification.Evaluator(fns, name="colours", documents=make_documents() if documents is None else documents, encoder=Encoder(tokenizer or ByteTokenizer(), prompt),
+    documents = make_documents() if documents is None else documents
+    return classification.Evaluator(fns, name="colours", documents=documents, encoder=Encoder(tokenizer or ByteTokenizer(), prompt),
                                     verbalizer=verbalizer, max_documents=max_documents, **options)
 
 
@@ -270,12 +271,14 @@ def test_corrected_distributions():
     assert metrics["ece_content_free"] == pytest.approx(1 - 1 / (1 + 2 / math.e))
 
 
-@pytest.mark.parametrize("options", [dict(aggregate="max"), dict(aggregate="mean"), dict(aggregate="logmeanexp"), dict(length_norm="token"), dict(length_norm="byte")])
+@pytest.mark.parametrize("options", [dict(aggregate="max"), dict(aggregate="mean"), dict(aggregate="logmeanexp"), dict(length_norm="token"),
+                                     dict(length_norm="byte")])
 def test_other_scores(options):
     """They change label distributions; predictions/ keeps what all of them are made of."""
     words = [("red", (" red", " x")), ("green", (" g",)), ("blue", (" blue",))]
     (_, plain, _), (_, other, _) = run(Model(random_distribution), words), run(Model(random_distribution), words, **options)
-    assert [p["word_logprobs"] for p in plain] == [p["word_logprobs"] for p in other] and [p["distribution"] for p in plain] != [p["distribution"] for p in other]
+    assert [p["word_logprobs"] for p in plain] == [p["word_logprobs"] for p in other]
+    assert [p["distribution"] for p in plain] != [p["distribution"] for p in other]
 
 
 def test_what_is_counted_and_refused():

@@ -214,13 +214,15 @@ MOE = BARE | dict(moe_intermediate_size=8)
 
 
 @pytest.mark.parametrize("config, window", [
-    (BARE | dict(model_type="mistral"), 4096), (BARE | dict(model_type="mistral", sliding_window=None), 0), (BARE | dict(model_type="mistral", sliding_window=9), 9),
+    (BARE | dict(model_type="mistral"), 4096), (BARE | dict(model_type="mistral", sliding_window=None), 0),
+    (BARE | dict(model_type="mistral", sliding_window=9), 9),
     (BARE | dict(model_type="mixtral"), 0), (BARE | dict(model_type="qwen2", sliding_window=9), 0),
     (BARE | dict(model_type="qwen2", use_sliding_window=True, max_window_layers=0), 4096), (BARE | dict(model_type="qwen2", use_sliding_window=True), 0),
     (BARE | dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=9), "layers that are all"),
     (BARE | dict(model_type="qwen3", layer_types=["sliding_attention"] * 3), "with use_sliding_window"),
     (BARE | dict(model_type="qwen3", layer_types=["sliding_attention"] * 3, use_sliding_window=True, sliding_window=9), 9),
-    (MOE | dict(model_type="qwen3_moe", sliding_window=9), 0), (MOE | dict(model_type="qwen2_moe", use_sliding_window=True), "use_sliding_window = True is not supported"),
+    (MOE | dict(model_type="qwen3_moe", sliding_window=9), 0),
+    (MOE | dict(model_type="qwen2_moe", use_sliding_window=True), "use_sliding_window = True is not supported"),
 ])
 def test_windows(config, window):
     """What is not there is the family's own default, what is null is none, and Qwen's windows wait for a switch."""

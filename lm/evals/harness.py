@@ -112,7 +112,8 @@ class Model(TemplateLM):
         sampled, temperature = options.pop("do_sample", False), options.pop("temperature", 1.0)
         known = ("top_k", "top_p", "min_p", "repetition_penalty")
         if unknown := sorted(set(options) - set(known)):
-            raise ValueError(f"generation options {unknown} of an lm_eval task are not known here; there are until, max_gen_toks, do_sample, temperature, {known}")
+            raise ValueError(f"generation options {unknown} of an lm_eval task are not known here; there are until, max_gen_toks, do_sample, temperature, "
+                             f"{', '.join(known)}")
         if new >= self.max_length:
             raise ValueError(f"max_gen_toks = {new} must be below {self.max_length}, the longest text that the model is given (config.data.length)")
         sampling = decode.Sampling(temperature=temperature if sampled else 0.0, **options)

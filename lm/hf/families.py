@@ -137,7 +137,6 @@ def _experts(block: str, up: str = "up_proj", gate: str = "gate_proj", down: str
 
 
 _MOE = {name: value for name, value in _LLAMA.items() if name not in _DENSE}
-_QWEN_EXPERTS = (Key("normalize_router", "norm_topk_prob", False),)
 # Layers that have no experts, and windows, are refused.
 _QWEN_ONLY = dict(decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
 _QWEN_IGNORED = ("router_aux_loss_coef", "intermediate_size")
@@ -218,16 +217,19 @@ FAMILIES = {family.name: family for family in (
     Family("qwen3", "Qwen3ForCausalLM", _renamed(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)), _LLAMA_TENSORS, _LLAMA | dict(qk_norm=True),
            rope=1.0, window=4096, switched=True, flags=(("attention_bias", False, ("qkv", "out")),), buffers=_FREQUENCIES),
     Family("qwen2_moe", "Qwen2MoeForCausalLM", _with_experts(
-               *_QWEN_EXPERTS, Key("num_experts", "num_experts", 60), Key("experts_per_token", "num_experts_per_tok", 4), Key("mlp_dim", "moe_intermediate_size", 1408),
-               Key("shared_mlp_dim", "shared_expert_intermediate_size", 5632)),
-           (*_experts("mlp"), *_in_layers("model.layers", *(row for ours in ("up", "gate", "down") for row in _linear(f"mlp/shared/{ours}", f"mlp.shared_expert.{ours}_proj")),
+               Key("num_experts", "num_experts", 60), Key("experts_per_token", "num_experts_per_tok", 4), Key("normalize_router", "norm_topk_prob", False),
+               Key("mlp_dim", "moe_intermediate_size", 1408), Key("shared_mlp_dim", "shared_expert_intermediate_size", 5632)),
+           (*_experts("mlp"), *_in_layers("model.layers", *(row for ours in ("up", "gate", "down")
+                                                            for row in _linear(f"mlp/shared/{ours}", f"mlp.shared_expert.{ours}_proj")),
                                           ("mlp/shared_gate", "mlp.shared_expert_gate.weight", "linear"))),
            _MOE, rope=1.0, window=4096, switched=True, flags=(("qkv_bias", True, ("qkv",)),), only=_QWEN_ONLY,
            ignored=_QWEN_IGNORED, buffers=_FREQUENCIES),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", _with_experts(
-               *_QWEN_EXPERTS, Key("num_experts", "num_experts", 128), Key("experts_per_token", "num_experts_per_tok", 8), Key("mlp_dim", "moe_intermediate_size", 768)),
+               Key("num_experts", "num_experts", 128), Key("experts_per_token", "num_experts_per_tok", 8), Key("normalize_router", "norm_topk_prob", False),
+               Key("mlp_dim", "moe_intermediate_size", 768)),
            _experts("mlp"), _MOE | dict(qk_norm=True, shared_mlp_dim=0), rope=1.0, window=4096, switched=True,
-           flags=(("attention_bias", False, ("qkv", "out")),), only=_QWEN_ONLY, ignored=_QWEN_IGNORED, aliases={"num_local_experts": "num_experts"}, buffers=_FREQUENCIES),
+           flags=(("attention_bias", False, ("qkv", "out")),), only=_QWEN_ONLY, ignored=_QWEN_IGNORED, aliases={"num_local_experts": "num_experts"},
+           buffers=_FREQUENCIES),
     # Llama with an MLP of two layers.
     Family("arcee", "ArceeForCausalLM", _renamed(_LLAMA_KEYS, Key("activation", "hidden_act", "relu2", ACTIVATIONS), Key("norm_eps", "rms_norm_eps", 1e-5)),
            _LLAMA_TENSORS, _LLAMA | dict(gated_mlp=False), rope=1.0, flags=(("attention_bias", False, ("qkv", "out")), ("mlp_bias", False, ("mlp",)))),

@@ -44,7 +44,8 @@ CONFIGS |= {
     "qwen2_moe-normalized": lambda: t.Qwen2MoeConfig(**GROUPED, num_experts=5, num_experts_per_tok=5, moe_intermediate_size=24,
                                                      shared_expert_intermediate_size=40, norm_topk_prob=True, qkv_bias=False),
     "qwen3_moe": lambda: t.Qwen3MoeConfig(**MOE, num_experts=6, moe_intermediate_size=24, head_dim=16),
-    "qwen3_moe-normalized": lambda: t.Qwen3MoeConfig(**GROUPED, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
+    "qwen3_moe-normalized": lambda: t.Qwen3MoeConfig(**GROUPED, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=16,
+                                                     norm_topk_prob=True),
 }
 
 
