@@ -35,7 +35,8 @@ def model_flops_per_token(config, length: int, *, causal: bool = True) -> float:
 
     6 per weight of a matmul that the token meets (of the experts, those of one token; 2 forward, 4 backward; Kaplan et al. 2020,
     arXiv 2001.08361, section 2.1; the head is one, the embedding look-up is none), and 12 N H per layer for each key that a query
-    sees (scores and values; Chowdhery et al. 2022, arXiv 2204.02311, appendix B): `length` keys, or half with `causal`, since the masked half need not be computed.
+    sees (scores and values; Chowdhery et al. 2022, arXiv 2204.02311, appendix B): `length` keys, or half with
+    `causal`, since the masked half need not be computed.
 
     Args:
       config: of lm.models.transformer.

@@ -8,7 +8,8 @@ from lm.evals import verbalizer
 
 # What GPT-2's merges do at boundaries, in a vocabulary of our own: the longest piece that fits is taken.
 PIECES = ["Answer", ":", " positive", "positive", " ", "\n", "Sentiment", "good", " good", "The", " is", " un", " unhappy", "happy", " happy", "x", "=",
-          " ==", " ===", "==", "y", " y", " =", " = [", " = []", "]", "He", " said", ' "', '"', '"hello', ' ""', "hello", "http", "://", "//", "a", ".", "b", "A", " A"]
+          " ==", " ===", "==", "y", " y", " =", " = [", " = []", "]", "He", " said", ' "', '"', '"hello', ' ""', "hello", "http", "://", "//",
+          "a", ".", "b", "A", " A"]
 
 
 def encode(text):
