@@ -1,5 +1,6 @@
 """Trains and evaluates: python -m lm.main --config=configs/pydocs.py --workdir=RUN. Flags only; the run is lm/train.py."""
 
+import json
 import logging
 import os
 import sys
@@ -9,13 +10,15 @@ import jax
 from absl import app, flags
 from etils import epath
 
-from lm import command_line, startup, train
+from lm import command_line, metrics, startup, train
+from lm.evals import comparison
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; gs:// too. A run goes on from the checkpoints in it.")
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST writes an xprof trace of these steps, LAST not among them, to WORKDIR/profile.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment (Cloud TPU, GKE, Slurm) doesn't say.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: the number of processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which of them this is, from 0.")
+_COMPARE = flags.DEFINE_string("compare_to", "", "With --mode=eval: another run directory, evaluated on the same examples, to be compared with.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the newest checkpoint (or config.init_from).")
 
 
@@ -44,8 +47,11 @@ def main(argv: list[str]) -> int:
     workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
     try:
         profile_steps = steps_of(_PROFILE.value)
+        if _COMPARE.value and _MODE.value != "eval":
+            raise ValueError(f"--compare_to={_COMPARE.value} needs --mode=eval")
         devices = startup.start(config.platform, (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value) if _COORDINATOR.value else None)
         values = train.train(config, workdir, devices, profile_steps) if _MODE.value == "train" else train.evaluate(config, workdir, devices)
+        compared = comparison.compare_runs(workdir, epath.Path(os.path.expanduser(_COMPARE.value))) if _COMPARE.value and jax.process_index() == 0 else {}
     except train.Stopped as stopped:
         logging.warning("%s", stopped)
         return 0
@@ -57,6 +63,9 @@ def main(argv: list[str]) -> int:
         return 1
     if jax.process_index() == 0:
         print(f"\n{workdir}\n{table(values)}")
+    if compared:
+        metrics.write_whole(workdir / "comparison.json", json.dumps({"to": _COMPARE.value} | compared, indent=2) + "\n")
+        print(f"\nbeside {_COMPARE.value}\n{comparison.table(compared)}")
     return 0
 
 

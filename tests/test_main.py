@@ -1,5 +1,6 @@
 """The command line: misspelt keys, bad values, and what a run prints."""
 
+import json
 import os
 import subprocess
 import sys
@@ -124,6 +125,25 @@ def test_exit_codes(config_file, monkeypatch, capsys, mode, outcome, code, out, 
     printed = capsys.readouterr()
     assert all(text in printed.out for text in out) and all(text in printed.err for text in err)
     assert "Traceback" not in printed.err and "batch_hash" not in printed.out
+
+
+def test_two_runs_are_compared(config_file, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(main_lib.startup, "start", lambda platform, processes: "devices")
+    monkeypatch.setattr(main_lib.logging, "basicConfig", lambda **kwargs: None)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"eval/x/accuracy": 0.5})
+    for run, prediction in (("run", "a"), ("other", "b")):
+        path = tmp_path / run / "predictions" / "x-3.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(dict(name=str(i), label="a", prediction=prediction, distribution=dict(a=0.5, b=0.5))) + "\n" for i in range(9)))
+    parse(config_file, "--mode=eval", f"--workdir={tmp_path}/run", f"--compare_to={tmp_path}/other")
+    assert main_lib.main(["main"]) == 0
+    printed = capsys.readouterr().out
+    assert "x, 9 examples:" in printed and "accuracy    1.0000    0.0000  difference +1.0000" in printed
+    assert json.loads((tmp_path / "run/comparison.json").read_text())["x"]["mcnemar_p"] == 2 / 2 ** 9
+    parse(config_file, "--mode=eval", f"--workdir={tmp_path}/run", f"--compare_to={tmp_path}/nowhere")
+    assert main_lib.main(["main"]) == 1 and "no eval has predictions/ in both" in capsys.readouterr().err
+    parse(config_file, "--mode=train", f"--workdir={tmp_path}/run", f"--compare_to={tmp_path}/other")
+    assert main_lib.main(["main"]) == 1 and "needs --mode=eval" in capsys.readouterr().err
 
 
 def test_the_table_is_aligned_and_sorted():
