@@ -61,8 +61,8 @@ def kept_bytes(config: ConfigDict, settings: dict, chips: int) -> tuple[float, f
     tokens = config.data.batch_size * config.data.length / chips / settings["train.accumulation"]
     rows = m.experts_per_token * config.mesh.expert if m.num_experts else 1  # of the experts, as many as there is room for
     widths = dict(query=m.num_heads * m.head_dim, key=m.num_kv_heads * m.head_dim, value=m.num_kv_heads * m.head_dim, out=m.embed_dim,
-                  attention=m.num_heads * (m.head_dim + 2), up=rows * m.mlp_dim, gate=rows * m.mlp_dim,
-                  down=rows * m.embed_dim)
+                  attention=m.num_heads * (m.head_dim + 2), up=rows * m.mlp_dim + m.shared_mlp_dim,
+                  gate=rows * m.mlp_dim + m.shared_mlp_dim, down=(rows + bool(m.shared_mlp_dim)) * m.embed_dim)
     here, _ = transformer.kept_results(settings["model.remat"])
     width = m.embed_dim + sum(widths[name] for name in here if name != "gate" or m.gated_mlp)
     share = (settings["objective.chunk"] or config.data.length) / config.data.length

@@ -197,6 +197,7 @@ def test_a_question_that_does_not_fit():
     ([("red", (" x",)), ("green", (" x",)), ("blue", (" b",))], "' x' of 'red' and ' x' of 'green' are the same tokens"),
     ([("red", (" gre",)), ("green", (" green",)), ("blue", (" b",))], "' gre' of 'red' and ' green' of 'green' begin with the same tokens"),
     ([("red", (" a", " ab")), ("green", (" g",)), ("blue", (" b",))], "begin with the same tokens"),
+    ([("red", (" x", " x")), ("green", (" g",)), ("blue", (" b",))], "' x' of 'red' and ' x' of 'red' are the same tokens"),
     ([("red", ("",)), ("green", (" g",)), ("blue", (" b",))], "word '' of 'red' has no tokens"),
     ([("red", ()), ("green", (" g",)), ("blue", (" b",))], "no word for the label 'red'"),
     ([("red", (" r",)), ("green", (" g",))], "blue"),
@@ -292,6 +293,8 @@ def test_what_is_counted_and_refused():
         make(Model(uniform_distribution), documents=Documents([], ""))
     with pytest.raises(ValueError, match="not finite for 9 of 9 examples"):
         run(Model(lambda prefix: np.full(512, np.nan)))
+    with pytest.raises(ValueError, match=r"length_norm = 'char': the words \[' '\] have no characters"):
+        make(Model(uniform_distribution), [("red", (" ",)), ("green", ("g",)), ("blue", ("b",))], length_norm="char")
     same = Documents([Document("a", "a", "red"), Document("b", "b", "red")], "")
     metrics, _, _ = run(Model(uniform_distribution), documents=same)  # one label only
     assert "auroc" not in metrics and all(math.isfinite(v) for v in metrics.values())

@@ -38,7 +38,9 @@ def test_compare():
     for name in ("accuracy", "macro_f1", "nll"):
         assert back[f"{name}_difference"] == pytest.approx(-found[f"{name}_difference"]) and back[f"{name}_low"] == pytest.approx(-found[f"{name}_high"])
     same = comparison.compare(good, good)
-    assert same["accuracy_difference"] == same["nll_difference"] == 0 and same["mcnemar_p"] == same["nll_p"] == 1
+    assert same["accuracy_difference"] == same["nll_difference"] == 0 and same["mcnemar_p"] == same["nll_p"] == 1 and "smallest_difference" not in same
+    with pytest.raises(ValueError, match="x: 9 examples; wanted 10 or more"):
+        comparison.compare(good[:9], good[:9], "x")
 
 
 def test_runs(tmp_path):
@@ -48,7 +50,8 @@ def test_runs(tmp_path):
     found = comparison.compare_runs(one, other)
     assert list(found) == ["x-y", "z"] and found["x-y"]["accuracy"] == comparison.compare(lines(1, 0.8), lines(2, 0.5))["accuracy"]
     assert [found[name]["mcnemar_p_holm"] for name in found] == statistics.holm([found[name]["mcnemar_p"] for name in found])
-    assert "x-y, 200 examples" in comparison.table(found) and "for 2 eval(s) (Holm)" in comparison.table(found)
+    assert (found["x-y"]["step"], found["x-y"]["step_other"]) == (20, 100)
+    assert "x-y, 200 examples, step 20 and step 100" in comparison.table(found) and "for 2 eval(s) (Holm)" in comparison.table(found)
     with pytest.raises(ValueError, match=r"no eval has predictions/ in both: .*one has \['only', 'x-y', 'z'\], .*nowhere \[\]. Evaluate both"):
         comparison.compare_runs(one, epath.Path(tmp_path / "nowhere"))
 

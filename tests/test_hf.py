@@ -243,6 +243,15 @@ def test_experts_that_are_not_known(changes, message):
         families.read_config(MOE | dict(model_type="qwen3_moe") | changes)
 
 
+def test_no_family_of_experts_is_without():
+    fields, _, _ = parameters(LLAMA)
+    for name in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        with pytest.raises(ValueError, match=f"no {name} has num_experts = 0"):
+            families.write_config(families.FAMILIES[name], fields)
+    with pytest.raises(ValueError, match="num_local_experts = 0 is not supported for mixtral; this reads 1 and more"):
+        families.read_config(BARE | dict(model_type="mixtral", num_local_experts=0))
+
+
 def test_defaults_of_experts():
     fields = families.read_config(MOE | dict(model_type="qwen3_moe", num_local_experts=4))  # as transformers 5 writes it
     assert (fields["num_experts"], fields["mlp_dim"], fields["experts_per_token"], fields["normalize_router"]) == (4, 8, 8, False)

@@ -134,14 +134,14 @@ def test_two_runs_are_compared(config_file, monkeypatch, capsys, tmp_path):
     for run, prediction in (("run", "a"), ("other", "b")):
         path = tmp_path / run / "predictions" / "x-3.jsonl"
         path.parent.mkdir(parents=True)
-        path.write_text("".join(json.dumps(dict(name=str(i), label="a", prediction=prediction, distribution=dict(a=0.5, b=0.5))) + "\n" for i in range(9)))
+        path.write_text("".join(json.dumps(dict(name=str(i), label="a", prediction=prediction, distribution=dict(a=0.5, b=0.5))) + "\n" for i in range(10)))
     parse(config_file, "--mode=eval", f"--workdir={tmp_path}/run", f"--compare_to={tmp_path}/other")
     assert main_lib.main(["main"]) == 0
     printed = capsys.readouterr().out
-    assert "x, 9 examples:" in printed and "accuracy    1.0000    0.0000  difference +1.0000" in printed
-    assert json.loads((tmp_path / "run/comparison.json").read_text())["x"]["mcnemar_p"] == 2 / 2 ** 9
+    assert "x, 10 examples, step 3 and step 3:" in printed and "accuracy    1.0000    0.0000  difference +1.0000" in printed
+    assert json.loads((tmp_path / "run/comparison.json").read_text())["x"]["mcnemar_p"] == 2 / 2 ** 10
     parse(config_file, "--mode=eval", f"--workdir={tmp_path}/run", f"--compare_to={tmp_path}/nowhere")
-    assert main_lib.main(["main"]) == 1 and "no eval has predictions/ in both" in capsys.readouterr().err
+    assert main_lib.main(["main"]) == 1 and "nowhere has no predictions/: evaluate it first" in capsys.readouterr().err
     parse(config_file, "--mode=train", f"--workdir={tmp_path}/run", f"--compare_to={tmp_path}/other")
     assert main_lib.main(["main"]) == 1 and "needs --mode=eval" in capsys.readouterr().err
 

@@ -78,10 +78,12 @@ def test_standard_error():
     values = np.random.default_rng(0).normal(size=60)
     assert statistics.standard_error(values) == pytest.approx(stats.sem(values))
     alone = statistics.standard_error(values, clusters=range(60))
-    assert alone == pytest.approx(stats.sem(values), rel=0.02)  # n for n - 1
+    assert alone == pytest.approx(stats.sem(values))
+    assert np.isnan(statistics.standard_error([1.0])) and np.isnan(statistics.standard_error([1.0], clusters=[0]))
+    assert statistics.standard_error([0, 1, 1, 0, 1], clusters=[0, 0, 1, 1, 2]) == pytest.approx((0.06 + 2 * (-0.24 - 0.24) / 25) ** 0.5)
     fivefold = np.repeat(values, 5)
     assert statistics.standard_error(fivefold) < 0.5 * statistics.standard_error(fivefold, clusters=np.repeat(np.arange(60), 5))
-    assert statistics.standard_error(fivefold, clusters=np.repeat(np.arange(60), 5)) == pytest.approx(alone)
+    assert statistics.standard_error(fivefold, clusters=np.repeat(np.arange(60), 5)) == pytest.approx(alone, rel=0.02)
 
 
 def test_mcnemar():

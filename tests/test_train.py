@@ -138,7 +138,7 @@ def test_run_directory_is_complete(small, tmp_path, quick):
     run = tmp_path / "run"
     returned = go(small.lock(), run)
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "curves.png", "samples.md", "predictions", "tokenizer", "checkpoints",
-                                               "confusion-labels.png", "tensorboard"}
+                                               "confusion-labels.png", "reliability-labels.png", "tensorboard"}
     assert json.loads((run / "config.json").read_text()) == json.loads(json.dumps(small.to_dict()))
     assert (run / "curves.png").read_bytes().startswith(PNG) and (run / "confusion-labels.png").read_bytes().startswith(PNG)
     assert tokenizers.load(run / "tokenizer").fingerprint == "bytes-1"

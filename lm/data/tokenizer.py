@@ -48,7 +48,8 @@ class ByteTokenizer:
             (directory / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def _for_transformers(self) -> dict[str, dict]:
-        """With these files transformers gives the same ids: byte-level BPE without merges, each byte spelt as GPT-2 does."""
+        """With these files transformers gives the same ids, but for <s> and </s> that are spelt out in a text: byte-level BPE without merges, each
+        byte spelt as GPT-2 does."""
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in plain]
         spelling = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -62,6 +62,8 @@ class Evaluator:
         self._predict_fns, self._name, self._aggregate, self._length_norm = predict_fns, name, aggregate, length_norm
         self._labels = [label for label, _ in verbalizer]
         self._words = compile_verbalizer(verbalizer, encoder.tokenizer, {d.label for d in self._documents})
+        if length_norm in ("char", "byte") and (blank := [word for _, word, _ in self._words if not word.strip()]):
+            raise ValueError(f"config.evals.{name}.length_norm = {length_norm!r}: the words {blank} have no characters but white space")
         room = predict_fns.length - max(len(ids) for _, _, ids in self._words) + 1
         if room <= (question := len(encoder.tokenizer.encode(encoder.label_prompt))):
             raise ValueError(f"config.data.length = {predict_fns.length} is too short for the eval {name!r}: the question has {question} tokens, the "

@@ -46,7 +46,7 @@ class PredictFns:
                  check_stop: Callable[[], None], make_generator: Callable | None = None):
         whole = sharding.replicated(mesh)
         self.length, self.batch_size, self.make_generator = length, batch_size, make_generator
-        self._mesh, self._check_stop = mesh, check_stop
+        self._mesh, self.check_stop = mesh, check_stop
         self._token_logprobs = jax.jit(token_logprobs, out_shardings=whole)
         self._tree_logprobs = jax.jit(tree_logprobs, out_shardings=whole)
         self._make_generate, self._generate = make_generate, {}
@@ -57,7 +57,7 @@ class PredictFns:
     def token_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
         out = []
         for batch in self._batches(rows):
-            self._check_stop()
+            self.check_stop()
             out.append(self._token_logprobs(params, batch))
         return _fetch(out)[:len(rows)] if out else np.zeros((0, self.length), np.float32)
 
@@ -68,19 +68,26 @@ class PredictFns:
         groups = collections.defaultdict(list)
         for row in joined:
             groups[_bucket(len(row.tree.tokens))].append(row)
-        parts, found = sharding.batch_parts(self._mesh), [None] * len(trees)
+        parts, out, found = sharding.batch_parts(self._mesh), [], [None] * len(trees)
+
+        def take(part, answers):
+            logprobs, best = jax.device_get(answers)
+            for number, row in enumerate(part):
+                for member, queries in row.members:
+                    found[member] = logprobs[number, queries], best[number, queries]
         for length, rows in sorted(groups.items(), reverse=True):  # what needs most memory comes first
             batches = -(-len(rows) // max(self.batch_size * self.length // length, 1))
             size = -(-math.ceil(len(rows) / batches) // parts) * parts  # batches as equal as can be
-            places, queries = (_bucket(max(len(count(row.tree)) for row in rows), 1) for count in (lambda t: np.unique(t.at), lambda t: t.at))
+            num_places, num_queries = (_bucket(max(len(count(row.tree)) for row in rows), 1) for count in (lambda t: np.unique(t.at), lambda t: t.at))
             for start in range(0, len(rows), size):
-                self._check_stop()
+                self.check_stop()
                 part = rows[start:start + size]
-                packed = _pack([row.tree for row in part], size, length, places, queries)
-                logprobs, best = jax.device_get(self._tree_logprobs(params, *jax.tree.map(self._rows, packed)))
-                for number, row in enumerate(part):
-                    for member, taken in row.members:
-                        found[member] = logprobs[number, taken], best[number, taken]
+                packed = _pack([row.tree for row in part], size, length, num_places, num_queries)
+                out.append((part, self._tree_logprobs(params, *jax.tree.map(self._rows, packed))))
+                if len(out) > 1:  # the device works on the next one meanwhile
+                    take(*out.pop(0))
+        for rest in out:
+            take(*rest)
         return found
 
     def _rows(self, x: np.ndarray) -> jax.Array:
@@ -99,7 +106,7 @@ class PredictFns:
 
     def generate(self, params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> list[list[int]]:
         """Continuations in one batch, up to EOS."""
-        self._check_stop()
+        self.check_stop()
         room = self.check_prompts(prompts, max_new_tokens)
         options = (max_new_tokens, temperature, top_k)
         if options not in self._generate:

@@ -2,7 +2,7 @@
 
     lm_eval.simple_evaluate(model=harness.Model(predict_fns, params, tokenizer), tasks=[...])
 
-and, as an entry of config.evals, `Evaluator`. With several processes all of them make the same calls.
+and, as an entry of config.evals, `Evaluator`. With several processes all of them make the same calls; tasks that generate text need a single one.
 """
 
 import collections
@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lm import decode
@@ -47,7 +48,9 @@ class Model(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self._tokenizer.bos_id
+        """BOS; EOS where the tokenizer's own files name none, whatever config.json does."""
+        without = "tokenizer_config.json" in self._tokenizer.files and "bos_token" not in chat.special_tokens(self._tokenizer)
+        return self._tokenizer.eos_id if without else self._tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -55,9 +58,9 @@ class Model(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         plain = self._tokenizer.encode(string)
-        if add_special_tokens is False or not string or plain[:1] == [self.prefix_token_id]:  # BOS is spelt out, or there is nothing before which to put it
+        if add_special_tokens is False or plain[:1] == [self._tokenizer.bos_id]:  # BOS is spelt out
             return plain
-        return self._tokenizer.prompt(string)
+        return self._tokenizer.prompt(string) if string or self._tokenizer.prompt("a") != self._tokenizer.encode("a") else []
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not (template := chat.template(self._tokenizer)):
@@ -75,6 +78,8 @@ class Model(TemplateLM):
                 raise ValueError(f"the continuation of {texts} has {len(continuation)} tokens; wanted 1 to {self.max_length}, the longest text that the model "
                                  f"is given (none at all: the tokenizer merges it with the context, which lm_eval cuts off)")
             kept = (list(context) + list(continuation))[-(self.max_length + 1):-len(continuation)]
+            if not kept:
+                raise ValueError(f"the context of {texts} has no tokens, and the tokenizer adds no BOS: there is nothing to score the continuation after")
             groups[tuple(kept)].append((number, list(continuation)))
         trees = [grow(context, [ids for _, ids in members]) for context, members in groups.items()]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -98,6 +103,8 @@ class Model(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first stop string, EOS, or the number of tokens asked for."""
+        if jax.process_count() > 1:
+            raise ValueError("lm_eval's tasks that generate text need a single process: leave them out of config.evals on several hosts")
         groups = collections.defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append((number, request.args[0]))
@@ -127,6 +134,7 @@ class Model(TemplateLM):
             ids: list[list[int]] = [[] for _ in part]
             going = set(range(len(part)))
             for tokens in generator.stream([prompt for _, prompt in rows], new, seeds=[number for number, _ in rows]):
+                self._predict_fns.check_stop()
                 for row in sorted(going):
                     if tokens[row] >= 0 and tokens[row] not in self._tokenizer.stop_ids:
                         ids[row].append(int(tokens[row]))

@@ -53,13 +53,16 @@ def bootstrap_interval(score: Callable[[np.ndarray], float], n: int, *, count: i
 
 
 def standard_error(values: np.ndarray, clusters: Sequence | None = None) -> float:
-    """Of a mean: sd / sqrt(n). With `clusters`, of examples that come in groups (questions about one passage; Miller 2024, arXiv 2411.00640,
-    eq. 4)."""
+    """Of a mean: sd / sqrt(n). With `clusters`, of examples that come in groups (questions about one passage), the covariances within
+    them added (Miller 2024, arXiv 2411.00640, section 2.2). nan for a single example."""
     values = np.asarray(values, np.float64)
-    if clusters is None:
-        return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-    _, group = np.unique(np.asarray(clusters), return_inverse=True)
-    return float(np.sqrt(np.sum(np.bincount(group, values - values.mean()) ** 2)) / len(values))
+    if (n := len(values)) < 2:
+        return float("nan")
+    variance, off = values.var(ddof=1) / n, values - values.mean()
+    if clusters is not None:
+        _, group = np.unique(np.asarray(clusters), return_inverse=True)
+        variance += (np.sum(np.bincount(group, off) ** 2) - np.sum(off**2)) / n**2
+    return float(np.sqrt(variance))
 
 
 class McNemar(NamedTuple):

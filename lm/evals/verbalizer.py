@@ -60,11 +60,11 @@ def audit(labels: Sequence[str], words: Sequence[tuple[int, str, list[int]]]) ->
     for i, label in enumerate(labels):
         if not any(k == i for k, _, _ in words):
             raise ValueError(f"the verbalizer has no word for the label {label!r}")
-    for i, word, ids in words:
+    for number, (i, word, ids) in enumerate(words):
         if not ids:
             raise ValueError(f"the verbalizer's word {word!r} of {labels[i]!r} has no tokens")
-        for k, other, longer in words:
-            if (k, other) != (i, word) and longer[:len(ids)] == ids:
+        for other_number, (k, other, longer) in enumerate(words):
+            if other_number != number and longer[:len(ids)] == ids:
                 how = "are the same tokens" if ids == longer else "begin with the same tokens"
                 raise ValueError(f"the verbalizer's words {word!r} of {labels[i]!r} and {other!r} of {labels[k]!r} {how} ({ids} and {longer}): "
                                  f"the model can't tell them apart. Change a word, or take a tokenizer that splits them otherwise.")
@@ -126,5 +126,5 @@ def label_scores(words: np.ndarray, label: np.ndarray, aggregate: str = "sum", w
 
 def label_mass(logprobs: WordLogprobs) -> np.ndarray:
     """[n], the probability of all words together: how much of the model's belief the verbalizer sees. A low one says that the words or the boundary
-    are wrong. Above 1 where words of one label begin with others."""
+    are wrong."""
     return np.exp(logsumexp(word_scores(logprobs), axis=1))

@@ -122,9 +122,9 @@ class Source:
             devices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
             parts = {str(index): index for index in devices.values()}  # devices with the same part share one buffer
             buffers = {key: _aligned(_part_shape(leaf.shape, index), leaf.dtype) for key, index in parts.items()}
+            within = {key: [range(size)[part] for size, part in zip(leaf.shape, index)] for key, index in parts.items()}
             for row, at, name in by_path[path]:
                 shape = leaf.shape[len(at):]
-                within = {key: [range(size)[part] for size, part in zip(leaf.shape, index)] for key, index in parts.items()}
                 having = [key for key in parts if all(i in taken for i, taken in zip(at, within[key]))]
                 array = to_ours(row, self.entries[name].read(), shape, heads) if having else None
                 for key in having:

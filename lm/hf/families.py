@@ -278,6 +278,8 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         else:
             value = key.default(fields) if callable(key.default) else key.default
         fields[key.ours] = value
+        if key.ours == "num_experts" and value < 1:
+            raise _unsupported(family, key.theirs, value, "1 and more")
     if fields.get("table_dim") == fields["embed_dim"]:
         fields["table_dim"] = 0
     biases = [*family.bias]
@@ -336,6 +338,8 @@ def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the family has no such model.
     """
+    if not fields["num_experts"] and any(key.ours == "num_experts" for key in family.keys):
+        raise ValueError(f"no {family.name} has num_experts = 0")
     config: dict[str, Any] = {"model_type": family.name, "architectures": [family.architecture]}
     for key in family.keys:
         value = fields[key.ours]

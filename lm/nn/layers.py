@@ -44,7 +44,8 @@ def _dense(spec, logical_axes, dtype, x, weight):
 
 
 def _matmul(spec, a, b, dtype):
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
+    # f32 means f32: accelerators would round its operands to bf16 or TF32.
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision="highest" if a.dtype == jnp.float32 else None).astype(dtype)
 
 
 def _dense_forward(spec, logical_axes, dtype, x, weight):
