@@ -180,7 +180,7 @@ def test_best_is_known_though_the_eval_after_it_was_stopped(config, tmp_path, mo
     losses, run = iter([1.0, 2.0, 3.0]), tmp_path / "run"
 
     def measure(self, params):
-        self._predict_fns._check_stop()
+        self._predict_fns.check_stop()
         yield "loss", next(losses, 9.0)
     monkeypatch.setattr(perplexity.Evaluator, "run", measure)
     for evaluator in stops:

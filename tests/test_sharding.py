@@ -113,7 +113,7 @@ ALONE = []  # parameters, gradient and losses on one device
 
 @pytest.mark.parametrize("sizes, fsdp", [
     (dict(expert=4), "by_hand"), (dict(expert=2, fsdp=2, data=2), "partitioner"), (dict(expert=2, fsdp=2, fsdp2=2), "by_hand"),
-    (dict(expert=2, tensor=2, fsdp=2), "partitioner"), (dict(expert=2, sequence=2, fsdp=2), "partitioner"), (dict(expert=2, sequence=2, fsdp=2), "by_hand"),
+    (dict(expert=2, tensor=2, fsdp=2), "partitioner"), (dict(expert=2, sequence=2, fsdp=2), "by_hand"),
     (dict(fsdp=4, tensor=2), "partitioner")], ids=str)
 def test_experts_are_the_same_on_every_mesh(tiny, sizes, fsdp):
     """Gradient, losses and the routers' imbalance, whose means span devices."""
