@@ -72,7 +72,8 @@ class Model(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """(log-probability, whether it is the greedy one) of each (texts, context ids, continuation ids)."""
-        groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = collections.defaultdict(list)
+        groups: dict[tuple[tuple[int, ...], int], list[tuple[int, list[int]]]] = collections.defaultdict(list)
+        lengths: collections.Counter[tuple[int, ...]] = collections.Counter()
         for number, (texts, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise ValueError(f"the continuation of {texts} has {len(continuation)} tokens; wanted 1 to {self.max_length}, the longest text that the model "
@@ -80,8 +81,9 @@ class Model(TemplateLM):
             kept = (list(context) + list(continuation))[-(self.max_length + 1):-len(continuation)]
             if not kept:
                 raise ValueError(f"the context of {texts} has no tokens, and the tokenizer adds no BOS: there is nothing to score the continuation after")
-            groups[tuple(kept)].append((number, list(continuation)))
-        trees = [grow(context, [ids for _, ids in members]) for context, members in groups.items()]
+            lengths[tuple(kept)] += len(continuation)  # thousands may follow the same context, such as none
+            groups[tuple(kept), lengths[tuple(kept)] // self.max_length].append((number, list(continuation)))
+        trees = [grow(context, [ids for _, ids in members]) for (context, _), members in groups.items()]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for members, tree, (logprobs, best) in zip(groups.values(), trees, self._predict_fns.tree_logprobs(self._params, trees)):
             for (number, _), path in zip(members, tree.paths):

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm import build, decode, step, train
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
-from lm.evals import harness
+from lm.evals import common, harness
 from lm.evals.common import PredictFns
 from lm.hf import checkpoint as hf
 from lm.objectives import causal
@@ -152,6 +152,19 @@ def test_as_an_entry_of_the_configuration(checkpoint, tiny, tmp_path):
         config.evals.local.tasks = ("local_choice", "nothing")
     with pytest.raises(ValueError, match=r"lm_eval has no tasks \['nothing'\] in .*: there are \["):
         train.evaluate(config, epath.Path(tmp_path / "other"), jax.devices()[:1])
+
+
+def test_many_continuations_of_one_context(checkpoint, monkeypatch):
+    """BLiMP's thousands all follow nothing: they don't become one row."""
+    model, mesh = ours(checkpoint, 4, dict(fsdp=1))
+    rows, real = [], common.join
+    monkeypatch.setattr(common, "join", lambda trees, most: rows.extend(real(trees, most)) or rows)
+    ids = [np.random.default_rng(i).integers(0, 50, 5).tolist() for i in range(100)]
+    with jax.set_mesh(mesh):
+        together = model._loglikelihood_tokens([(("", ""), [1], one) for one in ids])
+        assert len(rows) > 4 and max(len(row.tree.tokens) for row in rows) <= 2 * LENGTH
+        rows.clear()
+        assert together[7] == pytest.approx(model._loglikelihood_tokens([(("", ""), [1], ids[7])])[0], abs=1e-4)
 
 
 def test_longer_than_the_model_takes(checkpoint):
