@@ -49,11 +49,12 @@ def main(argv: list[str]) -> int:
         profile_steps = steps_of(_PROFILE.value)
         if _COMPARE.value and _MODE.value != "eval":
             raise ValueError(f"--compare_to={_COMPARE.value} needs --mode=eval")
-        if _COMPARE.value and not comparison.newest_predictions(epath.Path(os.path.expanduser(_COMPARE.value))):
+        other = epath.Path(os.path.expanduser(_COMPARE.value))
+        if _COMPARE.value and not comparison.newest_predictions(other):
             raise ValueError(f"--compare_to={_COMPARE.value} has no predictions/: evaluate it first, with the same config.evals")
         devices = startup.start(config.platform, (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value) if _COORDINATOR.value else None)
         values = train.train(config, workdir, devices, profile_steps) if _MODE.value == "train" else train.evaluate(config, workdir, devices)
-        compared = comparison.compare_runs(workdir, epath.Path(os.path.expanduser(_COMPARE.value))) if _COMPARE.value and jax.process_index() == 0 else {}
+        compared = comparison.compare_runs(workdir, other) if _COMPARE.value and jax.process_index() == 0 else {}
     except train.Stopped as stopped:
         logging.warning("%s", stopped)
         return 0

@@ -35,8 +35,8 @@ def model_flops_per_token(config, length: int, *, causal: bool = True) -> float:
 
     6 per weight of a matmul that the token meets (of the experts, those of one token; 2 forward, 4 backward; Kaplan et al. 2020,
     arXiv 2001.08361, section 2.1; the head is one, the embedding look-up is none), and 12 N H per layer for each key that a query
-    sees (scores and values; Chowdhery et al. 2022, arXiv 2204.02311, appendix B): `length` keys, or half with
-    `causal`, since the masked half need not be computed.
+    sees (scores and values; Chowdhery et al. 2022, arXiv 2204.02311, appendix B): `length` keys, or half with `causal`, since the masked
+    half need not be computed.
 
     Args:
       config: of lm.models.transformer.
@@ -44,7 +44,8 @@ def model_flops_per_token(config, length: int, *, causal: bool = True) -> float:
     """
     c = config
     attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    mlp = c.embed_dim * (c.mlp_dim * max(c.num_experts and c.experts_per_token, 1) + c.shared_mlp_dim) * (3 if c.gated_mlp else 2)
+    experts = c.experts_per_token if c.num_experts else 1
+    mlp = c.embed_dim * (experts * c.mlp_dim + c.shared_mlp_dim) * (3 if c.gated_mlp else 2)
     router = c.embed_dim * (c.num_experts + (1 if c.shared_mlp_dim else 0))
     table_dim = c.table_dim or c.embed_dim
     projections = 2 * table_dim * c.embed_dim if table_dim != c.embed_dim else 0

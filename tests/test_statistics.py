@@ -28,13 +28,13 @@ def test_intervals_narrow():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_label_scores(seed):
+def test_prediction_scores(seed):
     rng = np.random.default_rng(seed)
     k = 3 + seed
     y, predicted = rng.integers(0, k, 40), rng.integers(0, k - seed % 2, 40)  # in odd cases one label is never predicted
     matrix = statistics.confusion(predicted, y, k)
     np.testing.assert_array_equal(matrix, metrics.confusion_matrix(y, predicted, labels=range(k)))
-    found = statistics.label_scores(matrix)
+    found = statistics.prediction_scores(matrix)
     for name, average in (("macro_f1", "macro"), ("micro_f1", "micro"), ("weighted_f1", "weighted")):
         assert found[name] == pytest.approx(metrics.f1_score(y, predicted, labels=range(k), average=average, zero_division=0))
     assert found["micro_f1"] == pytest.approx(np.mean(y == predicted))
@@ -45,20 +45,20 @@ def test_label_scores(seed):
     assert found["kappa"] == pytest.approx(metrics.cohen_kappa_score(y, predicted))
     # Another order of the labels is the same, but for nothing.
     order = rng.permutation(k)
-    assert statistics.label_scores(statistics.confusion(order[predicted], order[y], k)) == pytest.approx(found)
+    assert statistics.prediction_scores(statistics.confusion(order[predicted], order[y], k)) == pytest.approx(found)
 
 
 def test_labels_that_do_not_occur():
     y = predicted = np.array([0, 0, 1])
-    assert statistics.label_scores(statistics.confusion(predicted, y, 2))["macro_f1"] == 1.0
-    assert statistics.label_scores(statistics.confusion(predicted, y, 4))["macro_f1"] == 0.5
+    assert statistics.prediction_scores(statistics.confusion(predicted, y, 2))["macro_f1"] == 1.0
+    assert statistics.prediction_scores(statistics.confusion(predicted, y, 4))["macro_f1"] == 0.5
 
 
 def test_one_label_only():
     """Defined, and without a warning: all right, all wrong, half."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        right, wrong, half = (statistics.label_scores(statistics.confusion(np.array(p), np.zeros(4, int), 2)) for p in ([0] * 4, [1] * 4, [0, 0, 1, 1]))
+        right, wrong, half = (statistics.prediction_scores(statistics.confusion(np.array(p), np.zeros(4, int), 2)) for p in ([0] * 4, [1] * 4, [0, 0, 1, 1]))
     assert (right["balanced_accuracy"], right["mcc"], right["kappa"], right["macro_f1"]) == (1, 0, 1, 0.5)
     assert (wrong["balanced_accuracy"], wrong["mcc"], wrong["kappa"], wrong["macro_f1"]) == (0, 0, 0, 0)
     assert half["balanced_accuracy"] == 0.5 and half["kappa"] == 0

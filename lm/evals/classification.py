@@ -36,7 +36,7 @@ CONTENT_FREE = ("", "N/A", "[MASK]")
 
 class Evaluator:
     """Yields of the label distributions, the softmax of the label scores: accuracy with its Wilson 95% interval; the scores of
-    `statistics.label_scores`; nll, brier, ece (and with bins of equal mass, and classwise), auroc, confidence_auroc, selective_accuracy (its mean over
+    `statistics.prediction_scores`; nll, brier, ece (and with bins of equal mass, and classwise), auroc, confidence_auroc, selective_accuracy (its mean over
     all coverages); label_mass (see `verbalizer.label_mass`, the mean). Accuracy, nll and ece again, corrected by the distribution after
     documents that say nothing (_content_free), and by the mean distribution (_batch: it looks at all test inputs). To compare with:
     majority_accuracy, and content_free_accuracy, that of the label that is likeliest after nothing. As files: each example's label distribution and
@@ -94,7 +94,7 @@ class Evaluator:
         yield "accuracy", right / n
         yield from zip(("accuracy_low", "accuracy_high"), statistics.proportion_interval(right, n))
         yield "majority_accuracy", int(np.bincount(gold).max()) / n
-        yield from statistics.label_scores(matrix).items()
+        yield from statistics.prediction_scores(matrix).items()
         yield "nll", calibration.nll(P, gold)
         yield "brier", calibration.brier(P, gold)
         yield "ece", calibration.ece(P, gold)

@@ -70,7 +70,7 @@ class PredictFns:
             groups[_bucket(len(row.tree.tokens))].append(row)
         parts, out, found = sharding.batch_parts(self._mesh), [], [None] * len(trees)
 
-        def take(part, answers):
+        def collect(part, answers):
             logprobs, best = jax.device_get(answers)
             for number, row in enumerate(part):
                 for member, queries in row.members:
@@ -85,9 +85,9 @@ class PredictFns:
                 packed = _pack([row.tree for row in part], size, length, num_places, num_queries)
                 out.append((part, self._tree_logprobs(params, *jax.tree.map(self._rows, packed))))
                 if len(out) > 1:  # the device works on the next one meanwhile
-                    take(*out.pop(0))
+                    collect(*out.pop(0))
         for rest in out:
-            take(*rest)
+            collect(*rest)
         return found
 
     def _rows(self, x: np.ndarray) -> jax.Array:
@@ -149,16 +149,6 @@ def take(documents: Documents, max_documents: int) -> Iterator[Document]:
     """All documents, or `max_documents` of them, evenly out of the split; 0: all."""
     count = min(len(documents), max_documents or len(documents))
     return (documents[i * len(documents) // count] for i in range(count))
-
-
-def row(window: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """One window in a row of its own."""
-    out = pack.empty_row(length)
-    size = len(window["tokens"])
-    for name in ("tokens", "targets", "weights"):
-        out[name][:size] = window[name]
-    out["positions"][:size], out["segments"][:size] = np.arange(size), 1
-    return out
 
 
 def png(figure) -> bytes:

@@ -45,7 +45,7 @@ def compare(first: list[dict], second: list[dict], what: str = "the eval") -> di
         found["smallest_difference"] = statistics.smallest_difference(error)
     scores = {
         "accuracy": [lambda i, r=r: float(r[i].mean()) for r in right],
-        "macro_f1": [lambda i, p=p: statistics.label_scores(statistics.confusion(p[i], y[i], len(labels)))["macro_f1"] for p in predicted],
+        "macro_f1": [lambda i, p=p: statistics.prediction_scores(statistics.confusion(p[i], y[i], len(labels)))["macro_f1"] for p in predicted],
         "nll": [lambda i, q=q: calibration.nll(q[i], y[i]) for q in P],
     }
     for name, (one, other) in scores.items():

@@ -60,7 +60,8 @@ class Model(TemplateLM):
         plain = self._tokenizer.encode(string)
         if add_special_tokens is False or plain[:1] == [self._tokenizer.bos_id]:  # BOS is spelt out
             return plain
-        return self._tokenizer.prompt(string) if string or self._tokenizer.prompt("a") != self._tokenizer.encode("a") else []
+        adds_bos = self._tokenizer.prompt("a") != self._tokenizer.encode("a")
+        return self._tokenizer.prompt(string) if string or adds_bos else []  # prompt("") is never empty, hf's may be
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not (template := chat.template(self._tokenizer)):
@@ -140,7 +141,7 @@ class Model(TemplateLM):
                 for row in sorted(going):
                     if tokens[row] >= 0 and tokens[row] not in self._tokenizer.stop_ids:
                         ids[row].append(int(tokens[row]))
-                        texts[row] = self._tokenizer.decode(ids[row])
+                        texts[row] = self._tokenizer.decode(ids[row])  # without the context, as hf's: lm.generate.Text decodes with it
                     if tokens[row] < 0 or tokens[row] in self._tokenizer.stop_ids or any(s and s in texts[row] for s in stop):
                         going.discard(row)
                 if not going:

@@ -20,7 +20,7 @@ def confusion(predicted: np.ndarray, y: np.ndarray, num_labels: int) -> np.ndarr
     return matrix
 
 
-def label_scores(matrix: np.ndarray) -> dict[str, float]:
+def prediction_scores(matrix: np.ndarray) -> dict[str, float]:
     """Scores over the whole label space, from a confusion matrix: cheap enough to be resampled, and without scikit-learn's warnings.
 
     macro_f1 (a label that neither occurs nor is predicted counts as 0), micro_f1 (the accuracy, there being one label each), weighted_f1 (by how

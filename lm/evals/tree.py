@@ -7,6 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two sequences have in common at their beginning."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
 class Tree(NamedTuple):
     """Each token sees those above it in the tree: the prompt, and the continuation that it is in so far. What comes last in all continuations that
     have it needn't be read, only be predicted."""
@@ -34,7 +39,7 @@ def grow(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
         del stem[depth:]
     for number in sorted(range(len(continuations)), key=lambda i: tuple(continuations[i])):  # depth first, a beginning before what it begins
         ids = continuations[number]
-        close(sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1][0], zip(ids, stem))))
+        close(common_length(ids, [token for token, _, _ in stem]))
         for depth in range(len(stem), len(ids)):
             above = len(prompt) - 1
             if depth:
@@ -77,7 +82,7 @@ def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
             found.append(_joined(trees, row, shared))
             row.clear()
     for number in sorted(range(len(trees)), key=prompts.__getitem__):
-        common = _common(prompts[row[0]][:shared], prompts[number]) if row else 0
+        common = common_length(prompts[row[0]][:shared], prompts[number]) if row else 0
         longer = common + sum(len(trees[n].tokens) - common for n in (*row, number))
         if not row or common < least or any(2 * common < len(prompts[n]) for n in (*row, number)) or longer > most:
             finish()
@@ -86,10 +91,6 @@ def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
         shared = common
     finish()
     return found
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
 
 
 def _joined(trees: Sequence[Tree], row: Sequence[int], shared: int) -> Joined:

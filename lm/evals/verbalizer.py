@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp
 
+from lm.evals.tree import common_length
+
 BOUNDARIES = ("strict", "common_prefix", "lm_eval")
 NORMS = ("none", "token", "char", "byte")
 AGGREGATES = ("sum", "mean", "max", "logmeanexp")
@@ -40,7 +42,7 @@ def split(encode: Callable[[str], list[int]], prompt: str, words: Sequence[str],
                 raise ValueError(f"{word!r} after {prompt[-20:]!r} is not tokenized as the prompt and something more ({whole[max(length - 3, 0):]}, the prompt "
                                  f"ends {ids[-3:]}): begin the word, or end the prompt, elsewhere, or take boundary = 'common_prefix'")
     if boundary == "common_prefix":
-        length = min(next((i for i, (a, b) in enumerate(zip(ids, whole)) if a != b), min(length, len(whole))) for whole in joined)
+        length = min(common_length(ids, whole) for whole in joined)
     for word, whole in zip(words, joined):
         if len(whole) <= length:
             raise ValueError(f"{word!r} after {prompt[-20:]!r} has no tokens of its own: the tokenizer merges it with the prompt"
@@ -52,8 +54,8 @@ def audit(labels: Sequence[str], words: Sequence[tuple[int, str, list[int]]]) ->
     """Checks words, each (its label's index, the word, its token ids), against each other.
 
     Raises:
-      ValueError: a label twice, or without words; a word without tokens; words of two labels with the same tokens, or one that another begins
-        with: the shorter could never score below the longer. A terminator behind the words tells such apart.
+      ValueError: a label twice, or without words; a word without tokens; two words with the same tokens, or one that another begins
+        with: the shorter could never score below the longer.
     """
     if len(labels) != len(set(labels)):
         raise ValueError(f"the verbalizer has a label twice: {list(labels)}")

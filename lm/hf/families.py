@@ -124,10 +124,6 @@ _LLAMA_TENSORS = (
         *_linear("mlp/gate", "mlp.gate_proj"), *_linear("mlp/up", "mlp.up_proj"), *_linear("mlp/down", "mlp.down_proj")))
 
 
-def _with_experts(*more: Key) -> tuple[Key, ...]:
-    return _renamed(_LLAMA_KEYS, *more)
-
-
 def _experts(block: str, up: str = "up_proj", gate: str = "gate_proj", down: str = "down_proj") -> tuple[Tensor, ...]:
     """Llama's tensors with a router and experts in the MLP's place."""
     names = dict(up=up, gate=gate, down=down)
@@ -209,14 +205,16 @@ FAMILIES = {family.name: family for family in (
     Family("llama", "LlamaForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, buffers=_FREQUENCIES,
            flags=(("attention_bias", False, ("qkv", "out")), ("mlp_bias", False, ("mlp",)))),
     Family("mistral", "MistralForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, window=4096, buffers=_FREQUENCIES),
-    Family("mixtral", "MixtralForCausalLM", _with_experts(
+    Family("mixtral", "MixtralForCausalLM", _renamed(
+               _LLAMA_KEYS,
                Key("num_experts", "num_local_experts", 8), Key("experts_per_token", "num_experts_per_tok", 2), Key("norm_eps", "rms_norm_eps", 1e-5)),
            _experts("block_sparse_moe", up="w3", gate="w1", down="w2"), _MOE | dict(normalize_router=True, shared_mlp_dim=0), rope=1.0, theta=1e6, window=0,
            only=dict(router_jitter_noise=(0.0,)), ignored=("router_aux_loss_coef",), buffers=_FREQUENCIES),
     Family("qwen2", "Qwen2ForCausalLM", _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA, rope=1.0, window=4096, switched=True, bias=("qkv",), buffers=_FREQUENCIES),
     Family("qwen3", "Qwen3ForCausalLM", _renamed(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)), _LLAMA_TENSORS, _LLAMA | dict(qk_norm=True),
            rope=1.0, window=4096, switched=True, flags=(("attention_bias", False, ("qkv", "out")),), buffers=_FREQUENCIES),
-    Family("qwen2_moe", "Qwen2MoeForCausalLM", _with_experts(
+    Family("qwen2_moe", "Qwen2MoeForCausalLM", _renamed(
+               _LLAMA_KEYS,
                Key("num_experts", "num_experts", 60), Key("experts_per_token", "num_experts_per_tok", 4), Key("normalize_router", "norm_topk_prob", False),
                Key("mlp_dim", "moe_intermediate_size", 1408), Key("shared_mlp_dim", "shared_expert_intermediate_size", 5632)),
            (*_experts("mlp"), *_in_layers("model.layers", *(row for ours in ("up", "gate", "down")
@@ -224,7 +222,8 @@ FAMILIES = {family.name: family for family in (
                                           ("mlp/shared_gate", "mlp.shared_expert_gate.weight", "linear"))),
            _MOE, rope=1.0, window=4096, switched=True, flags=(("qkv_bias", True, ("qkv",)),), only=_QWEN_ONLY,
            ignored=_QWEN_IGNORED, buffers=_FREQUENCIES),
-    Family("qwen3_moe", "Qwen3MoeForCausalLM", _with_experts(
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", _renamed(
+               _LLAMA_KEYS,
                Key("num_experts", "num_experts", 128), Key("experts_per_token", "num_experts_per_tok", 8), Key("normalize_router", "norm_topk_prob", False),
                Key("mlp_dim", "moe_intermediate_size", 768)),
            _experts("mlp"), _MOE | dict(qk_norm=True, shared_mlp_dim=0), rope=1.0, window=4096, switched=True,

@@ -44,7 +44,7 @@ def _dense(spec, logical_axes, dtype, x, weight):
 
 
 def _matmul(spec, a, b, dtype):
-    # f32 means f32: accelerators would round its operands to bf16 or TF32.
+    # Accelerators would round f32 operands to bf16 or TF32: a router's choice is meant to be f32's.
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision="highest" if a.dtype == jnp.float32 else None).astype(dtype)
 
 
