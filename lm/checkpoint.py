@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -81,11 +81,15 @@ def steps(directory: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.exists() else []
 
 
-def newest_whole(directory: epath.Path) -> tuple[int | None, dict[int, list[str]]]:
+def newest_whole(directory: epath.Path, among: Sequence[int] | None = None) -> tuple[int | None, dict[int, list[str]]]:
     """(step of the newest checkpoint that is whole, or None; {step: what is wrong} of those after it). The first process looks, which
-    means reading a whole checkpoint, and the others wait for its word."""
+    means reading a whole checkpoint, and the others wait for its word.
+
+    Args:
+      among: the steps to look at; None: all.
+    """
     damaged, whole = {}, -1
-    for step in reversed(steps(directory)) if jax.process_index() == 0 else ():
+    for step in reversed(steps(directory) if among is None else among) if jax.process_index() == 0 else ():
         damaged[step] = damage(directory / str(step))
         if not damaged[step]:
             whole = step
@@ -241,20 +245,23 @@ def _restore_arrays(manager: ocp.CheckpointManager, step: int, abstract, what: s
     return unflatten(restored, abstract)
 
 
-def restore_weights(workdir: epath.Path, wanted: Callable[[dict], Any], *, averaged: bool) -> tuple[Any, int]:
-    """(parameters, step) of the newest whole checkpoint of a run, which is left as it is.
+def restore_weights(workdir: epath.Path, wanted: Callable[[dict], Any], *, averaged: bool, step: int | None = None) -> tuple[Any, int]:
+    """(parameters, step) of the newest whole checkpoint of a run, or that of `step`. The run is left as it is.
 
     Args:
       wanted: called with the checkpoint's meta before anything else is read; gives the abstract parameters, or raises.
       averaged: take the moving average where the run kept one.
 
     Raises:
-      ValueError: there is none, its parameters don't fit, or a kill left a newer one set aside.
+      ValueError: there is none, or it is damaged, its parameters don't fit, or a kill left a newer one set aside.
     """
     directory = _absolute(workdir / "checkpoints")
-    whole, _ = newest_whole(directory)
+    whole, damaged = newest_whole(directory, None if step is None else [step] if step in steps(directory) else [])
+    if step is not None and whole is None:
+        why = "; ".join(damaged.get(step, []))[:200] or f"there are {steps(directory)}"
+        raise ValueError(f"{workdir} has no checkpoint of step {step} that can be read ({why})")
     aside = max((int(p.name.removeprefix("replaced-")) for p in directory.glob("replaced-*")), default=-1)
-    if aside > (-1 if whole is None else whole):
+    if step is None and aside > (-1 if whole is None else whole):
         raise ValueError(f"{workdir} is saving checkpoint {aside} again, or was when it was killed: wait, or start that run again, which puts it back")
     if whole is None:
         raise ValueError(f"{workdir} has no checkpoint that can be read; wanted a run directory with checkpoints/ in it")

@@ -4,6 +4,9 @@ The configuration is locked before it is used: a key that is not here is an erro
 config.json.
 """
 
+import pathlib
+import tomllib
+
 from ml_collections import ConfigDict
 
 # What a run may change when it goes on from its checkpoints. Everything else is the experiment: changing it is another run.
@@ -140,6 +143,73 @@ def sized(sizes: dict, size: str):
 def perplexity(*, every: int, split: str = "validation", batch_size: int = 16, max_documents: int = 0) -> ConfigDict:
     """config.evals entry: loss, perplexity and bits per byte of a split."""
     return ConfigDict(dict(type="lm.evals.perplexity.Evaluator", every=every, batch_size=batch_size, split=split, max_documents=max_documents))
+
+
+# What an eval of a TOML file may say, by its type. Files are read when a configuration is made: all of it stands in config.json, each key can be
+# overridden.
+_SOURCE = dict(
+    path="",  # a .jsonl, .json, .csv or .tsv file; "{split}" in it is replaced
+    lines={},  # column -> text file, line by line (parallel texts)
+    tfds="",  # TFDS's name, where there are neither; prepared in data_dir ("": TFDS's default)
+    data_dir="",
+    split="test",  # what is evaluated
+    shots_split="",  # where examples before the question come from: never what is evaluated
+    citation="")
+_PROMPT = dict(
+    shots=0,  # examples before the question
+    sampler="balanced",  # balanced (over the labels) | first_n | random
+    separator="\n\n")  # after each example
+TASKS = {
+    "lm.evals.classification.Task": dict(
+        source=_SOURCE, prompt=_PROMPT | dict(templates=(), seeds=(0,)), label="label",
+        # words: one or more tables label -> words, as ((label, (word, ...)), ...); weights: one for each word of aggregate="sum".
+        verbalizer=dict(words=(), terminator="", boundary="strict", aggregate="sum", length_norm="none", weights=()),
+        priors=("content_free", "domain", "pmi_dc", "batch"), ensemble="mean_prob", temperature_examples=0, max_documents=0),
+    "lm.evals.choice.Task": dict(
+        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0), choices=(), answer="label", answers=(), premise="", boundary="strict", max_documents=0),
+    "lm.evals.generation.Task": dict(
+        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0), target="", references="", extract="", scores=(), normalize="none", stop=("\n",),
+        max_new_tokens=64, max_documents=0),
+}
+
+
+def task(name: str, *, every: int = 0, batch_size: int = 16, **changes) -> ConfigDict:
+    """config.evals entry: an eval of lm/evals/tasks/ by its name, or of a TOML file of your own by its path.
+
+    Args:
+      changes: other values for its keys; dicts change what they name: task("sst2", prompt=dict(shots=4)).
+
+    Raises:
+      ValueError: no such task, no TOML, or a key that its type doesn't have.
+    """
+    folder = pathlib.Path(__file__).parent / "evals" / "tasks"
+    path = pathlib.Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not path.exists():
+        raise ValueError(f"no task {name!r}; there are {sorted(p.stem for p in folder.glob('*.toml'))}, and paths of .toml files")
+    try:
+        read = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    if read.get("type") not in TASKS:
+        raise ValueError(f"{path}: type = {read.get('type')!r}; valid: {list(TASKS)}")
+    kind = read.pop("type")
+    made = dict(type=kind, every=every, batch_size=batch_size) | _merged(_merged(TASKS[kind], read, str(path)), changes, f"task({name!r})")
+    return ConfigDict(made)
+
+
+def _merged(old: dict, new: dict, where: str) -> dict:
+    """`old` with the values of `new`, whose keys it has to have."""
+    if unknown := [key for key in new if key not in old]:
+        raise ValueError(f"{where} has no key {unknown[0]!r}; valid: {list(old)}")
+    merge = lambda key, a, b: dict(b) if key == "lines" else _merged(a, b, f"{where}: {key}") if isinstance(a, dict) else _tuples(b)
+    return old | {key: merge(key, old[key], value) for key, value in new.items()}
+
+
+def _tuples(value):
+    """TOML's arrays as tuples, its tables as pairs: names of labels may have dots in them, keys of a configuration may not."""
+    if isinstance(value, dict):
+        return tuple((key, _tuples(v)) for key, v in value.items())
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def classification(verbalizer: dict[str, tuple[str, ...]], *, every: int, split: str = "validation", batch_size: int = 16,

@@ -19,6 +19,7 @@ _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, w
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: the number of processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which of them this is, from 0.")
 _COMPARE = flags.DEFINE_string("compare_to", "", "With --mode=eval: another run directory, evaluated on the same examples, to be compared with.")
+_STEPS = flags.DEFINE_string("steps", "", "With --mode=eval: the checkpoints of these steps (with commas between them; all), not the newest.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the newest checkpoint (or config.init_from).")
 
 
@@ -47,13 +48,14 @@ def main(argv: list[str]) -> int:
     workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
     try:
         profile_steps = steps_of(_PROFILE.value)
-        if _COMPARE.value and _MODE.value != "eval":
-            raise ValueError(f"--compare_to={_COMPARE.value} needs --mode=eval")
+        for flag in (_COMPARE, _STEPS):
+            if flag.value and _MODE.value != "eval":
+                raise ValueError(f"--{flag.name}={flag.value} needs --mode=eval")
         other = epath.Path(os.path.expanduser(_COMPARE.value))
         if _COMPARE.value and not comparison.newest_predictions(other):
             raise ValueError(f"--compare_to={_COMPARE.value} has no predictions/: evaluate it first, with the same config.evals")
         devices = startup.start(config.platform, (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value) if _COORDINATOR.value else None)
-        values = train.train(config, workdir, devices, profile_steps) if _MODE.value == "train" else train.evaluate(config, workdir, devices)
+        values = train.train(config, workdir, devices, profile_steps) if _MODE.value == "train" else train.evaluate(config, workdir, devices, _STEPS.value)
         compared = comparison.compare_runs(workdir, other) if _COMPARE.value and jax.process_index() == 0 else {}
     except train.Stopped as stopped:
         logging.warning("%s", stopped)

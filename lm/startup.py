@@ -1,13 +1,18 @@
 """Start-up that every command shares: which devices, several processes or one, the compilation cache."""
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
+import platform as platform_module
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+
+import lm
 
 PLATFORMS = ("", "tpu", "gpu", "cpu")
 HEARTBEAT_SECONDS = 30  # how long a process may be silent before the others are stopped
@@ -30,6 +35,12 @@ COMPILER_OPTIONS = {
     "TPU v6 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM | _SPARSECORE,
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},  # gathers and scatters run beside the matmuls; NVIDIA sets it in its JAX images
 }
+
+
+def versions(devices: Sequence[jax.Device]) -> dict[str, str]:
+    """What a result was computed with."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {"lm": lm.__version__} | found | {"python": platform_module.python_version(), "devices": f"{len(devices)} x {devices[0].device_kind}"}
 
 
 def compiler_options(device: jax.Device) -> dict | None:

@@ -16,8 +16,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, metrics
+from lm import build, checkpoint, metrics, startup
 from lm import config as config_lib
+from lm.evals import report
 from lm.evals.common import Artifact
 from lm.hf import checkpoint as hf
 
@@ -88,8 +89,8 @@ def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path)
                          f"{ours.fingerprint} ({ours.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)")
 
 
-def load_weights(experiment: build.Experiment, source: epath.Path, *, averaged: bool):
-    """(parameters, step) of a run directory's newest checkpoint, or of a Hugging Face checkpoint.
+def load_weights(experiment: build.Experiment, source: epath.Path, *, averaged: bool, at: int | None = None):
+    """(parameters, step) of a run directory's newest checkpoint, or of that of step `at`, or of a Hugging Face checkpoint.
 
     Raises:
       ValueError: there is none, or it is another model's, or another tokenizer's.
@@ -100,7 +101,7 @@ def load_weights(experiment: build.Experiment, source: epath.Path, *, averaged: 
     def wanted(meta):
         check_tokenizer(experiment, meta, source)
         return experiment.abstract_state.params
-    return checkpoint.restore_weights(source, wanted, averaged=averaged)
+    return checkpoint.restore_weights(source, wanted, averaged=averaged, step=at)
 
 
 class Run:
@@ -425,16 +426,39 @@ class Profile:
             logging.info("trace written to %s/profile", self._workdir)
 
 
-def evaluate(config: ConfigDict, workdir: epath.Path, devices) -> dict[str, float]:
-    """Runs every evaluator on the newest checkpoint of the run (or on config.init_from), writes eval-STEP.json; trains nothing."""
+def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") -> dict[str, float]:
+    """Runs every evaluator on the newest checkpoint of the run (or on config.init_from), writes eval-STEP.json and eval-STEP.md; trains nothing.
+
+    Args:
+      steps: of which checkpoints instead, with commas between them; "all": of each that is there. Their curves go to eval-curves.png.
+
+    Returns:
+      The metrics of the last one.
+
+    Raises:
+      ValueError: what can't work; steps that aren't there.
+    """
     config = build.adopt(config)
     e = build.build(config, devices)
     source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
+    there = checkpoint.steps(source / "checkpoints")
+    if steps and not all(step.isdecimal() and int(step) in there for step in steps.split(",")) and (steps != "all" or not there):
+        raise ValueError(f"--steps={steps}: {source} has checkpoints of the steps {there}; wanted some of them, with commas, or all")
+    lines = []
     with jax.set_mesh(e.mesh):
-        params, step = load_weights(e, source, averaged=True)
-        values = {}
-        for name, evaluator in e.make_evaluators().items():
-            values |= run_evaluator(workdir, name, evaluator, params, step)
-    if jax.process_index() == 0:
-        metrics.write_whole(workdir / f"eval-{step}.json", json.dumps({"step": step, "from": str(source), "config": config.to_dict()} | values, indent=2))
+        evaluators = e.make_evaluators()
+        about = {name: getattr(evaluator, "about", {}) for name, evaluator in evaluators.items()}
+        for at in [None] if not steps else there if steps == "all" else sorted(map(int, steps.split(","))):
+            params, step = load_weights(e, source, averaged=True, at=at)
+            values = {}
+            for name, evaluator in evaluators.items():
+                values |= run_evaluator(workdir, name, evaluator, params, step)
+            lines.append({"step": step} | values)
+            if jax.process_index() == 0:
+                known = {"step": step, "from": str(source), "versions": startup.versions(devices), "tokenizer": e.tokenizer.fingerprint, "evals": about}
+                metrics.write_whole(workdir / f"eval-{step}.json", json.dumps(known | {"config": config.to_dict()} | values, indent=2) + "\n")
+                metrics.write_whole(workdir / f"eval-{step}.md", report.markdown(known, values))
+                logging.info("evaluated step %d: %s", step, ", ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items() if k.endswith(SHOWN)))
+    if len(lines) > 1 and jax.process_index() == 0:
+        metrics.write_whole(workdir / "eval-curves.png", metrics.plot_curves(lines))
     return values

@@ -68,6 +68,11 @@ def make(fns, verbalizer=None, documents=None, tokenizer=None, max_documents=0, 
                                     verbalizer=verbalizer, max_documents=max_documents, **options)
 
 
+def asked(evaluator):
+    """The log-probabilities of its only way of asking."""
+    return classification.ask(evaluator._predict_fns, None, evaluator.questions)[0].examples
+
+
 def run(*args, **kwargs):
     """(metrics, predictions, artifacts)"""
     values = dict(make(*args, **kwargs).run(None))
@@ -79,7 +84,7 @@ def run(*args, **kwargs):
 def test_word_logprobs_are_the_chain_rule():
     fns = Model(random_distribution)
     evaluator = make(fns)
-    found = word_scores(evaluator.logprobs(None)[0])
+    found = word_scores(asked(evaluator))
     for i, document in enumerate(make_documents()):
         for j, label in enumerate(LABELS):
             ids = [256, *(document.text + PROMPT).encode()]
@@ -95,10 +100,10 @@ def test_a_prompt_is_computed_once():
     """However many words there are; single tokens add nothing to it, and what words share is there once."""
     fns = Model(random_distribution)
     prompt = 1 + len("text 0" + PROMPT)
-    make(fns, tokenizer=WordTokenizer([" red", " green", " blue"])).logprobs(None)
+    asked(make(fns, tokenizer=WordTokenizer([" red", " green", " blue"])))
     assert len(fns.trees) == 9 + 3 and all(len(tree.tokens) == prompt and len(tree.at) == 3 for tree in fns.trees[:9])
     fns.trees.clear()
-    make(fns, [("red", (" abc",)), ("green", (" abd",)), ("blue", (" x",))]).logprobs(None)
+    asked(make(fns, [("red", (" abc",)), ("green", (" abd",)), ("blue", (" x",))]))
     assert all(len(tree.tokens) == prompt + len(" ab") and len(tree.at) == len(" abcdx") for tree in fns.trees[:9])
 
 
@@ -157,13 +162,13 @@ def test_metrics_are_those_of_the_predictions():
 def test_several_words_add_up():
     verbalizer = [("red", (" red", " crimson")), ("green", (" green",)), ("blue", (" blue", " navy", " azure"))]
     fns = Model(random_distribution)
-    scores = word_scores(make(fns, verbalizer).logprobs(None)[0])
+    scores = word_scores(asked(make(fns, verbalizer)))
     _, predictions, _ = run(fns, verbalizer)
     for row, p in zip(scores, predictions):
         mass = np.exp([np.logaddexp(row[0], row[1]), row[2], np.logaddexp(np.logaddexp(row[3], row[4]), row[5])])
         np.testing.assert_allclose([p["distribution"][label] for label in LABELS], mass / mass.sum(), rtol=1e-9)
         assert p["label_mass"] == pytest.approx(mass.sum(), rel=1e-9)
-        assert list(p["word_logprobs"].values()) == pytest.approx(row.tolist())
+        assert [sum(tokens) for words in p["word_logprobs"][0].values() for tokens in words.values()] == pytest.approx(row.tolist())
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WordTokenizer([" red", " green", " blue"])])
@@ -171,7 +176,7 @@ def test_long_documents_keep_their_end_and_the_question(tokenizer):
     documents = Documents([Document("x" * n + f"END{i % 10}", f"d{i}", LABELS[i % 3]) for i, n in enumerate(range(0, 60))], "")
     fns = Model(random_distribution, length=32)
     evaluator = make(fns, documents=documents, tokenizer=tokenizer)
-    found = word_scores(evaluator.logprobs(None)[0])
+    found = word_scores(asked(evaluator))
     longest = max(len(tokenizer.encode(f" {label}")) for label in LABELS)
     for i, document in enumerate(documents):
         # All words of an example follow the same prompt, the longest whose longest word still fits.
@@ -239,7 +244,9 @@ def test_artifacts():
     assert [line["name"] for line in lines] == [d.name for d in odd] and [line["label"] for line in lines] == list(LABELS)
     for line in lines:
         assert set(line["distribution"]) == set(LABELS) and sum(line["distribution"].values()) == pytest.approx(1, abs=1e-12)
-        assert set(line["word_logprobs"]) == {" red", " green", " blue"} and all(v < 0 for v in line["word_logprobs"].values())
+        said = line["word_logprobs"][0]
+        assert {label: set(words) for label, words in said.items()} == {label: {f" {label}"} for label in LABELS}
+        assert all(len(tokens) == len(word) and max(tokens) < 0 for words in said.values() for word, tokens in words.items())
     for picture in (confusion, artifacts["reliability"]):
         assert picture.path.endswith(".png") and picture.content.startswith(b"\x89PNG\r\n\x1a\n") and picture.content.rstrip().endswith(b"IEND\xaeB`\x82")
 

@@ -49,7 +49,7 @@ def test_runs(tmp_path):
     other = write(tmp_path / "other", {"x-y-100": lines(2, 0.5), "z-3": lines(5, 0.55)})
     found = comparison.compare_runs(one, other)
     assert list(found) == ["x-y", "z"] and found["x-y"]["accuracy"] == comparison.compare(lines(1, 0.8), lines(2, 0.5))["accuracy"]
-    assert [found[name]["mcnemar_p_holm"] for name in found] == statistics.holm([found[name]["mcnemar_p"] for name in found])
+    assert [found[name]["p_holm"] for name in found] == statistics.holm([found[name]["mcnemar_p"] for name in found])
     assert (found["x-y"]["step"], found["x-y"]["step_other"]) == (20, 100)
     assert "x-y, 200 examples, step 20 and step 100" in comparison.table(found) and "for 2 eval(s) (Holm)" in comparison.table(found)
     with pytest.raises(ValueError, match=r"no eval has predictions/ in both: .*one has \['only', 'x-y', 'z'\], .*nowhere \[\]. Evaluate both"):

@@ -151,7 +151,7 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
         start = startup.start
         patch.setattr(startup, "start", lambda platform, processes: start(platform)[:1])
         patch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=c))
-        for flag, value in dict(_WORKDIR=str(tmp_path / "run"), _MODE="train", _PROFILE="", _COORDINATOR="", _COMPARE="").items():
+        for flag, value in dict(_WORKDIR=str(tmp_path / "run"), _MODE="train", _PROFILE="", _COORDINATOR="", _COMPARE="", _STEPS="").items():
             patch.setattr(main, flag, types.SimpleNamespace(value=value))
         assert main.main(["lm.main"]) == 0
     for changes in (dict(name="muon"), dict(name="adafactor")):

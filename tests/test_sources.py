@@ -95,7 +95,7 @@ def test_jsonl_errors(tmp_path):
         read(b'{"text": "a"}\n\n{"body": "b"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:1 has no key 'kind'"):
         read(b'{"text": "a"}\n', label_key="kind")
-    with pytest.raises(ValueError, match=r"bad\.jsonl:1 has no key 'text'; it has list"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1 is a list; wanted an object"):
         read(b'["text"]\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl is not UTF-8: byte 0xff at offset 10"):
         read(b'{"text": "\xff"}\n')

@@ -8,9 +8,10 @@ import dataclasses
 import glob
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 
 
@@ -50,7 +51,7 @@ def _in_memory(documents: list[Document], what: str) -> Documents:
     return Documents(documents, fingerprint(documents))
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
     try:
         return epath.Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,7 +66,7 @@ def _is_text(value) -> bool:
         return False
 
 
-def _files(paths: str) -> list[str]:
+def files(paths: str) -> list[str]:
     """The files of a path or a glob pattern, sorted."""
     if not paths:
         raise ValueError("config.data.source_args: no path given; set it, for instance --config.data.source_args.path=FILE")
@@ -73,6 +74,20 @@ def _files(paths: str) -> list[str]:
     if not found:
         raise ValueError(f"no file at {paths}")
     return found
+
+
+def read_jsonl(file: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a JSONL file. Raises ValueError, naming file and line, for a line that is none."""
+    for number, line in enumerate(read_text(file).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number} is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{file}:{number} is a {type(record).__name__}; wanted an object with keys")
+        yield number, record
 
 
 def _held_out(items: list, split: str, held_out: float) -> list:
@@ -96,8 +111,8 @@ def text(split: str, *, path: str, held_out: float, separator: str = "", documen
     Raises:
       ValueError: no file, no text, text that is not UTF-8, or an unknown split.
     """
-    texts = [(f"{file}:{i}", part) for file in _files(path) for i, part in
-             enumerate(t for t in (_read_text(file).split(separator) if separator else [_read_text(file)]) if t)]
+    texts = [(f"{file}:{i}", part) for file in files(path) for i, part in
+             enumerate(t for t in (read_text(file).split(separator) if separator else [read_text(file)]) if t)]
     if len(texts) == 1:
         name, whole = texts[0]
         texts = [(name, "".join(_held_out(list(whole), split, held_out)))]
@@ -122,18 +137,11 @@ def jsonl(split: str, *, path: str, held_out: float, text_key: str = "text", lab
       ValueError: no file, a line that is not such an object (file and line are named), not UTF-8, or an unknown split.
     """
     documents = []
-    for file in _files(path.replace("{split}", split)):
-        for number, line in enumerate(_read_text(file).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number} is not JSON: {error}") from None
+    for file in files(path.replace("{split}", split)):
+        for number, record in read_jsonl(file):
             for key in filter(None, (text_key, label_key)):
-                if not isinstance(record, dict) or key not in record:
-                    found = sorted(record) if isinstance(record, dict) else type(record).__name__
-                    raise ValueError(f"{file}:{number} has no key {key!r}; it has {found}")
+                if key not in record:
+                    raise ValueError(f"{file}:{number} has no key {key!r}; it has {sorted(record)}")
             if not _is_text(record[text_key]):
                 raise ValueError(f"{file}:{number}: {text_key!r} is {record[text_key]!r:.60}; wanted a string that UTF-8 can hold")
             documents.append(Document(record[text_key], f"{file}:{number}", str(record[label_key]) if label_key else ""))
@@ -142,37 +150,41 @@ def jsonl(split: str, *, path: str, held_out: float, text_key: str = "text", lab
     return _in_memory(documents, f"split {split!r} of {path}")
 
 
-class _TfdsItems(Sequence):
-    """Documents out of a TFDS data source."""
+def plain(value):
+    """A TFDS feature's value as JSON has it: text for bytes, lists for arrays."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (np.ndarray, list, tuple)):
+        return [plain(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
 
-    def __init__(self, source, text_key, label_key, label_names, name):
-        self._source, self._text_key, self._label_key, self._label_names, self._name = source, text_key, label_key, label_names, name
+
+class TfdsRecords(Sequence):
+    """The records of a TFDS data source, class labels by name."""
+
+    def __init__(self, source, features):
+        self._source, self._names = source, {key: getattr(features[key], "names", None) for key in features}
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Document:
+    def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        record = self._source[index]
-        decode = lambda value: value.decode("utf-8") if isinstance(value, bytes) else str(value)
-        label = record[self._label_key] if self._label_key else b""
-        label = self._label_names[int(label)] if self._label_names else decode(label)
-        name = decode(record["name"]) if "name" in record else f"{self._name}[{index}]"
-        return Document(decode(record[self._text_key]), name, label)
+        record = {key: plain(value) for key, value in self._source[index].items()}
+        return {key: self._names[key][value] if self._names[key] and value >= 0 else value for key, value in record.items()}
 
 
-def tfds(split: str, *, name: str, data_dir: str, text_key: str = "text", label_key: str = "") -> Documents:
-    """Any TensorFlow Datasets data set, from a copy prepared as ArrayRecord; TensorFlow is not needed.
+def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) -> tuple[TfdsRecords, list]:
+    """(the records of a split, what identifies them) of a TFDS data set prepared as ArrayRecord.
 
     Args:
-      split: TFDS's split, slices too: "train[:90%]".
-      name: TFDS's name, with configuration and version if wanted: "lm1b", "c4/en:3.1.0".
-      data_dir: where it was prepared (gs:// too, with the extra gcs); "" for TFDS's default, ~/tensorflow_datasets.
-      text_key, label_key: features; no label if "".
+      keys: features that have to be there.
 
     Raises:
-      ValueError: not prepared there, prepared in another format, or no such split or feature; with what to do.
+      ValueError: see `tfds`.
     """
     import tensorflow_datasets as tfds_  # half a second: only where used
 
@@ -187,10 +199,8 @@ def tfds(split: str, *, name: str, data_dir: str, text_key: str = "text", label_
     builder = tfds_.builder_from_directory(root / (version or versions[-1]))
     if builder.info.file_format.value != "array_record":
         raise ValueError(f"{name!r} in {folder} was prepared as {builder.info.file_format.value}; training reads array_record. {prepare}")
-    keys = set(builder.info.features)
-    for key in filter(None, (text_key, label_key)):
-        if key not in keys:
-            raise ValueError(f"{name!r} has no feature {key!r}; it has {sorted(keys)}")
+    if missing := [key for key in keys if key not in builder.info.features]:
+        raise ValueError(f"{name!r} has no feature {missing[0]!r}; it has {sorted(builder.info.features)}")
     try:
         info = builder.info.splits[split]
         if not info.num_examples:
@@ -200,12 +210,41 @@ def tfds(split: str, *, name: str, data_dir: str, text_key: str = "text", label_
         raise
     except (ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"{name!r} has no split {split!r}; it has {sorted(builder.info.splits)} ({str(error).splitlines()[0]})") from None
-    feature = builder.info.features[label_key] if label_key else None
-    items = _TfdsItems(source, text_key, label_key, getattr(feature, "names", None), dataset)
+    return TfdsRecords(source, builder.info.features), [dataset, str(builder.info.version), split, len(source), getattr(info, "num_bytes", None)]
+
+
+class _TfdsItems(Sequence):
+    """Documents out of TFDS records."""
+
+    def __init__(self, records, text_key, label_key, name):
+        self._records, self._text_key, self._label_key, self._name = records, text_key, label_key, name
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Document:
+        record = self._records[index]
+        label = str(record[self._label_key]) if self._label_key else ""
+        return Document(str(record[self._text_key]), str(record.get("name", f"{self._name}[{index}]")), label)
+
+
+def tfds(split: str, *, name: str, data_dir: str, text_key: str = "text", label_key: str = "") -> Documents:
+    """Any TensorFlow Datasets data set, from a copy prepared as ArrayRecord; TensorFlow is not needed.
+
+    Args:
+      split: TFDS's split, slices too: "train[:90%]".
+      name: TFDS's name, with configuration and version if wanted: "lm1b", "c4/en:3.1.0".
+      data_dir: where it was prepared (gs:// too, with the extra gcs); "" for TFDS's default, ~/tensorflow_datasets.
+      text_key, label_key: features; no label if "".
+
+    Raises:
+      ValueError: not prepared there, prepared in another format, or no such split or feature; with what to do.
+    """
+    records, identity = open_tfds(split, name, data_dir, tuple(filter(None, (text_key, label_key))))
+    items = _TfdsItems(records, text_key, label_key, identity[0])
     # Reading all of a large corpus would take hours; what TFDS knows of it, and a sample, tell copies apart.
-    identity = [dataset, str(builder.info.version), split, len(items), getattr(info, "num_bytes", None), text_key, label_key]
     sample = fingerprint([items[i * len(items) // 256] for i in range(256)])
-    return Documents(items, hashlib.sha256(json.dumps([identity, sample]).encode()).hexdigest()[:16])
+    return Documents(items, hashlib.sha256(json.dumps([[*identity, text_key, label_key], sample]).encode()).hexdigest()[:16])
 
 
 class _Empty(ValueError):

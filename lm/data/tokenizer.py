@@ -29,6 +29,11 @@ class Tokenizer(Protocol):
     def save(self, directory: epath.Path) -> None: ...
 
 
+def before(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that stand before a text that a model is asked about: BOS; for tokenizers of Hugging Face checkpoints that add none, only if there is no text."""
+    return [tokenizer.bos_id] if not text or tokenizer.prompt("a") != tokenizer.encode("a") else []
+
+
 class ByteTokenizer:
     """UTF-8 bytes as they are (ids 0 to 255), BOS 256, EOS 257."""
     vocab_size, bos_id, eos_id, stop_ids, fingerprint, files = 258, 256, 257, (257,), "bytes-1", {}

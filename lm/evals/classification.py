@@ -1,16 +1,22 @@
-"""Verbalizer classification: the model's probabilities of label words, after a document and the line that asks for its label."""
+"""Verbalizer classification: the model's probabilities of label words after a prompt. `Evaluator` asks about the documents of a run, as in training; `Task`
+asks by templates about the records of a data set."""
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
-from lm.evals import calibration, statistics
+from lm.data.tokenizer import before
+from lm.evals import calibration, prompts, statistics
 from lm.evals.common import Artifact, PredictFns, png, take
-from lm.evals.tree import grow
-from lm.evals.verbalizer import AGGREGATES, NORMS, WordLogprobs, audit, label_mass, label_scores, word_logprobs, word_scores
+from lm.evals.tree import Tree, grow
+from lm.evals.verbalizer import AGGREGATES, BOUNDARIES, NORMS, WordLogprobs, audit, label_mass, label_scores, split, word_logprobs, word_scores
 
 
 def compile_verbalizer(verbalizer: Sequence[tuple[str, Sequence[str]]], tokenizer, labels: set[str]) -> list[tuple[int, str, list[int]]]:
@@ -32,17 +38,155 @@ def compile_verbalizer(verbalizer: Sequence[tuple[str, Sequence[str]]], tokenize
 
 # What a document may be to say nothing (Zhao et al. 2021, arXiv 2102.09690, section 5).
 CONTENT_FREE = ("", "N/A", "[MASK]")
+PRIORS = ("content_free", "domain", "pmi_dc", "batch")
+ENSEMBLES = ("mean_prob", "mean_logprob")
+
+
+class Way(NamedTuple):
+    """One way to ask: a template, a verbalizer, examples in an order."""
+    name: str
+    words: list[tuple[int, str]]  # (its label's index, the word)
+    trees: list[Tree]  # of the prompts, in the examples' order
+    free: dict[str, list[Tree]]  # prior -> prompts whose mean distribution it is
+    held: list[Tree]  # prompts that the temperature is fitted on
+
+
+class Questions(NamedTuple):
+    """What is asked."""
+    name: str  # the eval's, for files and messages
+    labels: list[str]
+    names: list[str]  # of the examples
+    gold: np.ndarray  # [n], the right label's index
+    ways: list[Way]
+    cut: int  # examples that lost their beginning
+    held_gold: np.ndarray
+
+
+class Found(NamedTuple):
+    """The log-probabilities that a way's prompts gave."""
+    examples: WordLogprobs
+    free: dict[str, WordLogprobs]
+    held: WordLogprobs | None
+
+
+def ask(predict_fns: PredictFns, params, questions: Questions) -> list[Found]:
+    """Of each way. All go through the model together, so that what prompts share is computed once."""
+    trees = [tree for way in questions.ways for tree in itertools.chain(way.trees, *way.free.values(), way.held)]
+    answers = iter([[logprobs[path] for path in tree.paths] for tree, (logprobs, _) in zip(trees, predict_fns.tree_logprobs(params, trees))])
+
+    def collect(way: Way, part: Sequence[Tree]) -> WordLogprobs:
+        return word_logprobs(list(itertools.islice(answers, len(part))), [i for i, _ in way.words], [word for _, word in way.words])
+    return [Found(collect(way, way.trees), {prior: collect(way, part) for prior, part in way.free.items()},
+                  collect(way, way.held) if way.held else None) for way in questions.ways]
+
+
+def results(questions: Questions, found: Sequence[Found], scores: Callable[[WordLogprobs], np.ndarray], *, ensemble: str = "mean_prob",
+            batch: bool = True) -> Iterator[tuple[str, float | Artifact]]:
+    """All figures and files of `Task`, as its docstring has them.
+
+    Args:
+      scores: [n, K] of the labels.
+      batch: also correct by the mean distribution.
+
+    Raises:
+      ValueError: log-probabilities that aren't finite.
+    """
+    q, gold, n = questions, questions.gold, len(questions.gold)
+    for x in found:
+        if not (finite := np.isfinite(word_scores(x.examples)).all(axis=1)).all():
+            raise ValueError(f"the eval {q.name!r}: the model's log-probabilities of label words are not finite for "
+                             f"{int((~finite).sum())} of {n} examples; its weights or activations are broken")
+    together = lambda Ps: np.mean(Ps, axis=0) if ensemble == "mean_prob" else calibration.softmax(np.mean(np.log(np.maximum(Ps, calibration.TINY)), axis=0))
+    each = [calibration.softmax(scores(x.examples)) for x in found]
+    P, mass = together(each), np.mean([label_mass(x.examples) for x in found], axis=0)
+    predicted = P.argmax(axis=1)
+    right = int((predicted == gold).sum())
+    yield "accuracy", right / n
+    yield from zip(("accuracy_low", "accuracy_high"), statistics.proportion_interval(right, n))
+    yield "majority_accuracy", int(np.bincount(gold).max()) / n
+    matrix = statistics.confusion(predicted, gold, len(q.labels))
+    of_sample = lambda index: statistics.prediction_scores(statistics.confusion(predicted[index], gold[index], len(q.labels)))
+    yield from statistics.prediction_scores(matrix).items()
+    low, high = statistics.bootstrap_interval(lambda index: of_sample(index)["macro_f1"], n)
+    yield from (("macro_f1_low", low), ("macro_f1_high", high))
+    yield "nll", calibration.nll(P, gold)
+    yield "brier", calibration.brier(P, gold)
+    yield "ece", calibration.ece(P, gold)
+    yield "ece_equal_mass", calibration.ece(P, gold, equal="mass")
+    yield "classwise_ece", calibration.classwise_ece(P, gold)
+    for name, value in (("auroc", calibration.auroc(P, gold)), ("confidence_auroc", calibration.confidence_auroc(P, gold))):
+        if value is not None:  # some need two labels, or right and wrong predictions
+            yield name, value
+    yield "selective_accuracy", float(np.mean(calibration.selective_accuracy(P, gold)[1]))
+    yield "label_mass", float(np.mean(mass))
+    priors = {prior: [calibration.softmax(scores(x.free[prior])).mean(axis=0) for x in found] for prior in found[0].free}
+    if "content_free" in priors:
+        yield "content_free_accuracy", float(np.mean(gold == np.mean(priors["content_free"], axis=0).argmax()))
+    if batch:
+        priors["batch"] = [calibration.batch_prior(one) for one in each]
+    for prior, means in priors.items():
+        Q = together([calibration.divided(one, mean) for one, mean in zip(each, means)])
+        yield f"accuracy_{prior}", float(np.mean(Q.argmax(axis=1) == gold))
+        yield f"nll_{prior}", calibration.nll(Q, gold)
+        yield f"ece_{prior}", calibration.ece(Q, gold)
+    if len(q.held_gold):
+        held = together([calibration.softmax(scores(x.held)) for x in found])
+        T = calibration.best_temperature(np.log(np.maximum(held, calibration.TINY)), q.held_gold)
+        Q = calibration.softmax(np.log(np.maximum(P, calibration.TINY)) / T)
+        yield from (("temperature", T), ("nll_temperature", calibration.nll(Q, gold)), ("ece_temperature", calibration.ece(Q, gold)))
+    if len(each) > 1:
+        accuracies = [float(np.mean(one.argmax(axis=1) == gold)) for one in each]
+        yield "ways", len(each)
+        yield from (("accuracy_mean", float(np.mean(accuracies))), ("accuracy_min", min(accuracies)), ("accuracy_max", max(accuracies)),
+                    ("accuracy_spread", float(np.std(accuracies, ddof=1))))
+        table = [{"way": way.name, "accuracy": a, "nll": calibration.nll(one, gold), "label_mass": float(np.mean(label_mass(x.examples)))}
+                 for way, a, one, x in zip(q.ways, accuracies, each, found)]
+        yield "ways_table", Artifact(f"predictions/{q.name}-ways-{{step}}.json", json.dumps(table, indent=1) + "\n")
+    yield "examples", n
+    yield "cut", q.cut
+    said = lambda x, way, i: _by_label(q.labels, way.words, x, i)
+    lines = [json.dumps({
+        "name": name, "label": q.labels[y], "prediction": q.labels[p], "distribution": dict(zip(q.labels, map(float, probabilities))), "label_mass": float(m),
+        "word_logprobs": [said(x.examples, way, i) for x, way in zip(found, q.ways)],
+    }) for i, (name, y, p, probabilities, m) in enumerate(zip(q.names, gold, predicted, P, mass))]
+    yield "predictions", Artifact(f"predictions/{q.name}-{{step}}.jsonl", "\n".join(lines) + "\n")
+    free = [{prior: [said(part, way, i) for i in range(len(part.tokens))] for prior, part in x.free.items()} for x, way in zip(found, q.ways)]
+    yield "priors", Artifact(f"predictions/{q.name}-priors-{{step}}.json", json.dumps(free) + "\n")
+    yield "confusion", Artifact(f"confusion-{q.name}.png", plot_confusion(matrix, q.labels, f"{q.name}: accuracy {right / n:.1%}"))
+    yield "reliability", Artifact(f"reliability-{q.name}.png", plot_reliability(P, gold, q.labels, q.name))
+
+
+def _by_label(labels: Sequence[str], words: Sequence[tuple[int, str]], x: WordLogprobs, i: int) -> dict[str, dict[str, list[float]]]:
+    """Label -> word -> the log-probability of each of its tokens, after prompt i."""
+    found: dict[str, dict[str, list[float]]] = {label: {} for label in labels}
+    for j, (k, word) in enumerate(words):
+        found[labels[k]][word] = np.round(x.tokens[i, j, :x.num_tokens[i, j]], 6).tolist()
+    return found
+
+
+def read_word_logprobs(lines: Sequence[dict], way: int = 0) -> tuple[list[str], WordLogprobs]:
+    """(labels, the array that all scores are functions of) from the lines of predictions/: no other aggregate, norm or correction needs the model."""
+    first = lines[0]["word_logprobs"][way]
+    words = [(k, label, word) for k, (label, words) in enumerate(first.items()) for word in words]
+    paths = [[np.asarray(line["word_logprobs"][way][label][word]) for _, label, word in words] for line in lines]
+    return list(first), word_logprobs(paths, [k for k, _, _ in words], [word for _, _, word in words])
+
+
+def _check(name: str, **choices: tuple[str, Sequence[str]]) -> None:
+    for what, (value, valid) in choices.items():
+        if value not in valid:
+            raise ValueError(f"config.evals.{name}.{what} = {value!r}; valid: {list(valid)}")
+
+
+def _check_norm(name: str, norm: str, words: Sequence[str]) -> None:
+    if norm in ("char", "byte") and (blank := [word for word in words if not word.strip()]):
+        raise ValueError(f"config.evals.{name}: length_norm = {norm!r}: the words {blank} have no characters but white space")
 
 
 class Evaluator:
-    """Yields of the label distributions, the softmax of the label scores: accuracy with its Wilson 95% interval; the scores of
-    `statistics.prediction_scores`; nll, brier, ece (and with bins of equal mass, and classwise), auroc, confidence_auroc, selective_accuracy (its mean over
-    all coverages); label_mass (see `verbalizer.label_mass`, the mean). Accuracy, nll and ece again, corrected by the distribution after
-    documents that say nothing (_content_free), and by the mean distribution (_batch: it looks at all test inputs). To compare with:
-    majority_accuracy, and content_free_accuracy, that of the label that is likeliest after nothing. As files: each example's label distribution and
-    log-probabilities of the words (predictions/), the confusion matrix, the reliability diagram with the distribution of labels.
+    """The documents of a run: the question after each is config.data.label_prompt, tokenized as in training. Yields what `Task` does.
 
-    Documents that are too long lose their beginning, never the question; `cut` counts them.
+    Documents that are too long lose their beginning, BOS too, as the later windows of a training document do; never the question. `cut` counts them.
 
     Args:
       name: names the artifacts.
@@ -53,88 +197,163 @@ class Evaluator:
 
     def __init__(self, predict_fns: PredictFns, *, name: str, documents: Documents, encoder: Encoder, verbalizer, max_documents: int,
                  aggregate: str = "sum", length_norm: str = "none"):
-        self._documents = list(take(documents, max_documents))
-        if not encoder.label_prompt or not self._documents or not all(d.label for d in self._documents):
+        chosen = list(take(documents, max_documents))
+        if not encoder.label_prompt or not chosen or not all(d.label for d in chosen):
             raise ValueError(f"the eval {name!r} needs labelled documents and config.data.label_prompt (now {encoder.label_prompt!r})")
-        for what, value, valid in (("aggregate", aggregate, AGGREGATES), ("length_norm", length_norm, NORMS)):
-            if value not in valid:
-                raise ValueError(f"config.evals.{name}.{what} = {value!r}; valid: {list(valid)}")
-        self._predict_fns, self._name, self._aggregate, self._length_norm = predict_fns, name, aggregate, length_norm
-        self._labels = [label for label, _ in verbalizer]
-        self._words = compile_verbalizer(verbalizer, encoder.tokenizer, {d.label for d in self._documents})
-        if length_norm in ("char", "byte") and (blank := [word for _, word, _ in self._words if not word.strip()]):
-            raise ValueError(f"config.evals.{name}.length_norm = {length_norm!r}: the words {blank} have no characters but white space")
-        room = predict_fns.length - max(len(ids) for _, _, ids in self._words) + 1
+        _check(name, aggregate=(aggregate, AGGREGATES), length_norm=(length_norm, NORMS))
+        labels = [label for label, _ in verbalizer]
+        words = compile_verbalizer(verbalizer, encoder.tokenizer, {d.label for d in chosen})
+        _check_norm(name, length_norm, [word for _, word, _ in words])
+        room = predict_fns.length - max(len(ids) for _, _, ids in words) + 1
         if room <= (question := len(encoder.tokenizer.encode(encoder.label_prompt))):
             raise ValueError(f"config.data.length = {predict_fns.length} is too short for the eval {name!r}: the question has {question} tokens, the "
                              f"longest word {predict_fns.length - room + 1}, and of the document one at least should be left")
-        prompts = [encoder.prompt(d) for d in self._documents]
-        self._cut = sum(len(prompt) > room for prompt in prompts)
-        free = [encoder.prompt(Document(text, "", "")) for text in CONTENT_FREE]
-        self._trees = [grow(prompt[-room:], [ids for _, _, ids in self._words]) for prompt in prompts + free]
-        self._gold = np.array([self._labels.index(d.label) for d in self._documents])
-
-    def logprobs(self, params) -> tuple[WordLogprobs, WordLogprobs]:
-        """(the examples', the content-free documents'). Each prompt is computed once, and what words share too."""
-        found = self._predict_fns.tree_logprobs(params, self._trees)
-        paths = [[logprobs[path] for path in tree.paths] for tree, (logprobs, _) in zip(self._trees, found)]
-        n = len(self._documents)
-        return tuple(word_logprobs(part, [i for i, _, _ in self._words], [word for _, word, _ in self._words]) for part in (paths[:n], paths[n:]))
+        asked = [encoder.prompt(d) for d in chosen]
+        plant = lambda prompt: grow(prompt[-room:], [ids for _, _, ids in words])
+        free = {"content_free": [plant(encoder.prompt(Document(text, "", ""))) for text in CONTENT_FREE]}
+        way = Way("", [(k, word) for k, word, _ in words], [plant(prompt) for prompt in asked], free, [])
+        self.questions = Questions(name, labels, [d.name for d in chosen], np.array([labels.index(d.label) for d in chosen]), [way],
+                                    sum(len(prompt) > room for prompt in asked), np.zeros(0, int))
+        self._predict_fns, self._aggregate, self._length_norm = predict_fns, aggregate, length_norm
+        self.about = {"fingerprint": documents.fingerprint, "examples": len(chosen)}
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
-        logprobs, free = self.logprobs(params)
-        words, gold, n = word_scores(logprobs), self._gold, len(self._gold)
-        if not np.isfinite(words).all():
-            raise ValueError(f"the eval {self._name!r}: the model's log-probabilities of label words are not finite for "
-                             f"{int((~np.isfinite(words).all(axis=1)).sum())} of {n} examples; its weights or activations are broken")
-        P, P_free = (calibration.softmax(label_scores(word_scores(x, self._length_norm), x.label, self._aggregate)) for x in (logprobs, free))
-        mass, predicted = label_mass(logprobs), P.argmax(axis=1)
-        matrix = statistics.confusion(predicted, gold, len(self._labels))
-        right = int((predicted == gold).sum())
-        yield "accuracy", right / n
-        yield from zip(("accuracy_low", "accuracy_high"), statistics.proportion_interval(right, n))
-        yield "majority_accuracy", int(np.bincount(gold).max()) / n
-        yield from statistics.prediction_scores(matrix).items()
-        yield "nll", calibration.nll(P, gold)
-        yield "brier", calibration.brier(P, gold)
-        yield "ece", calibration.ece(P, gold)
-        yield "ece_equal_mass", calibration.ece(P, gold, equal="mass")
-        yield "classwise_ece", calibration.classwise_ece(P, gold)
-        for name, value in (("auroc", calibration.auroc(P, gold)), ("confidence_auroc", calibration.confidence_auroc(P, gold))):
-            if value is not None:  # some need two labels, or right and wrong predictions
-                yield name, value
-        yield "selective_accuracy", float(np.mean(calibration.selective_accuracy(P, gold)[1]))
-        yield "label_mass", float(np.mean(mass))
-        prior = P_free.mean(axis=0)
-        yield "content_free_accuracy", float(np.mean(gold == prior.argmax()))
-        for name, Q in (("content_free", calibration.divided(P, prior)), ("batch", calibration.divided(P, calibration.batch_prior(P)))):
-            yield f"accuracy_{name}", float(np.mean(Q.argmax(axis=1) == gold))
-            yield f"nll_{name}", calibration.nll(Q, gold)
-            yield f"ece_{name}", calibration.ece(Q, gold)
-        yield "examples", n
-        yield "cut", self._cut
-        lines = [json.dumps({
-            "name": d.name, "label": d.label, "prediction": self._labels[p],
-            "distribution": dict(zip(self._labels, map(float, probabilities))), "label_mass": float(m),
-            "word_logprobs": {word: float(x) for (_, word, _), x in zip(self._words, scores)},
-        }) for d, p, probabilities, m, scores in zip(self._documents, predicted, P, mass, words)]
-        yield "predictions", Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n")
-        yield "confusion", Artifact(f"confusion-{self._name}.png", plot_confusion(matrix, self._labels, f"{self._name}: accuracy {right / n:.1%}"))
-        yield "reliability", Artifact(f"reliability-{self._name}.png", plot_reliability(P, gold, self._labels, self._name))
+        found = ask(self._predict_fns, params, self.questions)
+        yield from results(self.questions, found, lambda x: label_scores(word_scores(x, self._length_norm), x.label, self._aggregate))
+
+
+class Task:
+    """Yields of the label distributions, the softmax of the label scores: accuracy with its Wilson 95% interval; the scores of
+    `statistics.prediction_scores` (macro-F1 with its bootstrap interval); nll, brier, ece (and with bins of equal mass, and classwise), auroc,
+    confidence_auroc, selective_accuracy (its mean over all coverages); label_mass (see `verbalizer.label_mass`, the mean). Accuracy, nll and ece again,
+    corrected by what the model says anyway (`priors`): after prompts that say nothing (_content_free), with random words of the data in their place (_domain),
+    after the end of the template alone (_pmi_dc), or in the mean (_batch: it looks at all test inputs). To compare with: majority_accuracy, and
+    content_free_accuracy, that of the label that is likeliest after nothing. As files: each example's label distribution and log-probabilities of the words'
+    tokens (predictions/), the confusion matrix, the reliability diagram with the distribution of labels.
+
+    Several templates, verbalizers or seeds are asked in all combinations. Their distributions are averaged (`ensemble`), and accuracy_mean, _min, _max and
+    _spread (standard deviation) say how much the way of asking matters. Prompts that are too long lose their beginning (the first examples), but for BOS; `cut`
+    counts them. An empty column is asked about like any other.
+
+    Args:
+      name: names the artifacts.
+      source: where the records are, see `lm.data.records.load`; its split, and shots_split, where examples come from.
+      prompt: templates (see `prompts.Template`), shots: examples before the question, sampler (see `prompts.choose`), seeds: of several draws,
+        separator: after each example.
+      verbalizer: words: one or several tuples of (label, words) pairs, a word with the space before it; the first word of a label is what examples say.
+        terminator: text after each word that is scored with it, so that a word that begins another one can be told from it. boundary, aggregate,
+        length_norm, weights: see lm.evals.verbalizer.
+      label: the column of the right label: its name, or its number in the verbalizer's order.
+      priors: which corrections.
+      ensemble: the mean of distributions (mean_prob), or of their logs.
+      temperature_examples: so many records of shots_split fit a temperature (nll_temperature, ece_temperature); 0: none.
+      max_documents: how many records, evenly out of the split; 0: all.
+
+    Raises:
+      ValueError: no such data, column, label or choice; a verbalizer that can't be told apart; see `verbalizer.split`.
+    """
+
+    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, source: Mapping, prompt: Mapping, verbalizer: Mapping, label: str,
+                 priors: Sequence[str], ensemble: str, temperature_examples: int, max_documents: int):
+        v = verbalizer
+        for prior in priors:
+            _check(name, priors=(prior, PRIORS))
+        _check(name, ensemble=(ensemble, ENSEMBLES), **{f"verbalizer.{key}": (v[key], valid) for key, valid in (
+            ("boundary", BOUNDARIES), ("aggregate", AGGREGATES), ("length_norm", NORMS))})
+        self._records = list(take(prompts.load(source, source["split"], name), max_documents))
+        self._name, self._label, self._boundary, self._terminator, self._tokenizer = name, label, v["boundary"], v["terminator"], encoder.tokenizer
+        self._length, self._cut, self._audited = predict_fns.length, set(), set()
+        if not v["words"] or not prompt["templates"] or not prompt["seeds"]:
+            raise ValueError(f"config.evals.{name} needs verbalizer.words, prompt.templates and prompt.seeds, one or more of each")
+        self._labels = [label for label, _ in v["words"][0]]
+        if len(self._labels) < 2:
+            raise ValueError(f"config.evals.{name}.verbalizer.words has the labels {self._labels}; wanted two or more")
+        if wrong := [other for words in v["words"] if sorted(other := [label for label, _ in words]) != sorted(self._labels)]:
+            raise ValueError(f"config.evals.{name}.verbalizer.words: the first has the labels {self._labels}, another {wrong[0]}")
+        gold = np.array([self.gold(record) for record in self._records])
+        pool = prompts.load_shots(source, name) if prompt["shots"] or temperature_examples else []
+        templates = [prompts.Template(text, f"config.evals.{name}.prompt.templates") for text in prompt["templates"]]
+        asked = [{template(record) for record in self._records} for template in templates]
+        held = self._choose(pool, temperature_examples, "random", 0, lambda record: templates[0](record) in asked[0])
+        ways = []
+        for (t, template), (w, pairs), seed in itertools.product(enumerate(templates), enumerate(v["words"]), prompt["seeds"] if prompt["shots"] else [0]):
+            by_label = dict(pairs)
+            words = [(k, word) for k, label in enumerate(self._labels) for word in by_label[label]]
+            _check_norm(name, v["length_norm"], [word for _, word in words])
+            if empty := [label for label, listed in pairs if not listed or "" in listed]:
+                raise ValueError(f"config.evals.{name}.verbalizer.words: the label {empty[0]!r} has no word, or an empty one")
+            avoid = lambda record: template(record) in asked[t] or record in held  # noqa: B023
+            shots = self._choose(pool, prompt["shots"], prompt["sampler"], seed, avoid)
+            first = prompts.before(shots, template, lambda record: by_label[self._labels[self.gold(record)]][0], prompt["separator"])  # noqa: B023
+            plant = lambda text: self._plant(text, words)[0]  # noqa: B023
+            trees = []
+            for number, record in enumerate(self._records):
+                tree, cut = self._plant(first + template(record), words)
+                trees.append(tree)
+                self._cut |= {number} if cut else set()
+            free = {prior: [plant(text) for text in texts] for prior, texts in self._free(template, first).items() if prior in priors}
+            ways.append(Way(f"template {t}, words {w}, seed {seed}", words, trees, free, [plant(first + template(record)) for record in held]))
+        names = [f"{source['split']}[{i}]" for i in range(len(self._records))]
+        self.questions = Questions(name, self._labels, names, gold, ways, len(self._cut), np.array([self.gold(record) for record in held], int))
+        self._predict_fns, self._reduce, self._options = predict_fns, v, dict(ensemble=ensemble, batch="batch" in priors)
+        self.about = {"fingerprint": records_lib.fingerprint(self._records), "examples": len(gold), "citation": source["citation"]}
+
+    def gold(self, record: Mapping) -> int:
+        """The index of a record's label."""
+        if self._label not in record:
+            raise ValueError(f"the eval {self._name!r}: records have no column {self._label!r} (config.evals.{self._name}.label); they have {sorted(record)}")
+        value = record[self._label]
+        if str(value) in self._labels:
+            return self._labels.index(str(value))
+        number = int(value) if isinstance(value, int) or str(value).isdecimal() else -1
+        if not 0 <= number < len(self._labels):
+            raise ValueError(f"the eval {self._name!r}: a record has the label {value!r}; the verbalizer has words for {self._labels}")
+        return number
+
+    def _choose(self, pool, count, sampler, seed, avoid) -> list[dict]:
+        if not count:
+            return []
+        return prompts.choose(pool, count, sampler=sampler, seed=seed, label=self.gold, num_labels=len(self._labels), avoid=avoid, name=self._name)
+
+    def _plant(self, text: str, words: Sequence[tuple[int, str]]) -> tuple[Tree, bool]:
+        """(the tree of a prompt and the words, whether the prompt was cut)."""
+        ids, after = split(self._tokenizer.encode, text, [word + self._terminator for _, word in words], self._boundary)
+        if (key := tuple(map(tuple, after))) not in self._audited:
+            audit(self._labels, [(k, word, ids) for (k, word), ids in zip(words, after)])
+            self._audited.add(key)
+        ids, cut = prompts.fit(before(self._tokenizer, text), ids, max(map(len, after)), self._length, self._name)
+        return grow(ids, after), cut
+
+    def _free(self, template: prompts.Template, first: str) -> dict[str, list[str]]:
+        """Prior -> the texts of its prompts."""
+        rng, columns = random.Random(0), {}
+        for field in template.fields:
+            texts = [str(template.value(field, record)).split() for record in self._records]
+            columns[field] = [word for text in texts for word in text] or [""], round(sum(map(len, texts)) / len(texts))
+        drawn = lambda field: " ".join(rng.choice(columns[field][0]) for _ in range(columns[field][1]))
+        return {"content_free": [first + template.filled(text) for text in CONTENT_FREE],
+                "domain": [first + template.filled(drawn) for _ in range(20)],  # Fei et al. 2023, arXiv 2305.19148, section 4.2
+                "pmi_dc": [template.tail]}
+
+    def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
+        v = self._reduce
+        scores = lambda x: label_scores(word_scores(x, v["length_norm"]), x.label, v["aggregate"], np.asarray(v["weights"]) if v["weights"] else None)
+        yield from results(self.questions, ask(self._predict_fns, params, self.questions), scores, **self._options)
 
 
 def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
     """A confusion matrix as PNG: shares of each right label, counts written in."""
     from matplotlib.figure import Figure
-    size = 2.5 + 0.8 * len(labels)
+    many = len(labels) > 20  # counts would be a tenth of a second each, and unreadable
+    size = 2.5 + (0.2 if many else 0.8) * len(labels)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axis = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     figure.colorbar(axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), label="share of the right label")
-    for i, j in np.ndindex(*matrix.shape):
+    for i, j in () if many else np.ndindex(*matrix.shape):
         axis.text(j, i, str(matrix[i, j]), ha="center", va="center", color="white" if shares[i, j] > 0.6 else "black")
-    axis.set(xticks=range(len(labels)), yticks=range(len(labels)), xticklabels=labels, yticklabels=labels, xlabel="predicted",
-             ylabel="right label", title=title)
+    axis.set(xticks=range(len(labels)), yticks=range(len(labels)), yticklabels=labels, xlabel="predicted", ylabel="right label", title=title)
+    axis.set_xticklabels(labels, rotation=90 if len(labels) > 8 else 0)
     return png(figure)
 
 
@@ -142,8 +361,8 @@ def plot_reliability(P: np.ndarray, y: np.ndarray, labels: list[str], name: str)
     """Two pictures as PNG: how often predictions of some confidence are right, in ten bins, with how many there are; and the labels' shares among the
     right ones, the predicted ones, and in the mean distribution."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(5.5 + max(5.5, 0.2 * len(labels)), 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(5.5, max(5.5, 0.2 * len(labels))))
     confidence, hit = P.max(axis=1), P.argmax(axis=1) == y
     numbers = calibration.bin_numbers(confidence, 10, "width")
     counts = np.bincount(numbers, minlength=10)

@@ -22,32 +22,38 @@ def newest_predictions(workdir: epath.Path) -> dict[str, tuple[int, epath.Path]]
 
 
 def compare(first: list[dict], second: list[dict], what: str = "the eval") -> dict[str, float]:
-    """Accuracy, macro-F1 and NLL of two models' predictions (the lines of predictions/), their differences (first less second) with 95% intervals of
-    the paired bootstrap, McNemar's exact p for the accuracies, and the smallest difference of accuracies that examples like these show four times in five
-    (left out where both are right on the same ones).
+    """Of two models' predictions (the lines of predictions/): each score of both, their difference (first less second) with its 95% interval by the paired
+    bootstrap. Scores are accuracy where lines have predictions, with McNemar's exact p and the smallest difference that examples like these show four times
+    in five (left out where both are right on the same ones); macro-F1 and NLL where they have label distributions; and what they have as `scores`.
 
     Raises:
       ValueError: not the same examples in the same order, too few of them, or other labels.
     """
     if len(first) < LEAST:
         raise ValueError(f"{what}: {len(first)} examples; wanted {LEAST} or more")
-    if [(line["name"], line["label"]) for line in first] != [(line["name"], line["label"]) for line in second]:
+    if [(line["name"], line.get("label")) for line in first] != [(line["name"], line.get("label")) for line in second]:
         raise ValueError(f"{what}: the two runs were evaluated on other examples ({len(first)} and {len(second)}); pairs need the same, in order")
-    labels = sorted(first[0]["distribution"])
-    if labels != sorted(second[0]["distribution"]):
-        raise ValueError(f"{what}: the labels are {labels} in one run and {sorted(second[0]['distribution'])} in the other")
-    y, n = np.array([labels.index(line["label"]) for line in first]), len(first)
-    P = [np.array([[line["distribution"][label] for label in labels] for line in lines]) for lines in (first, second)]
-    predicted = [np.array([labels.index(line["prediction"]) for line in lines]) for lines in (first, second)]
-    right = [(p == y).astype(float) for p in predicted]
-    found = {"examples": n, "mcnemar_p": statistics.mcnemar(*right).p}
-    if (error := statistics.standard_error(right[0] - right[1])) > 0:
-        found["smallest_difference"] = statistics.smallest_difference(error)
-    scores = {
-        "accuracy": [lambda i, r=r: float(r[i].mean()) for r in right],
-        "macro_f1": [lambda i, p=p: statistics.prediction_scores(statistics.confusion(p[i], y[i], len(labels)))["macro_f1"] for p in predicted],
-        "nll": [lambda i, q=q: calibration.nll(q[i], y[i]) for q in P],
-    }
+    both, n = (first, second), len(first)
+    found: dict[str, float] = {"examples": n}
+    scores = {}
+    if "prediction" in first[0]:
+        right = [np.array([line["prediction"] == line["label"] for line in lines], float) for lines in both]
+        found["mcnemar_p"] = statistics.mcnemar(*right).p
+        if (error := statistics.standard_error(right[0] - right[1])) > 0:
+            found["smallest_difference"] = statistics.smallest_difference(error)
+        scores["accuracy"] = [lambda i, r=r: float(r[i].mean()) for r in right]
+    if "distribution" in first[0] and "scores" not in first[0]:  # of one label space
+        labels = sorted(first[0]["distribution"])
+        if labels != sorted(second[0]["distribution"]):
+            raise ValueError(f"{what}: the labels are {labels} in one run and {sorted(second[0]['distribution'])} in the other")
+        y = np.array([labels.index(line["label"]) for line in first])
+        P = [np.array([[line["distribution"][label] for label in labels] for line in lines]) for lines in both]
+        predicted = [np.array([labels.index(line["prediction"]) for line in lines]) for lines in both]
+        scores["macro_f1"] = [lambda i, p=p: statistics.prediction_scores(statistics.confusion(p[i], y[i], len(labels)))["macro_f1"] for p in predicted]
+        scores["nll"] = [lambda i, q=q: calibration.nll(q[i], y[i]) for q in P]
+    for name in first[0].get("scores", {}):
+        each = [np.array([line["scores"][name] for line in lines]) for lines in both]
+        scores[name] = [lambda i, x=x: float(x[i].mean()) for x in each]
     for name, (one, other) in scores.items():
         difference = statistics.paired_bootstrap(one, other, n)
         found |= {name: one(np.arange(n)), f"{name}_other": other(np.arange(n)), f"{name}_difference": difference.value, f"{name}_low": difference.low,
@@ -56,8 +62,8 @@ def compare(first: list[dict], second: list[dict], what: str = "the eval") -> di
 
 
 def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, float]]:
-    """Eval -> `compare` of its newest predictions in both run directories, their steps, and mcnemar_p_holm, McNemar's p corrected for the number of
-    evals.
+    """Eval -> `compare` of its newest predictions in both run directories, their steps, and p_holm: McNemar's p, or the first score's where there is none,
+    corrected for the number of evals.
 
     Raises:
       ValueError: no eval has predictions in both; see `compare`.
@@ -68,8 +74,9 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
                          f"(--mode=eval) with the same config.evals")
     read = lambda path: [json.loads(line) for line in path.read_text().split("\n") if line]
     found = {name: {"step": here[name][0], "step_other": there[name][0]} | compare(read(here[name][1]), read(there[name][1]), name) for name in names}
-    for name, p in zip(names, statistics.holm([found[name]["mcnemar_p"] for name in names])):
-        found[name]["mcnemar_p_holm"] = p
+    first_p = lambda c: c.get("mcnemar_p", next((value for key, value in c.items() if key.endswith("_p")), 1.0))
+    for name, p in zip(names, statistics.holm([first_p(found[name]) for name in names])):
+        found[name]["p_holm"] = p
     return found
 
 
@@ -78,9 +85,10 @@ def table(found: dict[str, dict[str, float]]) -> str:
     lines = []
     for name, c in found.items():
         lines.append(f"{name}, {c['examples']} examples, step {c['step']} and step {c['step_other']}:")
-        for score in ("accuracy", "macro_f1", "nll"):
-            lines.append(f"  {score:<9} {c[score]:8.4f}  {c[score + '_other']:8.4f}  difference {c[score + '_difference']:+.4f} "
+        for score in (key.removesuffix("_difference") for key in c if key.endswith("_difference") and key != "smallest_difference"):
+            lines.append(f"  {score:<13} {c[score]:8.4f}  {c[score + '_other']:8.4f}  difference {c[score + '_difference']:+.4f} "
                          f"(95%: {c[score + '_low']:+.4f} to {c[score + '_high']:+.4f}), p = {c[score + '_p']:.3g}")
         smallest = f"; the smallest difference of accuracies that this set shows: {c['smallest_difference']:.4f}" if "smallest_difference" in c else ""
-        lines.append(f"  McNemar's p = {c['mcnemar_p']:.3g}, {c['mcnemar_p_holm']:.3g} for {len(found)} eval(s) (Holm){smallest}")
+        mcnemar = f"McNemar's p = {c['mcnemar_p']:.3g}, " if "mcnemar_p" in c else ""
+        lines.append(f"  {mcnemar}p = {c['p_holm']:.3g} for {len(found)} eval(s) (Holm){smallest}")
     return "\n".join(lines)

@@ -1,9 +1,44 @@
 """Evals that generate text."""
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
+from lm import decode
+from lm.data import records as records_lib
 from lm.data.pack import Encoder
-from lm.evals.common import Artifact, PredictFns
+from lm.data.tokenizer import Tokenizer, before
+from lm.evals import prompts as prompts_lib
+from lm.evals.common import Artifact, PredictFns, take
+from lm.evals.texts import NORMALIZE, SCORES
+
+
+def generate(predict_fns: PredictFns, params, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[str],
+             sampling: decode.Sampling, seeds: Sequence[int]) -> list[str]:
+    """The texts that continue prompts, up to the first stop string, a stop token or `max_new_tokens`. They are decoded without their prompts, as lm_eval's `hf`
+    does (lm.generate decodes with them)."""
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    generator, size = predict_fns.make_generator(params, sampling), predict_fns.batch_size
+    for start in range(0, len(order), size):
+        part = order[start:start + size]
+        rows = part + [part[-1]] * (size - len(part))  # one size, one program
+        ids: dict[int, list[int]] = {number: [] for number in part}
+        going = set(range(len(part)))
+        for tokens in generator.stream([prompts[i] for i in rows], max_new_tokens, seeds=[seeds[i] for i in rows]):
+            predict_fns.check_stop()
+            for row in sorted(going):
+                number = part[row]
+                if tokens[row] >= 0 and tokens[row] not in tokenizer.stop_ids:
+                    ids[number].append(int(tokens[row]))
+                    answers[number] = tokenizer.decode(ids[number])
+                if tokens[row] < 0 or tokens[row] in tokenizer.stop_ids or any(s and s in answers[number] for s in stop):
+                    going.discard(row)
+            if not going:
+                break
+    for one in filter(None, stop):
+        answers = [text.split(one)[0] for text in answers]
+    return answers
 
 
 class Samples:
@@ -25,3 +60,83 @@ class Samples:
         continuations = self._predict_fns.generate(params, self._ids, **self._options)
         blocks = [f"```\n{prompt}⟫{self._tokenizer.decode(ids)}\n```\n" for prompt, ids in zip(self._prompts, continuations)]
         yield "samples", Artifact("samples.md", "\n".join(blocks) + "\n", append=True)
+
+
+class Task:
+    """Greedy answers to prompts, scored against references. Yields each score, the best over an example's references, with its 95% bootstrap interval
+    (_low, _high; sacreBLEU's own for bleu, chrf, chrf++ and ter); empty, the share of answers without text; with `extract` unmatched, the share without a
+    match; examples; cut, prompts that lost their beginning, but for BOS. As a file, predictions/: each answer with its scores.
+
+    Args:
+      name: names the artifacts.
+      source, max_documents: see `lm.evals.classification.Task`.
+      prompt: template, shots, sampler (first_n | random), seed, separator.
+      target: template of the answer in examples, with the space before it.
+      references: template of the right answers; one whose column is a list gives several.
+      extract: a regular expression; what its first group (or it) matches first is the answer, of references too. "": all of the text.
+      normalize: see `texts.NORMALIZE`; before exact_match and f1.
+      scores: of `texts.SCORES`.
+      stop: texts that an answer ends before.
+
+    Raises:
+      ValueError: no such data, column, score or expression; a reference without a match; no room for an answer.
+    """
+
+    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, source: Mapping, prompt: Mapping, target: str, references: str, extract: str,
+                 scores: Sequence[str], normalize: str, **answer):
+        what = f"config.evals.{name}"
+        if unknown := [score for score in scores if score not in SCORES] or (() if scores else ["none"]):
+            raise ValueError(f"{what}.scores has {unknown}; valid: {list(SCORES)}")
+        if normalize not in NORMALIZE:
+            raise ValueError(f"{what}.normalize = {normalize!r}; valid: {list(NORMALIZE)}")
+        try:
+            self._extract = re.compile(extract)
+        except re.error as error:
+            raise ValueError(f"{what}.extract = {extract!r} is no regular expression: {error}") from None
+        self._name, self._predict_fns, self._tokenizer = name, predict_fns, encoder.tokenizer
+        self._scores, self._normalize, self._split = tuple(scores), NORMALIZE[normalize], source["split"]
+        self._new, self._stop = answer["max_new_tokens"], tuple(answer["stop"])
+        template, right, example = (prompts_lib.Template(text, f"{what}.{key}") for text, key in (
+            (prompt["template"], "prompt.template"), (references, "references"), (target or references, "target")))
+        records = list(take(prompts_lib.load(source, self._split, name), answer["max_documents"]))
+        self._references = [right.each(record) for record in records]
+        if bad := [one for several in self._references for one in several or ["no reference"] if not several or self._answer(one) is None]:
+            raise ValueError(f"the eval {name!r}: {what}.extract = {extract!r} finds nothing in the reference {bad[0]!r:.80}")
+        shots = []
+        if prompt["shots"]:
+            asked = {template(record) for record in records}
+            sampler = "random" if prompt["sampler"] == "balanced" else prompt["sampler"]  # there are no labels
+            shots = prompts_lib.choose(prompts_lib.load_shots(source, name), prompt["shots"], sampler=sampler, seed=prompt["seed"], name=name,
+                                       avoid=lambda record: template(record) in asked)
+        first = prompts_lib.before(shots, template, example, prompt["separator"])
+        texts = [first + template(record) for record in records]
+        found = [prompts_lib.fit(before(self._tokenizer, text), self._tokenizer.encode(text), self._new + 1, predict_fns.length, name) for text in texts]
+        self._prompts, self._cut = [ids for ids, _ in found], sum(cut for _, cut in found)
+        self.about = {"fingerprint": records_lib.fingerprint(records), "examples": len(records), "citation": source["citation"]}
+
+    def _answer(self, text: str) -> str | None:
+        if not self._extract.pattern:
+            return text
+        match = self._extract.search(text)
+        return None if match is None else match.group(1 if self._extract.groups else 0)
+
+    def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
+        texts = generate(self._predict_fns, params, self._tokenizer, self._prompts, max_new_tokens=self._new, stop=self._stop,
+                         sampling=decode.Sampling(temperature=0.0), seeds=range(len(self._prompts)))
+        extracted = [self._answer(text) for text in texts]
+        answers, references = [text or "" for text in extracted], [[self._answer(one) for one in several] for several in self._references]
+        n, each = len(texts), {}
+        for name in self._scores:
+            change = self._normalize if name in ("exact_match", "f1") else str.strip
+            score = SCORES[name]([change(text) for text in answers], [[change(one) for one in several] for several in references])
+            yield from ((name, score.value), (f"{name}_low", score.low), (f"{name}_high", score.high))
+            if score.each is not None:
+                each[name] = score.each
+        yield "empty", sum(not text.strip() for text in texts) / n
+        if self._extract.pattern:
+            yield "unmatched", sum(text is None for text in extracted) / n
+        yield "examples", n
+        yield "cut", self._cut
+        lines = [json.dumps({"name": f"{self._split}[{i}]", "text": texts[i], "answer": extracted[i], "references": self._references[i],
+                             "scores": {name: values[i] for name, values in each.items()}}, ensure_ascii=False) for i in range(n)]
+        yield "predictions", Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n")

@@ -16,8 +16,9 @@ import numpy as np
 from lm import decode
 from lm.data import chat
 from lm.data.pack import Encoder
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer, before
 from lm.evals.common import Artifact, PredictFns
+from lm.evals.generation import generate
 from lm.evals.tree import grow
 
 try:
@@ -60,8 +61,7 @@ class Model(TemplateLM):
         plain = self._tokenizer.encode(string)
         if add_special_tokens is False or plain[:1] == [self._tokenizer.bos_id]:  # BOS is spelt out
             return plain
-        adds_bos = self._tokenizer.prompt("a") != self._tokenizer.encode("a")
-        return self._tokenizer.prompt(string) if string or adds_bos else []  # prompt("") is never empty, hf's may be
+        return self._tokenizer.prompt(string) if string else before(self._tokenizer, "a")  # prompt("") is never empty, hf's may be
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not (template := chat.template(self._tokenizer)):
@@ -127,29 +127,10 @@ class Model(TemplateLM):
         if new >= self.max_length:
             raise ValueError(f"max_gen_toks = {new} must be below {self.max_length}, the longest text that the model is given (config.data.length)")
         sampling = decode.Sampling(temperature=temperature if sampled else 0.0, **options)
-        prompts = sorted(((number, self.tok_encode(text)[-(self.max_length - new):] or [self.prefix_token_id]) for number, text in members),
-                         key=lambda item: -len(item[1]))
-        generator, size = self._predict_fns.make_generator(self._params, sampling), self._predict_fns.batch_size
-        for start in range(0, len(prompts), size):
-            part = prompts[start:start + size]
-            rows = part + [part[-1]] * (size - len(part))  # one size, one program
-            texts = [""] * len(part)
-            ids: list[list[int]] = [[] for _ in part]
-            going = set(range(len(part)))
-            for tokens in generator.stream([prompt for _, prompt in rows], new, seeds=[number for number, _ in rows]):
-                self._predict_fns.check_stop()
-                for row in sorted(going):
-                    if tokens[row] >= 0 and tokens[row] not in self._tokenizer.stop_ids:
-                        ids[row].append(int(tokens[row]))
-                        texts[row] = self._tokenizer.decode(ids[row])  # without the context, as hf's: lm.generate.Text decodes with it
-                    if tokens[row] < 0 or tokens[row] in self._tokenizer.stop_ids or any(s and s in texts[row] for s in stop):
-                        going.discard(row)
-                if not going:
-                    break
-            for (number, _), text in zip(part, texts):
-                for one in stop:
-                    text = text.split(one)[0] if one else text
-                yield number, text
+        prompts = [self.tok_encode(text)[-(self.max_length - new):] or [self.prefix_token_id] for _, text in members]
+        numbers = [number for number, _ in members]
+        texts = generate(self._predict_fns, self._params, self._tokenizer, prompts, max_new_tokens=new, stop=stop, sampling=sampling, seeds=numbers)
+        return zip(numbers, texts)
 
 
 class Evaluator:

@@ -15,9 +15,7 @@ def proportion_interval(successes: int, n: int, method: str = "wilson") -> tuple
 
 def confusion(predicted: np.ndarray, y: np.ndarray, num_labels: int) -> np.ndarray:
     """[K, K] counts: row the right label, column the predicted one."""
-    matrix = np.zeros((num_labels, num_labels), int)
-    np.add.at(matrix, (y, predicted), 1)
-    return matrix
+    return np.bincount(y * num_labels + predicted, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def prediction_scores(matrix: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,146 @@
+"""Prompts out of records: templates over their columns, and examples before the question."""
+
+import itertools
+import random
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+
+from lm.data import records as records_lib
+
+SAMPLERS = ("balanced", "first_n", "random")
+# What may stand behind a column's name: {passage:last}.
+FILTERS: dict[str, Callable[[str], str]] = {
+    "": lambda text: text,
+    "strip": str.strip,
+    "lower": str.lower,
+    "head": lambda text: text.rstrip().rpartition(" ")[0],  # all but the last word
+    "last": lambda text: text.rstrip().rpartition(" ")[2],
+}
+
+
+class Template:
+    """A Python format string over the columns of a record: "Review: {sentence}\\nSentiment:", {answers[text]} of a column in a column, {passage:last}.
+
+    Raises:
+      ValueError: it is none, or names an unknown filter.
+    """
+
+    def __init__(self, text: str, what: str):
+        self.text, self._what = text, what
+        try:
+            self._parts = [(literal, field, spec or "") for literal, field, spec, _ in string.Formatter().parse(text)]
+        except ValueError as error:
+            raise ValueError(f"{what} = {text!r} is no template: {error} (a brace that is meant is written twice)") from None
+        for _, field, spec in self._parts:
+            if field is not None and (not field or spec not in FILTERS):
+                raise ValueError(f"{what} = {text!r}: {{{field}:{spec}}} is not a column with one of the filters {[name for name in FILTERS if name]}")
+
+    @property
+    def fields(self) -> list[str]:
+        return [field for _, field, _ in self._parts if field is not None]
+
+    def value(self, field: str, record: Mapping):
+        """What `record` has at a field. Raises ValueError if it has none."""
+        found, names = record, re.findall(r"[^\[\]]+", field)
+        for name in names:
+            try:
+                found = found[int(name) if isinstance(found, list) else name]
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise ValueError(f"{self._what} = {self.text!r} needs the column {field!r}; the record has {sorted(record)}") from None
+        return found
+
+    def each(self, record: Mapping) -> list[str]:
+        """The texts of a record: one, or as many as the lists among its columns are long."""
+        values = {field: self.value(field, record) for field in self.fields}
+        lengths = {len(value) for value in values.values() if isinstance(value, list)}
+        if len(lengths) > 1:
+            raise ValueError(f"{self._what} = {self.text!r}: its lists differ in length, {sorted(lengths)}")
+        pick = lambda field, i: values[field][i] if isinstance(values[field], list) else values[field]
+        return [self._join(lambda field: str(pick(field, i))) for i in range(lengths.pop() if lengths else 1)]  # noqa: B023
+
+    def __call__(self, record: Mapping) -> str:
+        texts = self.each(record)
+        if len(texts) != 1:
+            raise ValueError(f"{self._what} = {self.text!r} gives {len(texts)} texts for one record; wanted one (name an element: {{answers[0]}})")
+        return texts[0]
+
+    def filled(self, text: str | Callable[[str], str]) -> str:
+        """With the same text in place of each column, or one that depends on its name."""
+        return self._join(text if callable(text) else lambda field: text)
+
+    @property
+    def tail(self) -> str:
+        """The text behind the last column."""
+        literal, field, _ = self._parts[-1] if self._parts else ("", None, "")
+        return literal if field is None else ""
+
+    def _join(self, value: Callable[[str], str]) -> str:
+        return "".join(literal + (FILTERS[spec](value(field)) if field is not None else "") for literal, field, spec in self._parts)
+
+
+def load(source: Mapping, split: str, name: str) -> Sequence[dict]:
+    """The records of a split of config.evals.NAME.source."""
+    try:
+        return records_lib.load(split, **{key: source[key] for key in ("path", "lines", "tfds", "data_dir")})
+    except ValueError as error:
+        raise ValueError(f"the eval {name!r}: {error}") from None
+
+
+def load_shots(source: Mapping, name: str) -> Sequence[dict]:
+    """The records that examples are drawn from. Raises ValueError where they would be those that are evaluated."""
+    split = source["shots_split"]
+    if not split or split == source["split"]:
+        raise ValueError(f"the eval {name!r}: examples can't come from the split {source['split']!r} that is evaluated; set source.shots_split, or shots = 0")
+    if source["path"] and "{split}" not in source["path"]:
+        raise ValueError(f"the eval {name!r}: examples can't come from {source['path']}, which is evaluated; put '{{split}}' into the path, or set shots = 0")
+    return load(source, split, name)
+
+
+def choose(pool: Sequence[dict], count: int, *, sampler: str, seed: int, avoid: Callable[[dict], bool], name: str,
+           label: Callable[[dict], object] = lambda record: None, num_labels: int = 1) -> list[dict]:
+    """`count` examples: the first ones ("first_n"), any ("random"), or as many of each label as of the others ("balanced"; one more of some), in random order.
+
+    Args:
+      avoid: records that are also among those evaluated.
+      label: of a record, one of `num_labels`.
+
+    Raises:
+      ValueError: another sampler, too few records.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"config.evals.{name}.sampler = {sampler!r}; valid: {list(SAMPLERS)}")
+    order, rng = list(range(len(pool))), random.Random(seed)
+    if sampler != "first_n":
+        rng.shuffle(order)
+    good = (record for record in map(pool.__getitem__, order) if not avoid(record))
+    if sampler == "balanced":
+        groups: dict = {}
+        for record in good:
+            groups.setdefault(label(record), []).append(record)
+            if len(groups) == num_labels and min(map(len, groups.values())) * num_labels >= count:
+                break
+        rounds = itertools.chain(*itertools.zip_longest(*groups.values()))
+        good = iter(rng.sample(found := [record for record in rounds if record is not None][:count], len(found)))
+    found = list(itertools.islice(good, count))
+    if len(found) < count:
+        raise ValueError(f"config.evals.{name}.shots = {count}, but there are {len(found)} examples that aren't evaluated themselves")
+    return found
+
+
+def before(shots: Sequence[dict], template: Template, target: Callable[[dict], str], separator: str) -> str:
+    """The text before the question: each example with its answer."""
+    return "".join(template(record) + target(record) + separator for record in shots)
+
+
+def fit(start: Sequence[int], prompt: Sequence[int], longest: int, length: int, name: str) -> tuple[list[int], bool]:
+    """(the ids of a prompt that leave room for `longest` ids of which the last one needn't be read, whether it was cut). A prompt that is too long loses its
+    beginning, but for `start`, the ids that stand before the text.
+
+    Raises:
+      ValueError: no room for anything of the prompt.
+    """
+    room = length - longest + 1 - len(start)
+    if room < 1:
+        raise ValueError(f"the eval {name!r}: a continuation of {longest} tokens leaves no room for a prompt in config.data.length = {length}")
+    return [*start, *prompt[-room:]], len(prompt) > room
