@@ -187,7 +187,8 @@ class Experiment(Program):
             predict_fns = PredictFns(
                 self.mesh, batch_size=batch_size, length=self.config.data.length, check_stop=check_stop,
                 token_logprobs=step.make_token_logprobs(self.graphdef, objective.token_logprobs),
-                tree_logprobs=step.make_tree_logprobs(self.graphdef),
+                tree_logprobs=step.make_tree_logprobs(self.graphdef), tree_states=step.make_tree_states(self.graphdef),
+                head_rows=step.make_head_rows(self.graphdef),
                 make_generate=lambda **kwargs: decode.make_generate(self.graphdef, eos_id=self.tokenizer.eos_id,
                                                                     vocab_size=self.tokenizer.vocab_size, **kwargs),
                 make_generator=lambda params, sampling: decode.Generator(self.model_config, self.graphdef, params, self.mesh, sampling,

@@ -171,12 +171,17 @@ TASKS = {
         source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0), target="", references="", extract="", scores=(), normalize="none", stop=("\n",),
         max_new_tokens=64, max_documents=0),
 }
+TASKS["lm.evals.linear.Task"] = TASKS["lm.evals.classification.Task"] | dict(
+    train_examples=256, init="label_words", l2=0.0)  # label_words | prototype; 0: chosen by cross-validation
+for _key in ("priors", "temperature_examples", "ensemble"):
+    del TASKS["lm.evals.linear.Task"][_key]
 
 
-def task(name: str, *, every: int = 0, batch_size: int = 16, **changes) -> ConfigDict:
+def task(name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **changes) -> ConfigDict:
     """config.evals entry: an eval of lm/evals/tasks/ by its name, or of a TOML file of your own by its path.
 
     Args:
+      type: of the eval, where it isn't the file's: task("sst2", type="lm.evals.linear.Task").
       changes: other values for its keys; dicts change what they name: task("sst2", prompt=dict(shots=4)).
 
     Raises:
@@ -190,9 +195,10 @@ def task(name: str, *, every: int = 0, batch_size: int = 16, **changes) -> Confi
         read = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    if read.get("type") not in TASKS:
-        raise ValueError(f"{path}: type = {read.get('type')!r}; valid: {list(TASKS)}")
-    kind = read.pop("type")
+    kind = read.pop("type", "")
+    kind = type or kind
+    if kind not in TASKS:
+        raise ValueError(f"{path}: type = {kind!r}; valid: {list(TASKS)}")
     made = dict(type=kind, every=every, batch_size=batch_size) | _merged(_merged(TASKS[kind], read, str(path)), changes, f"task({name!r})")
     return ConfigDict(made)
 

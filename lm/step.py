@@ -106,3 +106,18 @@ def make_tree_logprobs(graphdef) -> Callable:
         logits_BQ = logits_BPV[rows_B1, which_BQ, batch["targets"]]
         return logits_BQ - log_z_BP[rows_B1, which_BQ], logits_BQ == most_BP[rows_B1, which_BQ]
     return tree_logprobs
+
+
+def make_tree_states(graphdef) -> Callable:
+    """Returns `eval_step(params, batch, after_BP, which_BQ) -> [B, Q, D] f32`: the state that the head sees at each query's place. The arguments are those
+    of `make_tree_logprobs`."""
+    def tree_states(params, batch, after_BP, which_BQ):
+        hidden_BTD = nnx.merge(graphdef, params)(batch["tokens"], batch["positions"], batch["segments"], until_BT=batch["until"]).hidden
+        after_BQ = jnp.take_along_axis(after_BP, which_BQ, axis=1)
+        return jnp.take_along_axis(hidden_BTD, after_BQ[:, :, None], axis=1).astype(jnp.float32)
+    return tree_states
+
+
+def make_head_rows(graphdef) -> Callable:
+    """Returns `rows(params, ids [N]) -> [N, D] f32`: what the head multiplies a state with for these tokens."""
+    return lambda params, ids: nnx.merge(graphdef, params).head_table[ids].astype(jnp.float32)

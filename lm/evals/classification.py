@@ -80,6 +80,29 @@ def ask(predict_fns: PredictFns, params, questions: Questions) -> list[Found]:
                   collect(way, way.held) if way.held else None) for way in questions.ways]
 
 
+def figures(P: np.ndarray, gold: np.ndarray) -> Iterator[tuple[str, float]]:
+    """What is to be said of label distributions [n, K], given the right labels [n]."""
+    predicted, n, K = P.argmax(axis=1), *P.shape
+    right = int((predicted == gold).sum())
+    yield "accuracy", right / n
+    yield from zip(("accuracy_low", "accuracy_high"), statistics.proportion_interval(right, n))
+    yield "majority_accuracy", int(np.bincount(gold).max()) / n
+    matrix = statistics.confusion(predicted, gold, K)
+    of_sample = lambda index: statistics.prediction_scores(statistics.confusion(predicted[index], gold[index], K))
+    yield from statistics.prediction_scores(matrix).items()
+    low, high = statistics.bootstrap_interval(lambda index: of_sample(index)["macro_f1"], n)
+    yield from (("macro_f1_low", low), ("macro_f1_high", high))
+    yield "nll", calibration.nll(P, gold)
+    yield "brier", calibration.brier(P, gold)
+    yield "ece", calibration.ece(P, gold)
+    yield "ece_equal_mass", calibration.ece(P, gold, equal="mass")
+    yield "classwise_ece", calibration.classwise_ece(P, gold)
+    for name, value in (("auroc", calibration.auroc(P, gold)), ("confidence_auroc", calibration.confidence_auroc(P, gold))):
+        if value is not None:  # some need two labels, or right and wrong predictions
+            yield name, value
+    yield "selective_accuracy", float(np.mean(calibration.selective_accuracy(P, gold)[1]))
+
+
 def results(questions: Questions, found: Sequence[Found], scores: Callable[[WordLogprobs], np.ndarray], *, ensemble: str = "mean_prob",
             batch: bool = True) -> Iterator[tuple[str, float | Artifact]]:
     """All figures and files of `Task`, as its docstring has them.
@@ -99,25 +122,7 @@ def results(questions: Questions, found: Sequence[Found], scores: Callable[[Word
     together = lambda Ps: np.mean(Ps, axis=0) if ensemble == "mean_prob" else calibration.softmax(np.mean(np.log(np.maximum(Ps, calibration.TINY)), axis=0))
     each = [calibration.softmax(scores(x.examples)) for x in found]
     P, mass = together(each), np.mean([label_mass(x.examples) for x in found], axis=0)
-    predicted = P.argmax(axis=1)
-    right = int((predicted == gold).sum())
-    yield "accuracy", right / n
-    yield from zip(("accuracy_low", "accuracy_high"), statistics.proportion_interval(right, n))
-    yield "majority_accuracy", int(np.bincount(gold).max()) / n
-    matrix = statistics.confusion(predicted, gold, len(q.labels))
-    of_sample = lambda index: statistics.prediction_scores(statistics.confusion(predicted[index], gold[index], len(q.labels)))
-    yield from statistics.prediction_scores(matrix).items()
-    low, high = statistics.bootstrap_interval(lambda index: of_sample(index)["macro_f1"], n)
-    yield from (("macro_f1_low", low), ("macro_f1_high", high))
-    yield "nll", calibration.nll(P, gold)
-    yield "brier", calibration.brier(P, gold)
-    yield "ece", calibration.ece(P, gold)
-    yield "ece_equal_mass", calibration.ece(P, gold, equal="mass")
-    yield "classwise_ece", calibration.classwise_ece(P, gold)
-    for name, value in (("auroc", calibration.auroc(P, gold)), ("confidence_auroc", calibration.confidence_auroc(P, gold))):
-        if value is not None:  # some need two labels, or right and wrong predictions
-            yield name, value
-    yield "selective_accuracy", float(np.mean(calibration.selective_accuracy(P, gold)[1]))
+    yield from figures(P, gold)
     yield "label_mass", float(np.mean(mass))
     priors = {prior: [calibration.softmax(scores(x.free[prior])).mean(axis=0) for x in found] for prior in found[0].free}
     if "content_free" in priors:
@@ -145,15 +150,21 @@ def results(questions: Questions, found: Sequence[Found], scores: Callable[[Word
     yield "examples", n
     yield "cut", q.cut
     said = lambda x, way, i: _by_label(q.labels, way.words, x, i)
-    lines = [json.dumps({
-        "name": name, "label": q.labels[y], "prediction": q.labels[p], "distribution": dict(zip(q.labels, map(float, probabilities))), "label_mass": float(m),
-        "word_logprobs": [said(x.examples, way, i) for x, way in zip(found, q.ways)],
-    }) for i, (name, y, p, probabilities, m) in enumerate(zip(q.names, gold, predicted, P, mass))]
-    yield "predictions", Artifact(f"predictions/{q.name}-{{step}}.jsonl", "\n".join(lines) + "\n")
+    more = [{"label_mass": float(m), "word_logprobs": [said(x.examples, way, i) for x, way in zip(found, q.ways)]} for i, m in enumerate(mass)]
     free = [{prior: [said(part, way, i) for i in range(len(part.tokens))] for prior, part in x.free.items()} for x, way in zip(found, q.ways)]
     yield "priors", Artifact(f"predictions/{q.name}-priors-{{step}}.json", json.dumps(free) + "\n")
-    yield "confusion", Artifact(f"confusion-{q.name}.png", plot_confusion(matrix, q.labels, f"{q.name}: accuracy {right / n:.1%}"))
-    yield "reliability", Artifact(f"reliability-{q.name}.png", plot_reliability(P, gold, q.labels, q.name))
+    yield from files(q, P, more)
+
+
+def files(questions: Questions, P: np.ndarray, more: Sequence[dict]) -> Iterator[tuple[str, Artifact]]:
+    """Each example's label distribution, with `more` about it, and the pictures."""
+    q, predicted = questions, P.argmax(axis=1)
+    lines = [json.dumps({"name": name, "label": q.labels[y], "prediction": q.labels[p], "distribution": dict(zip(q.labels, map(float, probabilities)))} | about)
+             for name, y, p, probabilities, about in zip(q.names, q.gold, predicted, P, more)]
+    yield "predictions", Artifact(f"predictions/{q.name}-{{step}}.jsonl", "\n".join(lines) + "\n")
+    matrix, accuracy = statistics.confusion(predicted, q.gold, len(q.labels)), np.mean(predicted == q.gold)
+    yield "confusion", Artifact(f"confusion-{q.name}.png", plot_confusion(matrix, q.labels, f"{q.name}: accuracy {accuracy:.1%}"))
+    yield "reliability", Artifact(f"reliability-{q.name}.png", plot_reliability(P, q.gold, q.labels, q.name))
 
 
 def _by_label(labels: Sequence[str], words: Sequence[tuple[int, str]], x: WordLogprobs, i: int) -> dict[str, dict[str, list[float]]]:
@@ -246,7 +257,7 @@ class Task:
       label: the column of the right label: its name, or its number in the verbalizer's order.
       priors: which corrections.
       ensemble: the mean of distributions (mean_prob), or of their logs.
-      temperature_examples: so many records of shots_split fit a temperature (nll_temperature, ece_temperature); 0: none.
+      temperature_examples: so many records of shots_split, balanced, fit a temperature (nll_temperature, ece_temperature); 0: none.
       max_documents: how many records, evenly out of the split; 0: all.
 
     Raises:
@@ -274,7 +285,7 @@ class Task:
         pool = prompts.load_shots(source, name) if prompt["shots"] or temperature_examples else []
         templates = [prompts.Template(text, f"config.evals.{name}.prompt.templates") for text in prompt["templates"]]
         asked = [{template(record) for record in self._records} for template in templates]
-        held = self._choose(pool, temperature_examples, "random", 0, lambda record: templates[0](record) in asked[0])
+        held = self._choose(pool, temperature_examples, "balanced", 0, lambda record: templates[0](record) in asked[0])
         ways = []
         for (t, template), (w, pairs), seed in itertools.product(enumerate(templates), enumerate(v["words"]), prompt["seeds"] if prompt["shots"] else [0]):
             by_label = dict(pairs)
@@ -295,7 +306,7 @@ class Task:
             ways.append(Way(f"template {t}, words {w}, seed {seed}", words, trees, free, [plant(first + template(record)) for record in held]))
         names = [f"{source['split']}[{i}]" for i in range(len(self._records))]
         self.questions = Questions(name, self._labels, names, gold, ways, len(self._cut), np.array([self.gold(record) for record in held], int))
-        self._predict_fns, self._reduce, self._options = predict_fns, v, dict(ensemble=ensemble, batch="batch" in priors)
+        self.predict_fns, self._reduce, self._options = predict_fns, v, dict(ensemble=ensemble, batch="batch" in priors)
         self.about = {"fingerprint": records_lib.fingerprint(self._records), "examples": len(gold), "citation": source["citation"]}
 
     def gold(self, record: Mapping) -> int:
@@ -338,7 +349,7 @@ class Task:
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         v = self._reduce
         scores = lambda x: label_scores(word_scores(x, v["length_norm"]), x.label, v["aggregate"], np.asarray(v["weights"]) if v["weights"] else None)
-        yield from results(self.questions, ask(self._predict_fns, params, self.questions), scores, **self._options)
+        yield from results(self.questions, ask(self.predict_fns, params, self.questions), scores, **self._options)
 
 
 def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:

@@ -5,6 +5,8 @@ directory. An evaluator sees neither the model nor the trainer, only
 
   predict_fns.token_logprobs(params, rows)   -> f32 [rows, T]                   log-probability of each target
   predict_fns.tree_logprobs(params, trees)   -> (f32 [Q], bool [Q]) a tree      of each query's target; whether no token is likelier
+  predict_fns.states(params, prompts)        -> f32 [prompts, D]                what the head sees after each
+  predict_fns.head_rows(params, ids)         -> f32 [ids, D]                    what it multiplies that with for these tokens
   predict_fns.generate(params, prompts)      -> list of id lists                continuations
   predict_fns.make_generator(params, sampling) -> lm.decode.Generator           continuations token by token
 
@@ -25,7 +27,7 @@ from lm import sharding
 from lm.data import pack
 from lm.data.loader import evaluation_batches
 from lm.data.sources import Document, Documents
-from lm.evals.tree import Tree, join
+from lm.evals.tree import Tree, grow, join
 
 
 class Artifact(NamedTuple):
@@ -43,12 +45,15 @@ class PredictFns:
     """The compiled functions of one model on one mesh, for batches of `batch_size` rows of `length` tokens."""
 
     def __init__(self, mesh: Mesh, *, batch_size: int, length: int, token_logprobs: Callable, tree_logprobs: Callable, make_generate: Callable,
-                 check_stop: Callable[[], None], make_generator: Callable | None = None):
+                 check_stop: Callable[[], None], make_generator: Callable | None = None, tree_states: Callable | None = None,
+                 head_rows: Callable | None = None):
         whole = sharding.replicated(mesh)
         self.length, self.batch_size, self.make_generator = length, batch_size, make_generator
         self._mesh, self.check_stop = mesh, check_stop
         self._token_logprobs = jax.jit(token_logprobs, out_shardings=whole)
         self._tree_logprobs = jax.jit(tree_logprobs, out_shardings=whole)
+        self._tree_states = jax.jit(lambda *args: (tree_states(*args),), out_shardings=whole)
+        self._head_rows = jax.jit(lambda params, ids: head_rows(params, ids), out_shardings=whole)
         self._make_generate, self._generate = make_generate, {}
 
     def _batches(self, rows):
@@ -62,8 +67,20 @@ class PredictFns:
         return _fetch(out)[:len(rows)] if out else np.zeros((0, self.length), np.float32)
 
     def tree_logprobs(self, params, trees: Sequence[Tree]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each tree, in their order. Those that begin alike share a row. Rows go through the model by length, in batches of about as many tokens as
-        one of `token_logprobs`, all of a few sizes, so that little is padding and few programs are compiled."""
+        """Of each tree, in their order."""
+        return self._of_trees(self._tree_logprobs, params, trees)
+
+    def states(self, params, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        found = self._of_trees(self._tree_states, params, [grow(prompt, [[0]]) for prompt in prompts])
+        return np.stack([states[0] for (states,) in found])
+
+    def head_rows(self, params, ids: Sequence[int]) -> np.ndarray:
+        return np.asarray(self._head_rows(params, np.asarray(ids, np.int32)))
+
+    def _of_trees(self, function: Callable, params, trees: Sequence[Tree]) -> list[tuple[np.ndarray, ...]]:
+        """What a function of packed trees says of each one's queries, in the trees' order. Those that begin alike share a row. Rows go through the model by
+        length, in batches of about as many tokens as one of `token_logprobs`, all of a few sizes, so that little is padding and few programs are
+        compiled."""
         joined = join(trees, self.length)
         groups = collections.defaultdict(list)
         for row in joined:
@@ -71,10 +88,10 @@ class PredictFns:
         parts, out, found = sharding.batch_parts(self._mesh), [], [None] * len(trees)
 
         def collect(part, answers):
-            logprobs, best = jax.device_get(answers)
+            answers = jax.device_get(answers)
             for number, row in enumerate(part):
                 for member, queries in row.members:
-                    found[member] = logprobs[number, queries], best[number, queries]
+                    found[member] = tuple(x[number, queries] for x in answers)
         for length, rows in sorted(groups.items(), reverse=True):  # what needs most memory comes first
             batches = -(-len(rows) // max(self.batch_size * self.length // length, 1))
             size = -(-math.ceil(len(rows) / batches) // parts) * parts  # batches as equal as can be
@@ -83,7 +100,7 @@ class PredictFns:
                 self.check_stop()
                 part = rows[start:start + size]
                 packed = _pack([row.tree for row in part], size, length, num_places, num_queries)
-                out.append((part, self._tree_logprobs(params, *jax.tree.map(self._rows, packed))))
+                out.append((part, function(params, *jax.tree.map(self._rows, packed))))
                 if len(out) > 1:  # the device works on the next one meanwhile
                     collect(*out.pop(0))
         for rest in out:
