@@ -140,9 +140,9 @@ def sized(sizes: dict, size: str):
     return sizes[size]
 
 
-def perplexity(*, every: int, split: str = "validation", batch_size: int = 16, max_documents: int = 0) -> ConfigDict:
-    """config.evals entry: loss, perplexity and bits per byte of a split."""
-    return ConfigDict(dict(type="lm.evals.perplexity.Evaluator", every=every, batch_size=batch_size, split=split, max_documents=max_documents))
+def perplexity(*, every: int, split: str = "validation", batch_size: int = 16, max_documents: int = 0, stride: int = 0) -> ConfigDict:
+    """config.evals entry: loss, perplexity and bits per byte of a split; `stride`: see lm/evals/perplexity.py."""
+    return ConfigDict(dict(type="lm.evals.perplexity.Evaluator", every=every, batch_size=batch_size, split=split, max_documents=max_documents, stride=stride))
 
 
 # What an eval of a TOML file may say, by its type. Files are read when a configuration is made: all of it stands in config.json, each key can be

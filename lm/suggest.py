@@ -19,11 +19,6 @@ from etils import epath
 from lm import build, command_line, startup, train
 from lm.evals import classification
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory whose newest checkpoint is asked (or config.init_from).")
-_EVAL = flags.DEFINE_string("eval", None, "The entry of config.evals whose prompts are asked, and whose words are the beginning.")
-_EXAMPLES = flags.DEFINE_integer("examples", 64, "Records of the eval's shots_split that are asked about, as many of each label.")
-_WORDS = flags.DEFINE_integer("words", 10, "How many words to print for each label.")
-
 
 def candidates(tokenizer, vocab_size: int) -> list[int]:
     """Ids of single tokens that are whole words: a space, then letters."""
@@ -111,5 +106,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory whose newest checkpoint is asked (or config.init_from).")
+    _EVAL = flags.DEFINE_string("eval", None, "The entry of config.evals whose prompts are asked, and whose words are the beginning.")
+    _EXAMPLES = flags.DEFINE_integer("examples", 64, "Records of the eval's shots_split that are asked about, as many of each label.")
+    _WORDS = flags.DEFINE_integer("words", 10, "How many words to print for each label.")
     flags.mark_flags_as_required(["config", "workdir", "eval"])
     app.run(main, flags_parser=command_line.parse)

@@ -1,5 +1,6 @@
 """Samples: the artifact, prompts that can't work, and that only the model changes them."""
 
+import json
 from functools import cache
 
 import jax
@@ -126,3 +127,90 @@ def test_prompts_are_checked_before_training():
     with pytest.raises(ValueError, match="a prompt has 19 tokens; wanted 1 to 18"):
         samples(real_fns(), prompts=("ab", "x" * 18))
     assert samples(real_fns(), prompts=("", "x" * 17))
+
+
+# Answers to prompts
+
+
+class Reader:
+    """PredictFns whose model says, of a question "WORD N?", " WORD" N times and then EOS."""
+    length, batch_size = 64, 4
+
+    def __init__(self):
+        self.prompts = []
+
+    def check_stop(self):
+        pass
+
+    def make_generator(self, params, sampling):
+        assert sampling.temperature == 0
+        return self
+
+    def stream(self, prompts, max_new_tokens, seeds):
+        assert len(prompts) == self.batch_size
+        self.prompts += prompts
+        texts = [bytes(ids[1:]).decode().split("\n")[-1].removesuffix("?").split() for ids in prompts]
+        said = [[*(f" {word}" * int(count)).encode(), 257] for word, count in texts]
+        for i in range(max_new_tokens):
+            yield np.array([ids[i] if i < len(ids) else -1 for ids in said])
+
+
+def write_task(folder, rows, **changes):
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train.jsonl").write_text("".join(json.dumps(dict(q=f"ex {i}", a=["ex"])) + "\n" for i in range(5)))
+    (folder / "g.toml").write_text('type = "lm.evals.generation.Task"')
+    options = dict(source=dict(path=str(folder / "{split}.jsonl"), shots_split="train"), prompt=dict(template="{q}?"), target=" {a[0]}", references="{a}",
+                   scores=("exact_match", "f1"), max_new_tokens=20) | changes
+    return {key: value for key, value in config_lib.task(str(folder / "g.toml"), **options).to_dict().items() if key not in ("type", "every", "batch_size")}
+
+
+ROWS = [dict(q="cat 2", a=["cat cat"]), dict(q="dog 1", a=["Dogs", "The dog."]), dict(q="ab 3", a=["ab"]), dict(q="x 9", a=["y"]), dict(q="no 0", a=["z"])]
+
+
+def answer(folder, rows=ROWS, **changes):
+    fns = Reader()
+    values = dict(generation.Task(fns, name="g", encoder=ENCODER, **write_task(folder, rows, **changes)).run(None))
+    return values, [json.loads(line) for line in values["predictions"].content.splitlines()], fns
+
+
+def test_answers_are_scored(tmp_path):
+    values, lines, _ = answer(tmp_path)
+    assert [line["text"] for line in lines] == [" cat cat", " dog", " ab ab ab", " x" * 9, ""]
+    assert values["exact_match"] == 0.2 and values["f1"] == pytest.approx((1 + 0 + 0.5) / 5) and values["empty"] == 0.2 and values["examples"] == 5
+    assert [line["scores"]["f1"] for line in lines] == [1, 0, 0.5, 0, 0] and values["f1_low"] <= values["f1"] <= values["f1_high"]
+    squad, _, _ = answer(tmp_path, normalize="squad")
+    assert squad["exact_match"] == 0.4  # one of two references, without article, case and point
+
+
+def test_answers_end_at_stop_strings_and_are_extracted(tmp_path):
+    values, lines, _ = answer(tmp_path, stop=("b a", "g"))
+    assert [line["text"] for line in lines] == [" cat cat", " do", " a", " x" * 9, ""]
+    values, lines, _ = answer(tmp_path, extract=r"[a-z]+", scores=("exact_match",))
+    assert [line["answer"] for line in lines] == ["cat", "dog", "ab", "x", None] and values["unmatched"] == 0.2
+    assert values["exact_match"] == 0.4  # cat: of references too
+    with pytest.raises(ValueError, match=r"g.extract = '\[0-9\]' finds nothing in the reference 'cat cat'"):
+        answer(tmp_path, extract="[0-9]")
+
+
+def test_prompts_have_examples_and_leave_room(tmp_path):
+    _, _, fns = answer(tmp_path, prompt=dict(template="{q}?", shots=2, separator="\n"))
+    first = bytes(fns.prompts[0][1:]).decode().split("\n")
+    assert len(first) == 3 and all(line.startswith("ex ") and line.endswith("? ex") for line in first[:2])
+    values, _, fns = answer(tmp_path, [dict(q="long " * 30 + "\ncat 1", a=["cat"])])
+    assert values["cut"] == 1 and values["exact_match"] == 1 and len(fns.prompts[0]) == 64 - 20 and fns.prompts[0][0] == 256
+    with pytest.raises(ValueError, match="a continuation of 65 tokens leaves no room"):
+        answer(tmp_path, max_new_tokens=64)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(scores=("f2",)), r"scores has \['f2'\]; valid: \['exact_match', 'f1'"), (dict(scores=()), "scores has"),
+    (dict(extract="("), "is no regular expression"), (dict(normalize="lower"), "normalize = 'lower'; valid"), (dict(references="{b}"), "needs the column 'b'"),
+    (dict(target=" {q:strip}", prompt=dict(template="{a}", shots=1)), "gives 2 texts for one record")])
+def test_tasks_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        answer(tmp_path, **changes)
+
+
+def test_no_reference(tmp_path):
+    with pytest.raises(ValueError, match="finds nothing in the reference 'no reference'"):
+        answer(tmp_path, [dict(q="x 1", a=[])])

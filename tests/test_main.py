@@ -108,7 +108,7 @@ def test_configuration_files_that_cannot_work(config_file):
 ])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_exit_codes(config_file, monkeypatch, capsys, mode, outcome, code, out, err):
-    def run(config, workdir, devices, profile_steps=None):
+    def run(config, workdir, devices, profile_steps_or_steps=None):
         assert workdir.name == "run" and devices == "devices" and config.seed == 5
         if isinstance(outcome, Exception):
             raise outcome
@@ -142,8 +142,9 @@ def test_two_runs_are_compared(config_file, monkeypatch, capsys, tmp_path):
     assert json.loads((tmp_path / "run/comparison.json").read_text())["x"]["mcnemar_p"] == 2 / 2 ** 10
     parse(config_file, "--mode=eval", f"--workdir={tmp_path}/run", f"--compare_to={tmp_path}/nowhere")
     assert main_lib.main(["main"]) == 1 and "nowhere has no predictions/: evaluate it first" in capsys.readouterr().err
-    parse(config_file, "--mode=train", f"--workdir={tmp_path}/run", f"--compare_to={tmp_path}/other")
-    assert main_lib.main(["main"]) == 1 and "needs --mode=eval" in capsys.readouterr().err
+    for flag, other in ((f"--compare_to={tmp_path}/other", "--steps="), ("--steps=all", "--compare_to=")):
+        parse(config_file, "--mode=train", f"--workdir={tmp_path}/run", flag, other)
+        assert main_lib.main(["main"]) == 1 and f"{flag} needs --mode=eval" in capsys.readouterr().err
 
 
 def test_the_table_is_aligned_and_sorted():

@@ -47,8 +47,8 @@ def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=lambda: None):
     return PredictFns(mesh, batch_size=batch_size, length=LENGTH, token_logprobs=token_logprobs, tree_logprobs=len, make_generate=None, check_stop=check_stop)
 
 
-def evaluate(fns, params=None, encoder=PLAIN, documents=DOCUMENTS, max_documents=0):
-    return dict(perplexity.Evaluator(fns, documents=documents, encoder=encoder, max_documents=max_documents).run(params))
+def evaluate(fns, params=None, encoder=PLAIN, documents=DOCUMENTS, max_documents=0, stride=0):
+    return dict(perplexity.Evaluator(fns, documents=documents, encoder=encoder, max_documents=max_documents, stride=stride).run(params))
 
 
 @cache
@@ -167,3 +167,30 @@ def test_figures_from_the_sums():
 def test_a_hopeless_model_has_a_finite_perplexity():
     values = evaluate(make_fns(lambda params, batch: jnp.full(batch["targets"].shape, -1e6)))
     assert values["loss"] == pytest.approx(1e6) and math.isfinite(values["perplexity"])
+
+
+@pytest.mark.parametrize("stride", [1, 5, LENGTH])
+def test_a_stride_gives_each_target_the_context_that_there_is(stride):
+    """Every target once, after as many tokens as a row holds beside the new ones."""
+    graphdef, params, _ = model()
+    text = max(TEXTS, key=lambda t: len(t.encode()))
+    ids = [256, *text.encode()]
+    assert len(ids) > 2 * LENGTH
+
+    @jax.jit
+    def logprobs(row):
+        transformer = nnx.merge(graphdef, params)
+        hidden = transformer(row[None], jnp.arange(len(row))[None], jnp.ones((1, len(row)), jnp.int32)).hidden
+        return jax.nn.log_softmax(transformer.logits(hidden)[0])
+    nll, starts = 0.0, [0, *range(LENGTH, len(ids) - 1, stride)]
+    for new, end in zip(starts, [*starts[1:], len(ids) - 1]):
+        begin = new if stride == LENGTH else max(0, end - LENGTH)
+        nll -= sum(float(logprobs(jnp.asarray(ids[begin:end]))[k - begin, ids[k + 1]]) for k in range(new, end))
+    values = of_model(documents=Documents([Document(text, "d", "")], ""), stride=stride)
+    assert values["tokens"] == len(ids) - 1 and values["loss"] == pytest.approx(nll / (len(ids) - 1), rel=1e-5)
+    assert values["word_perplexity"] == pytest.approx(math.exp(nll / len(text.split())), rel=1e-4)
+
+
+def test_a_stride_beyond_the_row():
+    with pytest.raises(ValueError, match="stride = 33 of a perplexity; wanted 0 to config.data.length = 32"):
+        of_model(stride=33)

@@ -15,7 +15,8 @@ RANKS = {
     "lm/objectives/": 3, "lm/optim.py": 3, "lm/step.py": 3, "lm/decode.py": 3, "lm/hf/": 3,
     "lm/checkpoint.py": 4, "lm/evals/": 4,
     "lm/build.py": 5,
-    "lm/train.py": 6, "lm/post/": 6, "lm/plan.py": 6, "lm/search.py": 3, "lm/generate.py": 6, "lm/prepare.py": 6, "lm/convert.py": 6, "lm/suggest.py": 6, "lm/sweep.py": 6,
+    "lm/suggest.py": 6,
+    "lm/train.py": 6, "lm/post/": 6, "lm/plan.py": 6, "lm/search.py": 3, "lm/generate.py": 6, "lm/prepare.py": 6, "lm/convert.py": 6, "lm/sweep.py": 6,
     "lm/main.py": 7,
 }
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lm/**/*.py"))

@@ -143,7 +143,7 @@ def test_run_directory_is_complete(small, tmp_path, quick):
     assert (run / "curves.png").read_bytes().startswith(PNG) and (run / "confusion-labels.png").read_bytes().startswith(PNG)
     assert tokenizers.load(run / "tokenizer").fingerprint == "bytes-1"
     assert [line for line in (run / "samples.md").read_text().splitlines() if line.startswith("## ")] == ["## Step 3", "## Step 6"]
-    assert sorted(p.name for p in (run / "predictions").iterdir()) == ["labels-3.jsonl", "labels-6.jsonl"]
+    assert sorted(p.name for p in (run / "predictions").iterdir()) == ["labels-3.jsonl", "labels-6.jsonl", "labels-priors-3.json", "labels-priors-6.json"]
     assert len((run / "predictions" / "labels-6.jsonl").read_text().splitlines()) == 16
     assert checkpoint.steps(epath.Path(run / "checkpoints")) == [6]
 
@@ -324,9 +324,34 @@ def test_evaluate_reproduces_the_evals_of_the_run(finished, tmp_path):
     assert artifacts(run) == before  # the same predictions and samples again
     saved = json.loads((run / "eval-6.json").read_text())
     assert saved["step"] == 6 and {key: value for key, value in saved.items() if key.startswith("eval/")} == wanted
+    assert saved["versions"]["jax"] == jax.__version__ and saved["tokenizer"] == "bytes-1" and saved["config"]["evals"].keys() == saved["evals"].keys()
+    assert saved["evals"]["second"]["fingerprint"] and saved["evals"]["second"]["examples"] == wanted["eval/second/examples"]
+    report = (run / "eval-6.md").read_text()
+    accuracy, low, high = (f"{wanted[f'eval/second/accuracy{end}']:.4f}" for end in ("", "_low", "_high"))
+    assert f"| accuracy | {accuracy} | {low} to {high} |" in report and "| accuracy_low |" not in report
     config.init_from = str(run)
     assert train.evaluate(config, epath.Path(tmp_path / "elsewhere"), jax.devices()[:1]) == wanted
     assert (tmp_path / "elsewhere" / "predictions" / "second-6.jsonl").read_bytes() == before["second-6.jsonl"]
+
+
+def test_evaluate_other_checkpoints(finished, tmp_path):
+    config, run = finished
+    there = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    assert len(there) > 1
+    losses = {line["step"]: line["eval/first/loss"] for line in read_lines(run) if "eval/first/loss" in line}
+    found = train.evaluate(config, epath.Path(run), jax.devices()[:1], "all")
+    each = {step: json.loads((run / f"eval-{step}.json").read_text()) for step in there}
+    assert {step: one["eval/first/loss"] for step, one in each.items()} == {step: losses[step] for step in there} and len(set(losses.values())) > 1
+    assert found["eval/first/loss"] == losses[there[-1]] and (run / "eval-curves.png").read_bytes()[:4] == b"\x89PNG"
+    config.init_from = str(run)
+    assert train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))["eval/first/loss"] == losses[there[0]]
+    for steps in ("1000", f"{there[0]},x", "newest"):
+        with pytest.raises(ValueError, match=rf"--steps={steps}: .* has checkpoints of the steps \[{there[0]}, .*wanted some of them, with commas, or all"):
+            train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], steps)
+    damaged = next(path for path in (run / "checkpoints" / str(there[0])).rglob("*") if path.is_file() and "manifest" in path.name)
+    damaged.unlink()
+    with pytest.raises(ValueError, match=f"no checkpoint of step {there[0]} that can be read"):
+        train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))
 
 
 def test_moving_average_is_what_is_evaluated(small, tmp_path):

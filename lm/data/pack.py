@@ -53,11 +53,18 @@ def label_word(label: str) -> str:
     return " " + label
 
 
-def windows(ids: list[int], length: int) -> list[dict[str, np.ndarray]]:
-    """Inputs, targets and weights of a document, cut into windows of at most `length`."""
-    inputs, targets = np.asarray(ids[:-1], np.int32), np.asarray(ids[1:], np.int32)
-    return [dict(tokens=inputs[i:i + length], targets=targets[i:i + length], weights=np.ones(len(inputs[i:i + length]), np.float32))
-            for i in range(0, len(inputs), length)]
+def windows(ids: list[int], length: int, stride: int = 0) -> list[dict[str, np.ndarray]]:
+    """Inputs, targets and weights of a document, cut into windows of at most `length`. Each target has weight in one window.
+
+    Args:
+      stride: targets that each window after the first one adds; what comes before them in it is context, with weight 0. 0: `length`, no overlap.
+    """
+    inputs, targets, stride = np.asarray(ids[:-1], np.int32), np.asarray(ids[1:], np.int32), stride or length
+    starts, found = [0, *range(length, len(inputs), stride)] if len(inputs) else [], []
+    for new, end in zip(starts, [*starts[1:], len(inputs)]):
+        begin = new if stride == length else max(0, end - length)
+        found.append(dict(tokens=inputs[begin:end], targets=targets[begin:end], weights=(np.arange(begin, end) >= new).astype(np.float32)))
+    return found
 
 
 class _Unpack(grain_experimental.FlatMapTransform):

@@ -76,7 +76,7 @@ def _sacrebleu(name: str, **options):
         most = max(map(len, references))
         columns = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
         found = getattr(sacrebleu.metrics, name)(**options).corpus_score(list(predictions), columns, n_bootstrap=1000)
-        return Score(found.score, found._mean - found._ci, found._mean + found._ci, None)
+        return Score(float(found.score), float(found._mean - found._ci), float(found._mean + found._ci), None)
     return score
 
 
