@@ -29,9 +29,10 @@ class Tokenizer(Protocol):
     def save(self, directory: epath.Path) -> None: ...
 
 
-def before(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that stand before a text that a model is asked about: BOS; for tokenizers of Hugging Face checkpoints that add none, only if there is no text."""
-    return [tokenizer.bos_id] if not text or tokenizer.prompt("a") != tokenizer.encode("a") else []
+def before(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The ids that stand before those of a text that a model is asked about: BOS; for tokenizers of Hugging Face checkpoints that add none, only if there are
+    no others."""
+    return [tokenizer.bos_id] if not len(ids) or tokenizer.prompt("a") != tokenizer.encode("a") else []
 
 
 class ByteTokenizer:

@@ -80,7 +80,7 @@ class Task:
 
     def _plant(self, text: str, options: Sequence[str]):
         ids, after = split(self._tokenizer.encode, text, options, self._boundary)
-        ids, cut = prompts.fit(before(self._tokenizer, text), ids, max(map(len, after)), self._length, self._name)
+        ids, cut = prompts.fit(before(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name)
         self._cut += cut
         return grow(ids, after)
 

@@ -332,7 +332,7 @@ class Task:
         if (key := tuple(map(tuple, after))) not in self._audited:
             audit(self._labels, [(k, word, ids) for (k, word), ids in zip(words, after)])
             self._audited.add(key)
-        ids, cut = prompts.fit(before(self._tokenizer, text), ids, max(map(len, after)), self._length, self._name)
+        ids, cut = prompts.fit(before(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name)
         return grow(ids, after), cut
 
     def _free(self, template: prompts.Template, first: str) -> dict[str, list[str]]:

@@ -109,8 +109,8 @@ class Task:
             shots = prompts_lib.choose(prompts_lib.load_shots(source, name), prompt["shots"], sampler=sampler, seed=prompt["seed"], name=name,
                                        avoid=lambda record: template(record) in asked)
         first = prompts_lib.before(shots, template, example, prompt["separator"])
-        texts = [first + template(record) for record in records]
-        found = [prompts_lib.fit(before(self._tokenizer, text), self._tokenizer.encode(text), self._new + 1, predict_fns.length, name) for text in texts]
+        texts = [self._tokenizer.encode(first + template(record)) for record in records]
+        found = [prompts_lib.fit(before(self._tokenizer, ids), ids, self._new + 1, predict_fns.length, name) for ids in texts]
         self._prompts, self._cut = [ids for ids, _ in found], sum(cut for _, cut in found)
         self.about = {"fingerprint": records_lib.fingerprint(records), "examples": len(records), "citation": source["citation"]}
 

@@ -61,7 +61,7 @@ class Model(TemplateLM):
         plain = self._tokenizer.encode(string)
         if add_special_tokens is False or plain[:1] == [self._tokenizer.bos_id]:  # BOS is spelt out
             return plain
-        return self._tokenizer.prompt(string) if string else before(self._tokenizer, "a")  # prompt("") is never empty, hf's may be
+        return self._tokenizer.prompt(string) if string else before(self._tokenizer, [0])  # prompt("") is never empty, hf's may be
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not (template := chat.template(self._tokenizer)):

@@ -16,8 +16,9 @@ from lm_eval.tasks import TaskManager
 
 from lm import build, decode, step, train
 from lm import config as config_lib
+from lm.data import pack
 from lm.data import tokenizer as tokenizers
-from lm.evals import common, harness
+from lm.evals import choice, classification, common, harness
 from lm.evals.common import PredictFns
 from lm.hf import checkpoint as hf
 from lm.objectives import causal
@@ -173,3 +174,55 @@ def test_longer_than_the_model_takes(checkpoint):
         model._loglikelihood_tokens([(("a", "b"), [1], [2] * 80)])
     with pytest.raises(ValueError, match="has 0 tokens; wanted 1 to"):
         model._loglikelihood_tokens([(("a", "b"), [1], [])])
+
+
+def task_arguments(folder, kind, **changes):
+    (folder / "ours.toml").write_text(f'type = "lm.evals.{kind}.Task"')
+    made = config_lib.task(str(folder / "ours.toml"), source=dict(path=str(folder / "{split}.jsonl"), split="test", shots_split="train"), **changes).to_dict()
+    return {key: value for key, value in made.items() if key not in ("type", "every", "batch_size")}
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
+    """Templates, examples, boundary, norms and scores: the same prompts, log-probabilities and figures as lm_eval's from a task file that says the same."""
+    checkpoint = make_checkpoint(tmp_path, adds_bos)
+    for split in ("train", "test"):
+        rows = [dict(text=sentence(2, 6), a=sentence(1, 3), b=sentence(1, 4), label=i % 3, right=i % 2, last=RANDOM.choice(WORDS)) for i in range(12)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = ["one", "the other one", "a hat"]
+    theirs = dict(classification=dict(doc_to_text="{{text}}\n", doc_to_target="label", doc_to_choice=labels, target_delimiter="", num_fewshot=2),
+                  choice=dict(doc_to_text="{{text}}:", doc_to_target="right", doc_to_choice="{{[a, b]}}", num_fewshot=1),
+                  last=dict(output_type="loglikelihood", doc_to_text="{{text}}", doc_to_target=" {{last}}"))
+    metrics = dict(classification=["acc", "brier_score"], choice=["acc", "acc_norm", "acc_bytes"], last=["acc", "perplexity"])
+    for name, task in theirs.items():
+        files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
+        about = dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=files), test_split="test", fewshot_split="train",
+                     fewshot_config=dict(sampler="first_n"), metric_list=[dict(metric=m) for m in metrics[name]], **{"output_type": "multiple_choice"} | task)
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(about))
+    wanted, samples = evaluate(HFLM(pretrained=str(checkpoint), batch_size=4, max_length=LENGTH, dtype="float32", device="cpu"), list(theirs), tmp_path)
+    model, mesh = ours(checkpoint, 8, dict(fsdp=1))
+    encoder, found, predictions = pack.Encoder(model._tokenizer, ""), {}, {}
+    first_n = lambda shots: dict(shots=shots, sampler="first_n")
+    words = (tuple((label, (label,)) for label in labels),)
+    tasks = dict(
+        classification=(classification.Task, task_arguments(tmp_path, "classification", verbalizer=dict(words=words, boundary="lm_eval"),
+                                                            prompt=first_n(2) | dict(templates=("{text}\n",)))),
+        choice=(choice.Task, task_arguments(tmp_path, "choice", prompt=first_n(1) | dict(template="{text}:"), choices=(" {a}", " {b}"), answer="right",
+                                            boundary="lm_eval")),
+        last=(choice.Task, task_arguments(tmp_path, "choice", prompt=dict(template="{text}"), choices=(" {last}",), answer=0, boundary="lm_eval")))
+    with jax.set_mesh(mesh):
+        for name, (cls, arguments) in tasks.items():
+            values = dict(cls(model._predict_fns, name=name, encoder=encoder, **arguments).run(model._params))
+            predictions[name] = [json.loads(line) for line in values["predictions"].content.splitlines()]
+            found[name] = values
+    sums = {"classification": lambda line: [sum(*line["word_logprobs"][0][label].values()) for label in labels], "choice": lambda line: line["logprobs"],
+            "last": lambda line: line["logprobs"]}
+    for name in theirs:
+        for line, sample in zip(predictions[name], sorted(samples[name], key=lambda s: s["doc_id"]), strict=True):
+            said = [x[0] if isinstance(x, (list, tuple)) else x for x in sample["filtered_resps"]]
+            assert sums[name](line) == pytest.approx(said[:1] if name == "last" else said, abs=1e-3)
+    pairs = [("classification", "accuracy", "acc"), ("classification", "brier", "brier_score"), ("choice", "accuracy", "acc"),
+             ("choice", "accuracy_char", "acc_norm"), ("choice", "accuracy_byte", "acc_bytes"), ("last", "accuracy", "acc"),
+             ("last", "perplexity", "perplexity")]
+    for name, mine, other in pairs:
+        assert found[name][mine] == pytest.approx(wanted[name][f"{other},none"], rel=1e-3), (name, mine)
