@@ -150,8 +150,12 @@ class Generator:
         if mesh.devices.flat[0].platform == "cpu":
             graphdef, params = transformer.unstack(nnx.merge(graphdef, params), params)
         self._config, self._params, self._mesh, self._stop_ids = model_config, params, mesh, tuple(stop_ids)
-        self._start = jax.jit(functools.partial(start, graphdef, sampling=sampling), static_argnames=("cache_length", "copies"))
-        self._advance = jax.jit(functools.partial(advance, graphdef, sampling=sampling, stop_ids=self._stop_ids, vocab_size=vocab_size), donate_argnums=1)
+        def begin(params, prompts_BT, lengths_B, seeds_B, **sizes):
+            return start(graphdef, params, prompts_BT, lengths_B, jax.vmap(jax.random.key)(seeds_B), sampling=sampling, **sizes)
+        self._start = jax.jit(begin, static_argnames=("cache_length", "copies"))
+        # Every process sees all tokens.
+        self._advance = jax.jit(functools.partial(advance, graphdef, sampling=sampling, stop_ids=self._stop_ids, vocab_size=vocab_size), donate_argnums=1,
+                                out_shardings=(None, sharding.replicated(mesh)))
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises ValueError for prompts that are empty or too long."""
@@ -183,10 +187,10 @@ class Generator:
         for row, ids in zip(padded, prompts):
             row[:len(ids)] = ids
         lengths = np.array([len(ids) for ids in prompts], np.int32)
-        put = functools.partial(jax.device_put, device=sharding.replicated(self._mesh))
-        keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+        put = lambda x: jax.make_array_from_callback(x.shape, sharding.replicated(self._mesh), lambda index: x[index])
         with jax.set_mesh(self._mesh):
-            state = self._start(self._params, put(padded), put(lengths), put(keys), cache_length=bucket(longest + max_new_tokens), copies=copies)
+            state = self._start(self._params, put(padded), put(lengths), put(np.asarray(seeds, np.uint32)), cache_length=bucket(longest + max_new_tokens),
+                                copies=copies)
         ended, ahead = np.zeros(count, bool), collections.deque()
         for step in range(max_new_tokens):
             with jax.set_mesh(self._mesh):

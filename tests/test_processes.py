@@ -16,7 +16,7 @@ from lm import config as config_lib
 
 
 @pytest.fixture
-def config(small):
+def config(small, tmp_path):
     """f32, so that meshes may be compared; evals and checkpoints every 4 steps."""
     small.data.update(dict(batch_size=16, streams=8))
     small.mesh.update(dict(data=2, fsdp=4))
@@ -26,6 +26,10 @@ def config(small):
     small.evals.text = config_lib.perplexity(every=4, batch_size=16)
     small.evals.labels = config_lib.classification(VERBALIZER, every=4, batch_size=16)
     small.evals.samples = config_lib.samples(("red", "ab"), every=6, max_new_tokens=3)
+    (tmp_path / "answers.toml").write_text('type = "lm.evals.generation.Task"')
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(dict(q=q)) + "\n" for q in ("red", "ab ", "é", "blue cd", "green")))
+    small.evals.answers = config_lib.task(str(tmp_path / "answers.toml"), every=4, batch_size=2, source=dict(path=str(tmp_path / "test.jsonl")),
+                                          prompt=dict(template="{q}"), references="{q}", scores=("f1",), max_new_tokens=4)
     return small.lock()
 
 
@@ -90,6 +94,8 @@ def assert_close(run, reference):
     for step in (4, 8, LAST):
         names = [[json.loads(line)["name"] for line in (r / f"predictions/labels-{step}.jsonl").read_text().splitlines()] for r in (run, reference)]
         assert names[0] == names[1] and names[0]
+    texts = [[json.loads(line)["text"] for line in (r / "predictions/answers-8.jsonl").read_text().splitlines()] for r in (run, reference)]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
 def test_other_numbers_of_processes(config, slow, tmp_path):

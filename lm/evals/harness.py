@@ -2,7 +2,7 @@
 
     lm_eval.simple_evaluate(model=harness.Model(predict_fns, params, tokenizer), tasks=[...])
 
-and, as an entry of config.evals, `Evaluator`. With several processes all of them make the same calls; tasks that generate text need a single one.
+and, as an entry of config.evals, `Evaluator`. With several processes all of them make the same calls.
 """
 
 import collections
@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from lm import decode
@@ -106,8 +105,6 @@ class Model(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first stop string, EOS, or the number of tokens asked for."""
-        if jax.process_count() > 1:
-            raise ValueError("lm_eval's tasks that generate text need a single process: leave them out of config.evals on several hosts")
         groups = collections.defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append((number, request.args[0]))
