@@ -1,5 +1,6 @@
-"""Classification by a model's probabilities of label words: lm on the tasks of lm_eval, beside lm_eval's own `hf` backend, on the same Llama of 41M parameters,
-drawn at random, and the same CPU in one run. Examples a second, tokenization included, and the tokens that go through the model.
+"""Classification by a model's probabilities of label words: lm's own tasks ("ours"; pictures and intervals left out), and lm on the tasks of lm_eval
+("harness"), beside lm_eval's own `hf` backend ("theirs"), on the same Llama of 41M parameters, drawn at random, and the same CPU in one run. Examples a
+second, tokenization included, and the tokens that go through the model.
 
     pip install -c constraints.txt -e '.[parity]'
     python benchmarks/evals.py
@@ -43,12 +44,20 @@ def write_task(folder, name, labels, label_tokens, question, shots, examples):
     rng = random.Random(0)
     text = lambda n: " ".join(f"w{rng.randrange(2, 32000)}" for _ in range(n))
     choices = [text(label_tokens if label_tokens == 1 else rng.randint(2, 2 * label_tokens - 2)) for _ in range(labels)]
-    file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(dict(text=text(question), label=rng.randrange(labels))) + "\n" for _ in range(examples + shots)))
+    for split, count in (("test", examples), ("train", shots)):
+        rows = [dict(text=text(question), label=rng.randrange(labels)) for _ in range(count)]
+        (folder / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: str(folder / f"{name}-{split}.jsonl") for split in ("test", "train")[:1 + bool(shots)]}
     (folder / f"{name}.yaml").write_text(json.dumps(dict(
-        task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(validation=str(file))), validation_split="validation", fewshot_split="validation",
-        fewshot_config=dict(sampler="first_n"), num_fewshot=shots, output_type="multiple_choice", doc_to_text="{{text}} w2", doc_to_target="label",
-        doc_to_choice=choices, metric_list=[dict(metric="acc")])))
+        task=name, dataset_path="json", dataset_kwargs=dict(data_files=files), test_split="test", fewshot_split="train" if shots else None,
+        fewshot_config=dict(sampler="first_n"), num_fewshot=shots, output_type="multiple_choice", doc_to_text="{{text}} w2",
+        doc_to_target="label", doc_to_choice=choices, metric_list=[dict(metric="acc")])))
+    (folder / "ours.toml").write_text('type = "lm.evals.classification.Task"')
+    words = (tuple((str(i), (f" {choice}",)) for i, choice in enumerate(choices)),)
+    from lm import config as config_lib
+    made = config_lib.task(str(folder / "ours.toml"), source=dict(path=str(folder / f"{name}-{{split}}.jsonl"), shots_split="train"), priors=(),
+                           prompt=dict(templates=("{text} w2",), shots=shots, sampler="first_n"), verbalizer=dict(words=words))
+    return {key: value for key, value in made.to_dict().items() if key not in ("type", "every", "batch_size")}
 
 
 def main():
@@ -57,6 +66,7 @@ def main():
     args = parser.parse_args()
     import jax
     import lm_eval
+    import numpy as np
     import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -64,7 +74,8 @@ def main():
     from lm import build, step
     from lm import config as config_lib
     from lm.data import tokenizer as tokenizers
-    from lm.evals import common, harness
+    from lm.data.pack import Encoder
+    from lm.evals import calibration, classification, common, harness
     from lm.evals.common import PredictFns
     from lm.hf import checkpoint as hf
     from lm.objectives import causal
@@ -80,12 +91,12 @@ def main():
         fns = PredictFns(made.mesh, batch_size=8, length=SIZES["max_position_embeddings"],
                          token_logprobs=step.make_token_logprobs(made.graphdef, causal.token_logprobs), tree_logprobs=step.make_tree_logprobs(made.graphdef),
                          make_generate=None, check_stop=lambda: None)
-        tokens = {"ours": 0, "theirs": 0}
+        tokens = {"lm": 0, "theirs": 0}
         real = common.join
 
         def counted(trees, most):
             rows = real(trees, most)
-            tokens["ours"] += sum(len(row.tree.tokens) for row in rows)
+            tokens["lm"] += sum(len(row.tree.tokens) for row in rows)
             return rows
         common.join = counted
         theirs = HFLM(pretrained=str(checkpoint), batch_size=8, dtype="float32", device="cpu", max_length=SIZES["max_position_embeddings"])
@@ -95,26 +106,36 @@ def main():
             tokens["theirs"] += inputs.numel()
             return call(inputs, *more, **options)
         theirs._model_call = their_call
-        sides = {"ours": harness.Model(fns, source.load(made.params), tokenizer), "theirs": theirs}
+        params = source.load(made.params)
+        sides = {"harness": harness.Model(fns, params, tokenizer), "theirs": theirs}
         print(f"{os.cpu_count()} cores, jax {jax.__version__}, torch {torch.__version__}, lm_eval {lm_eval.__version__}", file=sys.stderr)
         for task, sizes in TASKS.items():
-            write_task(folder, task, *sizes)
+            ours = write_task(folder, task, *sizes)
             manager = TaskManager(include_path=str(folder), include_defaults=False)
-            run = lambda side: lm_eval.simple_evaluate(sides[side], tasks=[task], task_manager=manager, bootstrap_iters=0, limit=sizes[-1])  # noqa: B023
-            answers = {side: [s["filtered_resps"] for s in run(side)["samples"][task]] for side in sides}
-            worst = max(abs(a[0] - b[0]) for x, y in zip(*answers.values()) for a, b in zip(x, y))
-            seconds = {side: [] for side in sides}
-            tokens.update(ours=0, theirs=0)
+            run = lambda side: lm_eval.simple_evaluate(sides[side], tasks=[task], task_manager=manager, bootstrap_iters=0)  # noqa: B023
+
+            def own():
+                evaluator = classification.Task(fns, name="ours", encoder=Encoder(tokenizer, ""), **ours)  # noqa: B023
+                (found,) = classification.ask(fns, params, evaluator.questions)
+                sums = found.examples.tokens.sum(axis=2)
+                calibration.ece(calibration.softmax(sums), evaluator.questions.gold)
+                return sums
+            answers = {side: np.array([[x[0] for x in s["filtered_resps"]] for s in sorted(run(side)["samples"][task], key=lambda s: s["doc_id"])])
+                       for side in sides} | {"ours": own()}
+            worst = max(np.abs(answers[side] - answers["theirs"]).max() for side in ("harness", "ours"))
+            seconds = {side: [] for side in ("ours", *sides)}
+            tokens.update(lm=0, theirs=0)
             for turn in range(args.turns):
-                for side in sides:
-                    began = time.perf_counter()
-                    run(side)
+                for side in seconds:
+                    began, before = time.perf_counter(), tokens["lm"]
+                    own() if side == "ours" else run(side)
                     seconds[side].append(time.perf_counter() - began)
+                    tokens["lm"] = before if side == "ours" else tokens["lm"]  # the same in both
                 print(f"  turn {turn + 1}/{args.turns}: " + ", ".join(f"{side} {s[-1]:.2f} s" for side, s in seconds.items()), file=sys.stderr, flush=True)
             speed = {side: round(sizes[-1] / statistics.median(s), 2) for side, s in seconds.items()}
-            ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"])]
-            print(json.dumps(dict(task=task, examples_per_second=speed, ratio=round(statistics.median(ratios), 2),
-                                  ratios=[round(min(ratios), 2), round(max(ratios), 2)], tokens={side: n // args.turns for side, n in tokens.items()},
+            ratios = {side: [b / a for a, b in zip(seconds[side], seconds["theirs"])] for side in ("ours", "harness")}
+            shown = {side: f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for side, x in ratios.items()}
+            print(json.dumps(dict(task=task, examples_per_second=speed, ratio=shown, tokens={side: n // args.turns for side, n in tokens.items()},
                                   largest_difference=float(f"{worst:.1e}"))), flush=True)
 
 

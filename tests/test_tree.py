@@ -118,3 +118,39 @@ def test_a_tree_is_each_continuation_alone(changes, sizes, batch_size, monkeypat
             np.testing.assert_allclose(logprobs[path], wanted, atol=1e-4)
             np.testing.assert_array_equal(best[path], greedy)
     assert any(best.any() for _, best in found)
+
+
+@pytest.mark.parametrize("dtype, most, most_split", [("float32", 1e-5, 1e-5), ("bfloat16", 1e-4, 5e-2)])
+def test_neither_batches_nor_meshes_matter(dtype, most, most_split):
+    """But for the order of sums where the tensor axis splits them, which a rounding to bf16 can turn into its unit."""
+    graphdef, params = drawn(config(param_dtype=dtype, compute_dtype=dtype))
+    params = jax.tree.map(lambda p: p.astype(dtype) if p.dtype != np.float32 else p, params)
+    rng = np.random.default_rng(0)
+    trees = [grow(rng.integers(0, 40, n).tolist(), CONTINUATIONS) for n in (1, 5, 9, 14, 3, 3, 7)]
+    found = {}
+    for sizes, batch_size in ((dict(data=1), 3), (dict(data=1), 1), (dict(data=2, fsdp=2), 4), (dict(fsdp=2, tensor=2), 4)):
+        mesh_fns = fns(graphdef, sizes, batch_size)
+        with jax.set_mesh(mesh_fns._mesh):
+            found[str(sizes), batch_size] = np.concatenate([logprobs for logprobs, _ in mesh_fns.tree_logprobs(params, trees)])
+    first, *others = found.values()
+    for other, allowed in zip(others, (most, most, most_split)):
+        np.testing.assert_allclose(other, first, rtol=0, atol=allowed)
+    assert first.min() < -3 and first.max() > -3
+
+
+def test_states_and_the_heads_rows():
+    """The head's rows times the states are the logits that the plain forward pass ends in."""
+    graphdef, params = drawn(config())
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    made = PredictFns(mesh, batch_size=3, length=48, token_logprobs=len, tree_logprobs=len, make_generate=None, check_stop=lambda: None,
+                      tree_states=step.make_tree_states(graphdef), head_rows=step.make_head_rows(graphdef))
+    prompts = [np.random.default_rng(n).integers(0, 40, n).tolist() for n in (1, 4, 9, 9, 2)]
+    with jax.set_mesh(mesh):
+        logits = made.states(params, prompts) @ made.head_rows(params, np.arange(40)).T
+        whole = made.states(params, prompts) @ made.head_rows(params, np.arange(nnx.merge(graphdef, params).head_table.shape[0])).T
+    assert whole.shape[0] == 5 and (whole[:, :40] == logits).all()
+    alone = reference(graphdef, params)
+    for prompt, row in zip(prompts, whole):
+        logprobs = row - np.log(np.exp(row).sum())
+        for target in (0, 7, 39):
+            assert logprobs[target] == pytest.approx(alone(prompt, [target])[0][0], abs=1e-4)

@@ -15,6 +15,7 @@ the mesh and the number of hosts: batches are filled with padding, whose results
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -41,6 +42,11 @@ class Evaluator(Protocol):
     def run(self, params: Any) -> Iterator[tuple[str, float | Artifact]]: ...
 
 
+# XLA may leave out roundings to bf16 between operations that it fuses, and what it fuses depends on the mesh: log-probabilities differed by up to 0.05 between
+# one device and four that have a row each.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
+
 class PredictFns:
     """The compiled functions of one model on one mesh, for batches of `batch_size` rows of `length` tokens."""
 
@@ -50,9 +56,10 @@ class PredictFns:
         whole = sharding.replicated(mesh)
         self.length, self.batch_size, self.make_generator = length, batch_size, make_generator
         self._mesh, self.check_stop = mesh, check_stop
-        self._token_logprobs = jax.jit(token_logprobs, out_shardings=whole)
-        self._tree_logprobs = jax.jit(tree_logprobs, out_shardings=whole)
-        self._tree_states = jax.jit(lambda *args: (tree_states(*args),), out_shardings=whole)
+        compiled = functools.partial(jax.jit, out_shardings=whole, compiler_options=COMPILER_OPTIONS)
+        self._token_logprobs = compiled(token_logprobs)
+        self._tree_logprobs = compiled(tree_logprobs)
+        self._tree_states = compiled(lambda *args: (tree_states(*args),))
         self._head_rows = jax.jit(lambda params, ids: head_rows(params, ids), out_shardings=whole)
         self._make_generate, self._generate = make_generate, {}
 
