@@ -87,7 +87,7 @@ def test_the_prompt_that_is_asked(tmp_path):
 
 
 def test_ways_of_asking_are_averaged(tmp_path):
-    options = dict(prompt=dict(templates=("{text}\n?", "Q {text}?"), shots=1, seeds=(0, 1)), priors=())
+    options = dict(prompt=dict(templates=("{text}\n=", "Q {text} ="), shots=1, seeds=(0, 1)), priors=())
     other = tuple((label, (f" {label[0]}",)) for label in LABELS)
     words = (tuple((label, (f" {label}",)) for label in LABELS), other)
     fns = lambda: Model(random_distribution, length=100)
@@ -207,10 +207,26 @@ def test_one_label_only_and_no_text(tmp_path):
     (dict(verbalizer=dict(words=((("red", ("",)), ("green", (" g",)), ("blue", (" b",))),))), "the label 'red' has no word, or an empty one"),
     (dict(verbalizer=dict(words=((("red", (" g",)), ("green", (" g",)), ("blue", (" b",))),))), "are the same tokens"),
     (dict(verbalizer=dict(words=((("red", (" r",)), ("green", (" g",))), (("red", (" r",)), ("blue", (" g",)))))), r"another \['red', 'blue'\]"),
+    (dict(prompt=dict(templates=("{text}: ",))), "two spaces would meet; end the prompt without one"),
+    (dict(verbalizer=dict(words=((("red", ("r",)), ("green", ("g",)), ("blue", ("b",))),))), "with nothing between them: begin the word with a space"),
     (dict(source=dict(path="nowhere.jsonl")), "the eval 'colours': no file at nowhere.jsonl")])
 def test_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **changes)
+
+
+class Lower(ByteTokenizer):
+    """A tokenizer of an uncased model."""
+
+    def encode(self, text):
+        return super().encode(text.lower())
+
+
+def test_words_come_back_as_they_are(tmp_path):
+    words = ((("red", (" Red",)), ("green", (" green",)), ("blue", (" blue",))),)
+    with pytest.raises(ValueError, match="the word ' Red' comes back from the tokenizer as .* red': write it as the tokenizer does"):
+        make(tmp_path, tokenizer=Lower(), verbalizer=dict(words=words))
+    make(tmp_path, tokenizer=Lower(), verbalizer=dict(words=words, boundary="lm_eval"))
 
 
 def test_not_finite(tmp_path):

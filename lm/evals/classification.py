@@ -16,7 +16,20 @@ from lm.data.tokenizer import before
 from lm.evals import calibration, prompts, statistics
 from lm.evals.common import Artifact, PredictFns, png, take
 from lm.evals.tree import Tree, grow
-from lm.evals.verbalizer import AGGREGATES, BOUNDARIES, NORMS, WordLogprobs, audit, label_mass, label_scores, split, word_logprobs, word_scores
+from lm.evals.verbalizer import (
+    AGGREGATES,
+    BOUNDARIES,
+    NORMS,
+    WordLogprobs,
+    audit,
+    audit_round_trip,
+    audit_spaces,
+    label_mass,
+    label_scores,
+    split,
+    word_logprobs,
+    word_scores,
+)
 
 
 def compile_verbalizer(verbalizer: Sequence[tuple[str, Sequence[str]]], tokenizer, labels: set[str]) -> list[tuple[int, str, list[int]]]:
@@ -293,6 +306,8 @@ class Task:
             _check_norm(name, v["length_norm"], [word for _, word in words])
             if empty := [label for label, listed in pairs if not listed or "" in listed]:
                 raise ValueError(f"config.evals.{name}.verbalizer.words: the label {empty[0]!r} has no word, or an empty one")
+            if v["boundary"] != "lm_eval":
+                audit_spaces(template.tail, [word for _, word in words])
             avoid = lambda record: template(record) in asked[t] or record in held  # noqa: B023
             shots = self._choose(pool, prompt["shots"], prompt["sampler"], seed, avoid)
             first = prompts.before(shots, template, lambda record: by_label[self._labels[self.gold(record)]][0], prompt["separator"])  # noqa: B023
@@ -331,6 +346,8 @@ class Task:
         ids, after = split(self._tokenizer.encode, text, [word + self._terminator for _, word in words], self._boundary)
         if (key := tuple(map(tuple, after))) not in self._audited:
             audit(self._labels, [(k, word, ids) for (k, word), ids in zip(words, after)])
+            if self._boundary != "lm_eval":
+                audit_round_trip(self._tokenizer.decode, ids, [(word + self._terminator, more) for (_, word), more in zip(words, after)])
             self._audited.add(key)
         ids, cut = prompts.fit(before(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name)
         return grow(ids, after), cut

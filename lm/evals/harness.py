@@ -131,7 +131,8 @@ class Model(TemplateLM):
 
 
 class Evaluator:
-    """Yields TASK/METRIC of lm_eval's tasks, with its standard errors, and its whole report as JSON.
+    """Yields TASK/METRIC of lm_eval's tasks, with its standard errors, and its whole report as JSON; each task's scores of each document go to predictions/,
+    where --compare_to finds them.
 
     Args:
       tasks: names of tasks or groups, as lm_eval lists them, or in `include_path`.
@@ -149,10 +150,16 @@ class Evaluator:
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         report = lm_eval.simple_evaluate(Model(self._predict_fns, params, self._tokenizer), tasks=self._tasks, task_manager=self._manager,
-                                         bootstrap_iters=1000, log_samples=False, **self._options)
+                                         bootstrap_iters=1000, log_samples=True, **self._options)
         for task, scores in report["results"].items():
             for name, value in scores.items():
                 if isinstance(value, (int, float)) and "," in name:
                     yield f"{task}/{name.removesuffix(',none').replace(',', '_')}", float(value)
+        for task, samples in report["samples"].items():
+            lines = []
+            for s in sorted(samples, key=lambda s: (s["doc_id"], s["filter"])):
+                scores = {name: float(s[name]) for name in s["metrics"] if isinstance(s[name], (int, float, np.number))}
+                lines.append(json.dumps({"name": f"{task}[{s['doc_id']}] {s['filter']}", "scores": scores}))
+            yield f"predictions of {task}", Artifact(f"predictions/{task}-{{step}}.jsonl", "\n".join(lines) + "\n")
         kept = {key: report[key] for key in ("results", "versions", "n-shot", "n-samples", "configs") if key in report}
         yield "report", Artifact(f"harness-{'-'.join(self._tasks)[:60]}-{{step}}.json", json.dumps(kept, indent=1, default=str) + "\n")

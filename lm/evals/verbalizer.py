@@ -72,6 +72,30 @@ def audit(labels: Sequence[str], words: Sequence[tuple[int, str, list[int]]]) ->
                                  f"the model can't tell them apart. Change a word, or take a tokenizer that splits them otherwise.")
 
 
+def audit_spaces(end: str, words: Sequence[str]) -> None:
+    """Checks words against the end of the text that stands before all of them, "" if that differs.
+
+    Raises:
+      ValueError: two spaces would meet, or none stand between two words: either is spelt in other tokens than what was meant.
+    """
+    for word in words:
+        if end.endswith(" ") and word.startswith(" "):
+            raise ValueError(f"the prompt ends {end[-20:]!r} and the word is {word!r}: two spaces would meet; end the prompt without one")
+        if end and word and (end[-1].isalnum() or end[-1] in ".,:;!?)") and end.isascii() and word[0].isascii() and word[0].isalnum():
+            raise ValueError(f"the prompt ends {end[-20:]!r} and the word is {word!r}, with nothing between them: begin the word with a space")
+
+
+def audit_round_trip(decode: Callable[[list[int]], str], prompt: Sequence[int], words: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Checks that words, each with its ids after a prompt, come back from the tokenizer as they are.
+
+    Raises:
+      ValueError: one doesn't: the tokenizer has no such characters, or writes them otherwise, and another text would be scored.
+    """
+    for word, ids in words:
+        if not (said := decode([*prompt, *ids])).rstrip().endswith(word.strip()):
+            raise ValueError(f"the word {word!r} comes back from the tokenizer as {said[-len(word) - 10:]!r}: write it as the tokenizer does, or take another")
+
+
 class WordLogprobs(NamedTuple):
     """Of n prompts and W words of at most T tokens."""
     tokens: np.ndarray  # [n, W, T], the log-probability of each token, 0 behind a word's last

@@ -18,7 +18,7 @@ from lm import build, decode, step, train
 from lm import config as config_lib
 from lm.data import pack
 from lm.data import tokenizer as tokenizers
-from lm.evals import choice, classification, common, harness
+from lm.evals import choice, classification, common, comparison, harness
 from lm.evals.common import PredictFns
 from lm.hf import checkpoint as hf
 from lm.objectives import causal
@@ -149,6 +149,11 @@ def test_as_an_entry_of_the_configuration(checkpoint, tiny, tmp_path):
     assert {"eval/local/local_choice/acc", "eval/local/local_choice/acc_norm", "eval/local/local_texts/word_perplexity"} <= set(found)
     (report,) = (tmp_path / "run").rglob("harness-*.json")
     assert json.loads(report.read_text())["results"]["local_choice"]["acc,none"] == found["eval/local/local_choice/acc"]
+    (predictions,) = (tmp_path / "run" / "predictions").glob("local_choice-*.jsonl")
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(lines) == 12 and np.mean([line["scores"]["acc"] for line in lines]) == pytest.approx(found["eval/local/local_choice/acc"])
+    compared = comparison.compare_runs(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "run"))
+    assert compared["local_choice"]["acc_norm"] == pytest.approx(found["eval/local/local_choice/acc_norm"]) and compared["local_choice"]["acc_difference"] == 0
     with config.unlocked():
         config.evals.local.tasks = ("local_choice", "nothing")
     with pytest.raises(ValueError, match=r"lm_eval has no tasks \['nothing'\] in .*: there are \["):
