@@ -49,6 +49,8 @@ def choose(count, sampler="balanced", seed=0, avoid=lambda record: False):
 
 def test_samplers():
     assert [r["n"] for r in choose(3, "first_n")] == [0, 1, 2]
+    orders = [[r["n"] for r in choose(3, "first_n", seed=seed)] for seed in range(9)]
+    assert len(set(map(tuple, orders))) > 2 and all(sorted(order) == [0, 1, 2] for order in orders)
     assert choose(8) == choose(8) != choose(8, seed=1)
     assert collections.Counter(r["label"] for r in choose(8)) == {"rare": 4, "common": 4}
     assert sorted(collections.Counter(r["label"] for r in choose(7)).values()) == [3, 4]

@@ -99,7 +99,8 @@ def load_shots(source: Mapping, name: str) -> Sequence[dict]:
 
 def choose(pool: Sequence[dict], count: int, *, sampler: str, seed: int, avoid: Callable[[dict], bool], name: str,
            label: Callable[[dict], object] = lambda record: None, num_labels: int = 1) -> list[dict]:
-    """`count` examples: the first ones ("first_n"), any ("random"), or as many of each label as of the others ("balanced"; one more of some), in random order.
+    """`count` examples: the first ones ("first_n"; as they come for seed 0), any ("random"), or as many of each label as of the others ("balanced"; one more of
+    some), in random order.
 
     Args:
       avoid: records that are also among those evaluated.
@@ -123,6 +124,8 @@ def choose(pool: Sequence[dict], count: int, *, sampler: str, seed: int, avoid: 
         rounds = itertools.chain(*itertools.zip_longest(*groups.values()))
         good = iter(rng.sample(found := [record for record in rounds if record is not None][:count], len(found)))
     found = list(itertools.islice(good, count))
+    if sampler == "first_n" and seed:
+        rng.shuffle(found)
     if len(found) < count:
         raise ValueError(f"config.evals.{name}.shots = {count}, but there are {len(found)} examples that aren't evaluated themselves")
     return found

@@ -1,6 +1,6 @@
 """Scores over predicted labels, their intervals, and tests between two models on the same examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +35,10 @@ def prediction_scores(matrix: np.ndarray) -> dict[str, float]:
             "kappa": float((agreed - by_chance) / (1 - by_chance)) if by_chance < 1 else 1.0}
 
 
-def resamples(n: int, count: int, seed: int = 0) -> np.ndarray:
-    """[count, n] indices of bootstrap samples."""
-    return np.random.default_rng(seed).integers(0, n, (count, n))
+def resamples(n: int, count: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """[n] indices of each of `count` bootstrap samples."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(0, n, n) for _ in range(count))
 
 
 def bootstrap_interval(score: Callable[[np.ndarray], float], n: int, *, count: int = 1000, seed: int = 0) -> tuple[float, float]:
