@@ -165,7 +165,7 @@ class Experiment(Program):
     """All that a run is made of. Nothing in it has been initialised or written."""
     tokenizer: tokenizers.Tokenizer
     encoder: pack.Encoder
-    train_documents: Documents
+    train_documents: Documents | None  # None: nothing is to be trained
     total_steps: int
 
     def make_loader(self) -> Loader:
@@ -205,8 +205,11 @@ class Experiment(Program):
         return made
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
+def build(config: ConfigDict, devices: Sequence[jax.Device], *, training: bool = True) -> Experiment:
     """Checks the whole configuration and builds what it describes, but for the evaluators and the data's iterators.
+
+    Args:
+      training: without it the training split isn't read, unless the tokenizer comes from it.
 
     Raises:
       ValueError: what can't work, before anything is computed.
@@ -219,17 +222,16 @@ def build(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     sharding.make_mesh(c.mesh.to_dict(), devices)  # before the corpus is read
     if c.data.packing not in pack.PACKINGS:
         raise ValueError(f"config.data.packing = {c.data.packing!r}; valid: {list(pack.PACKINGS)}")
-    train_documents = documents(c, c.data.split)
-    if len(train_documents) < c.data.streams:
+    train = functools.cache(lambda: documents(c, c.data.split))
+    if training and len(train()) < c.data.streams:
         # A stream without documents would wait for ever.
-        raise ValueError(f"config.data.streams = {c.data.streams}, but split {c.data.split!r} has only {len(train_documents)} documents; "
+        raise ValueError(f"config.data.streams = {c.data.streams}, but split {c.data.split!r} has only {len(train())} documents; "
                          f"set config.data.streams to at most that")
-    words = tokenizer(c, lambda: train_documents)
+    words = tokenizer(c, train)
     encoder = pack.Encoder(words, c.data.label_prompt)
-    steps = total_steps(c.train.length, batch_tokens=c.data.batch_size * c.data.length,
-                        epoch_tokens=lambda: pack.count_tokens(train_documents, encoder))
-    return Experiment(**vars(program(c, devices, words.vocab_size, steps)), tokenizer=words, encoder=encoder, train_documents=train_documents,
-                      total_steps=steps)
+    steps = total_steps(c.train.length, batch_tokens=c.data.batch_size * c.data.length, epoch_tokens=lambda: pack.count_tokens(train(), encoder))
+    return Experiment(**vars(program(c, devices, words.vocab_size, steps)), tokenizer=words, encoder=encoder,
+                      train_documents=train() if training else None, total_steps=steps)
 
 
 def program(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, total_steps: int) -> Program:

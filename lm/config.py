@@ -190,7 +190,7 @@ def task(name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **c
     folder = pathlib.Path(__file__).parent / "evals" / "tasks"
     path = pathlib.Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.exists():
-        raise ValueError(f"no task {name!r}; there are {sorted(p.stem for p in folder.glob('*.toml'))}, and paths of .toml files")
+        raise ValueError(f"no task {name!r}; valid: {sorted(p.stem for p in folder.glob('*.toml'))}, and paths of .toml files")
     try:
         read = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

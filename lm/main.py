@@ -11,7 +11,7 @@ from absl import app, flags
 from etils import epath
 
 from lm import command_line, metrics, startup, train
-from lm.evals import comparison
+from lm.evals import comparison, report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; gs:// too. A run goes on from the checkpoints in it.")
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST writes an xprof trace of these steps, LAST not among them, to WORKDIR/profile.")
@@ -28,7 +28,7 @@ def table(values: dict) -> str:
     rows = [(key.removeprefix("eval/"), value) for key, value in sorted(values.items())
             if isinstance(value, (int, float)) and (key.startswith("eval/") or key in ("train/loss", "train/seconds", "train/updates_lost"))]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value:>12,}" if isinstance(value, int) else f"  {name:<{width}}  {value:>12.4f}" for name, value in rows)
+    return "\n".join(f"  {name:<{width}}  {report.cell(value):>12}" for name, value in rows)
 
 
 def steps_of(text: str) -> tuple[int, int] | None:

@@ -63,7 +63,7 @@ def suggest(config, workdir: epath.Path, devices, name: str, examples: int, coun
     with config.unlocked():
         config.evals = {name: config.evals[name]}
         config.evals[name].update(dict(temperature_examples=examples, priors=(), max_documents=1))
-    experiment = build.build(config, devices)
+    experiment = build.build(config, devices, training=False)
     source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
     with jax.set_mesh(experiment.mesh):
         task = experiment.make_evaluators()[name]

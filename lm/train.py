@@ -439,7 +439,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
       ValueError: what can't work; steps that aren't there.
     """
     config = build.adopt(config)
-    e = build.build(config, devices)
+    e = build.build(config, devices, training=False)
     source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
     there = checkpoint.steps(source / "checkpoints")
     if steps and not all(step.isdecimal() and int(step) in there for step in steps.split(",")) and (steps != "all" or not there):

@@ -4,10 +4,11 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lm.data import sources
+from lm.data import records, sources
 
 # --- text ---
 
@@ -180,6 +181,19 @@ def test_tfds_configuration_and_features(copies):
     with pytest.raises(IndexError):
         labelled[4]
     assert list(labelled) == list(labelled.items)
+
+
+def test_tfds_records(tmp_path):
+    """As JSON has them: text, lists, labels by name, whatever else as it is."""
+    kind = tfds.features.ClassLabel(names=["no", "yes"])
+    answers = tfds.features.Sequence({"text": TEXT, "answer_start": np.int32})
+    rows = [{"q": "é?", "answers": {"text": ["a", "bé"], "answer_start": [3, 1]}, "kind": kind, "n": 5} for kind in ("yes", "no", -1)]
+    prepare(tmp_path, "qa", {"q": TEXT, "answers": answers, "kind": kind, "n": np.int64}, {"test": rows})
+    found = records.load("test", tfds="qa", data_dir=str(tmp_path))
+    assert list(found) == [rows[0], rows[1], rows[2]] and len(found) == 3  # -1: no label
+    assert json.loads(json.dumps(found[0])) == rows[0] and list(records.load("test[1:]", tfds="qa", data_dir=str(tmp_path))) == rows[1:]
+    with pytest.raises(ValueError, match="no prepared copy of 'other'"):
+        records.load("test", tfds="other", data_dir=str(tmp_path))
 
 
 def test_tfds_fingerprint_follows_what_is_read(copies, tmp_path):

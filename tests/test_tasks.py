@@ -207,6 +207,7 @@ def test_one_label_only_and_no_text(tmp_path):
     (dict(verbalizer=dict(words=((("red", ("",)), ("green", (" g",)), ("blue", (" b",))),))), "the label 'red' has no word, or an empty one"),
     (dict(verbalizer=dict(words=((("red", (" g",)), ("green", (" g",)), ("blue", (" b",))),))), "are the same tokens"),
     (dict(verbalizer=dict(words=((("red", (" r",)), ("green", (" g",))), (("red", (" r",)), ("blue", (" g",)))))), r"another \['red', 'blue'\]"),
+    (dict(verbalizer=dict(weights=(1.0, 2.0))), "word weights .*: wanted a positive one for each of 3 words"),
     (dict(prompt=dict(templates=("{text}: ",))), "two spaces would meet; end the prompt without one"),
     (dict(verbalizer=dict(words=((("red", ("r",)), ("green", ("g",)), ("blue", ("b",))),))), "with nothing between them: begin the word with a space"),
     (dict(source=dict(path="nowhere.jsonl")), "the eval 'colours': no file at nowhere.jsonl")])
@@ -246,7 +247,7 @@ def test_shipped_tasks(name):
 def test_shipped_tasks_are_listed():
     assert {"sst2", "ag_news", "trec", "imdb", "cola", "rte", "mnli", "boolq", "banking77", "xquad", "squad", "xsum", "dialogsum", "wmt14_en_de",
             "multi30k_en_de", "gsm8k", "piqa", "blimp", "lambada"} <= set(TASKS)
-    with pytest.raises(ValueError, match=r"no task 'sst3'; there are \['ag_news', "):
+    with pytest.raises(ValueError, match=r"no task 'sst3'; valid: \['ag_news', "):
         config_lib.task("sst3")
     with pytest.raises(ValueError, match=r"task\('sst2'\): prompt has no key 'shot'; valid: \['shots', 'sampler'"):
         config_lib.task("sst2", prompt=dict(shot=4))

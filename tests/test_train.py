@@ -30,13 +30,14 @@ _EVAL_STEPS = [(module, name, functools.cache(getattr(module, name))) for module
                [(step_lib, "make_token_logprobs"), (step_lib, "make_tree_logprobs"), (decode, "make_generate")]]
 
 
-def build_once(config, devices, real=build.build):
+def build_once(config, devices, *, training=True, real=build.build):
     """`build.build`, which compiles nothing twice. The key is all that compiled programs depend on."""
     free = ("evals.", "checkpoint.", "data.source", "data.cache_dir", "train.log_every", "init_from")
     key = json.dumps([{k: v for k, v in config_lib.flatten(config).items() if not k.startswith(free)}, [d.id for d in devices]])
     if key not in _EXPERIMENTS:
-        _EXPERIMENTS[key] = real(config, devices)
-    return dataclasses.replace(_EXPERIMENTS[key], config=config, train_documents=build.documents(config, config.data.split))
+        _EXPERIMENTS[key] = real(config, devices, training=training)
+    documents = build.documents(config, config.data.split) if training else None
+    return dataclasses.replace(_EXPERIMENTS[key], config=config, train_documents=documents)
 
 
 @pytest.fixture(autouse=True, name="quick")
@@ -332,6 +333,22 @@ def test_evaluate_reproduces_the_evals_of_the_run(finished, tmp_path):
     config.init_from = str(run)
     assert train.evaluate(config, epath.Path(tmp_path / "elsewhere"), jax.devices()[:1]) == wanted
     assert (tmp_path / "elsewhere" / "predictions" / "second-6.jsonl").read_bytes() == before["second-6.jsonl"]
+
+
+def test_evaluate_needs_no_training_data(finished, tmp_path):
+    config, run = finished
+    (tmp_path / "t.toml").write_text(f'''type = "lm.evals.choice.Task"
+choices = ["{{a}}"]
+answer = 0
+source = {{ path = "{tmp_path}/t.jsonl" }}''')
+    (tmp_path / "t.jsonl").write_text('{"a": "red"}\n{"a": "blue"}\n')
+    with config.unlocked():
+        config.data.source_args.path = "nowhere"
+        config.evals = dict(t=config_lib.task(str(tmp_path / "t.toml")))
+        config.init_from = str(run)
+    assert train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1])["eval/t/examples"] == 2
+    with pytest.raises(ValueError, match="no file at nowhere"):
+        go(config, tmp_path / "train")
 
 
 def test_evaluate_other_checkpoints(finished, tmp_path):

@@ -286,7 +286,7 @@ class Task:
             ("boundary", BOUNDARIES), ("aggregate", AGGREGATES), ("length_norm", NORMS))})
         self._records = list(take(prompts.load(source, source["split"], name), max_documents))
         self._name, self._label, self._boundary, self._terminator, self._tokenizer = name, label, v["boundary"], v["terminator"], encoder.tokenizer
-        self._length, self._cut, self._audited = predict_fns.length, set(), set()
+        self._length, self._cut, self._audited, self._reduce = predict_fns.length, set(), set(), v
         if not v["words"] or not prompt["templates"] or not prompt["seeds"]:
             raise ValueError(f"config.evals.{name} needs verbalizer.words, prompt.templates and prompt.seeds, one or more of each")
         self._labels = [label for label, _ in v["words"][0]]
@@ -306,6 +306,7 @@ class Task:
             _check_norm(name, v["length_norm"], [word for _, word in words])
             if empty := [label for label, listed in pairs if not listed or "" in listed]:
                 raise ValueError(f"config.evals.{name}.verbalizer.words: the label {empty[0]!r} has no word, or an empty one")
+            self._scores(np.zeros((1, len(words))), np.array([k for k, _ in words]))  # weights that don't fit
             if v["boundary"] != "lm_eval":
                 audit_spaces(template.tail, [word for _, word in words])
             avoid = lambda record: template(record) in asked[t] or record in held  # noqa: B023
@@ -321,7 +322,7 @@ class Task:
             ways.append(Way(f"template {t}, words {w}, seed {seed}", words, trees, free, [plant(first + template(record)) for record in held]))
         names = [f"{source['split']}[{i}]" for i in range(len(self._records))]
         self.questions = Questions(name, self._labels, names, gold, ways, len(self._cut), np.array([self.gold(record) for record in held], int))
-        self.predict_fns, self._reduce, self._options = predict_fns, v, dict(ensemble=ensemble, batch="batch" in priors)
+        self.predict_fns, self._options = predict_fns, dict(ensemble=ensemble, batch="batch" in priors)
         self.about = {"fingerprint": records_lib.fingerprint(self._records), "examples": len(gold), "citation": source["citation"]}
 
     def gold(self, record: Mapping) -> int:
@@ -363,9 +364,11 @@ class Task:
                 "domain": [first + template.filled(drawn) for _ in range(20)],  # Fei et al. 2023, arXiv 2305.19148, section 4.2
                 "pmi_dc": [template.tail]}
 
+    def _scores(self, words: np.ndarray, label: np.ndarray) -> np.ndarray:
+        return label_scores(words, label, self._reduce["aggregate"], np.asarray(self._reduce["weights"]) if self._reduce["weights"] else None)
+
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
-        v = self._reduce
-        scores = lambda x: label_scores(word_scores(x, v["length_norm"]), x.label, v["aggregate"], np.asarray(v["weights"]) if v["weights"] else None)
+        scores = lambda x: self._scores(word_scores(x, self._reduce["length_norm"]), x.label)
         yield from results(self.questions, ask(self.predict_fns, params, self.questions), scores, **self._options)
 
 

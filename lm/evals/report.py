@@ -3,7 +3,8 @@
 INTERVAL = ("_low", "_high")
 
 
-def _cell(value: float | int) -> str:
+def cell(value: float | int) -> str:
+    """A figure in few characters."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 1e5 else f"{value:.4f}"
 
 
@@ -28,5 +29,5 @@ def markdown(about: dict, values: dict[str, float]) -> str:
             if key.endswith(INTERVAL) and key.rpartition("_")[0] in found:
                 continue
             low, high = (found.get(key + end) for end in INTERVAL)
-            lines.append(f"| {key} | {_cell(value)} | {'' if low is None or high is None else f'{_cell(low)} to {_cell(high)}'} |")
+            lines.append(f"| {key} | {cell(value)} | {'' if low is None or high is None else f'{cell(low)} to {cell(high)}'} |")
     return "\n".join(lines) + "\n"
