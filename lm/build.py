@@ -199,7 +199,7 @@ class Experiment(Program):
                     cache[split] = documents(self.config, split)
                 arguments["documents"] = cache[split]
                 sharding.check_batch(self.mesh, batch_size, self.config.data.length, f"config.evals.{name}.batch_size")
-            if "verbalizer" in arguments or "source" in arguments:
+            if "name" in inspect.signature(cls).parameters:
                 arguments["name"] = name
             made[name] = cls(predict_fns, encoder=self.encoder, **arguments)
         return made

@@ -166,13 +166,14 @@ TASKS = {
         verbalizer=dict(words=(), terminator="", boundary="strict", aggregate="sum", length_norm="none", weights=()),
         priors=("content_free", "domain", "pmi_dc", "batch"), ensemble="mean_prob", temperature_examples=0, max_documents=0),
     "lm.evals.choice.Task": dict(
-        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0), choices=(), answer="label", answers=(), premise="", boundary="strict", max_documents=0),
+        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0), choices=(), answer="label", answers="", premise="", boundary="strict", max_documents=0),
     "lm.evals.generation.Task": dict(
-        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0), target="", references="", extract="", scores=(), normalize="none", stop=("\n",),
-        max_new_tokens=64, max_documents=0),
+        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0, sampler="random"), target="", references="", extract="", scores=(), normalize="none",
+        stop=("\n",), max_new_tokens=64, max_documents=0),
 }
 TASKS["lm.evals.linear.Task"] = TASKS["lm.evals.classification.Task"] | dict(
-    train_examples=256, init="label_words", l2=0.0)  # label_words | prototype; 0: chosen by cross-validation
+    train_examples=256, init="label_words", l2=0.0,  # label_words | prototype; 0: chosen by cross-validation
+    verbalizer=dict(words=(), boundary="strict"))
 for _key in ("priors", "temperature_examples", "ensemble"):
     del TASKS["lm.evals.linear.Task"][_key]
 
@@ -207,7 +208,15 @@ def _merged(old: dict, new: dict, where: str) -> dict:
     """`old` with the values of `new`, whose keys it has to have."""
     if unknown := [key for key in new if key not in old]:
         raise ValueError(f"{where} has no key {unknown[0]!r}; valid: {list(old)}")
-    merge = lambda key, a, b: dict(b) if key == "lines" else _merged(a, b, f"{where}: {key}") if isinstance(a, dict) else _tuples(b)
+    def merge(key: str, a, b):
+        if key == "words" and isinstance(b, dict):
+            b = [b]  # a single verbalizer
+        kinds = {tuple: (list, tuple), int: int, float: (int, float)}.get(type(a), type(a))
+        if not isinstance(b, kinds) or isinstance(b, bool):
+            raise ValueError(f"{where}: {key} = {b!r}; wanted {'an array' if isinstance(a, tuple) else type(a).__name__}, such as {a!r}")
+        if key == "lines":
+            return dict(b)
+        return _merged(a, b, f"{where}: {key}") if isinstance(a, dict) else float(b) if isinstance(a, float) else _tuples(b)
     return old | {key: merge(key, old[key], value) for key, value in new.items()}
 
 

@@ -80,7 +80,7 @@ def suggest(config, workdir: epath.Path, devices, name: str, examples: int, coun
     ids = candidates(tokenizer, tokenizer.vocab_size)
     if not ids:
         raise ValueError("the tokenizer has no token that is a whole word: there is nothing to suggest")
-    first = [[tokenizer.encode(word)[0] for k, word in way.words if k == label] for label in range(len(q.labels))]
+    first = [[token for (k, _), token in zip(way.words, way.first_tokens()) if k == label] for label in range(len(q.labels))]
     found = {"likelihood ratio": likelihood_ratio(logprobs[:, ids], q.held_gold, len(q.labels)), "nearest": nearest(rows, first)[:, ids]}
     best = lambda scores: [tokenizer.decode([*tokenizer.encode("a"), ids[i]])[1:] for i in np.argsort(-scores)[:count]]
     return {label: {kind: best(scores[k]) for kind, scores in found.items()} for k, label in enumerate(q.labels)}

@@ -449,6 +449,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
         evaluators = e.make_evaluators()
         about = {name: getattr(evaluator, "about", {}) for name, evaluator in evaluators.items()}
         for at in [None] if not steps else there if steps == "all" else sorted(map(int, steps.split(","))):
+            params = None  # the ones before make room
             params, step = load_weights(e, source, averaged=True, at=at)
             values = {}
             for name, evaluator in evaluators.items():

@@ -60,7 +60,7 @@ def test_every_configuration_builds(path, size):
         assert arguments.pop("every") >= 0 and arguments.pop("batch_size") > 0
         if "split" in arguments:
             arguments["documents"] = arguments.pop("split")
-        if "verbalizer" in arguments or "source" in arguments:
+        if "name" in inspect.signature(evaluator).parameters:
             arguments["name"] = name
         inspect.signature(evaluator).bind(None, encoder=None, **arguments)
     if c.checkpoint.best:

@@ -203,6 +203,7 @@ def test_prompts_have_examples_and_leave_room(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
+    (dict(max_new_tokens=0), "max_new_tokens = 0; wanted 1 or above"),
     (dict(scores=("f2",)), r"scores has \['f2'\]; valid: \['exact_match', 'f1'"), (dict(scores=()), "scores has"),
     (dict(extract="("), "is no regular expression"), (dict(normalize="lower"), "normalize = 'lower'; valid"), (dict(references="{b}"), "needs the column 'b'"),
     (dict(target=" {q:strip}", prompt=dict(template="{a}", shots=1)), "gives 2 texts for one record")])
@@ -212,5 +213,5 @@ def test_tasks_refused(tmp_path, changes, message):
 
 
 def test_no_reference(tmp_path):
-    with pytest.raises(ValueError, match="finds nothing in the reference 'no reference'"):
+    with pytest.raises(ValueError, match="g.references = '{a}' gives no text for a record"):
         answer(tmp_path, [dict(q="x 1", a=[])])

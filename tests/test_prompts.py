@@ -22,13 +22,20 @@ def test_lists_give_a_text_for_each_element():
         prompts.Template("{answers[text]}", "t")(RECORD)
 
 
+@pytest.mark.parametrize("value", [None, {"a": 1}])
+def test_what_is_no_text(value):
+    with pytest.raises(ValueError, match="'text' of a record is .*; wanted text or a number"):
+        prompts.Template("{text}", "t")({"text": value})
+
+
 def test_parts():
     template = prompts.Template("Q: {text} {k}\nA:", "t")
     assert template.tail == "\nA:" and template.filled("N/A") == "Q: N/A N/A\nA:" and template.fields == ["text", "k"]
     assert prompts.Template("{k}", "t").tail == ""
 
 
-@pytest.mark.parametrize("template, message", [("{text", "is no template"), ("{text:upper}", "not a column with one of the filters"), ("{}", "not a column")])
+@pytest.mark.parametrize("template, message", [("{text", "is no template"), ("{text:upper}", "not a column with one of the filters"),
+                                               ("{}", "not a column"), ("{text!r}", "not a column")])
 def test_no_template(template, message):
     with pytest.raises(ValueError, match=message):
         prompts.Template(template, "config.evals.x.prompt.templates")
@@ -64,18 +71,20 @@ def test_samplers():
 @pytest.mark.parametrize("sampler", prompts.SAMPLERS)
 def test_what_is_evaluated_is_no_example(sampler):
     assert {r["n"] for r in choose(30, sampler, avoid=lambda r: r["n"] < 30)} == set(range(30, 60))
-    with pytest.raises(ValueError, match="config.evals.x.shots = 31, but there are 30 examples that aren't evaluated themselves"):
+    with pytest.raises(ValueError, match="config.evals.x.prompt.shots = 31, but there are 30 examples that aren't evaluated themselves"):
         choose(31, sampler, avoid=lambda r: r["n"] < 30)
 
 
 def test_refused():
-    with pytest.raises(ValueError, match=r"config.evals.x.sampler = 'best'; valid: \['balanced', 'first_n', 'random'\]"):
+    with pytest.raises(ValueError, match=r"config.evals.x.prompt.sampler = 'best'; valid: \['balanced', 'first_n', 'random'\]"):
         choose(1, "best")
-    source = dict(path="a.jsonl", lines={}, tfds="", data_dir="", split="test", shots_split="test")
+    source = dict(path="", lines=dict(en="a.en"), tfds="", data_dir="", split="test", shots_split="test")
     with pytest.raises(ValueError, match="can't come from the split 'test' that is evaluated"):
         prompts.load_shots(source, "x")
-    with pytest.raises(ValueError, match="can't come from a.jsonl, which is evaluated"):
+    with pytest.raises(ValueError, match="can't come from a.en, which is evaluated"):
         prompts.load_shots(source | {"shots_split": "train"}, "x")
+    with pytest.raises(ValueError, match="can't come from a.jsonl, which is evaluated"):
+        prompts.load_shots(source | {"shots_split": "train", "path": "a.jsonl"}, "x")
 
 
 def test_fit():

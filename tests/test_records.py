@@ -13,11 +13,17 @@ def test_formats_say_the_same(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     (tmp_path / "a.csv").write_text('text,label\n"a, ""b""\nc",x\né ,y\n')
-    (tmp_path / "a.tsv").write_text('text\tlabel\n"a, ""b""\nc"\tx\né \ty\n')
-    found = [list(records.load("a", path=str(tmp_path / f"{{split}}.{kind}"))) for kind in ("jsonl", "json", "csv", "tsv")]
+    found = [list(records.load("a", path=str(tmp_path / f"{{split}}.{kind}"))) for kind in ("jsonl", "json", "csv")]
     assert all(one == ROWS for one in found)
     assert len({records.fingerprint(one) for one in found}) == 1
     assert records.fingerprint(ROWS) != records.fingerprint(ROWS[::-1]) != records.fingerprint(ROWS[:1])
+
+
+def test_tables_as_they_are_found(tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"It is bad\t0\nok "so so"\t1\n')  # quotes are text, as in GLUE's
+    assert records.load("", path=str(tmp_path / "a.tsv")) == [dict(text='"It is bad', label="0"), dict(text='ok "so so"', label="1")]
+    (tmp_path / "a.csv").write_text("\ufefftext,label\n" + "x" * 200_000 + ",y\n\n")
+    assert records.load("", path=str(tmp_path / "a.csv")) == [dict(text="x" * 200_000, label="y")]
 
 
 def test_squad_and_parallel_texts(tmp_path):
@@ -37,7 +43,9 @@ def test_squad_and_parallel_texts(tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", "text,label\nb\n", "row 2 has 1 columns, the first one, with their names, 2"), ("a.json", "[1]", "wanted a list of objects, or SQuAD's format"),
-    ("a.json", "{", "a.json is not JSON"), ("a.txt", "x", "wanted a file that ends in .jsonl, .json, .csv, .tsv"), ("a.csv", "text,label\n", "no records in"),
+    ("a.json", "{", "a.json is not JSON"), ("a.json", '{"data": [1]}', "wanted a list of objects, or SQuAD's format"), ("a.csv", "", "no records in"),
+    ("a.json", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1, "question": "q"}]}]}]}', "a question of SQuAD's format has no 'answers'"),
+    ("a.txt", "x", "wanted a file that ends in .jsonl, .json, .csv, .tsv"), ("a.csv", "text,label\n", "no records in"),
     ("a.jsonl", "[]\n", "a.jsonl:1 is a list; wanted an object")])
 def test_what_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)

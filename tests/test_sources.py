@@ -187,8 +187,9 @@ def test_tfds_records(tmp_path):
     """As JSON has them: text, lists, labels by name, whatever else as it is."""
     kind = tfds.features.ClassLabel(names=["no", "yes"])
     answers = tfds.features.Sequence({"text": TEXT, "answer_start": np.int32})
-    rows = [{"q": "é?", "answers": {"text": ["a", "bé"], "answer_start": [3, 1]}, "kind": kind, "n": 5} for kind in ("yes", "no", -1)]
-    prepare(tmp_path, "qa", {"q": TEXT, "answers": answers, "kind": kind, "n": np.int64}, {"test": rows})
+    rows = [{"q": "é?", "answers": {"text": ["a", "bé"], "answer_start": [3, 1]}, "kind": kind, "n": 5, "tags": [1, 0]} for kind in ("yes", "no", -1)]
+    prepare(tmp_path, "qa", {"q": TEXT, "answers": answers, "kind": kind, "n": np.int64,
+                              "tags": tfds.features.Sequence(kind)}, {"test": rows})
     found = records.load("test", tfds="qa", data_dir=str(tmp_path))
     assert list(found) == [rows[0], rows[1], rows[2]] and len(found) == 3  # -1: no label
     assert json.loads(json.dumps(found[0])) == rows[0] and list(records.load("test[1:]", tfds="qa", data_dir=str(tmp_path))) == rows[1:]

@@ -81,5 +81,5 @@ def test_the_words_that_were_trained_are_suggested(trained):
     assert all(kinds["likelihood ratio"][0] == kinds["nearest"][0] == f" {label}" for label, kinds in found.items()), found
     with pytest.raises(ValueError, match=r"--eval=rest: wanted one of \['t'\]"):
         suggest.suggest(config, epath.Path(run), jax.devices()[:1], "rest", 48, 3)
-    with pytest.raises(ValueError, match="config.evals.t.shots = 1000, but there are 64 examples"):
+    with pytest.raises(ValueError, match="config.evals.t.temperature_examples = 1000, but there are 64 examples"):
         suggest.suggest(config, epath.Path(run), jax.devices()[:1], "t", 1000, 3)

@@ -10,7 +10,7 @@ import pytest
 from lm import config as config_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
-from lm.evals import calibration, choice, classification, linear
+from lm.evals import calibration, choice, classification, linear, prompts
 from lm.evals.common import Artifact
 from lm.evals.verbalizer import label_scores, word_scores
 from tests.test_classification import Model, random_distribution, uniform_distribution
@@ -167,7 +167,7 @@ def test_labels_by_name_or_number(tmp_path, value, index):
     assert make(tmp_path).gold(dict(label=value)) == index
 
 
-@pytest.mark.parametrize("value", ["yellow", 3, -1, None, True and "-1"])
+@pytest.mark.parametrize("value", ["yellow", 3, -1, None, "-1", True])
 def test_labels_outside_the_label_space(tmp_path, value):
     with pytest.raises(ValueError, match=r"a record has the label .*; the verbalizer has words for \['red', 'green', 'blue'\]"):
         make(tmp_path).gold(dict(label=value))
@@ -197,6 +197,8 @@ def test_one_label_only_and_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
+    (dict(max_documents=-1), "max_documents = -1; wanted 0 or above"), (dict(prompt=dict(shots=-1)), "shots = -1; wanted 0 or above"),
+    (dict(temperature_examples=99), "config.evals.colours.temperature_examples = 99, but there are 24 examples"),
     (dict(label="kind"), r"have no column 'kind' \(config.evals.colours.label\); they have \['label', 'text'\]"),
     (dict(prompt=dict(templates=("{body}",))), "needs the column 'body'"), (dict(prompt=dict(templates=())), "needs verbalizer.words, prompt.templates"),
     (dict(prompt=dict(shots=2), source=dict(shots_split="")), "examples can't come from the split 'test'"),
@@ -233,6 +235,46 @@ def test_words_come_back_as_they_are(tmp_path):
 def test_not_finite(tmp_path):
     with pytest.raises(ValueError, match="not finite for 24 of 24 examples"):
         run(tmp_path, Model(lambda prefix: np.full(512, np.nan)))
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if config_lib.task(name).source.tfds])
+def test_tfds_has_what_shipped_tasks_read(name, tmp_path):
+    """The data set, its configuration, and the columns of the templates."""
+    import tensorflow_datasets as tfds
+    import tensorflow_datasets.summarization
+    import tensorflow_datasets.text
+    import tensorflow_datasets.translate  # noqa: F401
+    task = config_lib.task(name)
+    dataset, _, chosen = task.source.tfds.partition("/")
+    configs = [c.name for c in tfds.builder_cls(dataset).BUILDER_CONFIGS]
+    assert chosen in configs if configs else not chosen
+    try:
+        features = set(tfds.builder(task.source.tfds, data_dir=str(tmp_path)).info.features)
+    except ModuleNotFoundError:  # SuperGLUE's builder needs TensorFlow
+        assert dataset == "super_glue"
+        return
+    keys = ("choices", "target", "references")
+    templates = [*task.prompt.get("templates", ()), task.prompt.get("template", ""), *(text for key in keys for text in _several(task.get(key, ())))]
+    fields = {field.partition("[")[0] for text in templates for field in prompts.Template(text, "t").fields}
+    columns = fields | {task[key] for key in ("label", "answer") if key in task and not task[key].isdecimal()}
+    assert fields and columns <= features, (columns, features)
+
+
+def _several(text):
+    return (text,) if isinstance(text, str) else text
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(prompt=dict(shots="4")), "prompt: shots = '4'; wanted int, such as 0"), (dict(prompt=dict(templates="QA")), "templates = 'QA'; wanted an array"),
+    (dict(max_documents=True), "max_documents = True; wanted int"), (dict(source="x"), "source = 'x'; wanted dict"), (dict(label=3), "label = 3; wanted str")])
+def test_values_of_the_wrong_kind(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.task("sst2", **changes)
+
+
+def test_a_single_table_of_words(tmp_path):
+    (tmp_path / "t.toml").write_text('type = "lm.evals.classification.Task"\n[verbalizer.words]\nno = [" no"]\nyes = [" yes", " sure"]\n')
+    assert config_lib.task(str(tmp_path / "t.toml")).verbalizer.words == ((("no", (" no",)), ("yes", (" yes", " sure"))),)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -292,7 +334,7 @@ def test_choices_are_the_chain_rule(tmp_path):
 
 
 def test_pairs_lists_names_and_last_words(tmp_path):
-    pairs, _ = choose(tmp_path, PAIRS, prompt=dict(template=""), choices=("{a}", "{b}"), answer=0)
+    pairs, _ = choose(tmp_path, PAIRS, prompt=dict(template=""), choices=("{a}", "{b}"), answer="0")
     sums = np.array([[log_probability("", row[key]) for key in "ab"] for row in PAIRS])
     assert pairs["accuracy"] == np.mean(sums.argmax(axis=1) == 0)
     rows = [dict(q=row["q"], o=dict(text=[row["a"], row["b"]], label=["A", "B"]), key="AB"[row["label"]]) for row in PAIRS]
@@ -304,12 +346,14 @@ def test_pairs_lists_names_and_last_words(tmp_path):
         choose(tmp_path, [PAIRS[0] | dict(label=2)])
     said = lambda prefix: np.where(np.arange(512) == (ord(" the end"[len(prefix) - 4]) if 0 <= len(prefix) - 4 < 8 else 0), -0.1, -9.0)
     rows = [dict(t="abc the end"), dict(t="abc the bed")]
-    last, predictions = choose(tmp_path, rows, Model(said), prompt=dict(template="{t:head}"), choices=(" {t:last}",), answer=0)
+    last, predictions = choose(tmp_path, rows, Model(said), prompt=dict(template="{t:head}"), choices=(" {t:last}",), answer="0")
     assert last["accuracy"] == 0.5 and [line["greedy"] for line in predictions] == [True, False] and "chance" not in last
     assert last["perplexity"] == pytest.approx(math.exp((0.4 + 0.2 + 18) / 2), rel=1e-3)
 
 
 def test_a_model_without_opinions_scores_by_length(tmp_path):
+    pairs, _ = choose(tmp_path, [dict(q="q", a="xx", b="yy")] * 10, Model(uniform_distribution), answer="0")
+    assert pairs["accuracy"] == pairs["accuracy_byte"] == 0.5  # a tie is half right
     found, _ = choose(tmp_path, [dict(q="q", a="xx", b="yy", label=i % 2) for i in range(10)], Model(uniform_distribution))
     assert found["accuracy"] == found["chance"] == 0.5 and found["nll"] == pytest.approx(3 * math.log(512), rel=1e-6)
 
@@ -319,8 +363,6 @@ def test_a_model_without_opinions_scores_by_length(tmp_path):
 
 class Linear(Model):
     """States that tell labels apart, in a direction of each, with noise."""
-    head = np.eye(8)[:4]
-
     def states(self, params, prompts):
         rng = np.random.default_rng(0)
         number = [int(bytes(prompt[1:]).decode().split()[1].removesuffix("?")) for prompt in prompts]
@@ -336,6 +378,16 @@ def test_a_linear_verbalizer_finds_what_states_tell(tmp_path, init):
     values, files = run(tmp_path, Linear(random_distribution), cls=linear.Task, type="lm.evals.linear.Task", train_examples=24, init=init)
     assert values["accuracy"] > 0.9 and values["train_accuracy"] > 0.9 and values["nll"] < 0.5 and values["l2"] in linear.PENALTIES
     assert sum(line["prediction"] == line["label"] for line in lines(files)) == round(24 * values["accuracy"])
+
+
+def test_prototypes_are_the_nearest_means():
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(30, 4)), rng.integers(0, 2, 30)
+    W = linear.prototypes(X, y, 3)
+    logits = X @ W[:, :-1].T + W[:, -1]
+    means = [X[y == 0].mean(axis=0), X[y == 1].mean(axis=0), X.mean(axis=0)]
+    wanted = np.stack([-np.mean((X - mean)**2, axis=1) / 2 for mean in means], axis=1)
+    np.testing.assert_allclose(logits - logits[:, :1], wanted - wanted[:, :1], atol=1e-9)
 
 
 def test_fit_is_logistic_regression():

@@ -339,7 +339,7 @@ def test_evaluate_needs_no_training_data(finished, tmp_path):
     config, run = finished
     (tmp_path / "t.toml").write_text(f'''type = "lm.evals.choice.Task"
 choices = ["{{a}}"]
-answer = 0
+answer = "0"
 source = {{ path = "{tmp_path}/t.jsonl" }}''')
     (tmp_path / "t.jsonl").write_text('{"a": "red"}\n{"a": "blue"}\n')
     with config.unlocked():

@@ -53,7 +53,9 @@ def _read(file: str) -> list[dict]:
         return [record for _, record in sources.read_jsonl(file)]
     text = sources.read_text(file)
     if file.endswith((".csv", ".tsv")):
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="," if file.endswith(".csv") else "\t"))
+        csv.field_size_limit(1 << 30)
+        kind = dict(delimiter=",") if file.endswith(".csv") else dict(delimiter="\t", quoting=csv.QUOTE_NONE)  # quotes in a TSV are text, as in GLUE's
+        rows = [row for row in csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), **kind) if row] or [[]]
         for number, row in enumerate(rows[1:], 2):
             if len(row) != len(rows[0]):
                 raise ValueError(f"{file}: row {number} has {len(row)} columns, the first one, with their names, {len(rows[0])}")
@@ -64,18 +66,21 @@ def _read(file: str) -> list[dict]:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
-    if isinstance(data, dict) and isinstance(data.get("data"), list):
-        data = [record for article in data["data"] for record in (_squad(article) if "paragraphs" in article else [article])]
+    if isinstance(data, dict) and isinstance(data.get("data"), list) and all(isinstance(article, dict) for article in data["data"]):
+        data = [record for article in data["data"] for record in (_squad(article, file) if "paragraphs" in article else [article])]
     if not isinstance(data, list) or not all(isinstance(record, dict) for record in data):
         raise ValueError(f"{file}: wanted a list of objects, or SQuAD's format")
     return data
 
 
-def _squad(article: dict) -> list[dict]:
+def _squad(article: dict, file: str) -> list[dict]:
     """The questions of an article as TFDS has them (Rajpurkar et al. 2016, arXiv 1606.05250)."""
-    return [dict(id=question["id"], title=article.get("title", ""), context=paragraph["context"], question=question["question"],
-                 answers=dict(text=[answer["text"] for answer in question["answers"]]))
-            for paragraph in article["paragraphs"] for question in paragraph["qas"]]
+    try:
+        return [dict(id=question["id"], title=article.get("title", ""), context=paragraph["context"], question=question["question"],
+                     answers=dict(text=[answer["text"] for answer in question["answers"]]))
+                for paragraph in article["paragraphs"] for question in paragraph["qas"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: a question of SQuAD's format has no {error}") from None
 
 
 def fingerprint(records: Sequence[dict]) -> str:

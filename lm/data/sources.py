@@ -164,8 +164,8 @@ def plain(value):
 class TfdsRecords(Sequence):
     """The records of a TFDS data source, class labels by name."""
 
-    def __init__(self, source, features):
-        self._source, self._names = source, {key: getattr(features[key], "names", None) for key in features}
+    def __init__(self, source, names: dict[str, list[str]]):
+        self._source, self._names = source, names
 
     def __len__(self) -> int:
         return len(self._source)
@@ -173,8 +173,16 @@ class TfdsRecords(Sequence):
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        record = {key: plain(value) for key, value in self._source[index].items()}
-        return {key: self._names[key][value] if self._names[key] and value >= 0 else value for key, value in record.items()}
+        return {key: self.value(key, value) for key, value in self._source[index].items()}
+
+    def value(self, key: str, value):
+        value = plain(value)
+        return self._names[key][value] if key in self._names and value >= 0 else value
+
+    def some(self, index: int, keys: Sequence[str]) -> dict:
+        """Those of a record's features that are wanted and there, not the others, which may be large."""
+        record = self._source[index]
+        return {key: self.value(key, record[key]) for key in keys if key in record}
 
 
 def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) -> tuple[TfdsRecords, list]:
@@ -210,7 +218,8 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
         raise
     except (ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"{name!r} has no split {split!r}; it has {sorted(builder.info.splits)} ({str(error).splitlines()[0]})") from None
-    return TfdsRecords(source, builder.info.features), [dataset, str(builder.info.version), split, len(source), getattr(info, "num_bytes", None)]
+    names = {key: feature.names for key, feature in builder.info.features.items() if isinstance(feature, tfds_.features.ClassLabel)}
+    return TfdsRecords(source, names), [dataset, str(builder.info.version), split, len(source), getattr(info, "num_bytes", None)]
 
 
 class _TfdsItems(Sequence):
@@ -223,7 +232,9 @@ class _TfdsItems(Sequence):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Document:
-        record = self._records[index]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        record = self._records.some(index, (self._text_key, self._label_key, "name"))
         label = str(record[self._label_key]) if self._label_key else ""
         return Document(str(record[self._text_key]), str(record.get("name", f"{self._name}[{index}]")), label)
 

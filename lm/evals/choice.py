@@ -9,7 +9,7 @@ from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import before
 from lm.evals import calibration, prompts, statistics
-from lm.evals.common import Artifact, PredictFns, take
+from lm.evals.common import Artifact, PredictFns
 from lm.evals.tree import grow
 from lm.evals.verbalizer import BOUNDARIES, NORMS, split
 
@@ -17,16 +17,16 @@ from lm.evals.verbalizer import BOUNDARIES, NORMS, split
 class Task:
     """Yields, where records have several choices: accuracy of the likeliest with its Wilson 95% interval; accuracy_token, _char and _byte, by log-probability a
     token, character or byte of the choice; with a premise accuracy_pmi, by how much likelier a choice is after the prompt than after the premise
-    (Holtzman et al. 2021, arXiv 2104.08315); chance. Where they have one: accuracy, the share that greedy decoding would say. Of the right
-    continuations: nll, perplexity (of a continuation, not of a token), bits_per_byte, greedy_accuracy. examples; cut, prompts that lost their
-    beginning, but for BOS. As a file, predictions/: each example's choices with their log-probabilities.
+    (Holtzman et al. 2021, arXiv 2104.08315); chance. Of choices that tie, each is right by its share. Where records have one choice: accuracy, the share that
+    greedy decoding would say. Of the right continuations: nll, perplexity (of a continuation, not of a token), bits_per_byte, greedy_accuracy. examples;
+    cut, prompts that lost their beginning, but for BOS. As a file, predictions/: each example's choices with their log-probabilities.
 
     Args:
       name: names the artifacts.
       source, max_documents: see `lm.evals.classification.Task`.
       prompt: template, shots, sampler ("balanced": of the answers' numbers), seed, separator.
       choices: templates of the continuations, with the space before them; one whose column is a list gives one for each element.
-      answer: the column of the right choice, or its number where it is always the same.
+      answer: the column of the right choice, or its number ("0") where it is always the same.
       answers: a template that gives the names of the choices, of which the column holds one ("{choices[label]}"); "": it holds its number, from 0.
       premise: text that the choices are also scored after; "": none.
       boundary: see `verbalizer.split`.
@@ -35,7 +35,7 @@ class Task:
       ValueError: no such data, column or choice; see `verbalizer.split`.
     """
 
-    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, source: Mapping, prompt: Mapping, choices: Sequence[str], answer: str | int,
+    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, source: Mapping, prompt: Mapping, choices: Sequence[str], answer: str,
                  answers: str, premise: str, boundary: str, max_documents: int):
         if boundary not in BOUNDARIES:
             raise ValueError(f"config.evals.{name}.boundary = {boundary!r}; valid: {list(BOUNDARIES)}")
@@ -47,15 +47,16 @@ class Task:
         named = prompts.Template(answers, f"{what}.answers") if answers else None
         self._name, self._predict_fns, self._tokenizer, self._boundary = name, predict_fns, encoder.tokenizer, boundary
         self._length = predict_fns.length
-        records = list(take(prompts.load(source, source["split"], name), max_documents))
+        prompts.check_counts(name, shots=prompt["shots"], max_documents=max_documents)
+        self._names, records = prompts.evaluated(source, name, max_documents)
 
         def options(record: Mapping) -> list[str]:
             return [text for part in parts for text in part.each(record)]
 
         def right(record: Mapping) -> int:
-            if not isinstance(answer, int) and answer not in record:
+            if not answer.isdecimal() and answer not in record:
                 raise ValueError(f"the eval {name!r}: records have no column {answer!r} ({what}.answer); they have {sorted(record)}")
-            value, count = answer if isinstance(answer, int) else record[answer], len(options(record))
+            value, count = answer if answer.isdecimal() else record[answer], len(options(record))
             if named and str(value) in (names := named.each(record)):
                 value = names.index(str(value))
             if not str(value).isdecimal() or int(value) >= count:
@@ -75,7 +76,6 @@ class Task:
         cut = self._cut  # of the questions, not of the premise
         self._premise = [self._plant(premise, found) for found in self._options] if premise else []
         self._cut = cut
-        self._split = source["split"]
         self.about = {"fingerprint": records_lib.fingerprint(records), "examples": len(records), "citation": source["citation"]}
 
     def _plant(self, text: str, options: Sequence[str]):
@@ -98,13 +98,13 @@ class Task:
         scores = {norm: [one / [per[norm](i, j) for j in range(len(one))] for i, one in enumerate(logprobs)] for norm in NORMS}
         if after_premise:
             scores["pmi"] = [one - other for one, other in zip(logprobs, after_premise)]
-        predicted = {norm: np.array([int(one.argmax()) for one in ones]) for norm, ones in scores.items()}
         several = len(logprobs[0]) > 1
-        right = predicted["none"] == gold if several else greedy
-        yield "accuracy", float(right.mean())
-        yield from zip(("accuracy_low", "accuracy_high"), statistics.proportion_interval(int(right.sum()), n))
+        right = {norm: np.array([(one[y] == one.max()) / np.sum(one == one.max()) for one, y in zip(ones, gold)]) for norm, ones in scores.items()}
+        right["none"] = right["none"] if several else greedy
+        yield "accuracy", float(right["none"].mean())
+        yield from zip(("accuracy_low", "accuracy_high"), statistics.proportion_interval(round(right["none"].sum()), n))
         if several:
-            yield from ((f"accuracy_{norm}", float(np.mean(guess == gold))) for norm, guess in predicted.items() if norm != "none")
+            yield from ((f"accuracy_{norm}", float(share.mean())) for norm, share in right.items() if norm != "none")
             yield "chance", float(np.mean([1 / len(one) for one in logprobs]))
         nll = np.array([-one[y] for one, y in zip(logprobs, gold)])
         yield "nll", float(nll.mean())
@@ -115,11 +115,11 @@ class Task:
         yield "cut", self._cut
         lines = []
         for i, one in enumerate(logprobs):
-            said = predicted["none"][i] if several else gold[i] if greedy[i] else ""
-            line = {"name": f"{self._split}[{i}]", "label": str(gold[i]), "prediction": str(said)}
+            said = one.argmax() if several else gold[i] if greedy[i] else ""
+            line = {"name": self._names[i], "label": str(gold[i]), "prediction": str(said)}
             if several:
                 line["distribution"] = {str(k): float(p) for k, p in enumerate(calibration.softmax(one[None])[0])}
-            line["scores"] = {f"accuracy_{norm}": float(guess[i] == gold[i]) for norm, guess in predicted.items() if several and norm != "none"}
+            line["scores"] = {f"accuracy_{norm}": float(share[i]) for norm, share in right.items() if several and norm != "none"}
             line["scores"]["nll_of_right"] = float(nll[i])
             lines.append(json.dumps(line | {"choices": self._options[i], "logprobs": one.tolist(), "greedy": bool(greedy[i])}))
         yield "predictions", Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n")

@@ -63,6 +63,10 @@ class Way(NamedTuple):
     free: dict[str, list[Tree]]  # prior -> prompts whose mean distribution it is
     held: list[Tree]  # prompts that the temperature is fitted on
 
+    def first_tokens(self) -> list[int]:
+        """Of each word, after the first prompt."""
+        return [int(self.trees[0].target[path[0]]) for path in self.trees[0].paths]
+
 
 class Questions(NamedTuple):
     """What is asked."""
@@ -284,7 +288,8 @@ class Task:
             _check(name, priors=(prior, PRIORS))
         _check(name, ensemble=(ensemble, ENSEMBLES), **{f"verbalizer.{key}": (v[key], valid) for key, valid in (
             ("boundary", BOUNDARIES), ("aggregate", AGGREGATES), ("length_norm", NORMS))})
-        self._records = list(take(prompts.load(source, source["split"], name), max_documents))
+        prompts.check_counts(name, shots=prompt["shots"], temperature_examples=temperature_examples, max_documents=max_documents)
+        names, self._records = prompts.evaluated(source, name, max_documents)
         self._name, self._label, self._boundary, self._terminator, self._tokenizer = name, label, v["boundary"], v["terminator"], encoder.tokenizer
         self._length, self._cut, self._audited, self._reduce = predict_fns.length, set(), set(), v
         if not v["words"] or not prompt["templates"] or not prompt["seeds"]:
@@ -298,7 +303,7 @@ class Task:
         pool = prompts.load_shots(source, name) if prompt["shots"] or temperature_examples else []
         templates = [prompts.Template(text, f"config.evals.{name}.prompt.templates") for text in prompt["templates"]]
         asked = [{template(record) for record in self._records} for template in templates]
-        held = self._choose(pool, temperature_examples, "balanced", 0, lambda record: templates[0](record) in asked[0])
+        held = self._choose(pool, temperature_examples, "temperature_examples", "balanced", 0, lambda record: templates[0](record) in asked[0])
         ways = []
         for (t, template), (w, pairs), seed in itertools.product(enumerate(templates), enumerate(v["words"]), prompt["seeds"] if prompt["shots"] else [0]):
             by_label = dict(pairs)
@@ -310,7 +315,7 @@ class Task:
             if v["boundary"] != "lm_eval":
                 audit_spaces(template.tail, [word for _, word in words])
             avoid = lambda record: template(record) in asked[t] or record in held  # noqa: B023
-            shots = self._choose(pool, prompt["shots"], prompt["sampler"], seed, avoid)
+            shots = self._choose(pool, prompt["shots"], "prompt.shots", prompt["sampler"], seed, avoid)
             first = prompts.before(shots, template, lambda record: by_label[self._labels[self.gold(record)]][0], prompt["separator"])  # noqa: B023
             plant = lambda text: self._plant(text, words)[0]  # noqa: B023
             trees = []
@@ -318,9 +323,8 @@ class Task:
                 tree, cut = self._plant(first + template(record), words)
                 trees.append(tree)
                 self._cut |= {number} if cut else set()
-            free = {prior: [plant(text) for text in texts] for prior, texts in self._free(template, first).items() if prior in priors}
+            free = {prior: [plant(text) for text in self._free(prior, template, first)] for prior in priors if prior != "batch"}
             ways.append(Way(f"template {t}, words {w}, seed {seed}", words, trees, free, [plant(first + template(record)) for record in held]))
-        names = [f"{source['split']}[{i}]" for i in range(len(self._records))]
         self.questions = Questions(name, self._labels, names, gold, ways, len(self._cut), np.array([self.gold(record) for record in held], int))
         self.predict_fns, self._options = predict_fns, dict(ensemble=ensemble, batch="batch" in priors)
         self.about = {"fingerprint": records_lib.fingerprint(self._records), "examples": len(gold), "citation": source["citation"]}
@@ -332,15 +336,15 @@ class Task:
         value = record[self._label]
         if str(value) in self._labels:
             return self._labels.index(str(value))
-        number = int(value) if isinstance(value, int) or str(value).isdecimal() else -1
+        number = int(value) if str(value).isdecimal() else -1  # not True, nor -1
         if not 0 <= number < len(self._labels):
             raise ValueError(f"the eval {self._name!r}: a record has the label {value!r}; the verbalizer has words for {self._labels}")
         return number
 
-    def _choose(self, pool, count, sampler, seed, avoid) -> list[dict]:
+    def _choose(self, pool, count, key, sampler, seed, avoid) -> list[dict]:
         if not count:
             return []
-        return prompts.choose(pool, count, sampler=sampler, seed=seed, label=self.gold, num_labels=len(self._labels), avoid=avoid, name=self._name)
+        return prompts.choose(pool, count, sampler=sampler, seed=seed, label=self.gold, num_labels=len(self._labels), avoid=avoid, name=self._name, key=key)
 
     def _plant(self, text: str, words: Sequence[tuple[int, str]]) -> tuple[Tree, bool]:
         """(the tree of a prompt and the words, whether the prompt was cut)."""
@@ -353,16 +357,18 @@ class Task:
         ids, cut = prompts.fit(before(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name)
         return grow(ids, after), cut
 
-    def _free(self, template: prompts.Template, first: str) -> dict[str, list[str]]:
-        """Prior -> the texts of its prompts."""
+    def _free(self, prior: str, template: prompts.Template, first: str) -> list[str]:
+        """The prompts whose mean distribution is the prior."""
+        if prior == "content_free":
+            return [first + template.filled(text) for text in CONTENT_FREE]
+        if prior == "pmi_dc":
+            return [template.tail]
         rng, columns = random.Random(0), {}
         for field in template.fields:
             texts = [str(template.value(field, record)).split() for record in self._records]
             columns[field] = [word for text in texts for word in text] or [""], round(sum(map(len, texts)) / len(texts))
         drawn = lambda field: " ".join(rng.choice(columns[field][0]) for _ in range(columns[field][1]))
-        return {"content_free": [first + template.filled(text) for text in CONTENT_FREE],
-                "domain": [first + template.filled(drawn) for _ in range(20)],  # Fei et al. 2023, arXiv 2305.19148, section 4.2
-                "pmi_dc": [template.tail]}
+        return [first + template.filled(drawn) for _ in range(20)]  # as many as Fei et al. 2023, arXiv 2305.19148, take
 
     def _scores(self, words: np.ndarray, label: np.ndarray) -> np.ndarray:
         return label_scores(words, label, self._reduce["aggregate"], np.asarray(self._reduce["weights"]) if self._reduce["weights"] else None)

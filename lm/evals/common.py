@@ -171,8 +171,13 @@ def _fetch(arrays) -> np.ndarray:
 
 def take(documents: Documents, max_documents: int) -> Iterator[Document]:
     """All documents, or `max_documents` of them, evenly out of the split; 0: all."""
-    count = min(len(documents), max_documents or len(documents))
-    return (documents[i * len(documents) // count] for i in range(count))
+    return (documents[i] for i in taken(len(documents), max_documents))
+
+
+def taken(size: int, most: int) -> list[int]:
+    """`most` numbers evenly out of `size`; 0: all."""
+    count = min(size, most or size)
+    return [i * size // count for i in range(count)]
 
 
 def png(figure) -> bytes:

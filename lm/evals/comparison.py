@@ -31,7 +31,8 @@ def compare(first: list[dict], second: list[dict], what: str = "the eval") -> di
     """
     if len(first) < LEAST:
         raise ValueError(f"{what}: {len(first)} examples; wanted {LEAST} or more")
-    if [(line["name"], line.get("label")) for line in first] != [(line["name"], line.get("label")) for line in second]:
+    identity = lambda line: (line["name"], line.get("label"), line.get("references"), line.get("choices"))
+    if list(map(identity, first)) != list(map(identity, second)):
         raise ValueError(f"{what}: the two runs were evaluated on other examples ({len(first)} and {len(second)}); pairs need the same, in order")
     both, n = (first, second), len(first)
     found: dict[str, float] = {"examples": n}
@@ -62,8 +63,8 @@ def compare(first: list[dict], second: list[dict], what: str = "the eval") -> di
 
 
 def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, float]]:
-    """Eval -> `compare` of its newest predictions in both run directories, their steps, and p_holm: McNemar's p, or the first score's where there is none,
-    corrected for the number of evals.
+    """Eval that has scores of single examples -> `compare` of its newest predictions in both run directories, their steps, and p_holm: McNemar's p, or the
+    first score's where there is none, corrected for the number of evals.
 
     Raises:
       ValueError: no eval has predictions in both; see `compare`.
@@ -74,9 +75,10 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
                          f"(--mode=eval) with the same config.evals")
     read = lambda path: [json.loads(line) for line in path.read_text().split("\n") if line]
     found = {name: {"step": here[name][0], "step_other": there[name][0]} | compare(read(here[name][1]), read(there[name][1]), name) for name in names}
+    found = {name: c for name, c in found.items() if any(key.endswith("_difference") for key in c)}  # BLEU is of a corpus: nothing to pair
     first_p = lambda c: c.get("mcnemar_p", next((value for key, value in c.items() if key.endswith("_p")), 1.0))
-    for name, p in zip(names, statistics.holm([first_p(found[name]) for name in names])):
-        found[name]["p_holm"] = p
+    for c, p in zip(found.values(), statistics.holm([first_p(c) for c in found.values()])):
+        c["p_holm"] = p
     return found
 
 

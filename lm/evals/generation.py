@@ -9,8 +9,8 @@ from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer, before
 from lm.evals import prompts as prompts_lib
-from lm.evals.common import Artifact, PredictFns, take
-from lm.evals.texts import NORMALIZE, SCORES
+from lm.evals.common import Artifact, PredictFns
+from lm.evals.texts import NORMALIZE, SCORES, require
 
 
 def generate(predict_fns: PredictFns, params, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[str],
@@ -87,6 +87,8 @@ class Task:
         what = f"config.evals.{name}"
         if unknown := [score for score in scores if score not in SCORES] or (() if scores else ["none"]):
             raise ValueError(f"{what}.scores has {unknown}; valid: {list(SCORES)}")
+        for score in scores:
+            require(score)
         if normalize not in NORMALIZE:
             raise ValueError(f"{what}.normalize = {normalize!r}; valid: {list(NORMALIZE)}")
         try:
@@ -94,19 +96,23 @@ class Task:
         except re.error as error:
             raise ValueError(f"{what}.extract = {extract!r} is no regular expression: {error}") from None
         self._name, self._predict_fns, self._tokenizer = name, predict_fns, encoder.tokenizer
-        self._scores, self._normalize, self._split = tuple(scores), NORMALIZE[normalize], source["split"]
+        self._scores, self._normalize = tuple(scores), NORMALIZE[normalize]
         self._new, self._stop = answer["max_new_tokens"], tuple(answer["stop"])
         template, right, example = (prompts_lib.Template(text, f"{what}.{key}") for text, key in (
             (prompt["template"], "prompt.template"), (references, "references"), (target or references, "target")))
-        records = list(take(prompts_lib.load(source, self._split, name), answer["max_documents"]))
+        prompts_lib.check_counts(name, shots=prompt["shots"], max_documents=answer["max_documents"])
+        if self._new < 1:
+            raise ValueError(f"{what}.max_new_tokens = {self._new}; wanted 1 or above")
+        self._names, records = prompts_lib.evaluated(source, name, answer["max_documents"])
         self._references = [right.each(record) for record in records]
-        if bad := [one for several in self._references for one in several or ["no reference"] if not several or self._answer(one) is None]:
+        if [] in self._references:
+            raise ValueError(f"the eval {name!r}: {what}.references = {references!r} gives no text for a record; leave such records out")
+        if bad := [one for several in self._references for one in several if self._answer(one) is None]:
             raise ValueError(f"the eval {name!r}: {what}.extract = {extract!r} finds nothing in the reference {bad[0]!r:.80}")
         shots = []
         if prompt["shots"]:
             asked = {template(record) for record in records}
-            sampler = "random" if prompt["sampler"] == "balanced" else prompt["sampler"]  # there are no labels
-            shots = prompts_lib.choose(prompts_lib.load_shots(source, name), prompt["shots"], sampler=sampler, seed=prompt["seed"], name=name,
+            shots = prompts_lib.choose(prompts_lib.load_shots(source, name), prompt["shots"], sampler=prompt["sampler"], seed=prompt["seed"], name=name,
                                        avoid=lambda record: template(record) in asked)
         first = prompts_lib.before(shots, template, example, prompt["separator"])
         texts = [self._tokenizer.encode(first + template(record)) for record in records]
@@ -137,6 +143,6 @@ class Task:
             yield "unmatched", sum(text is None for text in extracted) / n
         yield "examples", n
         yield "cut", self._cut
-        lines = [json.dumps({"name": f"{self._split}[{i}]", "text": texts[i], "answer": extracted[i], "references": self._references[i],
+        lines = [json.dumps({"name": self._names[i], "text": texts[i], "answer": extracted[i], "references": self._references[i],
                              "scores": {name: values[i] for name, values in each.items()}}, ensure_ascii=False) for i in range(n)]
         yield "predictions", Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n")

@@ -135,17 +135,19 @@ class Evaluator:
     where --compare_to finds them.
 
     Args:
+      name: names the artifacts.
       tasks: names of tasks or groups, as lm_eval lists them, or in `include_path`.
       num_fewshot: examples before each question; -1: the task's own number.
       limit: the first so many documents of each task; 0: all.
       include_path: a folder with task files of your own; "": none. With one lm_eval's own tasks are left out.
     """
 
-    def __init__(self, predict_fns: PredictFns, *, encoder: Encoder, tasks: Sequence[str], num_fewshot: int = -1, limit: int = 0, include_path: str = ""):
+    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, tasks: Sequence[str], num_fewshot: int = -1, limit: int = 0,
+                 include_path: str = ""):
         self._manager = TaskManager(include_path=include_path or None, include_defaults=not include_path)
         if unknown := [name for name in tasks if name not in self._manager.all_tasks]:
             raise ValueError(f"lm_eval has no tasks {unknown}{f' in {include_path}: there are {self._manager.all_tasks}' if include_path else ''}")
-        self._predict_fns, self._tokenizer, self._tasks = predict_fns, encoder.tokenizer, list(tasks)
+        self._predict_fns, self._tokenizer, self._tasks, self._name = predict_fns, encoder.tokenizer, list(tasks), name
         self._options = dict(num_fewshot=None if num_fewshot < 0 else num_fewshot, limit=limit or None)
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
@@ -156,10 +158,13 @@ class Evaluator:
                 if isinstance(value, (int, float)) and "," in name:
                     yield f"{task}/{name.removesuffix(',none').replace(',', '_')}", float(value)
         for task, samples in report["samples"].items():
-            lines = []
-            for s in sorted(samples, key=lambda s: (s["doc_id"], s["filter"])):
-                scores = {name: float(s[name]) for name in s["metrics"] if isinstance(s[name], (int, float, np.number))}
-                lines.append(json.dumps({"name": f"{task}[{s['doc_id']}] {s['filter']}", "scores": scores}))
-            yield f"predictions of {task}", Artifact(f"predictions/{task}-{{step}}.jsonl", "\n".join(lines) + "\n")
+            scores: dict[int, dict[str, float]] = collections.defaultdict(dict)  # by document: there may be several filters of its answer
+            for s in samples:
+                for metric in s["metrics"]:
+                    if isinstance(s[metric], (int, float, np.number)):  # what lm_eval calls a document's perplexity is its log-likelihood
+                        named = {"perplexity": "loglikelihood"}.get(metric, metric)
+                        scores[s["doc_id"]][named if s["filter"] == "none" else f"{named}_{s['filter']}"] = float(s[metric])
+            lines = [json.dumps({"name": f"{task}[{number}]", "scores": scores[number]}) for number in sorted(scores)]
+            yield f"predictions of {task}", Artifact(f"predictions/{self._name}-{task}-{{step}}.jsonl", "\n".join(lines) + "\n")
         kept = {key: report[key] for key in ("results", "versions", "n-shot", "n-samples", "configs") if key in report}
-        yield "report", Artifact(f"harness-{'-'.join(self._tasks)[:60]}-{{step}}.json", json.dumps(kept, indent=1, default=str) + "\n")
+        yield "report", Artifact(f"{self._name}-{{step}}.json", json.dumps(kept, indent=1, default=str) + "\n")

@@ -1,11 +1,11 @@
 """A linear verbalizer: instead of words, a vector for each label, trained on the model's states after prompts while the model stays as it is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from lm.data.pack import Encoder
-from lm.evals import calibration, classification
+from lm.evals import calibration, classification, prompts
 from lm.evals.common import Artifact, PredictFns
 
 INITS = ("label_words", "prototype")
@@ -50,16 +50,19 @@ class Task:
       task: those of `classification.Task`; one template, verbalizer and seed.
     """
 
-    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, train_examples: int, init: str, l2: float, **task):
+    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, train_examples: int, init: str, l2: float, verbalizer: Mapping, **task):
         if init not in INITS or l2 < 0:
             raise ValueError(f"config.evals.{name}: init = {init!r}, l2 = {l2}; wanted one of {list(INITS)}, and 0 or above")
-        self._task = classification.Task(predict_fns, name=name, encoder=encoder, priors=(), ensemble="mean_prob", temperature_examples=train_examples, **task)
+        prompts.check_counts(name, train_examples=train_examples)
+        scored = dict(terminator="", aggregate="sum", length_norm="none", weights=())  # words only are where the vectors start
+        self._task = classification.Task(predict_fns, name=name, encoder=encoder, verbalizer={**verbalizer, **scored}, priors=(), ensemble="mean_prob",
+                                         temperature_examples=train_examples, **task)
         self._questions, self.about = self._task.questions, self._task.about
         if len(self._questions.ways) != 1:
             raise ValueError(f"config.evals.{name}: a linear verbalizer is trained for one template, verbalizer and seed, not {len(self._questions.ways)}")
         if train_examples < 2 * FOLDS or len(set(self._questions.held_gold)) < 2:
             raise ValueError(f"config.evals.{name}.train_examples = {train_examples}; wanted {2 * FOLDS} or more, of two labels or more")
-        self._predict_fns, self._tokenizer, self._init, self._l2 = predict_fns, encoder.tokenizer, init, l2
+        self._predict_fns, self._init, self._l2 = predict_fns, init, l2
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         q, (way,) = self._questions, self._questions.ways
@@ -70,8 +73,11 @@ class Task:
         scale = np.sqrt(np.mean(states[:len(way.held)]**2))
         states /= scale
         train, test = states[:len(way.held)], states[len(way.held):]
-        init = np.zeros((len(q.labels), train.shape[1] + 1))
-        init[:, :-1] = self._label_words(params, scale) if self._init == "label_words" else _prototypes(train, q.held_gold, len(q.labels))
+        if self._init == "label_words":
+            vectors = self._label_words(params, scale)
+            init = np.hstack([vectors, np.zeros((len(vectors), 1))])
+        else:
+            init = prototypes(train, q.held_gold, len(q.labels))
         l2 = self._l2 or choose_penalty(train, q.held_gold, init)
         W = fit(train, q.held_gold, init, l2)
         distribution = lambda X: calibration.softmax(X @ W[:, :-1].T + W[:, -1])
@@ -84,13 +90,14 @@ class Task:
         yield from classification.files(q, P, [{}] * len(q.gold))
 
     def _label_words(self, params, scale: float) -> np.ndarray:
-        """[K, D], the mean over a label's words of the head's row of the word's first token."""
+        """[K, D], the mean over a label's words of the head's row of the word's first token after a prompt."""
         words = self._questions.ways[0].words
-        rows = self._predict_fns.head_rows(params, [self._tokenizer.encode(word)[0] for _, word in words]) * scale
+        rows = self._predict_fns.head_rows(params, self._questions.ways[0].first_tokens()) * scale
         return np.stack([rows[[k == label for k, _ in words]].mean(axis=0) for label in range(len(self._questions.labels))])
 
 
-def _prototypes(states: np.ndarray, gold: np.ndarray, num_labels: int) -> Sequence[np.ndarray]:
-    """[K, D], each label's mean state, less the mean of all; 0 for a label that has none. Scaled so that logits are differences of mean squares."""
-    mean = states.mean(axis=0)
-    return np.stack([(states[gold == k].mean(axis=0) if (gold == k).any() else mean) - mean for k in range(num_labels)]) / np.sqrt(states.shape[1])
+def prototypes(states: np.ndarray, gold: np.ndarray, num_labels: int) -> np.ndarray:
+    """[K, D + 1] for which logits are minus half the mean square of a state's distance from each label's mean state (that of all, for a label that has none),
+    but for what all labels share."""
+    means = np.stack([states[gold == k].mean(axis=0) if (gold == k).any() else states.mean(axis=0) for k in range(num_labels)])
+    return np.hstack([means, -np.sum(means**2, axis=1, keepdims=True) / 2]) / states.shape[1]

@@ -7,6 +7,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 
 from lm.data import records as records_lib
+from lm.evals.common import taken
 
 SAMPLERS = ("balanced", "first_n", "random")
 # What may stand behind a column's name: {passage:last}.
@@ -29,12 +30,13 @@ class Template:
     def __init__(self, text: str, what: str):
         self.text, self._what = text, what
         try:
-            self._parts = [(literal, field, spec or "") for literal, field, spec, _ in string.Formatter().parse(text)]
+            parts = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ValueError(f"{what} = {text!r} is no template: {error} (a brace that is meant is written twice)") from None
-        for _, field, spec in self._parts:
-            if field is not None and (not field or spec not in FILTERS):
+        for _, field, spec, conversion in parts:
+            if field is not None and (not field or spec not in FILTERS or conversion):
                 raise ValueError(f"{what} = {text!r}: {{{field}:{spec}}} is not a column with one of the filters {[name for name in FILTERS if name]}")
+        self._parts = [(literal, field, spec or "") for literal, field, spec, _ in parts]
 
     @property
     def fields(self) -> list[str]:
@@ -56,8 +58,12 @@ class Template:
         lengths = {len(value) for value in values.values() if isinstance(value, list)}
         if len(lengths) > 1:
             raise ValueError(f"{self._what} = {self.text!r}: its lists differ in length, {sorted(lengths)}")
-        pick = lambda field, i: values[field][i] if isinstance(values[field], list) else values[field]
-        return [self._join(lambda field: str(pick(field, i))) for i in range(lengths.pop() if lengths else 1)]  # noqa: B023
+        def pick(field, i):
+            value = values[field][i] if isinstance(values[field], list) else values[field]
+            if not isinstance(value, (str, int, float)):
+                raise ValueError(f"{self._what} = {self.text!r}: {field!r} of a record is {value!r:.60}; wanted text or a number")
+            return str(value)
+        return [self._join(lambda field: pick(field, i)) for i in range(lengths.pop() if lengths else 1)]  # noqa: B023
 
     def __call__(self, record: Mapping) -> str:
         texts = self.each(record)
@@ -87,30 +93,46 @@ def load(source: Mapping, split: str, name: str) -> Sequence[dict]:
         raise ValueError(f"the eval {name!r}: {error}") from None
 
 
+def evaluated(source: Mapping, name: str, max_documents: int) -> tuple[list[str], list[dict]]:
+    """(names, records) of what is evaluated."""
+    records = load(source, source["split"], name)
+    chosen = taken(len(records), max_documents)
+    return [f"{source['split']}[{i}]" for i in chosen], [records[i] for i in chosen]
+
+
+def check_counts(name: str, **counts: int) -> None:
+    """Raises ValueError for a negative one."""
+    for key, value in counts.items():
+        if value < 0:
+            raise ValueError(f"config.evals.{name}: {key} = {value}; wanted 0 or above")
+
+
 def load_shots(source: Mapping, name: str) -> Sequence[dict]:
     """The records that examples are drawn from. Raises ValueError where they would be those that are evaluated."""
     split = source["shots_split"]
     if not split or split == source["split"]:
         raise ValueError(f"the eval {name!r}: examples can't come from the split {source['split']!r} that is evaluated; set source.shots_split, or shots = 0")
-    if source["path"] and "{split}" not in source["path"]:
-        raise ValueError(f"the eval {name!r}: examples can't come from {source['path']}, which is evaluated; put '{{split}}' into the path, or set shots = 0")
+    for file in filter(None, (source["path"], *source["lines"].values())):
+        if "{split}" not in file:
+            raise ValueError(f"the eval {name!r}: examples can't come from {file}, which is evaluated; put '{{split}}' into the path, or set shots = 0")
     return load(source, split, name)
 
 
-def choose(pool: Sequence[dict], count: int, *, sampler: str, seed: int, avoid: Callable[[dict], bool], name: str,
+def choose(pool: Sequence[dict], count: int, *, sampler: str, seed: int, avoid: Callable[[dict], bool], name: str, key: str = "prompt.shots",
            label: Callable[[dict], object] = lambda record: None, num_labels: int = 1) -> list[dict]:
     """`count` examples: the first ones ("first_n"; as they come for seed 0), any ("random"), or as many of each label as of the others ("balanced"; one more of
     some), in random order.
 
     Args:
       avoid: records that are also among those evaluated.
+      key: of the count, for messages.
       label: of a record, one of `num_labels`.
 
     Raises:
       ValueError: another sampler, too few records.
     """
     if sampler not in SAMPLERS:
-        raise ValueError(f"config.evals.{name}.sampler = {sampler!r}; valid: {list(SAMPLERS)}")
+        raise ValueError(f"config.evals.{name}.prompt.sampler = {sampler!r}; valid: {list(SAMPLERS)}")
     order, rng = list(range(len(pool))), random.Random(seed)
     if sampler != "first_n":
         rng.shuffle(order)
@@ -127,7 +149,7 @@ def choose(pool: Sequence[dict], count: int, *, sampler: str, seed: int, avoid: 
     if sampler == "first_n" and seed:
         rng.shuffle(found)
     if len(found) < count:
-        raise ValueError(f"config.evals.{name}.shots = {count}, but there are {len(found)} examples that aren't evaluated themselves")
+        raise ValueError(f"config.evals.{name}.{key} = {count}, but there are {len(found)} examples that aren't evaluated themselves")
     return found
 
 

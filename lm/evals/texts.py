@@ -1,6 +1,7 @@
 """Scores of generated texts against references. Each is another project's own implementation, or the data set's official one told again."""
 
 import collections
+import importlib.util
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -54,13 +55,17 @@ def _mean(of: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[
     return score
 
 
+def require(name: str) -> None:
+    """Raises ValueError if the package of a score isn't there."""
+    package = "rouge_score" if name.startswith("rouge") else "sacrebleu" if name in ("bleu", "chrf", "chrf++", "ter") else "numpy"
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{name} needs the package {package}: pip install 'lm[evals]'")
+
+
 def _rouge(kind: str):
     """rouge_score's F-measure, stemmed (Lin 2004)."""
     def score(predictions, references):
-        try:
-            from rouge_score import rouge_scorer
-        except ImportError:
-            raise ValueError(f"{kind} needs the package rouge-score: pip install 'lm[evals]'") from None
+        from rouge_score import rouge_scorer
         scorer = rouge_scorer.RougeScorer([kind], use_stemmer=True)
         return _mean(lambda prediction, one: scorer.score(one, prediction)[kind].fmeasure)(predictions, references)
     return score
@@ -69,10 +74,7 @@ def _rouge(kind: str):
 def _sacrebleu(name: str, **options):
     """sacreBLEU's (Post 2018, arXiv 1804.08771), of the corpus, 0 to 100, with its own bootstrap."""
     def score(predictions, references):
-        try:
-            import sacrebleu.metrics
-        except ImportError:
-            raise ValueError(f"{name.lower()} needs the package sacrebleu: pip install 'lm[evals]'") from None
+        import sacrebleu.metrics
         most = max(map(len, references))
         columns = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
         found = getattr(sacrebleu.metrics, name)(**options).corpus_score(list(predictions), columns, n_bootstrap=1000)

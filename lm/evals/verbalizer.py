@@ -143,7 +143,7 @@ def label_scores(words: np.ndarray, label: np.ndarray, aggregate: str = "sum", w
         raise ValueError(f"aggregate = {aggregate!r}; valid: {list(AGGREGATES)}")
     if weights is not None:
         if aggregate != "sum" or len(weights) != len(label) or (np.asarray(weights) <= 0).any():
-            raise ValueError(f"word weights {weights}: wanted a positive one for each of {len(label)} words, and aggregate = 'sum', not {aggregate!r}")
+            raise ValueError(f"word weights {weights}, aggregate = {aggregate!r}: wanted a positive one for each of {len(label)} words, and 'sum'")
         words = words + np.log(weights)
     of = {"sum": lambda x: logsumexp(x, axis=1), "mean": lambda x: x.mean(axis=1), "max": lambda x: x.max(axis=1),
           "logmeanexp": lambda x: logsumexp(x, axis=1) - np.log(x.shape[1])}[aggregate]

@@ -147,13 +147,14 @@ def test_as_an_entry_of_the_configuration(checkpoint, tiny, tmp_path):
         config.evals.local = dict(type="lm.evals.harness.Evaluator", every=0, batch_size=8, tasks=("local_choice", "local_texts"), include_path=str(tmp_path))
     found = train.evaluate(config, epath.Path(tmp_path / "run"), jax.devices()[:1])
     assert {"eval/local/local_choice/acc", "eval/local/local_choice/acc_norm", "eval/local/local_texts/word_perplexity"} <= set(found)
-    (report,) = (tmp_path / "run").rglob("harness-*.json")
+    (report,) = (tmp_path / "run").glob("local-*.json")
     assert json.loads(report.read_text())["results"]["local_choice"]["acc,none"] == found["eval/local/local_choice/acc"]
-    (predictions,) = (tmp_path / "run" / "predictions").glob("local_choice-*.jsonl")
+    (predictions,) = (tmp_path / "run" / "predictions").glob("local-local_choice-*.jsonl")
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert len(lines) == 12 and np.mean([line["scores"]["acc"] for line in lines]) == pytest.approx(found["eval/local/local_choice/acc"])
     compared = comparison.compare_runs(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "run"))
-    assert compared["local_choice"]["acc_norm"] == pytest.approx(found["eval/local/local_choice/acc_norm"]) and compared["local_choice"]["acc_difference"] == 0
+    scores = compared["local-local_choice"]
+    assert scores["acc_norm"] == pytest.approx(found["eval/local/local_choice/acc_norm"]) and scores["acc_difference"] == 0 and scores["examples"] == 12
     with config.unlocked():
         config.evals.local.tasks = ("local_choice", "nothing")
     with pytest.raises(ValueError, match=r"lm_eval has no tasks \['nothing'\] in .*: there are \["):
@@ -214,7 +215,7 @@ def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
                                                             prompt=first_n(2) | dict(templates=("{text}\n",)))),
         choice=(choice.Task, task_arguments(tmp_path, "choice", prompt=first_n(1) | dict(template="{text}:"), choices=(" {a}", " {b}"), answer="right",
                                             boundary="lm_eval")),
-        last=(choice.Task, task_arguments(tmp_path, "choice", prompt=dict(template="{text}"), choices=(" {last}",), answer=0, boundary="lm_eval")))
+        last=(choice.Task, task_arguments(tmp_path, "choice", prompt=dict(template="{text}"), choices=(" {last}",), answer="0", boundary="lm_eval")))
     with jax.set_mesh(mesh):
         for name, (cls, arguments) in tasks.items():
             values = dict(cls(model._predict_fns, name=name, encoder=encoder, **arguments).run(model._params))
