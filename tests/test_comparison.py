@@ -43,6 +43,24 @@ def test_compare():
         comparison.compare(good[:9], good[:9], "x")
 
 
+def test_what_cant_be_paired_is_no_comparison(tmp_path, caplog):
+    """Neither for Holm's correction: a corpus's BLEU, a handful of examples."""
+    empty = [dict(name=f"d{i}", references=["a"], scores={}) for i in range(20)]
+    one = write(tmp_path / "one", {"x-1": lines(1, 0.8), "bleu-1": empty, "few-1": lines(1, 0.8)[:5]})
+    other = write(tmp_path / "other", {"x-1": lines(2, 0.5), "bleu-1": empty, "few-1": lines(2, 0.8)[:5]})
+    found = comparison.compare_runs(one, other)
+    assert list(found) == ["x"] and found["x"]["p_holm"] == found["x"]["mcnemar_p"]
+    assert "bleu has no score of single examples" in caplog.text and "few has 5 examples, too few to compare" in caplog.text
+
+
+def test_scores_of_answers():
+    first, second = ([dict(name=str(i), references=["a"], scores=dict(f1=float(i % k == 0))) for i in range(40)] for k in (2, 4))
+    found = comparison.compare(first, second)
+    assert (found["f1"], found["f1_other"], found["f1_difference"]) == (0.5, 0.25, 0.25) and found["f1_low"] > 0 and "accuracy" not in found
+    with pytest.raises(ValueError, match="evaluated on other examples"):
+        comparison.compare(first, [line | dict(references=["b"]) for line in second])
+
+
 def test_runs(tmp_path):
     """The newest step of the evals that both have; several are corrected for."""
     one = write(tmp_path / "one", {"x-y-5": lines(9, 0.1), "x-y-20": lines(1, 0.8), "z-20": lines(3, 0.6), "only-20": lines(4, 0.5)})

@@ -75,8 +75,7 @@ def test_gradient_and_losses_are_the_same_on_every_mesh_and_for_any_accumulation
         np.testing.assert_allclose(other_losses, losses, rtol=1e-5, err_msg=f"{sizes}, accumulation {accumulation}")
 
 
-@pytest.mark.parametrize("sizes", [{}, dict(data=8), dict(fsdp=8), dict(fsdp=2, fsdp2=4), dict(slice=2, data=2, fsdp=2), dict(data=2, fsdp2=2, fsdp=2)],
-                         ids=str)
+@pytest.mark.parametrize("sizes", [{}, dict(fsdp=8), dict(fsdp=2, fsdp2=4), dict(slice=2, data=2, fsdp=2)], ids=str)
 def test_fsdp_by_hand_is_the_partitioners(tiny, sizes):
     """The same gradient and losses; with chunked loss, tied and untied tables, biases and learned positions, and accumulation."""
     for tied, accumulation in ((True, 1), (False, 2)):

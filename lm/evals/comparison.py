@@ -1,6 +1,7 @@
 """Two models on the same examples: what evals left in predictions/ of two run directories, paired."""
 
 import json
+import logging
 
 import numpy as np
 from etils import epath
@@ -74,8 +75,17 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
         raise ValueError(f"no eval has predictions/ in both: {workdir} has {list(here)}, {other} {list(there)}. Evaluate both "
                          f"(--mode=eval) with the same config.evals")
     read = lambda path: [json.loads(line) for line in path.read_text().split("\n") if line]
-    found = {name: {"step": here[name][0], "step_other": there[name][0]} | compare(read(here[name][1]), read(there[name][1]), name) for name in names}
-    found = {name: c for name, c in found.items() if any(key.endswith("_difference") for key in c)}  # BLEU is of a corpus: nothing to pair
+    found = {}
+    for name in names:
+        first, second = (read(runs[name][1]) for runs in (here, there))
+        if len(first) < LEAST and len(names) > 1:
+            logging.warning("%s has %d examples, too few to compare (%d)", name, len(first), LEAST)
+            continue
+        made = compare(first, second, name)
+        if any(key.endswith("_difference") for key in made):
+            found[name] = {"step": here[name][0], "step_other": there[name][0]} | made
+        else:
+            logging.warning("%s has no score of single examples: there is nothing to pair", name)  # BLEU is of a corpus
     first_p = lambda c: c.get("mcnemar_p", next((value for key, value in c.items() if key.endswith("_p")), 1.0))
     for c, p in zip(found.values(), statistics.holm([first_p(c) for c in found.values()])):
         c["p_holm"] = p

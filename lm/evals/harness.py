@@ -130,6 +130,9 @@ class Model(TemplateLM):
         return zip(numbers, texts)
 
 
+LOGLIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
 class Evaluator:
     """Yields TASK/METRIC of lm_eval's tasks, with its standard errors, and its whole report as JSON; each task's scores of each document go to predictions/,
     where --compare_to finds them.
@@ -161,10 +164,12 @@ class Evaluator:
             scores: dict[int, dict[str, float]] = collections.defaultdict(dict)  # by document: there may be several filters of its answer
             for s in samples:
                 for metric in s["metrics"]:
-                    if isinstance(s[metric], (int, float, np.number)):  # what lm_eval calls a document's perplexity is its log-likelihood
-                        named = {"perplexity": "loglikelihood"}.get(metric, metric)
-                        scores[s["doc_id"]][named if s["filter"] == "none" else f"{named}_{s['filter']}"] = float(s[metric])
+                    value = s[metric][0] if isinstance(s[metric], tuple) else s[metric]
+                    if isinstance(value, (int, float, np.number)):  # what lm_eval calls a document's perplexity is its log-likelihood
+                        named = "loglikelihood" if metric in LOGLIKELIHOODS else metric
+                        scores[s["doc_id"]][named if s["filter"] == "none" else f"{named}_{s['filter']}"] = float(value)
             lines = [json.dumps({"name": f"{task}[{number}]", "scores": scores[number]}) for number in sorted(scores)]
-            yield f"predictions of {task}", Artifact(f"predictions/{self._name}-{task}-{{step}}.jsonl", "\n".join(lines) + "\n")
+            if lines:
+                yield f"predictions of {task}", Artifact(f"predictions/{self._name}-{task}-{{step}}.jsonl", "\n".join(lines) + "\n")
         kept = {key: report[key] for key in ("results", "versions", "n-shot", "n-samples", "configs") if key in report}
         yield "report", Artifact(f"{self._name}-{{step}}.json", json.dumps(kept, indent=1, default=str) + "\n")

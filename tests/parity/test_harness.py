@@ -153,6 +153,7 @@ def test_as_an_entry_of_the_configuration(checkpoint, tiny, tmp_path):
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert len(lines) == 12 and np.mean([line["scores"]["acc"] for line in lines]) == pytest.approx(found["eval/local/local_choice/acc"])
     compared = comparison.compare_runs(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "run"))
+    assert set(compared) == {"local-local_choice"}  # six texts are too few
     scores = compared["local-local_choice"]
     assert scores["acc_norm"] == pytest.approx(found["eval/local/local_choice/acc_norm"]) and scores["acc_difference"] == 0 and scores["examples"] == 12
     with config.unlocked():
