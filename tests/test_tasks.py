@@ -307,7 +307,7 @@ def choose(folder, rows, fns=None, **changes):
     return values, [json.loads(line) for line in values.pop("predictions").content.splitlines()]
 
 
-PAIRS = [dict(q=f"q{i}", a="x" * (i % 3 + 1), b="yé" * (i % 2 + 1) + str(i), label=i % 2) for i in range(20)]
+PAIRS = [dict(q=f"q{i}", a="x" * (i % 3 + 1), b="é€" * (i % 2 + 1) + str(i), label=i % 2) for i in range(20)]
 
 
 def log_probability(prompt, continuation):
@@ -325,6 +325,10 @@ def test_choices_are_the_chain_rule(tmp_path):
     np.testing.assert_allclose([line["logprobs"] for line in predictions], sums, atol=1e-4)
     gold, size = np.array([row["label"] for row in PAIRS]), lambda of: np.array([[of(row[key]) for key in "ab"] for row in PAIRS])
     accuracy = lambda scores: np.mean(scores.argmax(axis=1) == gold)
+    hits = {norm: [float(x) for x in (scores.argmax(axis=1) == gold)] for norm, scores in (
+        ("char", sums / size(len)), ("byte", sums / size(lambda t: len(t.encode()))), ("token", sums / size(lambda t: len(t.encode()) + 1)))}
+    assert hits["char"] != hits["byte"] != hits["token"]
+    assert {norm: [line["scores"][f"accuracy_{norm}"] for line in predictions] for norm in hits} == hits
     assert found["accuracy"] == accuracy(sums) and found["accuracy_char"] == accuracy(sums / size(len)) and found["accuracy_pmi"] == accuracy(sums - premise)
     assert found["accuracy_byte"] == accuracy(sums / size(lambda t: len(t.encode())))
     assert found["accuracy_token"] == accuracy(sums / size(lambda t: len(t.encode()) + 1)) and found["chance"] == 0.5
