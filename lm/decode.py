@@ -150,6 +150,7 @@ class Generator:
         if mesh.devices.flat[0].platform == "cpu":
             graphdef, params = transformer.unstack(nnx.merge(graphdef, params), params)
         self._config, self._params, self._mesh, self._stop_ids = model_config, params, mesh, tuple(stop_ids)
+
         def begin(params, prompts_BT, lengths_B, seeds_B, **sizes):
             return start(graphdef, params, prompts_BT, lengths_B, jax.vmap(jax.random.key)(seeds_B), sampling=sampling, **sizes)
         self._start = jax.jit(begin, static_argnames=("cache_length", "copies"))

@@ -44,7 +44,7 @@ def test_save_and_load(tokenizer, tmp_path):
     loaded = tokenizers.load(tmp_path)
     for field in ("fingerprint", "vocab_size", "bos_id", "eos_id"):
         assert getattr(loaded, field) == getattr(tokenizer, field)
-    assert [loaded.encode(t) for t in TRICKY] == [tokenizer.encode(t) for t in TRICKY]
+    assert [loaded.encode(t) for t in TRICKY] == [tokenizer.encode(t) for t in TRICKY] == tokenizer.encode_batch(TRICKY) == loaded.encode_batch(tuple(TRICKY))
 
 
 def test_pieces_never_cross_a_newline(trained):

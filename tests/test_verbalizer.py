@@ -21,12 +21,16 @@ def encode(text):
     return ids
 
 
+def encode_batch(texts):
+    return [encode(text) for text in texts]
+
+
 def spell(ids):
     return [PIECES[i] for i in ids]
 
 
 def split(prompt, word, boundary):
-    ids, (found,) = verbalizer.split(encode, prompt, [word], boundary)
+    ids, (found,) = verbalizer.split(encode_batch, prompt, [word], boundary)
     return spell(ids), spell(found)
 
 
@@ -68,13 +72,13 @@ def test_a_word_that_is_cut_in_two(prompt, word, wrong):
 
 
 def test_all_words_begin_at_the_same_point():
-    ids, words = verbalizer.split(encode, "The is un", ["happy", " good"], "common_prefix")
+    ids, words = verbalizer.split(encode_batch, "The is un", ["happy", " good"], "common_prefix")
     assert spell(ids) == ["The", " is"] and [spell(w) for w in words] == [[" unhappy"], [" un", " good"]]
 
 
 def test_unknown_boundary():
     with pytest.raises(ValueError, match=r"boundary = 'loose'; valid: \['strict', 'common_prefix', 'lm_eval'\]"):
-        verbalizer.split(encode, "A", ["b"], "loose")
+        verbalizer.split(encode_batch, "A", ["b"], "loose")
 
 
 RNG = np.random.default_rng(0)

@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
     files: Mapping[str, bytes]  # of a Hugging Face checkpoint
 
     def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...  # the same, by all cores
     def prompt(self, text: str) -> list[int]: ...  # to be continued: with what stands before a text; never empty
     def decode(self, ids: Sequence[int]) -> str: ...
     def save(self, directory: epath.Path) -> None: ...
@@ -41,6 +42,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def prompt(self, text: str) -> list[int]:
         return [self.bos_id] + self.encode(text)
@@ -90,6 +94,9 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts))
 
     def prompt(self, text: str) -> list[int]:
         return [self.bos_id] + self.encode(text)
@@ -162,6 +169,9 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def prompt(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids or [self.bos_id]  # BOS where tokenizer.json says so

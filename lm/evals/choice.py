@@ -79,7 +79,7 @@ class Task:
         self.about = {"fingerprint": records_lib.fingerprint(records), "examples": len(records), "citation": source["citation"]}
 
     def _plant(self, text: str, options: Sequence[str]):
-        ids, after = split(self._tokenizer.encode, text, options, self._boundary)
+        ids, after = split(self._tokenizer.encode_batch, text, options, self._boundary)
         ids, cut = prompts.fit(before(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name)
         self._cut += cut
         return grow(ids, after)

@@ -348,7 +348,7 @@ class Task:
 
     def _plant(self, text: str, words: Sequence[tuple[int, str]]) -> tuple[Tree, bool]:
         """(the tree of a prompt and the words, whether the prompt was cut)."""
-        ids, after = split(self._tokenizer.encode, text, [word + self._terminator for _, word in words], self._boundary)
+        ids, after = split(self._tokenizer.encode_batch, text, [word + self._terminator for _, word in words], self._boundary)
         if (key := tuple(map(tuple, after))) not in self._audited:
             audit(self._labels, [(k, word, ids) for (k, word), ids in zip(words, after)])
             if self._boundary != "lm_eval":

@@ -39,6 +39,8 @@ class Artifact(NamedTuple):
 
 
 class Evaluator(Protocol):
+    """It may have `about`, a dict of what is to be said of its data beside the results: fingerprint, examples, citation."""
+
     def run(self, params: Any) -> Iterator[tuple[str, float | Artifact]]: ...
 
 

@@ -16,7 +16,7 @@ NORMS = ("none", "token", "char", "byte")
 AGGREGATES = ("sum", "mean", "max", "logmeanexp")
 
 
-def split(encode: Callable[[str], list[int]], prompt: str, words: Sequence[str], boundary: str) -> tuple[list[int], list[list[int]]]:
+def split(encode_batch: Callable[[Sequence[str]], list[list[int]]], prompt: str, words: Sequence[str], boundary: str) -> tuple[list[int], list[list[int]]]:
     """(ids of the prompt, ids of each word after it). The words are those that a reader of prompt + word would see; where a tokenizer merges
     across the boundary, `boundary` says what happens.
 
@@ -25,7 +25,7 @@ def split(encode: Callable[[str], list[int]], prompt: str, words: Sequence[str],
     to the word, and of the joined text as many ids as the prompt has are cut off, be they the prompt's or not.
 
     Args:
-      encode: a text's ids, without special ones; whoever calls puts BOS before them.
+      encode_batch: the ids of texts, without special ones; whoever calls puts BOS before them.
 
     Raises:
       ValueError: an unknown boundary; a word that is left without tokens; strict: a prompt that isn't tokenized as itself before one of the words.
@@ -34,7 +34,7 @@ def split(encode: Callable[[str], list[int]], prompt: str, words: Sequence[str],
         raise ValueError(f"boundary = {boundary!r}; valid: {list(BOUNDARIES)}")
     if boundary == "lm_eval" and (stripped := prompt.rstrip()) != prompt:
         prompt, words = stripped, [prompt[len(stripped):] + word for word in words]
-    ids, joined = encode(prompt), [encode(prompt + word) for word in words]
+    ids, *joined = encode_batch([prompt, *(prompt + word for word in words)])
     length = len(ids)
     if boundary == "strict":
         for word, whole in zip(words, joined):
