@@ -10,7 +10,7 @@ import pytest
 from lm import config as config_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
-from lm.evals import calibration, choice, classification, linear, prompts
+from lm.evals import calibration, choice, classification, linear, prompts, report
 from lm.evals.common import Artifact
 from lm.evals.verbalizer import label_scores, word_scores
 from tests.test_classification import Model, random_distribution, uniform_distribution
@@ -84,6 +84,16 @@ def test_the_prompt_that_is_asked(tmp_path):
     assert bytes(free[0].tokens[1:free[0].at.min() + 1].tolist()).decode() == "\n\n".join([*shots, "\n?"])  # says nothing
     premise = [tree for tree in free if bytes(tree.tokens[1:tree.at.min() + 1].tolist()) == b"\n?"]
     assert len(premise) == 1 and len(free) == 3 + 20 + 1
+
+
+def test_words_are_shown_in_their_tokens(tmp_path):
+    words = ((("red", (" r",)), ("green", (" ge", " n")), ("blue", (" b",))),)
+    about = make(tmp_path, verbalizer=dict(words=words)).about
+    assert about["words"] == [{"red": {" r": [" ", "r"]}, "green": {" ge": [" ", "g", "e"], " n": [" ", "n"]}, "blue": {" b": [" ", "b"]}}]
+    known = dict(step=3, versions=dict(lm="1"), tokenizer="bytes-1", evals=dict(x=about)) | {"from": "run"}
+    said = report.markdown(known, {"eval/x/accuracy": 0.5, "eval/x/accuracy_low": 0.25, "eval/x/accuracy_high": 0.75, "eval/x/examples": 24})
+    assert "| accuracy | 0.5000 | 0.2500 to 0.7500 |" in said and "| examples | 24 |  |" in said and "green: [' ', 'g', 'e'], [' ', 'n']" in said
+    assert "# Step 3 of run" in said and "accuracy_low" not in said
 
 
 def test_ways_of_asking_are_averaged(tmp_path):

@@ -63,6 +63,13 @@ class Way(NamedTuple):
     free: dict[str, list[Tree]]  # prior -> prompts whose mean distribution it is
     held: list[Tree]  # prompts that the temperature is fitted on
 
+    def split_words(self, labels: Sequence[str], decode: Callable[[list[int]], str]) -> dict[str, dict[str, list[str]]]:
+        """Label -> word -> its tokens after the first prompt, as texts."""
+        found: dict[str, dict[str, list[str]]] = {label: {} for label in labels}
+        for (k, word), path in zip(self.words, self.trees[0].paths):
+            found[labels[k]][word] = [decode([int(self.trees[0].target[query])]) for query in path]
+        return found
+
     def first_tokens(self) -> list[int]:
         """Of each word, after the first prompt."""
         return [int(self.trees[0].target[path[0]]) for path in self.trees[0].paths]
@@ -327,7 +334,8 @@ class Task:
             ways.append(Way(f"template {t}, words {w}, seed {seed}", words, trees, free, [plant(first + template(record)) for record in held]))
         self.questions = Questions(name, self._labels, names, gold, ways, len(self._cut), np.array([self.gold(record) for record in held], int))
         self.predict_fns, self._options = predict_fns, dict(ensemble=ensemble, batch="batch" in priors)
-        self.about = {"fingerprint": records_lib.fingerprint(self._records), "examples": len(gold), "citation": source["citation"]}
+        self.about = {"fingerprint": records_lib.fingerprint(self._records), "examples": len(gold), "citation": source["citation"],
+                      "words": [way.split_words(self._labels, self._tokenizer.decode) for way in ways]}
 
     def gold(self, record: Mapping) -> int:
         """The index of a record's label."""

@@ -23,7 +23,9 @@ def markdown(about: dict, values: dict[str, float]) -> str:
             continue
         lines += ["", f"## {name}", ""]
         if data:
-            lines += ["; ".join(f"{key} {value}" for key, value in data.items() if value), ""]
+            lines += ["; ".join(f"{key} {value}" for key, value in data.items() if isinstance(value, (str, int)) and value), ""]
+        for words in data.get("words", ()):
+            lines += ["words and their tokens: " + "; ".join(f"{label}: {', '.join(map(repr, split.values()))}" for label, split in words.items()), ""]
         lines += ["| | | 95% interval |", "|---|---|---|"]
         for key, value in found.items():
             if key.endswith(INTERVAL) and key.rpartition("_")[0] in found:
