@@ -168,8 +168,8 @@ TASKS = {
     "lm.evals.choice.Task": dict(
         source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0), choices=(), answer="label", answers="", premise="", boundary="strict", max_documents=0),
     "lm.evals.generation.Task": dict(
-        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0, sampler="random"), target="", references="", extract="", scores=(), normalize="none",
-        stop=("\n",), max_new_tokens=64, max_documents=0),
+        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0, sampler="random"), target="", references="", scores=(), max_documents=0,
+        output=dict(max_new_tokens=64, stop=("\n",), extract="", normalize="none")),
 }
 TASKS["lm.evals.linear.Task"] = TASKS["lm.evals.classification.Task"] | dict(
     train_examples=256, init="label_words", l2=0.0,  # label_words | prototype; 0: chosen by cross-validation

@@ -160,7 +160,7 @@ def write_task(folder, rows, **changes):
     (folder / "train.jsonl").write_text("".join(json.dumps(dict(q=f"ex {i}", a=["ex"])) + "\n" for i in range(5)))
     (folder / "g.toml").write_text('type = "lm.evals.generation.Task"')
     options = dict(source=dict(path=str(folder / "{split}.jsonl"), shots_split="train"), prompt=dict(template="{q}?"), target=" {a[0]}", references="{a}",
-                   scores=("exact_match", "f1"), max_new_tokens=20) | changes
+                   scores=("exact_match", "f1"), output=dict(max_new_tokens=20)) | changes
     return {key: value for key, value in config_lib.task(str(folder / "g.toml"), **options).to_dict().items() if key not in ("type", "every", "batch_size")}
 
 
@@ -178,18 +178,18 @@ def test_answers_are_scored(tmp_path):
     assert [line["text"] for line in lines] == [" cat cat", " dog", " ab ab ab", " x" * 9, ""]
     assert values["exact_match"] == 0.2 and values["f1"] == pytest.approx((1 + 0 + 0.5) / 5) and values["empty"] == 0.2 and values["examples"] == 5
     assert [line["scores"]["f1"] for line in lines] == [1, 0, 0.5, 0, 0] and values["f1_low"] <= values["f1"] <= values["f1_high"]
-    squad, _, _ = answer(tmp_path, normalize="squad")
+    squad, _, _ = answer(tmp_path, output=dict(max_new_tokens=20, normalize="squad"))
     assert squad["exact_match"] == 0.4  # one of two references, without article, case and point
 
 
 def test_answers_end_at_stop_strings_and_are_extracted(tmp_path):
-    values, lines, _ = answer(tmp_path, stop=("b a", "g"))
+    values, lines, _ = answer(tmp_path, output=dict(max_new_tokens=20, stop=("b a", "g")))
     assert [line["text"] for line in lines] == [" cat cat", " do", " a", " x" * 9, ""]
-    values, lines, _ = answer(tmp_path, extract=r"[a-z]+", scores=("exact_match",))
+    values, lines, _ = answer(tmp_path, output=dict(max_new_tokens=20, extract=r"[a-z]+"), scores=("exact_match",))
     assert [line["answer"] for line in lines] == ["cat", "dog", "ab", "x", None] and values["unmatched"] == 0.2
     assert values["exact_match"] == 0.4  # cat: of references too
-    with pytest.raises(ValueError, match=r"g.extract = '\[0-9\]' finds nothing in the reference 'cat cat'"):
-        answer(tmp_path, extract="[0-9]")
+    with pytest.raises(ValueError, match=r"g.output.extract = '\[0-9\]' finds nothing in the reference 'cat cat'"):
+        answer(tmp_path, output=dict(extract="[0-9]"))
 
 
 def test_prompts_have_examples_and_leave_room(tmp_path):
@@ -199,13 +199,14 @@ def test_prompts_have_examples_and_leave_room(tmp_path):
     values, _, fns = answer(tmp_path, [dict(q="long " * 30 + "\ncat 1", a=["cat"])])
     assert values["cut"] == 1 and values["exact_match"] == 1 and len(fns.prompts[0]) == 64 - 20 and fns.prompts[0][0] == 256
     with pytest.raises(ValueError, match="a continuation of 65 tokens leaves no room"):
-        answer(tmp_path, max_new_tokens=64)
+        answer(tmp_path, output=dict(max_new_tokens=64))
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(max_new_tokens=0), "max_new_tokens = 0; wanted 1 or above"),
+    (dict(output=dict(max_new_tokens=0)), "max_new_tokens = 0; wanted 1 or above"),
     (dict(scores=("f2",)), r"scores has \['f2'\]; valid: \['exact_match', 'f1'"), (dict(scores=()), "scores has"),
-    (dict(extract="("), "is no regular expression"), (dict(normalize="lower"), "normalize = 'lower'; valid"), (dict(references="{b}"), "needs the column 'b'"),
+    (dict(output=dict(extract="(")), "is no regular expression"), (dict(output=dict(normalize="lower")), "normalize = 'lower'; valid"),
+    (dict(references="{b}"), "needs the column 'b'"),
     (dict(target=" {q:strip}", prompt=dict(template="{a}", shots=1)), "gives 2 texts for one record")])
 def test_tasks_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -29,7 +29,7 @@ def config(small, tmp_path):
     (tmp_path / "answers.toml").write_text('type = "lm.evals.generation.Task"')
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(dict(q=q)) + "\n" for q in ("red", "ab ", "é", "blue cd", "green")))
     small.evals.answers = config_lib.task(str(tmp_path / "answers.toml"), every=4, batch_size=2, source=dict(path=str(tmp_path / "test.jsonl")),
-                                          prompt=dict(template="{q}"), references="{q}", scores=("f1",), max_new_tokens=4)
+                                          prompt=dict(template="{q}"), references="{q}", scores=("f1",), output=dict(max_new_tokens=4))
     return small.lock()
 
 

@@ -73,42 +73,41 @@ class Task:
       prompt: template, shots, sampler (first_n | random), seed, separator.
       target: template of the answer in examples, with the space before it.
       references: template of the right answers; one whose column is a list gives several.
-      extract: a regular expression; what its first group (or it) matches first is the answer, of references too. "": all of the text.
-      normalize: see `texts.NORMALIZE`; before exact_match and f1.
+      output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression, of which what its first group (or it) matches first is the
+        answer, of references too ("": all of the text); normalize: see `texts.NORMALIZE`, before exact_match and f1.
       scores: of `texts.SCORES`.
-      stop: texts that an answer ends before.
 
     Raises:
       ValueError: no such data, column, score or expression; a reference without a match; no room for an answer.
     """
 
-    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, source: Mapping, prompt: Mapping, target: str, references: str, extract: str,
-                 scores: Sequence[str], normalize: str, **answer):
+    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, source: Mapping, prompt: Mapping, target: str, references: str,
+                 output: Mapping, scores: Sequence[str], max_documents: int):
         what = f"config.evals.{name}"
         if unknown := [score for score in scores if score not in SCORES] or (() if scores else ["none"]):
             raise ValueError(f"{what}.scores has {unknown}; valid: {list(SCORES)}")
         for score in scores:
             require(score)
-        if normalize not in NORMALIZE:
-            raise ValueError(f"{what}.normalize = {normalize!r}; valid: {list(NORMALIZE)}")
+        if output["normalize"] not in NORMALIZE:
+            raise ValueError(f"{what}.output.normalize = {output['normalize']!r}; valid: {list(NORMALIZE)}")
         try:
-            self._extract = re.compile(extract)
+            self._extract = re.compile(output["extract"])
         except re.error as error:
-            raise ValueError(f"{what}.extract = {extract!r} is no regular expression: {error}") from None
+            raise ValueError(f"{what}.output.extract = {output['extract']!r} is no regular expression: {error}") from None
         self._name, self._predict_fns, self._tokenizer = name, predict_fns, encoder.tokenizer
-        self._scores, self._normalize = tuple(scores), NORMALIZE[normalize]
-        self._new, self._stop = answer["max_new_tokens"], tuple(answer["stop"])
+        self._scores, self._normalize = tuple(scores), NORMALIZE[output["normalize"]]
+        self._new, self._stop = output["max_new_tokens"], tuple(output["stop"])
         template, right, example = (prompts_lib.Template(text, f"{what}.{key}") for text, key in (
             (prompt["template"], "prompt.template"), (references, "references"), (target or references, "target")))
-        prompts_lib.check_counts(name, shots=prompt["shots"], max_documents=answer["max_documents"])
+        prompts_lib.check_counts(name, shots=prompt["shots"], max_documents=max_documents)
         if self._new < 1:
-            raise ValueError(f"{what}.max_new_tokens = {self._new}; wanted 1 or above")
-        self._names, records = prompts_lib.evaluated(source, name, answer["max_documents"])
+            raise ValueError(f"{what}.output.max_new_tokens = {self._new}; wanted 1 or above")
+        self._names, records = prompts_lib.evaluated(source, name, max_documents)
         self._references = [right.each(record) for record in records]
         if [] in self._references:
             raise ValueError(f"the eval {name!r}: {what}.references = {references!r} gives no text for a record; leave such records out")
         if bad := [one for several in self._references for one in several if self._answer(one) is None]:
-            raise ValueError(f"the eval {name!r}: {what}.extract = {extract!r} finds nothing in the reference {bad[0]!r:.80}")
+            raise ValueError(f"the eval {name!r}: {what}.output.extract = {output['extract']!r} finds nothing in the reference {bad[0]!r:.80}")
         shots = []
         if prompt["shots"]:
             asked = {template(record) for record in records}
