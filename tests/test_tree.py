@@ -128,12 +128,12 @@ def test_neither_batches_nor_meshes_matter(dtype, most, most_split):
     rng = np.random.default_rng(0)
     trees = [grow(rng.integers(0, 40, n).tolist(), CONTINUATIONS) for n in (1, 5, 9, 14, 3, 3, 7)]
     found = {}
-    for sizes, batch_size in ((dict(data=1), 3), (dict(data=1), 1), (dict(data=2, fsdp=2), 4), (dict(fsdp=2, tensor=2), 4)):
+    for sizes, batch_size in ((dict(data=1), 3), (dict(data=1), 1), (dict(data=2, fsdp=2), 4), (dict(data=2, sequence=4), 4), (dict(fsdp=2, tensor=2), 4)):
         mesh_fns = fns(graphdef, sizes, batch_size)
         with jax.set_mesh(mesh_fns._mesh):
             found[str(sizes), batch_size] = np.concatenate([logprobs for logprobs, _ in mesh_fns.tree_logprobs(params, trees)])
     first, *others = found.values()
-    for other, allowed in zip(others, (most, most, most_split)):
+    for other, allowed in zip(others, (most, most, most, most_split)):
         np.testing.assert_allclose(other, first, rtol=0, atol=allowed)
     assert first.min() < -3 and first.max() > -3
 
