@@ -2,7 +2,7 @@
 
     python -m lm.main --config=configs/pydocs.py --workdir=runs/pydocs
 
-On 2 cores: 1.78 bits per byte on the validation split in under 5 minutes (`:small`: 1.46 in 44; `xz -9e`: 1.72), and its library told in 86%
+On 2 cores: 1.78 bits per byte on the validation split in some 5 minutes (`:small`: 1.46 in 44; `xz -9e`: 1.72), and its library told in 86%
 of the documents (88%), where the most frequent one is 36%.
 """
 
