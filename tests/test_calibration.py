@@ -90,12 +90,15 @@ def test_classwise_ece_of_two_labels_is_the_second_ones():
 def test_auroc(P, y):
     theirs = metrics.roc_auc_score(y, P[:, 1] if P.shape[1] == 2 else P, multi_class="ovr", labels=range(P.shape[1]))
     assert calibration.auroc(P, y) == pytest.approx(theirs)
+    pairs = theirs if P.shape[1] == 2 else metrics.roc_auc_score(y, P, multi_class="ovo", labels=range(P.shape[1]))
+    assert calibration.auroc_ovo(P, y) == pytest.approx(pairs)
     assert calibration.confidence_auroc(P, y) == pytest.approx(metrics.roc_auc_score(P.argmax(axis=1) == y, P.max(axis=1)))
 
 
 def test_auroc_of_what_has_one_label_only():
     P = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])
-    assert calibration.auroc(P, np.array([0, 0])) is None and calibration.confidence_auroc(P, np.array([0, 1])) is None
+    assert calibration.auroc(P, np.array([0, 0])) is calibration.auroc_ovo(P, np.array([0, 0])) is None
+    assert calibration.confidence_auroc(P, np.array([0, 1])) is None
     assert calibration.auroc(P, np.array([0, 1])) == 1.0 and calibration.confidence_auroc(P, np.array([0, 0])) == 1.0
 
 

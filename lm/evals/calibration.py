@@ -53,6 +53,14 @@ def auroc(P: np.ndarray, y: np.ndarray) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def auroc_ovo(P: np.ndarray, y: np.ndarray) -> float | None:
+    """The mean over all pairs of labels that occur, both ways round, of the area under the ROC curve of one label's probability among the examples of these
+    two alone (Hand and Till 2001, eq. 7): it doesn't depend on how frequent labels are. None for a single label."""
+    there = np.unique(y)
+    found = [_ranked_higher(P[y == k, k], P[y == other, k]) for k in there for other in there if k != other]
+    return float(np.mean(found)) if found else None
+
+
 def confidence_auroc(P: np.ndarray, y: np.ndarray) -> float | None:
     """How well confidence tells right predictions from wrong ones; None if all are right, or none."""
     right, confidence = P.argmax(axis=1) == y, P.max(axis=1)
@@ -60,9 +68,10 @@ def confidence_auroc(P: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def _ranked_higher(these: np.ndarray, those: np.ndarray) -> float:
-    """The chance that one of these is above one of those, which is the area under the ROC curve (Hanley and McNeil 1982)."""
-    from scipy.stats import mannwhitneyu
-    return float(mannwhitneyu(these, those, method="asymptotic").statistic / (len(these) * len(those)))
+    """The chance that one of these is above one of those, ties counting half, which is the area under the ROC curve (Hanley and McNeil 1982)."""
+    from scipy.stats import rankdata
+    n = len(these)
+    return float((rankdata(np.concatenate([these, those]))[:n].sum() - n * (n + 1) / 2) / (n * len(those)))
 
 
 def selective_accuracy(P: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -121,7 +121,8 @@ def figures(P: np.ndarray, gold: np.ndarray) -> Iterator[tuple[str, float]]:
     yield "ece", calibration.ece(P, gold)
     yield "ece_equal_mass", calibration.ece(P, gold, equal="mass")
     yield "classwise_ece", calibration.classwise_ece(P, gold)
-    for name, value in (("auroc", calibration.auroc(P, gold)), ("confidence_auroc", calibration.confidence_auroc(P, gold))):
+    for name, value in (("auroc", calibration.auroc(P, gold)), ("auroc_ovo", calibration.auroc_ovo(P, gold)),
+                        ("confidence_auroc", calibration.confidence_auroc(P, gold))):
         if value is not None:  # some need two labels, or right and wrong predictions
             yield name, value
     yield "selective_accuracy", float(np.mean(calibration.selective_accuracy(P, gold)[1]))
@@ -259,7 +260,7 @@ class Evaluator:
 
 class Task:
     """Yields of the label distributions, the softmax of the label scores: accuracy with its Wilson 95% interval; the scores of
-    `statistics.prediction_scores` (macro-F1 with its bootstrap interval); nll, brier, ece (and with bins of equal mass, and classwise), auroc,
+    `statistics.prediction_scores` (macro-F1 with its bootstrap interval); nll, brier, ece (and with bins of equal mass, and classwise), auroc, auroc_ovo,
     confidence_auroc, selective_accuracy (its mean over all coverages); label_mass (see `verbalizer.label_mass`, the mean). Accuracy, nll and ece again,
     corrected by what the model says anyway (`priors`): after prompts that say nothing (_content_free), with random words of the data in their place (_domain),
     after the end of the template alone (_pmi_dc), or in the mean (_batch: it looks at all test inputs). To compare with: majority_accuracy, and
