@@ -73,7 +73,7 @@ def suggest(config, workdir: epath.Path, devices, name: str, examples: int, coun
         q, way, tokenizer = task.questions, task.questions.ways[0], experiment.tokenizer
         if missing := [label for k, label in enumerate(q.labels) if k not in q.held_gold]:
             raise ValueError(f"--examples={examples}: none of them has the label {missing[0]!r}; take more")
-        states = task.predict_fns.states(params, [tree.tokens[:tree.at.min() + 1].tolist() for tree in way.held])
+        states = task.predict_fns.states(params, [tree.prompt for tree in way.held])
         rows = task.predict_fns.head_rows(params, np.arange(tokenizer.vocab_size))
     logits = (states @ rows.T).astype(np.float64)
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)

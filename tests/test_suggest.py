@@ -8,6 +8,7 @@ from etils import epath
 from lm import config as config_lib
 from lm import suggest, train
 from tests.conftest import COLOURS
+from tests.test_tasks import write_task
 
 
 def test_likelihood_ratio():
@@ -56,19 +57,8 @@ def _trained(tiny, tmp_path):
     c.train.length = "150 steps"
     c.optimizer.learning_rate = 1e-2
     c.data.length = c.model.context_length = 64
-    (tmp_path / "t.toml").write_text('''type = "lm.evals.classification.Task"
-[source]
-path = "FOLDER/{split}.jsonl"
-shots_split = "corpus"
-[prompt]
-templates = ["{text}\\n="]
-[[verbalizer.words]]
-red = [" red"]
-green = [" green"]
-blue = [" blue"]
-'''.replace("FOLDER", str(tmp_path)))
     (tmp_path / "test.jsonl").write_text('{"text": "ab", "label": "red"}\n' * 2)
-    c.evals.t = config_lib.task(str(tmp_path / "t.toml"))
+    c.evals.t = config_lib.task(write_task(tmp_path / "t.toml", r"{text}\n=", shots_split="corpus"))
     c.evals.rest = config_lib.perplexity(every=0, batch_size=8)
     return c.lock(), tmp_path / "run"
 

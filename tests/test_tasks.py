@@ -25,20 +25,25 @@ def write(folder, n=24):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def arguments(folder, **changes):
-    """Those of a task whose TOML file says the least."""
-    (folder / "colours.toml").write_text('''type = "lm.evals.classification.Task"
+def write_task(path, template, shots_split="train"):
+    """The TOML file that says the least, of the records beside it."""
+    path.write_text('''type = "lm.evals.classification.Task"
 [source]
 path = "FOLDER/{split}.jsonl"
-shots_split = "train"
+shots_split = "SHOTS"
 [prompt]
-templates = ["{text}\\n?"]
+templates = ["TEMPLATE"]
 [[verbalizer.words]]
 red = [" red"]
 green = [" green"]
 blue = [" blue"]
-'''.replace("FOLDER", str(folder)))
-    found = config_lib.task(str(folder / "colours.toml"), **changes).to_dict()
+'''.replace("FOLDER", str(path.parent)).replace("SHOTS", shots_split).replace("TEMPLATE", template))
+    return str(path)
+
+
+def arguments(folder, **changes):
+    """Those of a task."""
+    found = config_lib.task(write_task(folder / "colours.toml", r"{text}\n?"), **changes).to_dict()
     return {key: value for key, value in found.items() if key not in ("type", "every", "batch_size")}
 
 

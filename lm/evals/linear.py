@@ -66,8 +66,7 @@ class Task:
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         q, (way,) = self._questions, self._questions.ways
-        prompt = lambda tree: tree.tokens[:tree.at.min() + 1].tolist()
-        states = self._predict_fns.states(params, [prompt(tree) for tree in (*way.held, *way.trees)]).astype(np.float64)
+        states = self._predict_fns.states(params, [tree.prompt for tree in (*way.held, *way.trees)]).astype(np.float64)
         if not np.isfinite(states).all():
             raise ValueError(f"the eval {q.name!r}: the model's states are not finite; its weights or activations are broken")
         scale = np.sqrt(np.mean(states[:len(way.held)]**2))

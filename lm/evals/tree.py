@@ -22,6 +22,11 @@ class Tree(NamedTuple):
     target: np.ndarray  # [Q] int32: the id whose log-probability is asked
     paths: list[list[int]]  # of each continuation, the queries of its tokens
 
+    @property
+    def prompt(self) -> list[int]:
+        """Its ids: the first query comes right after it."""
+        return self.tokens[:self.at.min() + 1].tolist()
+
 
 def grow(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
     """The tree of a prompt and its continuations, which are token ids and not empty. Common beginnings are one path."""
@@ -74,7 +79,7 @@ def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
       most: tokens of a row; a longer tree stays alone.
       least: tokens that have to be shared, and half of each prompt.
     """
-    prompts = [tree.tokens[:tree.at.min() + 1].tolist() for tree in trees]  # the first query comes right after it
+    prompts = [tree.prompt for tree in trees]
     found, row, shared = [], [], 0
 
     def finish():
