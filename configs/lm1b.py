@@ -1,9 +1,11 @@
-"""The One Billion Word benchmark, for any preset: --config=configs/lm1b.py:gpt2. Sentences, packed into rows of 256 tokens.
+"""The One Billion Word benchmark, for any preset: --config=configs/lm1b.py:gpt2. Sentences, packed
+into rows of 256 tokens.
 
     python -m lm.main --config=configs/lm1b.py --workdir=runs/lm1b --config.data.source_args.data_dir=DIR
 
-Reads a copy of TFDS's lm1b that was prepared as ArrayRecord; the error that comes without one gives the command.
-"""
+Reads a copy of TFDS's lm1b that was prepared as ArrayRecord; the error that comes without one gives
+the command.
+"""  # noqa: E501
 
 from ml_collections import ConfigDict
 
@@ -19,11 +21,17 @@ def get_config(size: str = "gpt2") -> ConfigDict:
     c.data.update(dict(length=min(256, c.model.context_length), batch_size=512, streams=64))
     c.tokenizer.vocab_size = 32000
     c.tokenizer.max_documents = 1_000_000
-    c.optimizer.update(dict(name="adamw", learning_rate=6e-4, schedule="cosine", warmup_steps=1000, weight_decay=0.1))
+    c.optimizer.update(
+        dict(
+            name="adamw", learning_rate=6e-4, schedule="cosine", warmup_steps=1000, weight_decay=0.1
+        )
+    )
     c.train.length = "100000 steps"
     c.train.log_every = 20
     c.checkpoint.every = 1000
     c.checkpoint.best = "eval/validation/loss"
-    c.evals.validation = config_lib.perplexity(every=1000, split="test", batch_size=512, max_documents=20_000)
+    c.evals.validation = config_lib.perplexity(
+        every=1000, split="test", batch_size=512, max_documents=20_000
+    )
     c.evals.samples = config_lib.samples(("The ", "On Monday , "), every=5000)
     return c

@@ -1,9 +1,10 @@
-"""The main job: a small Transformer on the docstrings of this machine's Python, numpy, scipy and jax.
+"""The main job: a small Transformer on the docstrings of this machine's Python, numpy, scipy and
+jax.
 
     python -m lm.main --config=configs/pydocs.py --workdir=runs/pydocs
 
-On 2 cores: 1.78 bits per byte on the validation split in some 5 minutes (`:small`: 1.46 in 44; `xz -9e`: 1.72), and its library told in 86%
-of the documents (88%), where the most frequent one is 36%.
+On 2 cores: 1.78 bits per byte on the validation split in some 5 minutes (`:small`: 1.46 in 44; `xz
+-9e`: 1.72), and its library told in 86% of the documents (88%), where the most frequent one is 36%.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,8 @@ SIZES = {"micro": ("200 steps", 50), "mini": ("500 steps", 100), "small": ("1300
 def get_config(size: str = "mini") -> ConfigDict:
     c = config_lib.default()
     length, every = config_lib.sized(SIZES, size)
-    # bf16 matmuls are 1.4 times as fast as f32 on a CPU that has them (AVX512-BF16), slower on those before.
+    # bf16 matmuls are 1.4 times as fast as f32 on a CPU that has them (AVX512-BF16), slower on
+    # those before.
     c.model.update(presets.get(size) | dict(vocab_size=0, compute_dtype="bfloat16"))
     c.model.scan_unroll = c.model.num_layers
     c.data.label_prompt = "\n\nLibrary:"

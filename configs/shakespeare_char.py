@@ -1,11 +1,12 @@
-"""nanoGPT's CPU recipe for tiny Shakespeare, on bytes: 4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps.
+"""nanoGPT's CPU recipe for tiny Shakespeare, on bytes: 4 layers, 4 heads, width 128, context 64,
+batch 12, 2,000 steps.
 
     python -m lm.main --config=configs/shakespeare_char.py --workdir=runs/shakespeare --config.data.source_args.path=input.txt
 
-The text is input.txt of github.com/karpathy/char-rnn, data/tinyshakespeare. nanoGPT's README reports a validation loss of 1.88 for
-this recipe (in nats a character; a byte here: the text is ASCII). Here: 1.873, in a few minutes on 2 cores, with bf16 parameters
-and stochastic rounding.
-"""
+The text is input.txt of github.com/karpathy/char-rnn, data/tinyshakespeare. nanoGPT's README
+reports a validation loss of 1.88 for this recipe (in nats a character; a byte here: the text is
+ASCII). Here: 1.873, in a few minutes on 2 cores, with bf16 parameters and stochastic rounding.
+"""  # noqa: E501
 
 from ml_collections import ConfigDict
 
@@ -20,9 +21,21 @@ def get_config() -> ConfigDict:
     c.tokenizer.kind = "bytes"
     c.data.source = "lm.data.sources.text"
     c.data.source_args = dict(path="", held_out=0.1, separator="", document_chars=4096)
-    c.data.update(dict(length=64, batch_size=12, streams=12, packing_bins=256))  # rows of several documents in mixed order
-    c.optimizer.update(dict(name="adamw", learning_rate=1e-3, schedule="cosine", final_learning_rate=0.1, warmup_steps=100,
-                            b1=0.9, b2=0.99, weight_decay=0.1, clip_norm=1.0))
+    # rows of several documents in mixed order
+    c.data.update(dict(length=64, batch_size=12, streams=12, packing_bins=256))
+    c.optimizer.update(
+        dict(
+            name="adamw",
+            learning_rate=1e-3,
+            schedule="cosine",
+            final_learning_rate=0.1,
+            warmup_steps=100,
+            b1=0.9,
+            b2=0.99,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        )
+    )
     c.train.length = "2000 steps"
     c.train.log_every = 50
     c.checkpoint.every = 500

@@ -1,9 +1,11 @@
-"""Tasks of lm/evals/tasks/ on a checkpoint, named with commas between them, or one of the lists below:
+"""Tasks of lm/evals/tasks/ on a checkpoint, named with commas between them, or one of the lists
+below:
 
     python -m lm.main --config=configs/tasks.py:sst2,piqa --workdir=runs/evals --mode=eval --config.init_from=DIR
 
-DIR is a Hugging Face checkpoint's directory or a run's. Data is read from TFDS copies, or from files: --config.evals.piqa.source.path="piqa/{split}.jsonl".
-"""
+DIR is a Hugging Face checkpoint's directory or a run's. Data is read from TFDS copies, or from
+files: --config.evals.piqa.source.path="piqa/{split}.jsonl".
+"""  # noqa: E501
 
 from ml_collections import ConfigDict
 
@@ -18,7 +20,8 @@ SIZES = {
 
 def get_config(tasks: str = "zero_shot") -> ConfigDict:
     c = config_lib.default()
-    c.data.length = c.model.context_length = 1024  # the longest prompt with its answer; init_from brings the model's own context
+    # the longest prompt with its answer; init_from brings the model's own context
+    c.data.length = c.model.context_length = 1024
     for name in SIZES.get(tasks, tasks).split(","):
         c.evals[name] = config_lib.task(name)
     return c

@@ -1,7 +1,8 @@
-"""Every key of a run's configuration, once, with what it means. configs/*.py start from here and say what differs.
+"""Every key of a run's configuration, once, with what it means. configs/*.py start from here and
+say what differs.
 
-The configuration is locked before it is used: a key that is not here is an error. Each run writes what it ran with, complete, to
-config.json.
+The configuration is locked before it is used: a key that is not here is an error. Each run writes
+what it ran with, complete, to config.json.
 """
 
 import pathlib
@@ -9,44 +10,68 @@ import tomllib
 
 from ml_collections import ConfigDict
 
-# What a run may change when it goes on from its checkpoints. Everything else is the experiment: changing it is another run.
-RESUMABLE = ("platform", "mesh", "evals", "checkpoint", "train.length", "train.log_every", "train.nonfinite",
-             "train.fsdp", "train.fsdp_gather", "objective.chunk", "model.attention", "model.remat", "model.scan_unroll", "data.cache_dir",
-             # Where the corpus lies; that it is the same text is held by its fingerprint.
-             "data.source_args.data_dir", "data.source_args.path")
+# What a run may change when it goes on from its checkpoints. Everything else is the experiment:
+# changing it is another run.
+RESUMABLE = (
+    "platform",
+    "mesh",
+    "evals",
+    "checkpoint",
+    "train.length",
+    "train.log_every",
+    "train.nonfinite",
+    "train.fsdp",
+    "train.fsdp_gather",
+    "objective.chunk",
+    "model.attention",
+    "model.remat",
+    "model.scan_unroll",
+    "data.cache_dir",
+    # Where the corpus lies; that it is the same text is held by its fingerprint.
+    "data.source_args.data_dir",
+    "data.source_args.path",
+)
 
 
 def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.platform = ""  # tpu | gpu | cpu; "": TPU if there is one, else GPU, else CPU
-    # What the run starts from, at step 0: a run directory (its newest checkpoint's weights), or the directory of a Hugging Face checkpoint,
-    # which also decides config.model (but for its execution and param_dtype) and, if tokenizer.path is "", the tokenizer.
+    # What the run starts from, at step 0: a run directory (its newest checkpoint's weights), or the
+    # directory of a Hugging Face checkpoint, which also decides config.model (but for its execution
+    # and param_dtype) and, if tokenizer.path is "", the tokenizer.
     c.init_from = ""
 
     c.data = ConfigDict()
-    c.data.source = "lm.data.pydocs.pydocs"  # dotted path of a function (split, **source_args) -> Documents
+    # dotted path of a function (split, **source_args) -> Documents
+    c.data.source = "lm.data.pydocs.pydocs"
     c.data.source_args = ConfigDict(dict(data_dir="~/.cache/lm"), allow_dotted_keys=False)
     c.data.split = "train"
     c.data.cache_dir = "~/.cache/lm"  # trained tokenizers
-    c.data.label_prompt = ""  # if not "", a training document with a label ends with this line and the label
+    # if not "", a training document with a label ends with this line and the label
+    c.data.label_prompt = ""
     c.data.length = 256  # tokens a row, T
     c.data.batch_size = 16  # rows of the global batch, B
-    c.data.streams = 8  # independent streams that the rows are dealt from; a multiple of the number of processes
-    c.data.packing = "first_fit"  # first_fit (documents whole) | concat_then_split (rows full, documents cut anywhere)
+    # independent streams that the rows are dealt from; a multiple of the number of processes
+    c.data.streams = 8
+    # first_fit (documents whole) | concat_then_split (rows full, documents cut anywhere)
+    c.data.packing = "first_fit"
     c.data.packing_bins = 128  # rows that first_fit fills at a time
 
     c.tokenizer = ConfigDict()
-    # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face checkpoint; "": see kind.
+    # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face
+    # checkpoint; "": see kind.
     c.tokenizer.path = ""
-    c.tokenizer.kind = "sentencepiece"  # where there is no path: sentencepiece (one is trained on the training split) | bytes
+    # where there is no path: sentencepiece (one is trained on the training split) | bytes
+    c.tokenizer.kind = "sentencepiece"
     c.tokenizer.vocab_size = 2048  # of a tokenizer that is trained
     c.tokenizer.max_documents = 0  # that it is trained on, evenly out of the split; 0: all
 
     c.model = _model()
 
     c.objective = ConfigDict()
-    c.objective.type = "lm.objectives.causal"  # dotted path of a module with make_loss(**the rest) and token_logprobs
+    # dotted path of a module with make_loss(**the rest) and token_logprobs
+    c.objective.type = "lm.objectives.causal"
     c.objective.z_loss = 0.0
     c.objective.balance_loss = 0.0  # weight of the routers' imbalance (num_experts)
     c.objective.chunk = 0  # positions of a row whose logits exist at a time; 0: all
@@ -62,20 +87,28 @@ def default() -> ConfigDict:
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.momentum = 0.95  # muon
-    c.optimizer.muon_adam_ratio = 1.0  # muon: the learning rate of what Adam updates (embeddings, norms), as a share
+    # muon: the learning rate of what Adam updates (embeddings, norms), as a share
+    c.optimizer.muon_adam_ratio = 1.0
     c.optimizer.adafactor_decay = 0.8
     c.optimizer.weight_decay = 0.1
     c.optimizer.clip_norm = 1.0  # of the gradient; 0: no clipping
-    c.optimizer.rounding = "stochastic"  # how bfloat16 parameters take an f32 update: stochastic | nearest | master (f32 copy)
-    c.optimizer.ema_decay = 0.0  # of an f32 moving average of the weights, evaluated instead of them; 0: none
+    # how bfloat16 parameters take an f32 update: stochastic | nearest | master (f32 copy)
+    c.optimizer.rounding = "stochastic"
+    # of an f32 moving average of the weights, evaluated instead of them; 0: none
+    c.optimizer.ema_decay = 0.0
 
     c.train = ConfigDict()
     c.train.length = "1000 steps"  # "N steps", "N tokens" (positions of the batches) or "X epochs"
     c.train.accumulation = 1  # microbatches a step
-    c.train.fsdp = "partitioner"  # who writes FSDP's collectives: partitioner | by_hand (faster on TPU pods)
-    c.train.grad_reduce_dtype = "float32"  # of gradients on the wire: float32 | bfloat16 (by_hand only)
-    c.train.fsdp_gather = "staged"  # by_hand over fsdp and fsdp2: one after the other (v4, v5p, v6e) | joint, in one all-gather (v5e)
-    c.train.nonfinite = "halt"  # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
+    # who writes FSDP's collectives: partitioner | by_hand (faster on TPU pods)
+    c.train.fsdp = "partitioner"
+    # of gradients on the wire: float32 | bfloat16 (by_hand only)
+    c.train.grad_reduce_dtype = "float32"
+    # by_hand over fsdp and fsdp2: one after the other (v4, v5p, v6e) | joint, in one all-gather
+    # (v5e)
+    c.train.fsdp_gather = "staged"
+    # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
+    c.train.nonfinite = "halt"
     c.train.log_every = 10  # steps
 
     # Axes of the mesh (lm/sharding.py says what each splits); -1 takes the devices that are left.
@@ -84,16 +117,19 @@ def default() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps; 0: only at the end
     c.checkpoint.keep = 2  # newest ones kept
-    c.checkpoint.best = ""  # a metric ("eval/validation/loss") whose lowest checkpoint is kept besides; "": none
+    # a metric ("eval/validation/loss") whose lowest checkpoint is kept besides; "": none
+    c.checkpoint.best = ""
 
-    # name -> dict(type=dotted path of an Evaluator, every=steps (0: only at the end), batch_size=rows, **its arguments)
+    # name -> dict(type=dotted path of an Evaluator, every=steps (0: only at the end),
+    # batch_size=rows, **its arguments)
     c.evals = ConfigDict()
     return c
 
 
 def _model() -> ConfigDict:
     c = ConfigDict()
-    c.type = "lm.models.transformer"  # dotted path of a module with Config and a class named Transformer
+    # dotted path of a module with Config and a class named Transformer
+    c.type = "lm.models.transformer"
     c.vocab_size = 0  # 0: the tokenizer's
     c.context_length = 256
     c.num_layers = 4
@@ -117,36 +153,62 @@ def _model() -> ConfigDict:
     c.rope_theta = 10000.0
     c.rope_fraction = 1.0  # of a head's dims that turn
     c.rope_interleaved = False  # the pairs that turn are (2i, 2i + 1), not (i, i + half)
-    c.rope_scaling = ()  # or Llama 3.1's (factor, low_frequency_factor, high_frequency_factor, original context)
+    # or Llama 3.1's (factor, low_frequency_factor, high_frequency_factor, original context)
+    c.rope_scaling = ()
     c.window = 0  # positions that a query sees, itself included; 0: all before it
-    c.bias = ""  # where there are biases, with commas between them: qkv, out (of attention), mlp, norm (layernorm)
+    # where there are biases, with commas between them: qkv, out (of attention), mlp, norm
+    # (layernorm)
+    c.bias = ""
     c.tie_embeddings = True
     c.table_dim = 0  # of the embedding and the head, if it isn't embed_dim: they are projected
     c.init_std = 0.02
     c.param_dtype = "bfloat16"  # bfloat16 | float32; norms are always float32
     c.compute_dtype = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
-    c.attention = "xla"  # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
-    # What the backward pass computes again: none | dots (all but the matmuls) | full (all) | all but the results named, of query, key,
-    # value, attention (splash), out, up, gate, down: "query,attention,out"; "up:host" keeps one in the host's memory.
+    # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
+    c.attention = "xla"
+    # What the backward pass computes again: none | dots (all but the matmuls) | full (all) | all
+    # but the results named, of query, key, value, attention (splash), out, up, gate, down:
+    # "query,attention,out"; "up:host" keeps one in the host's memory.
     c.remat = "none"
-    c.scan_unroll = 1  # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
+    # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
+    c.scan_unroll = 1
     return c
 
 
 def sized(sizes: dict, size: str):
-    """The entry of `sizes`, a configuration's table of its sizes. Raises ValueError, listing them, for another size."""
+    """The entry of `sizes`, a configuration's table of its sizes. Raises ValueError, listing them,
+    for another size.
+    """
     if size not in sizes:
         raise ValueError(f"this configuration has no size {size!r}; valid: {list(sizes)}")
     return sizes[size]
 
 
-def perplexity(*, every: int, split: str = "validation", batch_size: int = 16, max_documents: int = 0, stride: int = 0) -> ConfigDict:
-    """config.evals entry: loss, perplexity and bits per byte of a split; `stride`: see lm/evals/perplexity.py."""
-    return ConfigDict(dict(type="lm.evals.perplexity.Evaluator", every=every, batch_size=batch_size, split=split, max_documents=max_documents, stride=stride))
+def perplexity(
+    *,
+    every: int,
+    split: str = "validation",
+    batch_size: int = 16,
+    max_documents: int = 0,
+    stride: int = 0,
+) -> ConfigDict:
+    """config.evals entry: loss, perplexity and bits per byte of a split; `stride`: see
+    lm/evals/perplexity.py.
+    """
+    return ConfigDict(
+        dict(
+            type="lm.evals.perplexity.Evaluator",
+            every=every,
+            batch_size=batch_size,
+            split=split,
+            max_documents=max_documents,
+            stride=stride,
+        )
+    )
 
 
-# What an eval of a TOML file may say, by its type. Files are read when a configuration is made: all of it stands in config.json, each key can be
-# overridden.
+# What an eval of a TOML file may say, by its type. Files are read when a configuration is made: all
+# of it stands in config.json, each key can be overridden.
 _SOURCE = dict(
     path="",  # a .jsonl, .json, .csv or .tsv file; "{split}" in it is replaced
     lines={},  # column -> text file, line by line (parallel texts)
@@ -154,36 +216,74 @@ _SOURCE = dict(
     data_dir="",
     split="test",  # what is evaluated
     shots_split="",  # where examples before the question come from: never what is evaluated
-    citation="")
+    citation="",
+)
 _PROMPT = dict(
     shots=0,  # examples before the question
     sampler="balanced",  # balanced (over the labels) | first_n | random
-    separator="\n\n")  # after each example
+    separator="\n\n",
+)  # after each example
 TASKS = {
     "lm.evals.classification.Task": dict(
-        source=_SOURCE, prompt=_PROMPT | dict(templates=(), seeds=(0,)), label="label",
-        # words: one or more tables label -> words, as ((label, (word, ...)), ...); weights: one for each word of aggregate="sum".
-        verbalizer=dict(words=(), terminator="", boundary="strict", aggregate="sum", length_norm="none", weights=()),
-        priors=("content_free", "domain", "pmi_dc", "batch"), ensemble="mean_prob", temperature_examples=0, max_documents=0),
+        source=_SOURCE,
+        prompt=_PROMPT | dict(templates=(), seeds=(0,)),
+        label="label",
+        # words: one or more tables label -> words, as ((label, (word, ...)), ...); weights: one for
+        # each word of aggregate="sum".
+        verbalizer=dict(
+            words=(),
+            terminator="",
+            boundary="strict",
+            aggregate="sum",
+            length_norm="none",
+            weights=(),
+        ),
+        priors=("content_free", "domain", "pmi_dc", "batch"),
+        ensemble="mean_prob",
+        temperature_examples=0,
+        max_documents=0,
+    ),
     "lm.evals.choice.Task": dict(
-        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0), choices=(), answer="label", answers="", premise="", boundary="strict", max_documents=0),
+        source=_SOURCE,
+        prompt=_PROMPT | dict(template="", seed=0),
+        choices=(),
+        answer="label",
+        answers="",
+        premise="",
+        boundary="strict",
+        max_documents=0,
+    ),
     "lm.evals.generation.Task": dict(
-        source=_SOURCE, prompt=_PROMPT | dict(template="", seed=0, sampler="random"), target="", references="", scores=(), max_documents=0,
-        output=dict(max_new_tokens=64, stop=("\n",), extract="", normalize="none")),
+        source=_SOURCE,
+        prompt=_PROMPT | dict(template="", seed=0, sampler="random"),
+        target="",
+        references="",
+        scores=(),
+        max_documents=0,
+        output=dict(max_new_tokens=64, stop=("\n",), extract="", normalize="none"),
+    ),
 }
 TASKS["lm.evals.linear.Task"] = TASKS["lm.evals.classification.Task"] | dict(
-    train_examples=256, init="label_words", l2=0.0,  # label_words | prototype; 0: chosen by cross-validation
-    verbalizer=dict(words=(), boundary="strict"))
+    # label_words | prototype; 0: chosen by cross-validation
+    train_examples=256,
+    init="label_words",
+    l2=0.0,
+    verbalizer=dict(words=(), boundary="strict"),
+)
 for _key in ("priors", "temperature_examples", "ensemble"):
     del TASKS["lm.evals.linear.Task"][_key]
 
 
-def task(name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **changes) -> ConfigDict:
-    """config.evals entry: an eval of lm/evals/tasks/ by its name, or of a TOML file of your own by its path.
+def task(
+    name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **changes
+) -> ConfigDict:
+    """config.evals entry: an eval of lm/evals/tasks/ by its name, or of a TOML file of your own by
+    its path.
 
     Args:
       type: of the eval, where it isn't the file's: task("sst2", type="lm.evals.linear.Task").
-      changes: other values for its keys; dicts change what they name: task("sst2", prompt=dict(shots=4)).
+      changes: other values for its keys; dicts change what they name: task("sst2",
+        prompt=dict(shots=4)).
 
     Raises:
       ValueError: no such task, no TOML, or a key that its type doesn't have.
@@ -191,7 +291,10 @@ def task(name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **c
     folder = pathlib.Path(__file__).parent / "evals" / "tasks"
     path = pathlib.Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.exists():
-        raise ValueError(f"no task {name!r}; valid: {sorted(p.stem for p in folder.glob('*.toml'))}, and paths of .toml files")
+        raise ValueError(
+            f"no task {name!r}; valid: {sorted(p.stem for p in folder.glob('*.toml'))}, and paths "
+            "of .toml files"
+        )
     try:
         read = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -200,7 +303,9 @@ def task(name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **c
     kind = type or kind
     if kind not in TASKS:
         raise ValueError(f"{path}: type = {kind!r}; valid: {list(TASKS)}")
-    made = dict(type=kind, every=every, batch_size=batch_size) | _merged(_merged(TASKS[kind], read, str(path)), changes, f"task({name!r})")
+    made = dict(type=kind, every=every, batch_size=batch_size) | _merged(
+        _merged(TASKS[kind], read, str(path)), changes, f"task({name!r})"
+    )
     return ConfigDict(made)
 
 
@@ -208,37 +313,85 @@ def _merged(old: dict, new: dict, where: str) -> dict:
     """`old` with the values of `new`, whose keys it has to have."""
     if unknown := [key for key in new if key not in old]:
         raise ValueError(f"{where} has no key {unknown[0]!r}; valid: {list(old)}")
+
     def merge(key: str, a, b):
         if key == "words" and isinstance(b, dict):
             b = [b]  # a single verbalizer
         kinds = {tuple: (list, tuple), int: int, float: (int, float)}.get(type(a), type(a))
         if not isinstance(b, kinds) or isinstance(b, bool):
-            raise ValueError(f"{where}: {key} = {b!r}; wanted {'an array' if isinstance(a, tuple) else type(a).__name__}, such as {a!r}")
+            raise ValueError(
+                f"{where}: {key} = {b!r}; wanted "
+                f"{'an array' if isinstance(a, tuple) else type(a).__name__}, such as {a!r}"
+            )
         if key == "lines":
             return dict(b)
-        return _merged(a, b, f"{where}: {key}") if isinstance(a, dict) else float(b) if isinstance(a, float) else _tuples(b)
+        return (
+            _merged(a, b, f"{where}: {key}")
+            if isinstance(a, dict)
+            else float(b)
+            if isinstance(a, float)
+            else _tuples(b)
+        )
+
     return old | {key: merge(key, old[key], value) for key, value in new.items()}
 
 
 def _tuples(value):
-    """TOML's arrays as tuples, its tables as pairs: names of labels may have dots in them, keys of a configuration may not."""
+    """TOML's arrays as tuples, its tables as pairs: names of labels may have dots in them, keys of
+    a configuration may not.
+    """
     if isinstance(value, dict):
         return tuple((key, _tuples(v)) for key, v in value.items())
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-def classification(verbalizer: dict[str, tuple[str, ...]], *, every: int, split: str = "validation", batch_size: int = 16,
-                   max_documents: int = 0, aggregate: str = "sum", length_norm: str = "none") -> ConfigDict:
-    """config.evals entry: verbalizer classification of a labelled split. `verbalizer`: label -> its words; how they become scores
-    (aggregate, length_norm): lm/evals/verbalizer.py."""
-    return ConfigDict(dict(type="lm.evals.classification.Evaluator", every=every, batch_size=batch_size, split=split, max_documents=max_documents,
-                           verbalizer=tuple((k, tuple(v)) for k, v in verbalizer.items()), aggregate=aggregate, length_norm=length_norm))
+def classification(
+    verbalizer: dict[str, tuple[str, ...]],
+    *,
+    every: int,
+    split: str = "validation",
+    batch_size: int = 16,
+    max_documents: int = 0,
+    aggregate: str = "sum",
+    length_norm: str = "none",
+) -> ConfigDict:
+    """config.evals entry: verbalizer classification of a labelled split. `verbalizer`: label -> its
+    words; how they become scores (aggregate, length_norm): lm/evals/verbalizer.py.
+    """
+    return ConfigDict(
+        dict(
+            type="lm.evals.classification.Evaluator",
+            every=every,
+            batch_size=batch_size,
+            split=split,
+            max_documents=max_documents,
+            verbalizer=tuple((k, tuple(v)) for k, v in verbalizer.items()),
+            aggregate=aggregate,
+            length_norm=length_norm,
+        )
+    )
 
 
-def samples(prompts: tuple[str, ...], *, every: int, max_new_tokens: int = 64, temperature: float = 0.8, top_k: int = 50) -> ConfigDict:
+def samples(
+    prompts: tuple[str, ...],
+    *,
+    every: int,
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int = 50,
+) -> ConfigDict:
     """config.evals entry: continuations of fixed prompts, in samples.md."""
-    return ConfigDict(dict(type="lm.evals.generation.Samples", every=every, batch_size=len(prompts), prompts=tuple(prompts),
-                           max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k))
+    return ConfigDict(
+        dict(
+            type="lm.evals.generation.Samples",
+            every=every,
+            batch_size=len(prompts),
+            prompts=tuple(prompts),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+        )
+    )
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
@@ -257,11 +410,22 @@ def _as_json(value):
 
 
 def check_resumable(old: dict, new: ConfigDict, where: str) -> None:
-    """Raises ValueError if `new` is not the same experiment as `old`, the configuration that a run directory was started with."""
+    """Raises ValueError if `new` is not the same experiment as `old`, the configuration that a run
+    directory was started with.
+    """
     old, new = flatten(old), flatten(new)
-    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
-                 and not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
+    differing = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in RESUMABLE)
+    ]
     if differing:
-        lines = "\n".join(f"  {key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now" for key in differing)
-        raise ValueError(f"{where} holds a run of another configuration:\n{lines}\nTake another --workdir, or the old values. A run that "
-                         f"goes on may change only {', '.join(RESUMABLE)}.")
+        lines = "\n".join(
+            f"  {key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
+            for key in differing
+        )
+        raise ValueError(
+            f"{where} holds a run of another configuration:\n{lines}\nTake another --workdir, or "
+            f"the old values. A run that goes on may change only {', '.join(RESUMABLE)}."
+        )

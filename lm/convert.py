@@ -3,8 +3,9 @@
     python -m lm.convert import --from=DIR --workdir=RUN      a checkpoint directory becomes a run's checkpoint
     python -m lm.convert export --workdir=RUN --to=DIR        the newest checkpoint of a run becomes one that transformers loads
 
-Nothing is downloaded, and no code of a checkpoint's is run. `config.init_from=DIR` starts from such a directory without this.
-"""
+Nothing is downloaded, and no code of a checkpoint's is run. `config.init_from=DIR` starts from such
+a directory without this.
+"""  # noqa: E501
 
 import json
 import logging
@@ -43,9 +44,19 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
     config.model.param_dtype = param_dtype or found.dtype()
     config.data.length = min(config.data.length, config.model.context_length)
     tokenizer = tokenizers.load(source)
-    params = found.load(build.weights(config, devices, tokenizer.vocab_size).params, hf.progress_line(f"import {source}"))
-    meta = {"config": config.to_dict(), "hf": found.record(),
-            "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "files": checkpoint.pack_tokenizer(tokenizer)}}
+    params = found.load(
+        build.weights(config, devices, tokenizer.vocab_size).params,
+        hf.progress_line(f"import {source}"),
+    )
+    meta = {
+        "config": config.to_dict(),
+        "hf": found.record(),
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "files": checkpoint.pack_tokenizer(tokenizer),
+        },
+    }
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=1)
     checkpointer.save(0, {"params": params}, json.loads(json.dumps(meta)), {})
     checkpointer.close()
@@ -56,8 +67,9 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
 
 
 def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = "") -> str:
-    """Writes the newest checkpoint of a run (its moving average, where it has one) as a directory that transformers loads. One that was imported
-    and not changed becomes what it was. Returns the family's name.
+    """Writes the newest checkpoint of a run (its moving average, where it has one) as a directory
+    that transformers loads. One that was imported and not changed becomes what it was. Returns the
+    family's name.
 
     Raises:
       ValueError: no such checkpoint, no such family, or none that has this model; a target in use.
@@ -73,17 +85,28 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
         config = config_lib.default()
         config.model = ConfigDict(meta["config"]["model"])
         config.model.vocab_size = config.model.vocab_size or meta["tokenizer"]["vocab_size"]
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config.model.to_dict().items()}
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in config.model.to_dict().items()
+        }
         original = None if family else meta.get("hf")
         if original:
             table = families.family_of(original["config"])
         else:
             table = families.FAMILIES[family] if family else families.fitting(fields)
             families.write_config(table, fields)
-        saved.update(fields=fields, original=original, table=table, tokenizer=checkpoint.unpack_tokenizer(meta["tokenizer"]["files"]))
+        saved.update(
+            fields=fields,
+            original=original,
+            table=table,
+            tokenizer=checkpoint.unpack_tokenizer(meta["tokenizer"]["files"]),
+        )
         return build.weights(config, devices, meta["tokenizer"]["vocab_size"]).params
+
     params, step = checkpoint.restore_weights(workdir, wanted, averaged=True)
-    fields, original, table, tokenizer = (saved[name] for name in ("fields", "original", "table", "tokenizer"))
+    fields, original, table, tokenizer = (
+        saved[name] for name in ("fields", "original", "table", "tokenizer")
+    )
     logging.info("step %d of %s is a %s", step, workdir, table.name)
     progress = hf.progress_line(f"export {target}")
     if original:
@@ -97,21 +120,34 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
 
 
 def main(argv: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
+    )
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         if len(argv) != 2 or argv[1] not in COMMANDS:
-            raise ValueError(f"wanted one of {list(COMMANDS)}, such as python -m lm.convert import --from=DIR --workdir=RUN; got {argv[1:]}")
+            raise ValueError(
+                f"wanted one of {list(COMMANDS)}, such as python -m lm.convert import --from=DIR "
+                f"--workdir=RUN; got {argv[1:]}"
+            )
         other = _FROM if argv[1] == "import" else _TO
         if not other.value or not _WORKDIR.value:
             raise ValueError(f"{argv[1]} needs --{other.name}=DIR and --workdir=RUN")
-        directory, workdir = Path(os.path.expanduser(other.value)), epath.Path(os.path.expanduser(_WORKDIR.value))
+        directory, workdir = (
+            Path(os.path.expanduser(other.value)),
+            epath.Path(os.path.expanduser(_WORKDIR.value)),
+        )
         devices = startup.start(_PLATFORM.value)
         if argv[1] == "import":
             import_checkpoint(directory, workdir, devices, _PARAM_DTYPE.value)
-            print(f"{directory} is the checkpoint at step 0 of {workdir}: --config.init_from={workdir} starts from it, where config.model is the same")
+            print(
+                f"{directory} is the checkpoint at step 0 of {workdir}: "
+                f"--config.init_from={workdir} starts from it, where config.model is the same"
+            )
         else:
-            print(f"{directory} is a {export_checkpoint(workdir, directory, devices, _FAMILY.value)}")
+            print(
+                f"{directory} is a {export_checkpoint(workdir, directory, devices, _FAMILY.value)}"
+            )
     except (ValueError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -122,7 +158,19 @@ if __name__ == "__main__":
     _FROM = flags.DEFINE_string("from", "", "import: the directory of a Hugging Face checkpoint.")
     _TO = flags.DEFINE_string("to", "", "export: the directory to write.")
     _WORKDIR = flags.DEFINE_string("workdir", "", "The run directory.")
-    _PARAM_DTYPE = flags.DEFINE_enum("param_dtype", "", ["", "float32", "bfloat16"], "import: of the parameters; the source's own by default.")
-    _FAMILY = flags.DEFINE_string("family", "", "export: the model_type to write; by default the one it came from, or the first that has such models.")
-    _PLATFORM = flags.DEFINE_string("platform", "", "tpu | gpu | cpu; by default the first that is there.")
+    _PARAM_DTYPE = flags.DEFINE_enum(
+        "param_dtype",
+        "",
+        ["", "float32", "bfloat16"],
+        "import: of the parameters; the source's own by default.",
+    )
+    _FAMILY = flags.DEFINE_string(
+        "family",
+        "",
+        "export: the model_type to write; by default the one it came from, or the first that has "
+        "such models.",
+    )
+    _PLATFORM = flags.DEFINE_string(
+        "platform", "", "tpu | gpu | cpu; by default the first that is there."
+    )
     app.run(main)

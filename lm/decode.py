@@ -19,26 +19,43 @@ from lm.nn.attention import SPLASH, Cache
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. What is not among the kept ones is never drawn; the filters apply in this order, each on what is left.
+    """How the next token is chosen. What is not among the kept ones is never drawn; the filters
+    apply in this order, each on what is left.
 
     Raises:
       ValueError: a value out of its range.
     """
-    repetition_penalty: float = 1.0  # what the logits of tokens seen are divided by if positive, else multiplied (Keskar et al. 2019, section 4.1)
+
+    # what the logits of tokens seen are divided by if positive, else multiplied (Keskar et al.
+    # 2019, section 4.1)
+    repetition_penalty: float = 1.0
     temperature: float = 1.0  # of the softmax; 0: the best token
     top_k: int = 0  # keep so many best tokens; 0: all
-    top_p: float = 1.0  # keep the fewest best tokens that together have this share (Holtzman et al. 2020, section 3.1)
-    min_p: float = 0.0  # keep those with this share of the best one's probability (Nguyen et al. 2024, section 3)
+    # keep the fewest best tokens that together have this share (Holtzman et al. 2020, section 3.1)
+    top_p: float = 1.0
+    # keep those with this share of the best one's probability (Nguyen et al. 2024, section 3)
+    min_p: float = 0.0
 
     def __post_init__(self):
-        for name, good, wanted in (("repetition_penalty", self.repetition_penalty > 0, "above 0"), ("temperature", self.temperature >= 0, "0 or above"),
-                                   ("top_k", self.top_k >= 0, "0 or above"), ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
-                                   ("min_p", 0 <= self.min_p <= 1, "0 to 1")):
+        for name, good, wanted in (
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("temperature", self.temperature >= 0, "0 or above"),
+            ("top_k", self.top_k >= 0, "0 or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+        ):
             if not good:
                 raise ValueError(f"{name} = {getattr(self, name)}; wanted {wanted}")
 
 
-def sample(keys_B: jax.Array, logits_BV: jax.Array, sampling: Sampling, *, vocab_size: int, seen_BV: jax.Array | None = None) -> jax.Array:
+def sample(
+    keys_B: jax.Array,
+    logits_BV: jax.Array,
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    seen_BV: jax.Array | None = None,
+) -> jax.Array:
     """One id a row, never at or above vocab_size.
 
     Args:
@@ -46,7 +63,13 @@ def sample(keys_B: jax.Array, logits_BV: jax.Array, sampling: Sampling, *, vocab
     """
     c = sampling
     if seen_BV is not None:
-        logits_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / c.repetition_penalty, logits_BV * c.repetition_penalty), logits_BV)
+        logits_BV = jnp.where(
+            seen_BV,
+            jnp.where(
+                logits_BV > 0, logits_BV / c.repetition_penalty, logits_BV * c.repetition_penalty
+            ),
+            logits_BV,
+        )
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, -jnp.inf)
     if c.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1)
@@ -54,20 +77,29 @@ def sample(keys_B: jax.Array, logits_BV: jax.Array, sampling: Sampling, *, vocab
     if c.top_k or c.top_p < 1:
         best_BV = -jnp.sort(-logits_BV, axis=-1)
         if c.top_k:
-            best_BV = best_BV[:, :min(c.top_k, vocab_size)]
+            best_BV = best_BV[:, : min(c.top_k, vocab_size)]
             logits_BV = jnp.where(logits_BV < best_BV[:, -1:], -jnp.inf, logits_BV)
         if c.top_p < 1:
             shares_BV = jax.nn.softmax(best_BV, axis=-1)
             before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
-            least_B1 = jnp.min(jnp.where(before_BV < c.top_p, best_BV, jnp.inf), axis=-1, keepdims=True)
+            least_B1 = jnp.min(
+                jnp.where(before_BV < c.top_p, best_BV, jnp.inf), axis=-1, keepdims=True
+            )
             logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     if c.min_p:
-        logits_BV = jnp.where(logits_BV < jnp.max(logits_BV, axis=-1, keepdims=True) + np.log(np.float32(c.min_p)), -jnp.inf, logits_BV)
+        logits_BV = jnp.where(
+            logits_BV < jnp.max(logits_BV, axis=-1, keepdims=True) + np.log(np.float32(c.min_p)),
+            -jnp.inf,
+            logits_BV,
+        )
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
 
-def prefill(model, prompts_BT: jax.Array, lengths_B: jax.Array, cache_length: int, copies: int = 1) -> tuple[jax.Array, Cache]:
-    """(logits [B, V] of what follows each prompt, a cache for `cache_length` positions that holds the prompts).
+def prefill(
+    model, prompts_BT: jax.Array, lengths_B: jax.Array, cache_length: int, copies: int = 1
+) -> tuple[jax.Array, Cache]:
+    """(logits [B, V] of what follows each prompt, a cache for `cache_length` positions that holds
+    the prompts).
 
     Prompts are padded on the right; nothing attends to the padding, and none of it is in the cache.
 
@@ -76,20 +108,33 @@ def prefill(model, prompts_BT: jax.Array, lengths_B: jax.Array, cache_length: in
     """
     positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
     segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-    output = model(prompts_BT, positions_BT, segments_BT, cache=model.init_cache(prompts_BT.shape[0], cache_length))
+    output = model(
+        prompts_BT,
+        positions_BT,
+        segments_BT,
+        cache=model.init_cache(prompts_BT.shape[0], cache_length),
+    )
     last_BD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     copied = lambda x: jnp.repeat(x, copies, axis=0) if copies > 1 else x
     return model.logits(copied(last_BD)), jax.tree.map(copied, output.cache)
 
 
-def decode_step(model, token_B: jax.Array, position_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def decode_step(
+    model, token_B: jax.Array, position_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
     """(logits [B, V] of what follows these tokens at these positions, the cache with them)."""
-    output = model(token_B[:, None], position_B[:, None], jnp.ones((token_B.shape[0], 1), jnp.int32), cache=cache)
+    output = model(
+        token_B[:, None],
+        position_B[:, None],
+        jnp.ones((token_B.shape[0], 1), jnp.int32),
+        cache=cache,
+    )
     return model.logits(output.hidden[:, 0]), output.cache
 
 
 class State(NamedTuple):
     """Of rows that are being continued."""
+
     logits_BV: jax.Array  # of what comes next
     cache: Cache
     position_B: jax.Array  # of what comes next
@@ -99,64 +144,153 @@ class State(NamedTuple):
     index: jax.Array  # tokens chosen
 
 
-def start(graphdef, params, prompts_BT, lengths_B, keys_B, *, sampling: Sampling, cache_length: int, copies: int = 1) -> State:
+def start(
+    graphdef,
+    params,
+    prompts_BT,
+    lengths_B,
+    keys_B,
+    *,
+    sampling: Sampling,
+    cache_length: int,
+    copies: int = 1,
+) -> State:
     """Prefills. Prompts are padded on the right. `copies`: see `prefill`."""
-    logits_BV, cache = prefill(nnx.merge(graphdef, params), prompts_BT, lengths_B, cache_length, copies)
-    prompts_BT, lengths_B, keys_B = (jnp.repeat(x, copies, axis=0) if copies > 1 else x for x in (prompts_BT, lengths_B, keys_B))
+    logits_BV, cache = prefill(
+        nnx.merge(graphdef, params), prompts_BT, lengths_B, cache_length, copies
+    )
+    prompts_BT, lengths_B, keys_B = (
+        jnp.repeat(x, copies, axis=0) if copies > 1 else x for x in (prompts_BT, lengths_B, keys_B)
+    )
     seen_BV = None
     if sampling.repetition_penalty != 1:
         real_BT = jnp.arange(prompts_BT.shape[1])[None] < lengths_B[:, None]
         rows = jnp.arange(len(lengths_B))[:, None]
-        seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows, jnp.where(real_BT, prompts_BT, logits_BV.shape[1])].set(True, mode="drop")
-    return State(logits_BV, cache, lengths_B, jnp.zeros(lengths_B.shape, bool), seen_BV, keys_B, jnp.zeros((), jnp.int32))
+        seen_BV = (
+            jnp.zeros(logits_BV.shape, bool)
+            .at[rows, jnp.where(real_BT, prompts_BT, logits_BV.shape[1])]
+            .set(True, mode="drop")
+        )
+    return State(
+        logits_BV,
+        cache,
+        lengths_B,
+        jnp.zeros(lengths_B.shape, bool),
+        seen_BV,
+        keys_B,
+        jnp.zeros((), jnp.int32),
+    )
 
 
-def advance(graphdef, params, state: State, *, sampling: Sampling, stop_ids: tuple[int, ...], vocab_size: int) -> tuple[State, jax.Array]:
-    """(the state one token further, the tokens [B]: after a row's stop token, the first of `stop_ids` again)."""
+def advance(
+    graphdef,
+    params,
+    state: State,
+    *,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    vocab_size: int,
+) -> tuple[State, jax.Array]:
+    """(the state one token further, the tokens [B]: after a row's stop token, the first of
+    `stop_ids` again).
+    """
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.index)
-    token_B = sample(keys_B, state.logits_BV, sampling, vocab_size=vocab_size, seen_BV=state.seen_BV)
+    token_B = sample(
+        keys_B, state.logits_BV, sampling, vocab_size=vocab_size, seen_BV=state.seen_BV
+    )
     token_B = jnp.where(state.done_B, stop_ids[0], token_B)
     done_B = state.done_B | jnp.any(token_B[:, None] == jnp.asarray(stop_ids)[None], axis=1)
-    seen_BV = None if state.seen_BV is None else state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True, mode="drop")
-    logits_BV, cache = decode_step(nnx.merge(graphdef, params), token_B, state.position_B, state.cache)
-    return State(logits_BV, cache, state.position_B + 1, done_B, seen_BV, state.keys_B, state.index + 1), token_B
+    seen_BV = (
+        None
+        if state.seen_BV is None
+        else state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True, mode="drop")
+    )
+    logits_BV, cache = decode_step(
+        nnx.merge(graphdef, params), token_B, state.position_B, state.cache
+    )
+    return State(
+        logits_BV, cache, state.position_B + 1, done_B, seen_BV, state.keys_B, state.index + 1
+    ), token_B
 
 
-def make_generate(graphdef, *, max_new_tokens: int, temperature: float, top_k: int, eos_id: int, vocab_size: int) -> Callable:
-    """Returns `generate(params, prompts_BT, lengths_B, key) -> (tokens [B, max_new_tokens], number of them before EOS [B])`.
-    Prompts are padded on the right."""
+def make_generate(
+    graphdef, *, max_new_tokens: int, temperature: float, top_k: int, eos_id: int, vocab_size: int
+) -> Callable:
+    """Returns `generate(params, prompts_BT, lengths_B, key) -> (tokens [B, max_new_tokens], number
+    of them before EOS [B])`. Prompts are padded on the right.
+    """
     sampling = Sampling(temperature=temperature, top_k=top_k)
 
     def generate(params, prompts_BT, lengths_B, key):
-        state = start(graphdef, params, prompts_BT, lengths_B, jax.random.split(key, len(lengths_B)), sampling=sampling,
-                      cache_length=prompts_BT.shape[1] + max_new_tokens)
-        body = lambda state, _: advance(graphdef, params, state, sampling=sampling, stop_ids=(eos_id,), vocab_size=vocab_size)
+        state = start(
+            graphdef,
+            params,
+            prompts_BT,
+            lengths_B,
+            jax.random.split(key, len(lengths_B)),
+            sampling=sampling,
+            cache_length=prompts_BT.shape[1] + max_new_tokens,
+        )
+        body = lambda state, _: advance(
+            graphdef, params, state, sampling=sampling, stop_ids=(eos_id,), vocab_size=vocab_size
+        )
         tokens_TB = jax.lax.scan(body, state, length=max_new_tokens)[1]
         ended_TB = jnp.cumsum(tokens_TB == eos_id, axis=0) > 0
         return tokens_TB.T, jnp.sum(~ended_TB, axis=0)
+
     return generate
 
 
 class Generator:
-    """Continues prompts, handing out each token as it is there. Compiles once for prompts whose longest, and whose longest with its
-    continuation, lie between the same powers of two, and the same number of rows.
+    """Continues prompts, handing out each token as it is there. Compiles once for prompts whose
+    longest, and whose longest with its continuation, lie between the same powers of two, and the
+    same number of rows.
 
     Args:
       params: on `mesh`.
       stop_ids: a row ends with any of them.
     """
 
-    def __init__(self, model_config, graphdef, params, mesh: Mesh, sampling: Sampling, *, stop_ids: Sequence[int], vocab_size: int):
+    def __init__(
+        self,
+        model_config,
+        graphdef,
+        params,
+        mesh: Mesh,
+        sampling: Sampling,
+        *,
+        stop_ids: Sequence[int],
+        vocab_size: int,
+    ):
         if mesh.devices.flat[0].platform == "cpu":
             graphdef, params = transformer.unstack(nnx.merge(graphdef, params), params)
-        self._config, self._params, self._mesh, self._stop_ids = model_config, params, mesh, tuple(stop_ids)
+        self._config, self._params, self._mesh, self._stop_ids = (
+            model_config,
+            params,
+            mesh,
+            tuple(stop_ids),
+        )
 
         def begin(params, prompts_BT, lengths_B, seeds_B, **sizes):
-            return start(graphdef, params, prompts_BT, lengths_B, jax.vmap(jax.random.key)(seeds_B), sampling=sampling, **sizes)
+            return start(
+                graphdef,
+                params,
+                prompts_BT,
+                lengths_B,
+                jax.vmap(jax.random.key)(seeds_B),
+                sampling=sampling,
+                **sizes,
+            )
+
         self._start = jax.jit(begin, static_argnames=("cache_length", "copies"))
         # Every process sees all tokens.
-        self._advance = jax.jit(functools.partial(advance, graphdef, sampling=sampling, stop_ids=self._stop_ids, vocab_size=vocab_size), donate_argnums=1,
-                                out_shardings=(None, sharding.replicated(mesh)))
+        self._advance = jax.jit(
+            functools.partial(
+                advance, graphdef, sampling=sampling, stop_ids=self._stop_ids, vocab_size=vocab_size
+            ),
+            donate_argnums=1,
+            out_shardings=(None, sharding.replicated(mesh)),
+        )
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises ValueError for prompts that are empty or too long."""
@@ -165,11 +299,17 @@ class Generator:
         room = self._config.context_length - max_new_tokens
         for number, ids in enumerate(prompts):
             if not 0 < len(ids) <= room:
-                raise ValueError(f"prompt {number} has {len(ids)} tokens; wanted 1 to {max(room, 0)}: the model's context of "
-                                 f"{self._config.context_length} less max_new_tokens = {max_new_tokens}")
+                raise ValueError(
+                    f"prompt {number} has {len(ids)} tokens; wanted 1 to {max(room, 0)}: the "
+                    f"model's context of {self._config.context_length} less max_new_tokens = "
+                    f"{max_new_tokens}"
+                )
 
-    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields [B] ids, up to `max_new_tokens` times; -1 for rows that have ended (their stop token is the last one that is yielded).
+    def stream(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
+    ) -> Iterator[np.ndarray]:
+        """Yields [B] ids, up to `max_new_tokens` times; -1 for rows that have ended (their stop
+        token is the last one that is yielded).
 
         Args:
           seeds: of each row's draws. A row's continuation is the same in any batch.
@@ -180,31 +320,50 @@ class Generator:
         self.check(prompts, max_new_tokens)
         count = len(prompts)
         # For a single row XLA on CPUs converts all weights to f32, at every step.
-        copies = 2 if count == 1 and self._mesh.devices.flat[0].platform == "cpu" and self._config.compute_dtype in ("bfloat16", jnp.bfloat16) else 1
+        copies = (
+            2
+            if count == 1
+            and self._mesh.devices.flat[0].platform == "cpu"
+            and self._config.compute_dtype in ("bfloat16", jnp.bfloat16)
+            else 1
+        )
         longest = max(map(len, prompts))
         least = 128 if self._config.attention in SPLASH else 16
-        bucket = lambda n: min(max(1 << (n - 1).bit_length(), least), max(self._config.context_length, n))
+        bucket = lambda n: min(
+            max(1 << (n - 1).bit_length(), least), max(self._config.context_length, n)
+        )
         padded = np.zeros((len(prompts), bucket(longest)), np.int32)
         for row, ids in zip(padded, prompts):
-            row[:len(ids)] = ids
+            row[: len(ids)] = ids
         lengths = np.array([len(ids) for ids in prompts], np.int32)
-        put = lambda x: jax.make_array_from_callback(x.shape, sharding.replicated(self._mesh), lambda index: x[index])
+        put = lambda x: jax.make_array_from_callback(
+            x.shape, sharding.replicated(self._mesh), lambda index: x[index]
+        )
         with jax.set_mesh(self._mesh):
-            state = self._start(self._params, put(padded), put(lengths), put(np.asarray(seeds, np.uint32)), cache_length=bucket(longest + max_new_tokens),
-                                copies=copies)
+            state = self._start(
+                self._params,
+                put(padded),
+                put(lengths),
+                put(np.asarray(seeds, np.uint32)),
+                cache_length=bucket(longest + max_new_tokens),
+                copies=copies,
+            )
         ended, ahead = np.zeros(count, bool), collections.deque()
         for step in range(max_new_tokens):
             with jax.set_mesh(self._mesh):
                 state, token_B = self._advance(self._params, state)
             ahead.append(token_B)
-            while ahead and (len(ahead) > 1 or step == max_new_tokens - 1):  # the device works on the next one meanwhile
+            # the device works on the next one meanwhile
+            while ahead and (len(ahead) > 1 or step == max_new_tokens - 1):
                 token = np.where(ended, -1, np.asarray(ahead.popleft())[:count])
                 ended |= np.isin(token, self._stop_ids)
                 yield token
                 if ended.all():
                     return
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
+    ) -> list[list[int]]:
         """The continuations, their stop tokens left out."""
         rows: list[list[int]] = [[] for _ in prompts]
         for token in self.stream(prompts, max_new_tokens, seeds):

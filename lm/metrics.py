@@ -10,11 +10,23 @@ import jax
 import numpy as np
 from etils import epath
 
-# Dense bf16 FLOP/s of one jax device, from the vendors' data sheets. On v2 and v3 a device is one of a chip's two cores, on tpu7x too.
+# Dense bf16 FLOP/s of one jax device, from the vendors' data sheets. On v2 and v3 a device is one
+# of a chip's two cores, on tpu7x too.
 PEAK_FLOPS = {
-    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 1153.5e12,
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
 }
 
 
@@ -31,12 +43,14 @@ def means(total: Mapping) -> dict[str, float]:
 
 
 def model_flops_per_token(config, length: int, *, causal: bool = True) -> float:
-    """Model FLOPs of one token in training (forward and backward), by the matmuls that the model needs, recomputation not counted.
+    """Model FLOPs of one token in training (forward and backward), by the matmuls that the model
+    needs, recomputation not counted.
 
-    6 per weight of a matmul that the token meets (of the experts, those of one token; 2 forward, 4 backward; Kaplan et al. 2020,
-    arXiv 2001.08361, section 2.1; the head is one, the embedding look-up is none), and 12 N H per layer for each key that a query
-    sees (scores and values; Chowdhery et al. 2022, arXiv 2204.02311, appendix B): `length` keys, or half with `causal`, since the masked
-    half need not be computed.
+    6 per weight of a matmul that the token meets (of the experts, those of one token; 2 forward, 4
+    backward; Kaplan et al. 2020, arXiv 2001.08361, section 2.1; the head is one, the embedding
+    look-up is none), and 12 N H per layer for each key that a query sees (scores and values;
+    Chowdhery et al. 2022, arXiv 2204.02311, appendix B): `length` keys, or half with `causal`,
+    since the masked half need not be computed.
 
     Args:
       config: of lm.models.transformer.
@@ -56,15 +70,19 @@ def model_flops_per_token(config, length: int, *, causal: bool = True) -> float:
 
 
 def mfu(flops_per_second: float, devices) -> float | None:
-    """Model FLOPs utilisation: a share of the devices' peak; None on hardware that is not in `PEAK_FLOPS`."""
+    """Model FLOPs utilisation: a share of the devices' peak; None on hardware that is not in
+    `PEAK_FLOPS`.
+    """
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return flops_per_second / (peak * len(devices)) if peak else None
 
 
 class Writer:
-    """metrics.jsonl, TensorBoard events and the progress line. Only process 0 writes; nothing here is collective.
+    """metrics.jsonl, TensorBoard events and the progress line. Only process 0 writes; nothing here
+    is collective.
 
-    Objects on gs:// can't be appended to, so metrics.jsonl is written locally and copied whole by `flush`.
+    Objects on gs:// can't be appended to, so metrics.jsonl is written locally and copied whole by
+    `flush`.
 
     Args:
       workdir: the run directory.
@@ -79,6 +97,7 @@ class Writer:
         self._lines = [line for line in read_jsonl(self._path) if line["step"] <= step]
         self._rewrite()
         from tensorboardX import SummaryWriter
+
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def _rewrite(self) -> None:
@@ -122,7 +141,9 @@ def write_whole(path: epath.Path, content: bytes | str) -> None:
 
 
 def read_jsonl(path: epath.Path) -> list[dict]:
-    """The whole lines of a JSONL file; [] if there is none. A last line that a killed run left half-written is dropped."""
+    """The whole lines of a JSONL file; [] if there is none. A last line that a killed run left
+    half-written is dropped.
+    """
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
@@ -130,7 +151,9 @@ def read_jsonl(path: epath.Path) -> list[dict]:
 
 
 class Progress:
-    """A line on the terminal that is written over; one line every `seconds` where there is no terminal."""
+    """A line on the terminal that is written over; one line every `seconds` where there is no
+    terminal.
+    """
 
     def __init__(self, total_steps: int, start_step: int, seconds: float = 15.0):
         self._total, self._start, self._seconds = total_steps, start_step, seconds
@@ -140,34 +163,68 @@ class Progress:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if not self._active or (not self._terminal and now - self._last < self._seconds and step < self._total):
+        if not self._active or (
+            not self._terminal and now - self._last < self._seconds and step < self._total
+        ):
             return
         self._last = now
         left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
-        text = f"step {step}/{self._total} | loss {values.get('train/loss', math.nan):.3f} | {values['train/tokens_per_second']:,.0f} tokens/s"
+        text = (
+            f"step {step}/{self._total} | loss {values.get('train/loss', math.nan):.3f} | "
+            f"{values['train/tokens_per_second']:,.0f} tokens/s"
+        )
         text += f" | MFU {values['train/mfu']:.1%}" if "train/mfu" in values else ""
         text += f" | {int(left) // 60}:{int(left) % 60:02d} left"
-        print(f"\r{text}\033[K" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{text}\033[K" if self._terminal else text,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def note(self, text: str) -> None:
         if self._active:
             print(("\n" if self._terminal else "") + text, file=sys.stderr, flush=True)
 
 
-CURVES = ("train/loss", "/bits_per_byte", "/accuracy", "train/grad_norm", "train/learning_rate", "train/tokens_per_second")
+CURVES = (
+    "train/loss",
+    "/bits_per_byte",
+    "/accuracy",
+    "train/grad_norm",
+    "train/learning_rate",
+    "train/tokens_per_second",
+)
 
 
 def plot_curves(lines: list[dict]) -> bytes:
-    """A PNG with the curves of metrics.jsonl: the loss, bits per byte and accuracy of every eval, gradient norm, speed."""
+    """A PNG with the curves of metrics.jsonl: the loss, bits per byte and accuracy of every eval,
+    gradient norm, speed.
+    """
     import io
 
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, wanted in zip(figure.subplots(2, 3).flat, CURVES):
-        names = sorted({name for line in lines for name in line if name == wanted or (wanted[0] == "/" and name.endswith(wanted))})
+        names = sorted(
+            {
+                name
+                for line in lines
+                for name in line
+                if name == wanted or (wanted[0] == "/" and name.endswith(wanted))
+            }
+        )
         for name in names:
-            points = np.array([(line["step"], line[name]) for line in lines if name in line], dtype=float)
-            axis.plot(points[:, 0], points[:, 1], label=name.removeprefix("eval/"), marker="." if len(points) < 30 else None)
+            points = np.array(
+                [(line["step"], line[name]) for line in lines if name in line], dtype=float
+            )
+            axis.plot(
+                points[:, 0],
+                points[:, 1],
+                label=name.removeprefix("eval/"),
+                marker="." if len(points) < 30 else None,
+            )
         axis.set(title=wanted.removeprefix("train/").lstrip("/").replace("_", " "), xlabel="step")
         axis.grid(alpha=0.3)
         if wanted[0] == "/" and names:

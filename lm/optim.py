@@ -1,7 +1,8 @@
 """Schedules, optimizers from optax, and the policy for bfloat16 parameters.
 
-The transforms see f32 gradients and f32 parameters, so moments and updates are f32 whatever the parameters' dtype. The learning
-rate is applied here, not inside optax, so that it follows the run's step even where a step was skipped.
+The transforms see f32 gradients and f32 parameters, so moments and updates are f32 whatever the
+parameters' dtype. The learning rate is applied here, not inside optax, so that it follows the run's
+step even where a step was skipped.
 """
 
 import dataclasses
@@ -18,25 +19,37 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 ROUNDINGS = ("stochastic", "nearest", "master")
 
 
-def make_schedule(name: str, *, peak: float, total_steps: int, warmup_steps: int, decay_steps: int, final: float) -> Callable:
-    """step -> learning rate. All warm up linearly from 0 over `warmup_steps`; `final` is a share of `peak`.
+def make_schedule(
+    name: str, *, peak: float, total_steps: int, warmup_steps: int, decay_steps: int, final: float
+) -> Callable:
+    """step -> learning rate. All warm up linearly from 0 over `warmup_steps`; `final` is a share of
+    `peak`.
 
-    cosine and linear fall from the peak to final * peak at `total_steps`; wsd (warm-up, stable, decay; Hu et al. 2024,
-    arXiv 2404.06395) keeps the peak and falls linearly over the last `decay_steps`; constant stays at the peak.
+    cosine and linear fall from the peak to final * peak at `total_steps`; wsd (warm-up, stable,
+    decay; Hu et al. 2024, arXiv 2404.06395) keeps the peak and falls linearly over the last
+    `decay_steps`; constant stays at the peak.
 
     Raises:
       ValueError: an unknown name, or phases longer than the run.
     """
     rest = total_steps - warmup_steps
     if rest < 1:
-        raise ValueError(f"config.optimizer.warmup_steps = {warmup_steps} must be below the run's {total_steps} steps")
+        raise ValueError(
+            f"config.optimizer.warmup_steps = {warmup_steps} must be below the run's "
+            f"{total_steps} steps"
+        )
     if name == "wsd" and not 0 < decay_steps <= rest:
-        raise ValueError(f"config.optimizer.decay_steps = {decay_steps}: wsd needs between 1 and {rest} (total - warm-up) steps")
+        raise ValueError(
+            f"config.optimizer.decay_steps = {decay_steps}: wsd needs between 1 and {rest} (total "
+            "- warm-up) steps"
+        )
     schedules = {
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final),
         "linear": lambda: optax.linear_schedule(peak, final * peak, rest),
-        "wsd": lambda: optax.linear_schedule(peak, final * peak, decay_steps, transition_begin=rest - decay_steps),
+        "wsd": lambda: optax.linear_schedule(
+            peak, final * peak, decay_steps, transition_begin=rest - decay_steps
+        ),
     }
     if name not in schedules:
         raise ValueError(f"config.optimizer.schedule = {name!r}; valid: {sorted(schedules)}")
@@ -46,11 +59,19 @@ def make_schedule(name: str, *, peak: float, total_steps: int, warmup_steps: int
 
 
 def _matrix_dims(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
-    """How a weight multiplies: (input dims, output dims) by its logical axes, heads merged; None if it isn't a hidden matrix. Layers
-    and experts are each a matrix of their own; a router's outputs are choices, and Adam's, as a head's are."""
+    """How a weight multiplies: (input dims, output dims) by its logical axes, heads merged; None if
+    it isn't a hidden matrix. Layers and experts are each a matrix of their own; a router's outputs
+    are choices, and Adam's, as a head's are.
+    """
     dims = [i for i, name in enumerate(axes) if name not in ("layers", "expert")]
     names = tuple(axes[i] for i in dims)
-    if len(names) < 2 or "vocab" in names or "position" in names or "router" in names or "embed" not in names:
+    if (
+        len(names) < 2
+        or "vocab" in names
+        or "position" in names
+        or "router" in names
+        or "embed" not in names
+    ):
         return None
     embed = [i for i in dims if axes[i] == "embed"]
     other = [i for i in dims if axes[i] != "embed"]
@@ -59,8 +80,16 @@ def _matrix_dims(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
 
 
 def decay_mask(axes) -> Any:
-    """True for the parameters that weight decay applies to: matrices and tables, not norms and biases."""
-    return jax.tree.map(lambda names: len([n for n in names if n not in ("layers", "head_dim", "head_dim_bias")]) > 1, axes, is_leaf=_is_axes)
+    """True for the parameters that weight decay applies to: matrices and tables, not norms and
+    biases.
+    """
+    return jax.tree.map(
+        lambda names: (
+            len([n for n in names if n not in ("layers", "head_dim", "head_dim_bias")]) > 1
+        ),
+        axes,
+        is_leaf=_is_axes,
+    )
 
 
 def _is_axes(x) -> bool:
@@ -68,14 +97,22 @@ def _is_axes(x) -> bool:
 
 
 def _per_layer(tx: optax.GradientTransformation, axes) -> optax.GradientTransformation:
-    """`tx` on every layer of a stack by itself, so that a block of it (Adafactor's factors and clipping) never spans layers.
+    """`tx` on every layer of a stack by itself, so that a block of it (Adafactor's factors and
+    clipping) never spans layers.
 
-    Stacks and other parameters get a state each, of their own trees; the stacks' has a leading layers dim.
+    Stacks and other parameters get a state each, of their own trees; the stacks' has a leading
+    layers dim.
     """
-    stacked = {name for name, tree in axes.items() if all(names[0] == "layers" for names in jax.tree.leaves(tree, is_leaf=_is_axes))}
+    stacked = {
+        name
+        for name, tree in axes.items()
+        if all(names[0] == "layers" for names in jax.tree.leaves(tree, is_leaf=_is_axes))
+    }
 
     def split(tree):
-        return {k: v for k, v in tree.items() if k in stacked}, {k: v for k, v in tree.items() if k not in stacked}
+        return {k: v for k, v in tree.items() if k in stacked}, {
+            k: v for k, v in tree.items() if k not in stacked
+        }
 
     def init(params):
         layers, rest = split(params)
@@ -87,30 +124,47 @@ def _per_layer(tx: optax.GradientTransformation, axes) -> optax.GradientTransfor
             layers, stacks = jax.vmap(tx.update)(layers, state["stacks"], layer_params)
         rest, rest_state = tx.update(rest, state["rest"], rest_params)
         return layers | rest, {"stacks": stacks, "rest": rest_state}
+
     return optax.GradientTransformation(init, update)
 
 
 def _muon(axes, c) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for the hidden matrices, Adam for the rest, whose updates are scaled by `muon_adam_ratio`."""
+    """Muon (Jordan et al. 2024) for the hidden matrices, Adam for the rest, whose updates are
+    scaled by `muon_adam_ratio`.
+    """
     dims = jax.tree.map(_matrix_dims, axes, is_leaf=_is_axes)
-    labels = jax.tree.map(lambda names: "adam" if _matrix_dims(names) is None else "muon", axes, is_leaf=_is_axes)
+    labels = jax.tree.map(
+        lambda names: "adam" if _matrix_dims(names) is None else "muon", axes, is_leaf=_is_axes
+    )
     is_dims = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
 
     def muon_dims(updates):  # what `partition` masks is masked here too
-        return jax.tree.map(lambda d, u: optax.MaskedNode() if isinstance(u, optax.MaskedNode) else d, dims, updates,
-                            is_leaf=lambda x: is_dims(x) or isinstance(x, optax.MaskedNode))
+        return jax.tree.map(
+            lambda d, u: optax.MaskedNode() if isinstance(u, optax.MaskedNode) else d,
+            dims,
+            updates,
+            is_leaf=lambda x: is_dims(x) or isinstance(x, optax.MaskedNode),
+        )
 
     def match_adam_rms(updates, state, params=None):
-        # Scales the orthogonal update to Adam's usual RMS, 0.2 (Liu et al. 2025, arXiv 2502.16982, eq. 4).
+        # Scales the orthogonal update to Adam's usual RMS, 0.2 (Liu et al. 2025, arXiv 2502.16982,
+        # eq. 4).
         del params
+
         def scale(u, d):
             if isinstance(u, optax.MaskedNode):
                 return u
             size = lambda dims: math.prod(u.shape[i] for i in dims)
             return u * (0.2 * max(size(d.reduction_axis), size(d.output_axis)) ** 0.5)
-        return jax.tree.map(scale, updates, muon_dims(updates), is_leaf=lambda x: isinstance(x, optax.MaskedNode)), state
-    muon = optax.chain(scale_by_muon(beta=c.momentum, weight_dimension_numbers=muon_dims),
-                       optax.GradientTransformation(lambda params: optax.EmptyState(), match_adam_rms))
+
+        return jax.tree.map(
+            scale, updates, muon_dims(updates), is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+        ), state
+
+    muon = optax.chain(
+        scale_by_muon(beta=c.momentum, weight_dimension_numbers=muon_dims),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), match_adam_rms),
+    )
     adam = optax.chain(optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale(c.muon_adam_ratio))
     return optax.partition({"muon": muon, "adam": adam}, labels)
 
@@ -118,17 +172,26 @@ def _muon(axes, c) -> optax.GradientTransformation:
 OPTIMIZERS = {
     "adamw": lambda axes, c: optax.scale_by_adam(c.b1, c.b2, c.eps),
     "lion": lambda axes, c: optax.scale_by_lion(c.b1, c.b2),
-    # Shazeer and Stern 2018, arXiv 1804.04235: relative step sizes, factored second moment, update clipping; each layer by itself.
-    "adafactor": lambda axes, c: _per_layer(optax.chain(
-        optax.scale_by_factored_rms(decay_rate=c.adafactor_decay), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()), axes),
+    # Shazeer and Stern 2018, arXiv 1804.04235: relative step sizes, factored second moment, update
+    # clipping; each layer by itself.
+    "adafactor": lambda axes, c: _per_layer(
+        optax.chain(
+            optax.scale_by_factored_rms(decay_rate=c.adafactor_decay),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+        ),
+        axes,
+    ),
     "muon": _muon,
 }
 
 
 def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
-    """f32 -> bf16, up or down with the probability that makes the expectation x (values must be finite).
+    """f32 -> bf16, up or down with the probability that makes the expectation x (values must be
+    finite).
 
-    bf16 is the upper half of an f32: adding 16 random bits to the lower half carries into the upper half that often.
+    bf16 is the upper half of an f32: adding 16 random bits to the lower half carries into the upper
+    half that often.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = bits + (jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32))
@@ -137,7 +200,9 @@ def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def path_key(key: jax.Array, path) -> jax.Array:
-    """A key of its own for the parameter at `path`, the same on every mesh and whatever other parameters there are."""
+    """A key of its own for the parameter at `path`, the same on every mesh and whatever other
+    parameters there are.
+    """
     return jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
 
 
@@ -146,10 +211,13 @@ class Optimizer:
     """optax's transform, the schedule, and how an f32 update reaches the stored parameters.
 
     Attributes:
-      rounding: for bf16 parameters, "stochastic" rounding of the f32 sum, an f32 "master" copy in the optimizer state (the
-        parameters are its rounding), or "nearest": plain rounding, which loses most small updates. f32 parameters ignore it.
-      ema_decay: 0, or the decay of an f32 moving average of the weights, which evaluation then uses.
+      rounding: for bf16 parameters, "stochastic" rounding of the f32 sum, an f32 "master" copy in
+        the optimizer state (the parameters are its rounding), or "nearest": plain rounding, which
+        loses most small updates. f32 parameters ignore it.
+      ema_decay: 0, or the decay of an f32 moving average of the weights, which evaluation then
+        uses.
     """
+
     transform: optax.GradientTransformation
     schedule: Callable
     rounding: str
@@ -175,11 +243,17 @@ class Optimizer:
           key: for stochastic rounding.
 
         Returns:
-          The new parameters, the new state, and {name: scalar}. `updates_lost` is the share of nonzero f32 updates that leave
-          no trace: the stored weight is unchanged and, where more than bf16 is kept (master) or reached in expectation
+          The new parameters, the new state, and {name: scalar}. `updates_lost` is the share of
+          nonzero f32 updates that leave
+          no trace: the stored weight is unchanged and, where more than bf16 is kept (master) or
+            reached in expectation
           (stochastic), the f32 sum is unchanged too.
         """
-        old = state["master"] if "master" in state else jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        old = (
+            state["master"]
+            if "master" in state
+            else jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        )
         with jax.numpy_dtype_promotion("standard"):  # optax adds its integer counters to floats
             learning_rate = self.schedule(step)
             updates, transform = self.transform.update(grads, state["transform"], old)
@@ -191,28 +265,41 @@ class Optimizer:
             if param.dtype == jnp.bfloat16 and self.rounding == "stochastic":
                 return stochastic_round(path_key(key, path), value)
             return value.astype(param.dtype)
+
         new_params = jax.tree_util.tree_map_with_path(store, new, params)
         if "master" in state:
             new_state["master"] = new
         if "ema" in state:
-            new_state["ema"] = jax.tree.map(lambda e, p: self.ema_decay * e + (1 - self.ema_decay) * p, state["ema"], new)
-        kept = jax.tree.map(lambda p: p.astype(jnp.float32), new_params) if self.rounding == "nearest" else new
+            new_state["ema"] = jax.tree.map(
+                lambda e, p: self.ema_decay * e + (1 - self.ema_decay) * p, state["ema"], new
+            )
+        kept = (
+            jax.tree.map(lambda p: p.astype(jnp.float32), new_params)
+            if self.rounding == "nearest"
+            else new
+        )
         count = lambda tree: sum(jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree))
         nonzero = jax.tree.map(lambda u: u != 0, updates)
         lost = count(jax.tree.map(lambda n, k, o: n & (k == o), nonzero, kept, old))
-        metrics = {"learning_rate": learning_rate, "update_norm": optax.global_norm(updates),
-                   "updates_lost": lost / jnp.maximum(count(nonzero), 1.0)}
+        metrics = {
+            "learning_rate": learning_rate,
+            "update_norm": optax.global_norm(updates),
+            "updates_lost": lost / jnp.maximum(count(nonzero), 1.0),
+        }
         return new_params, new_state, metrics
 
     def eval_params(self, params, state: dict):
-        """The parameters to evaluate: the moving average where there is one, in the parameters' dtypes."""
+        """The parameters to evaluate: the moving average where there is one, in the parameters'
+        dtypes.
+        """
         if "ema" not in state:
             return params
         return jax.tree.map(lambda e, p: e.astype(p.dtype), state["ema"], params)
 
 
 def make_optimizer(config, axes, total_steps: int) -> Optimizer:
-    """The optimizer of `config` (the run's config.optimizer) for parameters with these logical axes.
+    """The optimizer of `config` (the run's config.optimizer) for parameters with these logical
+    axes.
 
     Raises:
       ValueError: an unknown optimizer, schedule or rounding; see `make_schedule`.
@@ -226,6 +313,12 @@ def make_optimizer(config, axes, total_steps: int) -> Optimizer:
     transforms.append(OPTIMIZERS[c.name](axes, c))
     if c.weight_decay:
         transforms.append(optax.add_decayed_weights(c.weight_decay, decay_mask(axes)))
-    schedule = make_schedule(c.schedule, peak=c.learning_rate, total_steps=total_steps, warmup_steps=c.warmup_steps,
-                             decay_steps=c.decay_steps, final=c.final_learning_rate)
+    schedule = make_schedule(
+        c.schedule,
+        peak=c.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=c.warmup_steps,
+        decay_steps=c.decay_steps,
+        final=c.final_learning_rate,
+    )
     return Optimizer(optax.chain(*transforms), schedule, c.rounding, c.ema_decay)

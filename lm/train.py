@@ -36,14 +36,17 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Notices SIGTERM and SIGINT (a second SIGINT interrupts at once), on all processes at the same step."""
+    """Notices SIGTERM and SIGINT (a second SIGINT interrupts at once), on all processes at the same
+    step.
+    """
 
     def __init__(self):
         self._asked = threading.Event()
         self._old = {}
 
     def __enter__(self):
-        # With several processes jax.distributed has its own handler of SIGTERM, which lets all of them agree on a step.
+        # With several processes jax.distributed has its own handler of SIGTERM, which lets all of
+        # them agree on a step.
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -64,7 +67,9 @@ class StopSignal:
         return self._asked.is_set()
 
     def check(self) -> None:
-        """Raises Stopped within an evaluation; with several processes it is left to the next step, for all to agree."""
+        """Raises Stopped within an evaluation; with several processes it is left to the next step,
+        for all to agree.
+        """
         if jax.process_count() == 1 and self._asked.is_set():
             raise Stopped
 
@@ -76,55 +81,86 @@ def _all_streams(local: dict) -> dict:
     data = np.frombuffer(json.dumps(local).encode(), np.uint8)
     length = int(np.max(multihost_utils.process_allgather(np.int32(len(data)))))
     padded = np.zeros(length, np.uint8)
-    padded[:len(data)] = data
+    padded[: len(data)] = data
     parts = multihost_utils.process_allgather(padded)
-    return {number: state for part in parts for number, state in json.loads(bytes(part).rstrip(b"\0")).items()}
+    return {
+        number: state
+        for part in parts
+        for number, state in json.loads(bytes(part).rstrip(b"\0")).items()
+    }
 
 
 def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path) -> None:
     """Raises ValueError if a checkpoint's tokenizer is not the experiment's."""
     theirs, ours = meta["tokenizer"], experiment.tokenizer
     if theirs["fingerprint"] != ours.fingerprint:
-        raise ValueError(f"{where} was trained with the tokenizer {theirs['fingerprint']} ({theirs['vocab_size']} ids), config.tokenizer gives "
-                         f"{ours.fingerprint} ({ours.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)")
+        raise ValueError(
+            f"{where} was trained with the tokenizer {theirs['fingerprint']} "
+            f"({theirs['vocab_size']} ids), config.tokenizer gives {ours.fingerprint} "
+            f"({ours.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)"
+        )
 
 
-def load_weights(experiment: build.Experiment, source: epath.Path, *, averaged: bool, at: int | None = None):
-    """(parameters, step) of a run directory's newest checkpoint, or of that of step `at`, or of a Hugging Face checkpoint.
+def load_weights(
+    experiment: build.Experiment, source: epath.Path, *, averaged: bool, at: int | None = None
+):
+    """(parameters, step) of a run directory's newest checkpoint, or of that of step `at`, or of a
+    Hugging Face checkpoint.
 
     Raises:
       ValueError: there is none, or it is another model's, or another tokenizer's.
     """
     if hf.is_checkpoint(source):
-        return hf.Source(source).load(experiment.abstract_state.params, hf.progress_line(str(source))), 0
+        return hf.Source(source).load(
+            experiment.abstract_state.params, hf.progress_line(str(source))
+        ), 0
 
     def wanted(meta):
         check_tokenizer(experiment, meta, source)
         return experiment.abstract_state.params
+
     return checkpoint.restore_weights(source, wanted, averaged=averaged, step=at)
 
 
 class Run:
-    """A run in its directory: state, streams, what was measured since the last line, and the files. `closing` closes what it opens."""
+    """A run in its directory: state, streams, what was measured since the last line, and the files.
+    `closing` closes what it opens.
+    """
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, devices, stop: StopSignal, closing: contextlib.ExitStack):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        devices,
+        stop: StopSignal,
+        closing: contextlib.ExitStack,
+    ):
         self.config = config = build.adopt(config)
         self.workdir, self.stop = workdir, stop
         claim = workdir / "config.json"
         if claim.exists():
             config_lib.check_resumable(json.loads(claim.read_text()), config, str(workdir))
         self.experiment = e = build.build(config, devices)
-        self.evaluators = e.make_evaluators(stop.check)  # they check their data and labels now, not after the first hour
+        # they check their data and labels now, not after the first hour
+        self.evaluators = e.make_evaluators(stop.check)
         known = {f"eval/{name}/loss" for name in self.evaluators}
-        if config.checkpoint.best and config.checkpoint.best.rpartition("/")[0] not in {k.rpartition("/")[0] for k in known}:
-            raise ValueError(f"config.checkpoint.best = {config.checkpoint.best!r} is not a metric of config.evals; such as {sorted(known)}")
+        if config.checkpoint.best and config.checkpoint.best.rpartition("/")[0] not in {
+            k.rpartition("/")[0] for k in known
+        }:
+            raise ValueError(
+                f"config.checkpoint.best = {config.checkpoint.best!r} is not a metric of "
+                f"config.evals; such as {sorted(known)}"
+            )
         build.log_summary(e)
-        self.checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best)
+        self.checkpointer = checkpoint.Checkpointer(
+            workdir / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best
+        )
         closing.callback(self.checkpointer.close)
         self.loader = e.make_loader()
         closing.callback(self.loader.close)
         self.interval: dict = {}  # (sum, count) since the last line of metrics.jsonl
-        self.evals: dict = {"step": -1, "names": [], "values": {}}  # the step last evaluated, by which evaluators, with what result
+        # the step last evaluated, by which evaluators, with what result
+        self.evals: dict = {"step": -1, "names": [], "values": {}}
         self.saved_evals: dict | None = None  # as in the newest checkpoint
         found = self.checkpointer.latest()
         if found is None:
@@ -151,17 +187,26 @@ class Run:
     def _resume(self, step: int) -> None:
         e = self.experiment
         if step > e.total_steps:
-            raise ValueError(f"{self.workdir} is at step {step}, past config.train.length = {self.config.train.length!r} ({e.total_steps} steps)")
+            raise ValueError(
+                f"{self.workdir} is at step {step}, past config.train.length = "
+                f"{self.config.train.length!r} ({e.total_steps} steps)"
+            )
         self.step = step
         meta = self.checkpointer.meta(step)
         config_lib.check_resumable(meta["config"], self.config, str(self.workdir))
         check_tokenizer(e, meta, self.workdir)
         if meta["corpus"] != e.train_documents.fingerprint:
-            raise ValueError(f"{self.workdir} was trained on a corpus with fingerprint {meta['corpus']}; config.data gives "
-                             f"{e.train_documents.fingerprint} now: the files (or, for pydocs, the installed versions) have changed")
+            raise ValueError(
+                f"{self.workdir} was trained on a corpus with fingerprint {meta['corpus']}; "
+                f"config.data gives {e.train_documents.fingerprint} now: the files (or, for "
+                "pydocs, the installed versions) have changed"
+            )
         self.state, _ = self.checkpointer.restore(step, e.abstract_state)
-        # A halted state is saved as one that may go on: with train.nonfinite="skip", or mended data, it will.
-        self.state = self.state._replace(halted=jax.device_put(np.zeros((), bool), self.state.halted.sharding))
+        # A halted state is saved as one that may go on: with train.nonfinite="skip", or mended
+        # data, it will.
+        self.state = self.state._replace(
+            halted=jax.device_put(np.zeros((), bool), self.state.halted.sharding)
+        )
         self.loader.restore(meta["streams"])
         self.streams = meta["streams"]
         self.interval = {name: tuple(pair) for name, pair in meta["interval"].items()}
@@ -173,10 +218,16 @@ class Run:
         """Starts a checkpoint of `step`; `streams` are the stream states before the next batch."""
         e = self.experiment
         meta = {
-            "config": self.config.to_dict(), "streams": _all_streams(streams), "corpus": e.train_documents.fingerprint,
-            "interval": {name: list(pair) for name, pair in self.interval.items()}, "evals": self.evals,
-            "tokenizer": {"fingerprint": e.tokenizer.fingerprint, "vocab_size": e.tokenizer.vocab_size,
-                          "files": checkpoint.pack_tokenizer(e.tokenizer)},
+            "config": self.config.to_dict(),
+            "streams": _all_streams(streams),
+            "corpus": e.train_documents.fingerprint,
+            "interval": {name: list(pair) for name, pair in self.interval.items()},
+            "evals": self.evals,
+            "tokenizer": {
+                "fingerprint": e.tokenizer.fingerprint,
+                "vocab_size": e.tokenizer.vocab_size,
+                "files": checkpoint.pack_tokenizer(e.tokenizer),
+            },
         }
         self.writer.flush()
         measured = self.evals["values"] if self.evals["step"] == step else {}
@@ -201,7 +252,11 @@ class Run:
         last = step == self.experiment.total_steps
         done = self.evals["names"] if self.evals["step"] == step else []
         every = {name: self.config.evals[name].every for name in self.evaluators}
-        return [name for name in self.evaluators if name not in done and (last or (step and every[name] and step % every[name] == 0))]
+        return [
+            name
+            for name in self.evaluators
+            if name not in done and (last or (step and every[name] and step % every[name] == 0))
+        ]
 
 
 def _made(directory: epath.Path) -> epath.Path:
@@ -221,20 +276,29 @@ def run_evaluator(workdir: epath.Path, name: str, evaluator, params, step: int) 
 
 
 def write_artifact(workdir: epath.Path, artifact: Artifact, step: int) -> None:
-    """Writes an evaluator's file. One that is appended to has a part for each step; a step that is run again replaces its own."""
+    """Writes an evaluator's file. One that is appended to has a part for each step; a step that is
+    run again replaces its own.
+    """
     if jax.process_index():
         return
     path, content = workdir / artifact.path.replace("{step}", str(step)), artifact.content
     if artifact.append:
         old = path.read_text() if path.exists() else ""
-        parts = re.split(r"(?m)^(?=<!-- lm step \d+ -->$)", old)  # text that a model wrote may have any heading in it
+        # text that a model wrote may have any heading in it
+        parts = re.split(r"(?m)^(?=<!-- lm step \d+ -->$)", old)
         kept = "".join(part for part in parts if part and int(part.split()[3]) < step)
-        content = f"{kept}<!-- lm step {step} -->\n## Step {step}\n\n{content.replace('<!-- lm step', '<!-- lm-step')}"
+        content = (
+            f"{kept}<!-- lm step {step} -->\n## Step "
+            f"{step}\n\n{content.replace('<!-- lm step', '<!-- lm-step')}"
+        )
     metrics.write_whole(path, content)
 
 
-def train(config: ConfigDict, workdir: epath.Path, devices, profile_steps: tuple[int, int] | None = None) -> dict[str, float]:
-    """Trains to the end of `config.train.length`, from the newest checkpoint if there is one. Returns the last metrics.
+def train(
+    config: ConfigDict, workdir: epath.Path, devices, profile_steps: tuple[int, int] | None = None
+) -> dict[str, float]:
+    """Trains to the end of `config.train.length`, from the newest checkpoint if there is one.
+    Returns the last metrics.
 
     Args:
       profile_steps: traces the steps from the first to before the second.
@@ -256,30 +320,43 @@ def train(config: ConfigDict, workdir: epath.Path, devices, profile_steps: tuple
             if jax.process_count() == 1:
                 raise
             closing.pop_all()  # closing would wait for the others
-            raise Lost(f"at step {run.step}: {str(error).splitlines()[0]}. With several processes this mostly means that another one has died: "
-                       f"see what it said. Start all of them again to go on from the newest checkpoint in {workdir}.") from error
+            raise Lost(
+                f"at step {run.step}: {str(error).splitlines()[0]}. With several processes this "
+                "mostly means that another one has died: see what it said. Start all of them "
+                f"again to go on from the newest checkpoint in {workdir}."
+            ) from error
 
 
 def _loop(run: Run, profile: "Profile") -> dict[str, float]:
     e, c, total = run.experiment, run.config, run.experiment.total_steps
     progress = metrics.Progress(total, run.step)
     timer = Timer(e)
-    pending: collections.deque = collections.deque()  # steps dispatched whose metrics have not been read: (step, metrics, hash, streams before)
+    # steps dispatched whose metrics have not been read: (step, metrics, hash, streams before)
+    pending: collections.deque = collections.deque()
 
     def read(count: int) -> None:
-        """Reads the metrics of all but the newest `count` steps dispatched. Waits for them, hence only when there is more to run."""
+        """Reads the metrics of all but the newest `count` steps dispatched. Waits for them, hence
+        only when there is more to run.
+        """
         while len(pending) > count:
             step, values, batch_hash, streams_before = pending.popleft()
             values = jax.device_get(values)
             if values["halted"]:
                 _halt(run, step, batch_hash, streams_before, values)
             pairs = {k: v for k, v in values.items() if isinstance(v, tuple)}
-            scalars = {k: (float(values[k]), 1.0) for k in ("grad_norm", "update_norm", "updates_lost")}
-            metrics.accumulate(run.interval, {k: v for k, v in (pairs | scalars).items() if np.isfinite(v[0])})
+            scalars = {
+                k: (float(values[k]), 1.0) for k in ("grad_norm", "update_norm", "updates_lost")
+            }
+            metrics.accumulate(
+                run.interval, {k: v for k, v in (pairs | scalars).items() if np.isfinite(v[0])}
+            )
             if step % c.train.log_every == 0 or step == total:
                 line = {f"train/{k}": v for k, v in metrics.means(run.interval).items()}
-                line |= {"train/learning_rate": float(values["learning_rate"]), "train/skipped_steps": int(values["skipped_steps"]),
-                         "train/batch_hash": batch_hash} | timer.line(step)
+                line |= {
+                    "train/learning_rate": float(values["learning_rate"]),
+                    "train/skipped_steps": int(values["skipped_steps"]),
+                    "train/batch_hash": batch_hash,
+                } | timer.line(step)
                 run.writer.write(step, line)
                 progress.show(step, line)
                 run.interval = {}
@@ -293,11 +370,17 @@ def _loop(run: Run, profile: "Profile") -> dict[str, float]:
             if names:
                 with timer.paused("evals"):
                     values = run.evaluate(step, names)
-                    shown = [f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items() if k.endswith(SHOWN)]
+                    shown = [
+                        f"{k.removeprefix('eval/')} {v:.4g}"
+                        for k, v in values.items()
+                        if k.endswith(SHOWN)
+                    ]
                     progress.note(" | ".join([f"step {step}", *shown]))
             with timer.paused("checkpoints"):
                 if jax.process_index() == 0 and (names or step == total):
-                    metrics.write_whole(run.workdir / "curves.png", metrics.plot_curves(run.writer.lines()))
+                    metrics.write_whole(
+                        run.workdir / "curves.png", metrics.plot_curves(run.writer.lines())
+                    )
                 if save_due or (names and run.checkpointer.latest() == step):
                     run.save(step, run.streams)
 
@@ -327,37 +410,53 @@ def _loop(run: Run, profile: "Profile") -> dict[str, float]:
         if run.checkpointer.latest() != run.step or run.saved_evals != run.evals:
             run.save(run.step, run.streams)
         run.checkpointer.wait()
-        raise Stopped(f"stopped by a signal at step {run.step}; saved in {run.workdir}, start it again to go on") from None
+        raise Stopped(
+            f"stopped by a signal at step {run.step}; saved in {run.workdir}, start it again to "
+            "go on"
+        ) from None
     run.checkpointer.wait()
     lines = run.writer.lines()
-    return {key: value for line in lines for key, value in line.items()} | {"train/seconds": timer.total()}
+    return {key: value for line in lines for key, value in line.items()} | {
+        "train/seconds": timer.total()
+    }
 
 
 SHOWN = ("/loss", "/bits_per_byte", "/accuracy")
 
 
 def _halt(run: Run, step: int, batch_hash: str, streams_before: dict, values: dict) -> None:
-    """Saves the last good state, with the streams as they were before the bad batch, and raises NonFinite."""
+    """Saves the last good state, with the streams as they were before the bad batch, and raises
+    NonFinite.
+    """
     good = step - 1
     if run.checkpointer.latest() != good:
         run.save(good, streams_before)
     run.checkpointer.wait()
     loss = float(values["loss"][0]) / max(float(values["loss"][1]), 1.0)
     raise NonFinite(
-        f"step {step} is not finite: loss {loss}, gradient norm {float(values['grad_norm'])}, update norm {float(values['update_norm'])}. Its batch has "
-        f"the hash {batch_hash}, and comes after the stream states {json.dumps(streams_before)}. The state after step {good} is saved in "
-        f"{run.workdir}; starting again repeats the step. config.train.nonfinite=\"skip\" leaves such updates out and counts them.")
+        f"step {step} is not finite: loss {loss}, gradient norm {float(values['grad_norm'])}, "
+        f"update norm {float(values['update_norm'])}. Its batch has the hash {batch_hash}, and "
+        f"comes after the stream states {json.dumps(streams_before)}. The state after step {good} "
+        f"is saved in {run.workdir}; starting again repeats the step. "
+        'config.train.nonfinite="skip" leaves such updates out and counts them.'
+    )
 
 
 class Timer:
-    """Where the time goes: tokens/s and MFU of the steps since the last line, evals and checkpoints left out, and the goodput since the start."""
+    """Where the time goes: tokens/s and MFU of the steps since the last line, evals and checkpoints
+    left out, and the goodput since the start.
+    """
 
     def __init__(self, experiment):
         c = experiment.config.data
         self._tokens = c.batch_size * c.length
         self._devices = experiment.devices
-        self._flops = {"train/mfu": metrics.model_flops_per_token(experiment.model_config, c.length),
-                       "train/mfu_full_attention": metrics.model_flops_per_token(experiment.model_config, c.length, causal=False)}
+        self._flops = {
+            "train/mfu": metrics.model_flops_per_token(experiment.model_config, c.length),
+            "train/mfu_full_attention": metrics.model_flops_per_token(
+                experiment.model_config, c.length, causal=False
+            ),
+        }
         self._began = self._mark = time.monotonic()
         self._pauses, self._step = 0.0, None
         self._lost = dict.fromkeys(("first_step", "data", "evals", "checkpoints"), 0.0)
@@ -367,7 +466,9 @@ class Timer:
         if not self._lost["first_step"]:
             jax.block_until_ready(state)
             self._lost["first_step"] = time.monotonic() - self._began - self._pauses
-            logging.info("first step after %.1f s, compilation included", time.monotonic() - self._began)
+            logging.info(
+                "first step after %.1f s, compilation included", time.monotonic() - self._began
+            )
             self._mark, self._pauses = time.monotonic(), 0.0
 
     @contextlib.contextmanager
@@ -381,7 +482,9 @@ class Timer:
             self._lost[what] += time.monotonic() - began
 
     def waited_for_data(self, seconds: float) -> None:
-        """The devices had nothing to do while the loader made a batch. It counts in tokens/s all the same."""
+        """The devices had nothing to do while the loader made a batch. It counts in tokens/s all
+        the same.
+        """
         if self._lost["first_step"]:
             self._lost["data"] += seconds
 
@@ -391,19 +494,29 @@ class Timer:
         steps = step - self._step if self._step is not None else None
         self._mark, self._pauses, self._step = now, 0.0, step
         lost = {f"train/seconds_{what}": value for what, value in self._lost.items()}
-        goodput = {"train/goodput": 1 - sum(self._lost.values()) / max(now - self._began, 1e-9)} | lost
+        goodput = {
+            "train/goodput": 1 - sum(self._lost.values()) / max(now - self._began, 1e-9)
+        } | lost
         if not steps:  # the first line has the first step in it, whose time was compilation
             return {"train/tokens_per_second": 0.0} | goodput
         speed = self._tokens * steps / seconds
-        values = {name: metrics.mfu(flops * speed, self._devices) for name, flops in self._flops.items()}
-        return {"train/tokens_per_second": speed} | {name: value for name, value in values.items() if value is not None} | goodput
+        values = {
+            name: metrics.mfu(flops * speed, self._devices) for name, flops in self._flops.items()
+        }
+        return (
+            {"train/tokens_per_second": speed}
+            | {name: value for name, value in values.items() if value is not None}
+            | goodput
+        )
 
     def total(self) -> float:
         return time.monotonic() - self._began
 
 
 class Profile:
-    """An xprof trace of the steps from `steps[0]` to before `steps[1]`, in workdir/profile; none for None."""
+    """An xprof trace of the steps from `steps[0]` to before `steps[1]`, in workdir/profile; none
+    for None.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, workdir: epath.Path):
         self._steps, self._workdir, self._on = steps, workdir, False
@@ -427,10 +540,12 @@ class Profile:
 
 
 def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") -> dict[str, float]:
-    """Runs every evaluator on the newest checkpoint of the run (or on config.init_from), writes eval-STEP.json and eval-STEP.md; trains nothing.
+    """Runs every evaluator on the newest checkpoint of the run (or on config.init_from), writes
+    eval-STEP.json and eval-STEP.md; trains nothing.
 
     Args:
-      steps: of which checkpoints instead, with commas between them; "all": of each that is there. Their curves go to eval-curves.png.
+      steps: of which checkpoints instead, with commas between them; "all": of each that is there.
+        Their curves go to eval-curves.png.
 
     Returns:
       The metrics of the last one.
@@ -442,13 +557,22 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
     e = build.build(config, devices, training=False)
     source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
     there = checkpoint.steps(source / "checkpoints")
-    if steps and not all(step.isdecimal() and int(step) in there for step in steps.split(",")) and (steps != "all" or not there):
-        raise ValueError(f"--steps={steps}: {source} has checkpoints of the steps {there}; wanted some of them, with commas, or all")
+    if (
+        steps
+        and not all(step.isdecimal() and int(step) in there for step in steps.split(","))
+        and (steps != "all" or not there)
+    ):
+        raise ValueError(
+            f"--steps={steps}: {source} has checkpoints of the steps {there}; wanted some of "
+            "them, with commas, or all"
+        )
     lines = []
     with jax.set_mesh(e.mesh):
         evaluators = e.make_evaluators()
         about = {name: getattr(evaluator, "about", {}) for name, evaluator in evaluators.items()}
-        for at in [None] if not steps else there if steps == "all" else sorted(map(int, steps.split(","))):
+        for at in (
+            [None] if not steps else there if steps == "all" else sorted(map(int, steps.split(",")))
+        ):
             params = None  # the ones before make room
             params, step = load_weights(e, source, averaged=True, at=at)
             values = {}
@@ -456,10 +580,27 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
                 values |= run_evaluator(workdir, name, evaluator, params, step)
             lines.append({"step": step} | values)
             if jax.process_index() == 0:
-                known = {"step": step, "from": str(source), "versions": startup.versions(devices), "tokenizer": e.tokenizer.fingerprint, "evals": about}
-                metrics.write_whole(workdir / f"eval-{step}.json", json.dumps(known | {"config": config.to_dict()} | values, indent=2) + "\n")
+                known = {
+                    "step": step,
+                    "from": str(source),
+                    "versions": startup.versions(devices),
+                    "tokenizer": e.tokenizer.fingerprint,
+                    "evals": about,
+                }
+                metrics.write_whole(
+                    workdir / f"eval-{step}.json",
+                    json.dumps(known | {"config": config.to_dict()} | values, indent=2) + "\n",
+                )
                 metrics.write_whole(workdir / f"eval-{step}.md", report.markdown(known, values))
-                logging.info("evaluated step %d: %s", step, ", ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items() if k.endswith(SHOWN)))
+                logging.info(
+                    "evaluated step %d: %s",
+                    step,
+                    ", ".join(
+                        f"{k.removeprefix('eval/')} {v:.4g}"
+                        for k, v in values.items()
+                        if k.endswith(SHOWN)
+                    ),
+                )
     if len(lines) > 1 and jax.process_index() == 0:
         metrics.write_whole(workdir / "eval-curves.png", metrics.plot_curves(lines))
     return values

@@ -6,8 +6,9 @@ import random
 
 # Compiling is most of the time that tests take; what is compiled here is tiny, and may be slow.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false")
+    " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -33,7 +34,9 @@ def write_corpus(path, num=64, seed=0):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A complete configuration: bytes, 2 layers of 32, rows of 32 tokens, one device's mesh by default (`mesh.data=1`)."""
+    """A complete configuration: bytes, 2 layers of 32, rows of 32 tokens, one device's mesh by
+    default (`mesh.data=1`).
+    """
     write_corpus(tmp_path / "corpus.jsonl")
     c = config_lib.default()
     c.data.source = "lm.data.sources.jsonl"
@@ -42,7 +45,17 @@ def tiny(tmp_path):
     c.data.cache_dir = str(tmp_path / "cache")
     c.data.update(dict(length=32, batch_size=8, streams=4, packing_bins=4))
     c.tokenizer.kind = "bytes"
-    c.model.update(dict(context_length=32, num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=8))
+    c.model.update(
+        dict(
+            context_length=32,
+            num_layers=2,
+            embed_dim=32,
+            mlp_dim=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+        )
+    )
     c.optimizer.warmup_steps = 2
     c.train.length = "6 steps"
     c.train.log_every = 1

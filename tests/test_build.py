@@ -1,4 +1,6 @@
-"""From a configuration to objects: what can't work is a ValueError that names the key, before anything is computed or written."""
+"""From a configuration to objects: what can't work is a ValueError that names the key, before
+anything is computed or written.
+"""
 
 import math
 import sys
@@ -40,11 +42,27 @@ BAD = [
     ({"mesh.data": 4}, 8, "config.mesh asks for.*there are 8"),
     ({"mesh.data": -1, "mesh.fsdp": -1}, 8, "at most one of them -1"),
     ({"mesh.data": 0}, 1, "sizes must be positive"),
-    ({"mesh.data": 8, "data.batch_size": 12}, 8, r"config.data.batch_size = 12 rows can't be divided by 8.*multiple of 8"),
-    ({"mesh.data": 4, "mesh.sequence": 2, "data.length": 31}, 8, "config.data.length = 31 can't be divided by 2"),
-    ({"train.accumulation": 3}, 1, "config.train.accumulation = 3 must divide config.data.batch_size = 8"),
+    (
+        {"mesh.data": 8, "data.batch_size": 12},
+        8,
+        r"config.data.batch_size = 12 rows can't be divided by 8.*multiple of 8",
+    ),
+    (
+        {"mesh.data": 4, "mesh.sequence": 2, "data.length": 31},
+        8,
+        "config.data.length = 31 can't be divided by 2",
+    ),
+    (
+        {"train.accumulation": 3},
+        1,
+        "config.train.accumulation = 3 must divide config.data.batch_size = 8",
+    ),
     ({"train.accumulation": 0}, 1, "config.train.accumulation = 0"),
-    ({"mesh.data": 8, "train.accumulation": 2}, 8, "config.data.batch_size / config.train.accumulation = 4 rows"),
+    (
+        {"mesh.data": 8, "train.accumulation": 2},
+        8,
+        "config.data.batch_size / config.train.accumulation = 4 rows",
+    ),
     ({"data.streams": 3}, 1, "config.data.streams = 3 must divide config.data.batch_size = 8"),
     ({"data.streams": 64, "data.batch_size": 64}, 1, "config.data.streams = 64.*only 48 documents"),
     ({"data.streams": 0}, 1, "config.data.streams"),
@@ -57,18 +75,35 @@ BAD = [
     ({"data.source_args.path": "/none/such.jsonl"}, 1, "no file at /none/such.jsonl"),
     ({"data.source_args.path": ""}, 1, "no path given"),
     ({"data.split": "test"}, 1, "split 'test'"),
-    ({"data.source": "lm.data.sources.parquet"}, 1, "config.data.source = 'lm.data.sources.parquet' can't be imported"),
+    (
+        {"data.source": "lm.data.sources.parquet"},
+        1,
+        "config.data.source = 'lm.data.sources.parquet' can't be imported",
+    ),
     ({"data.source": "lm.none.text"}, 1, "config.data.source = 'lm.none.text'"),
     ({"data.source": "text"}, 1, "config.data.source = 'text'.*dotted path"),
     ({"data.source": ""}, 1, "config.data.source = ''"),
-    ({"data.source": "lm.data.sources.text"}, 1, "config.data.source_args|label_key"),  # the other source's arguments are still there
+    # the other source's arguments are still there
+    ({"data.source": "lm.data.sources.text"}, 1, "config.data.source_args|label_key"),
     ({"data.source": "lm.data.sources"}, 1, "config.data.source"),  # a module, not a function
     # The tokenizer.
-    ({"tokenizer.kind": "words"}, 1, r"config.tokenizer.kind = 'words'; valid: \['bytes', 'sentencepiece'\]"),
-    ({"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 5000}, 1, "config.tokenizer.vocab_size = 5000"),
+    (
+        {"tokenizer.kind": "words"},
+        1,
+        r"config.tokenizer.kind = 'words'; valid: \['bytes', 'sentencepiece'\]",
+    ),
+    (
+        {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 5000},
+        1,
+        "config.tokenizer.vocab_size = 5000",
+    ),
     ({"tokenizer.kind": "sentencepiece", "tokenizer.path": "/none"}, 1, "no tokenizer at /none"),
     # The model.
-    ({"model.vocab_size": 257}, 1, "config.model.vocab_size = 257 is below the tokenizer's 258; 0 takes"),
+    (
+        {"model.vocab_size": 257},
+        1,
+        "config.model.vocab_size = 257 is below the tokenizer's 258; 0 takes",
+    ),
     ({"data.length": 64}, 1, "config.data.length = 64 is above config.model.context_length = 32"),
     ({"model.norm": "batchnorm"}, 1, "config.model.norm = 'batchnorm'; valid"),
     ({"model.num_kv_heads": 3}, 1, "multiple of num_kv_heads = 3"),
@@ -76,21 +111,45 @@ BAD = [
     ({"model.param_dtype": "float16"}, 1, "config.model.param_dtype = 'float16'; valid"),
     ({"model.param_dtype": "half-ish"}, 1, "config.model.param_dtype = 'half-ish'"),
     ({"model.type": "lm.models.rnn"}, 1, "config.model.type = 'lm.models.rnn'"),
-    ({"mesh.data": 2, "mesh.tensor": 4, "model.vocab_size": 260}, 8, "kv_heads.* of 2 is not divisible by 4"),
+    (
+        {"mesh.data": 2, "mesh.tensor": 4, "model.vocab_size": 260},
+        8,
+        "kv_heads.* of 2 is not divisible by 4",
+    ),
     # The optimizer and the run.
     ({"optimizer.name": "sgdw"}, 1, "config.optimizer.name = 'sgdw'; valid.*adamw"),
     ({"optimizer.schedule": "step"}, 1, "config.optimizer.schedule = 'step'; valid.*cosine"),
-    ({"optimizer.schedule": "wsd", "optimizer.decay_steps": 5}, 1, "config.optimizer.decay_steps = 5.*between 1 and 4"),
-    ({"optimizer.warmup_steps": 6}, 1, "config.optimizer.warmup_steps = 6 must be below the run's 6 steps"),
+    (
+        {"optimizer.schedule": "wsd", "optimizer.decay_steps": 5},
+        1,
+        "config.optimizer.decay_steps = 5.*between 1 and 4",
+    ),
+    (
+        {"optimizer.warmup_steps": 6},
+        1,
+        "config.optimizer.warmup_steps = 6 must be below the run's 6 steps",
+    ),
     ({"optimizer.rounding": "up"}, 1, "config.optimizer.rounding = 'up'; valid.*stochastic"),
     ({"objective.type": "lm.objectives.none"}, 1, "config.objective.type = 'lm.objectives.none'"),
     ({"train.nonfinite": "ignore"}, 1, "config.train.nonfinite = 'ignore'; valid.*skip"),
     ({"train.length": "6 step"}, 1, "config.train.length = '6 step'"),
     # The evaluators.
     ({"evals.x": config_lib.perplexity(every=0, split="test")}, 1, "split 'test'"),
-    ({"mesh.data": 8, "evals.x": config_lib.perplexity(every=0, batch_size=12)}, 8, "config.evals.x.batch_size = 12 rows can't be divided by 8"),
-    ({"evals.x": dict(type="lm.evals.none.Evaluator", every=0, batch_size=8)}, 1, "config.evals.x.type = 'lm.evals.none.Evaluator'"),
-    ({"evals.x": verbalizer(green=(" red",))}, 1, "' red' of 'red' and ' red' of 'green' are the same tokens"),
+    (
+        {"mesh.data": 8, "evals.x": config_lib.perplexity(every=0, batch_size=12)},
+        8,
+        "config.evals.x.batch_size = 12 rows can't be divided by 8",
+    ),
+    (
+        {"evals.x": dict(type="lm.evals.none.Evaluator", every=0, batch_size=8)},
+        1,
+        "config.evals.x.type = 'lm.evals.none.Evaluator'",
+    ),
+    (
+        {"evals.x": verbalizer(green=(" red",))},
+        1,
+        "' red' of 'red' and ' red' of 'green' are the same tokens",
+    ),
     ({"evals.x": verbalizer(blue=None)}, 1, "blue"),
     ({"evals.x": verbalizer(), "data.label_prompt": ""}, 1, "config.data.label_prompt"),
 ]
@@ -112,27 +171,75 @@ def test_empty_corpus(tiny, tmp_path):
         build.build(tiny, jax.devices()[:1])
 
 
-@pytest.mark.parametrize("length, steps", [
-    ("6 steps", 6), ("1_000 steps", 1000), ("1,000 steps", 1000), ("1e3 steps", 1000), ("0.5 steps", 1), ("1 steps", 1),
-    ("1000 tokens", 4), ("1024 tokens", 4), ("1025 tokens", 5), ("1 tokens", 1), ("2.5e3 tokens", 10),
-    ("1 epochs", 3), ("2 epochs", 6), ("0.5 epochs", 2), ("3 epochs", 9), ("0.01 epochs", 1)])
+@pytest.mark.parametrize(
+    "length, steps",
+    [
+        ("6 steps", 6),
+        ("1_000 steps", 1000),
+        ("1,000 steps", 1000),
+        ("1e3 steps", 1000),
+        ("0.5 steps", 1),
+        ("1 steps", 1),
+        ("1000 tokens", 4),
+        ("1024 tokens", 4),
+        ("1025 tokens", 5),
+        ("1 tokens", 1),
+        ("2.5e3 tokens", 10),
+        ("1 epochs", 3),
+        ("2 epochs", 6),
+        ("0.5 epochs", 2),
+        ("3 epochs", 9),
+        ("0.01 epochs", 1),
+    ],
+)
 def test_total_steps(length, steps):
-    assert build.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750) == steps  # 2.93 steps an epoch
+    # 2.93 steps an epoch
+    assert build.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750) == steps
 
 
 def test_total_steps_is_exact():
     # Whole numbers of batches take that many steps, whatever 1 / batch_tokens is in binary.
-    wrong = [(steps, batch) for batch in range(1, 400, 2) for steps in range(1, 40)
-             if build.total_steps(f"{steps * batch} tokens", batch_tokens=batch, epoch_tokens=None) != steps]
-    wrong += [(epochs, epoch, batch) for batch in (96, 100, 4096, 7) for epoch in range(100, 130) for epochs in (1, 3, 6, 7)
-              if build.total_steps(f"{epochs} epochs", batch_tokens=batch, epoch_tokens=lambda e=epoch: e) != math.ceil(Fraction(epochs * epoch, batch))]
+    wrong = [
+        (steps, batch)
+        for batch in range(1, 400, 2)
+        for steps in range(1, 40)
+        if build.total_steps(f"{steps * batch} tokens", batch_tokens=batch, epoch_tokens=None)
+        != steps
+    ]
+    wrong += [
+        (epochs, epoch, batch)
+        for batch in (96, 100, 4096, 7)
+        for epoch in range(100, 130)
+        for epochs in (1, 3, 6, 7)
+        if build.total_steps(f"{epochs} epochs", batch_tokens=batch, epoch_tokens=lambda e=epoch: e)
+        != math.ceil(Fraction(epochs * epoch, batch))
+    ]
     assert not wrong
 
 
-@pytest.mark.parametrize("length", ["", "6", "steps", " steps", "6steps", "six steps", "0 steps", "-1 steps", "nan steps", "inf steps", "6 Steps", "6 steps ",
-                                    "1 epoch", "2 batches"])
+@pytest.mark.parametrize(
+    "length",
+    [
+        "",
+        "6",
+        "steps",
+        " steps",
+        "6steps",
+        "six steps",
+        "0 steps",
+        "-1 steps",
+        "nan steps",
+        "inf steps",
+        "6 Steps",
+        "6 steps ",
+        "1 epoch",
+        "2 batches",
+    ],
+)
 def test_length_that_is_none(length):
-    with pytest.raises(ValueError, match="config.train.length = .*\"N steps\", \"N tokens\" or \"X epochs\""):
+    with pytest.raises(
+        ValueError, match='config.train.length = .*"N steps", "N tokens" or "X epochs"'
+    ):
         build.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750)
 
 
@@ -140,7 +247,9 @@ def test_epochs_are_counted_on_the_corpus(tiny, one_device):
     with tiny.unlocked():
         tiny.train.length = "2 epochs"
     experiment = build.build(tiny, one_device)
-    targets = sum(len(d.text.encode()) + len(f"\n= {d.label}") + 1 for d in experiment.train_documents)
+    targets = sum(
+        len(d.text.encode()) + len(f"\n= {d.label}") + 1 for d in experiment.train_documents
+    )
     assert experiment.total_steps == math.ceil(2 * targets / (8 * 32))
 
 
@@ -148,7 +257,11 @@ def test_build_computes_and_writes_nothing(tiny, tmp_path, one_device):
     before = sorted(tmp_path.rglob("*"))
     experiment = build.build(tiny, one_device)
     leaves = jax.tree.leaves(experiment.abstract_state)
-    assert leaves and all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves) and sorted(tmp_path.rglob("*")) == before
+    assert (
+        leaves
+        and all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+        and sorted(tmp_path.rglob("*")) == before
+    )
 
 
 def test_resolve(tmp_path, monkeypatch):
@@ -163,33 +276,67 @@ def test_resolve(tmp_path, monkeypatch):
 
 
 def test_tokenizer_of_the_configuration(tiny, tmp_path):
-    corpus = Documents([Document("the quick brown fox jumps\nover the lazy dog " * 3, "n", "red")] * 5, "abc")
+    corpus = Documents(
+        [Document("the quick brown fox jumps\nover the lazy dog " * 3, "n", "red")] * 5, "abc"
+    )
     assert isinstance(build.tokenizer(tiny, lambda: 1 / 0), ByteTokenizer)  # bytes need no corpus
-    trained = lambda **overrides: build.tokenizer(changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 300} | overrides), lambda: corpus)
+    trained = lambda **overrides: build.tokenizer(
+        changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 300} | overrides),
+        lambda: corpus,
+    )
     one = trained()
-    assert isinstance(one, SentencePieceTokenizer) and one.vocab_size == 300 and one.fingerprint == trained().fingerprint
+    assert (
+        isinstance(one, SentencePieceTokenizer)
+        and one.vocab_size == 300
+        and one.fingerprint == trained().fingerprint
+    )
     assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
-    # A label prompt is part of what it is trained on, so another prompt is another tokenizer; so is another size.
-    others = [trained(**{"data.label_prompt": ""}), trained(**{"data.label_prompt": "\n?"}), trained(**{"tokenizer.vocab_size": 310})]
-    assert len({t.fingerprint for t in [one, *others]}) == len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 4
+    # A label prompt is part of what it is trained on, so another prompt is another tokenizer; so is
+    # another size.
+    others = [
+        trained(**{"data.label_prompt": ""}),
+        trained(**{"data.label_prompt": "\n?"}),
+        trained(**{"tokenizer.vocab_size": 310}),
+    ]
+    assert (
+        len({t.fingerprint for t in [one, *others]})
+        == len(list((tmp_path / "cache" / "tokenizers").iterdir()))
+        == 4
+    )
     # A given model is loaded; it needs no corpus.
     (tmp_path / "saved").mkdir()
     one.save(build.epath.Path(tmp_path / "saved"))
-    given = changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.path": str(tmp_path / "saved")})
+    given = changed(
+        tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.path": str(tmp_path / "saved")}
+    )
     assert build.tokenizer(given, lambda: 1 / 0).fingerprint == one.fingerprint
 
 
 def test_a_long_label_prompt(tiny):
-    # Longer than a file name may be: the trained tokenizer has to be kept under some name of it all the same.
-    prompt = "\nWhich of these colours is the text above about? Answer with one word, red, green or blue, and with nothing else at all. Colour:"
-    config = changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 300, "data.label_prompt": prompt})
+    # Longer than a file name may be: the trained tokenizer has to be kept under some name of it all
+    # the same.
+    prompt = (
+        "\nWhich of these colours is the text above about? Answer with one word, red, green or "
+        "blue, and with nothing else at all. Colour:"
+    )
+    config = changed(
+        tiny,
+        {
+            "tokenizer.kind": "sentencepiece",
+            "tokenizer.vocab_size": 300,
+            "data.label_prompt": prompt,
+        },
+    )
     assert build.tokenizer(config, lambda: build.documents(config, "train")).vocab_size == 300
 
 
 def test_evaluators_are_given_what_they_ask_for(tiny, one_device):
-    overrides = {"evals.a": config_lib.perplexity(every=0, batch_size=4), "evals.b": verbalizer(),
-                 "evals.c": config_lib.samples(("ab",), every=0, max_new_tokens=4),
-                 "evals.d": config_lib.perplexity(every=0, split="train", max_documents=3)}
+    overrides = {
+        "evals.a": config_lib.perplexity(every=0, batch_size=4),
+        "evals.b": verbalizer(),
+        "evals.c": config_lib.samples(("ab",), every=0, max_new_tokens=4),
+        "evals.d": config_lib.perplexity(every=0, split="train", max_documents=3),
+    }
     evaluators = build.build(changed(tiny, overrides), one_device).make_evaluators()
     assert list(evaluators) == ["a", "b", "c", "d"]
     assert evaluators["a"]._counts["documents"] == 16 and evaluators["d"]._counts["documents"] == 3
@@ -200,7 +347,10 @@ def test_batches_come_from_the_training_split(tiny, one_device):
     loader = experiment.make_loader()
     batch, _ = next(loader)
     assert batch["tokens"].shape == (8, 32) and loader.state().keys() == {"0", "1", "2", "3"}
-    texts = [experiment.tokenizer.decode(experiment.encoder.training(d)) for d in experiment.train_documents]
+    texts = [
+        experiment.tokenizer.decode(experiment.encoder.training(d))
+        for d in experiment.train_documents
+    ]
     row = {k: np.asarray(v[0]) for k, v in batch.items()}
     first = experiment.tokenizer.decode(row["targets"][row["segments"] == 1])
     assert any(first in text for text in texts)
@@ -210,8 +360,14 @@ def test_batches_come_from_the_training_split(tiny, one_device):
 @pytest.mark.parametrize("most", [0, 1, 4, 7, 9, 10, 100])
 def test_the_tokenizer_is_trained_on_so_many_documents(tiny, monkeypatch, most):
     corpus = Documents([Document(f"text {i}", "n", "") for i in range(10)], "abc")
-    monkeypatch.setattr(build.tokenizers, "train_sentencepiece", lambda texts, size, cache: list(texts))
-    texts = build.tokenizer(changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.max_documents": most}), lambda: corpus)
+    monkeypatch.setattr(
+        build.tokenizers, "train_sentencepiece", lambda texts, size, cache: list(texts)
+    )
+    texts = build.tokenizer(
+        changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.max_documents": most}),
+        lambda: corpus,
+    )
     assert len(texts) == min(most or 10, 10) == len(set(texts))
     numbers = np.array([int(t.split()[1]) for t in texts])
-    assert max(np.diff([*numbers, 10])) <= math.ceil(10 / len(texts)) and numbers[0] == 0  # evenly out of all of it
+    # evenly out of all of it
+    assert max(np.diff([*numbers, 10])) <= math.ceil(10 / len(texts)) and numbers[0] == 0

@@ -1,4 +1,6 @@
-"""Checkpoints: which are kept, damage, a full disk, restoring to other layouts, and what does not fit."""
+"""Checkpoints: which are kept, damage, a full disk, restoring to other layouts, and what does not
+fit.
+"""
 
 import json
 import logging
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_train import _quick, _small, assert_same_run, go, snapshot  # noqa: F401  (fixtures)
+from test_train import _quick, _small, assert_same_run, go, snapshot  # noqa: F401
 
 from lm import checkpoint
 from lm import config as config_lib
@@ -22,7 +24,13 @@ from lm.evals import perplexity
 
 
 def state(value, size=64):
-    return {"params": {"a": jnp.full((size, 4), value, jnp.bfloat16), "b": jnp.arange(size, dtype=jnp.float32) + value}, "step": jnp.int32(value)}
+    return {
+        "params": {
+            "a": jnp.full((size, 4), value, jnp.bfloat16),
+            "b": jnp.arange(size, dtype=jnp.float32) + value,
+        },
+        "step": jnp.int32(value),
+    }
 
 
 ABSTRACT = jax.eval_shape(lambda: state(0))
@@ -35,7 +43,12 @@ def make(directory, **kwargs):
 
 
 def save(checkpointer, step, loss=None, value=None):
-    checkpointer.save(step, state(step if value is None else value), {"streams": {"0": step}}, {} if loss is None else {"eval/v/loss": loss})
+    checkpointer.save(
+        step,
+        state(step if value is None else value),
+        {"streams": {"0": step}},
+        {} if loss is None else {"eval/v/loss": loss},
+    )
     checkpointer.wait()
 
 
@@ -59,7 +72,9 @@ def flip(path, where=0.5):
 
 def biggest(step):
     """The biggest file of a checkpoint's arrays."""
-    return max((p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    return max(
+        (p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
 
 
 DAMAGE = {
@@ -75,8 +90,32 @@ DAMAGE = {
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_newest_and_best_are_kept(tmp_path, restarts):
-    losses = {1: 5.0, 2: 3.0, 3: None, 4: 4.0, 5: float("nan"), 6: None, 7: 3.5, 8: 2.0, 9: float("nan"), 10: 6.0, 11: 7.0}
-    wanted = {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6], 7: [2, 6, 7], 8: [7, 8], 9: [8, 9], 10: [8, 9, 10], 11: [8, 10, 11]}
+    losses = {
+        1: 5.0,
+        2: 3.0,
+        3: None,
+        4: 4.0,
+        5: float("nan"),
+        6: None,
+        7: 3.5,
+        8: 2.0,
+        9: float("nan"),
+        10: 6.0,
+        11: 7.0,
+    }
+    wanted = {
+        1: [1],
+        2: [1, 2],
+        3: [2, 3],
+        4: [2, 3, 4],
+        5: [2, 4, 5],
+        6: [2, 5, 6],
+        7: [2, 6, 7],
+        8: [7, 8],
+        9: [8, 9],
+        10: [8, 9, 10],
+        11: [8, 10, 11],
+    }
     checkpointer = make(tmp_path, best="eval/v/loss")
     for step, loss in losses.items():
         save(checkpointer, step, loss)
@@ -119,7 +158,8 @@ def test_best_of_another_metric_is_not_compared(tmp_path):
 
 
 def test_best_is_what_was_measured_at_that_step(small, tmp_path, monkeypatch):
-    # The loss is measured every second step, another eval and a checkpoint come every step: an old figure is not a new checkpoint's.
+    # The loss is measured every second step, another eval and a checkpoint come every step: an old
+    # figure is not a new checkpoint's.
     losses = iter([3.0, 4.0, 5.0])
     monkeypatch.setattr(perplexity.Evaluator, "run", lambda *unused: iter([("loss", next(losses))]))
     small.evals.loss = config_lib.perplexity(every=2, batch_size=8)
@@ -145,7 +185,9 @@ def test_saving_again_replaces(tmp_path):
 
 def test_save_does_not_see_what_comes_after_it(tmp_path):
     # Training goes on while files are written, and takes the same memory.
-    update = jax.jit(lambda x: jax.tree.map(lambda a: a + jnp.ones((), a.dtype), x), donate_argnums=0)
+    update = jax.jit(
+        lambda x: jax.tree.map(lambda a: a + jnp.ones((), a.dtype), x), donate_argnums=0
+    )
     for attempt in range(3):
         checkpointer = make(tmp_path / str(attempt))
         now = {f"w{i}": jnp.arange(1 << 18, dtype=jnp.float32) + i for i in range(8)}
@@ -153,7 +195,15 @@ def test_save_does_not_see_what_comes_after_it(tmp_path):
         checkpointer.save(1, now, {}, {})
         for _ in range(20):
             now = update(now)
-        restored, _ = (checkpointer.wait(), checkpointer.restore(1, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE), wanted)))[1]
+        restored, _ = (
+            checkpointer.wait(),
+            checkpointer.restore(
+                1,
+                jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE), wanted
+                ),
+            ),
+        )[1]
         jax.tree.map(np.testing.assert_array_equal, restored, wanted)
         checkpointer.close()
 
@@ -170,28 +220,45 @@ def test_damaged_newest_is_put_aside(tmp_path, caplog, kind):
     assert "checkpoint 3 is damaged" in caplog.text and "going back to 2" in caplog.text
     assert checkpointer.latest() == 2 and value_of(checkpointer, 2) == 2
     save(checkpointer, 3, value=33)
-    assert checkpointer.latest() == 3 and value_of(checkpointer, 3) == 33 and kept(tmp_path) == [1, 2, 3]
+    assert (
+        checkpointer.latest() == 3
+        and value_of(checkpointer, 3) == 33
+        and kept(tmp_path) == [1, 2, 3]
+    )
     checkpointer.close()
 
 
 def test_each_file_counts(tmp_path):
-    # Whichever file is damaged: either it is noticed and the one before is taken, or it restores all the same.
+    # Whichever file is damaged: either it is noticed and the one before is taken, or it restores
+    # all the same.
     checkpointer = make(tmp_path / "good")
     for step in (1, 2):
         save(checkpointer, step)
     checkpointer.close()
-    files = sorted(p.relative_to(tmp_path / "good/2") for p in (tmp_path / "good/2").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(tmp_path / "good/2") for p in (tmp_path / "good/2").rglob("*") if p.is_file()
+    )
     assert len(files) > 5
     for number, name in enumerate(files):
-        for what, ruin in (("flip", flip), ("empty", lambda p: os.truncate(p, 0)), ("delete", os.unlink)):
+        for what, ruin in (
+            ("flip", flip),
+            ("empty", lambda p: os.truncate(p, 0)),
+            ("delete", os.unlink),
+        ):
             directory = tmp_path / f"{what}{number}"
             shutil.copytree(tmp_path / "good", directory)
             if (directory / "2" / name).stat().st_size or what == "delete":
                 ruin(directory / "2" / name)
             checkpointer = make(directory)
             assert checkpointer.latest() in (1, 2), (what, name)
-            assert value_of(checkpointer, checkpointer.latest()) == checkpointer.latest(), (what, name)
-            if name.parts[0] in ("state", "meta", checkpoint.MANIFEST) and (tmp_path / "good/2" / name).stat().st_size:
+            assert value_of(checkpointer, checkpointer.latest()) == checkpointer.latest(), (
+                what,
+                name,
+            )
+            if (
+                name.parts[0] in ("state", "meta", checkpoint.MANIFEST)
+                and (tmp_path / "good/2" / name).stat().st_size
+            ):
                 assert checkpointer.latest() == 1, (what, name)
             checkpointer.close()
 
@@ -203,7 +270,11 @@ def test_damaged_older_one_changes_nothing_for_the_newest(tmp_path):
     checkpointer.close()
     DAMAGE["half deleted"](tmp_path / "1")  # killed while it was removed
     checkpointer = make(tmp_path, keep=3)
-    assert checkpointer.latest() == 3 and value_of(checkpointer, 3) == 3 and value_of(checkpointer, 2) == 2
+    assert (
+        checkpointer.latest() == 3
+        and value_of(checkpointer, 3) == 3
+        and value_of(checkpointer, 2) == 2
+    )
     checkpointer.close()
 
 
@@ -215,7 +286,10 @@ def test_all_damaged_is_an_error_and_overwrites_nothing(small, tmp_path):
         flip(biggest(run / "checkpoints" / str(step)))
     before = snapshot(run)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"has checkpoints \[4, 6\], but none can be read .*Not starting over at step 0"):
+        with pytest.raises(
+            ValueError,
+            match=r"has checkpoints \[4, 6\], but none can be read .*Not starting over at step 0",
+        ):
             go(small, run)
         assert snapshot(run) == before
     small.init_from = str(run)
@@ -237,7 +311,12 @@ def test_run_goes_on_from_the_one_before_the_damaged_one(small, tmp_path, caplog
     checkpointer = make(tmp_path / "run/checkpoints")
     stored = checkpointer.meta(6)["tokenizer"]
     checkpointer.close()
-    assert checkpoint.unpack_tokenizer(stored["files"]).fingerprint == stored["fingerprint"] == "bytes-1" and stored["vocab_size"] == 258
+    assert (
+        checkpoint.unpack_tokenizer(stored["files"]).fingerprint
+        == stored["fingerprint"]
+        == "bytes-1"
+        and stored["vocab_size"] == 258
+    )
     assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
 
 
@@ -250,6 +329,7 @@ def disk(monkeypatch):
         if self._saving >= disk["full_from"]:
             raise OSError(28, "No space left on device")
         real(self)
+
     monkeypatch.setattr(checkpoint.Checkpointer, "_write_manifest", write)
     return disk
 
@@ -262,9 +342,13 @@ def test_full_disk_leaves_the_checkpoints_before(tmp_path, disk, keep):
     disk["full_from"] = 3
     before = snapshot(tmp_path)
     checkpointer.save(3, state(3), {"streams": {"0": 3}}, {"eval/v/loss": 0.0})
-    with pytest.raises(OSError, match=r"checkpoint 3 could not be written .*No space left.*Checkpoint 2 is whole and kept; free space and start again"):
+    with pytest.raises(
+        OSError,
+        match=r"checkpoint 3 could not be written .*No space left.*Checkpoint 2 is whole and kept; free space and start again",  # noqa: E501
+    ):
         checkpointer.wait()
-    assert snapshot(tmp_path) == before  # what was half written is gone too: it may be the space that is missing
+    # what was half written is gone too: it may be the space that is missing
+    assert snapshot(tmp_path) == before
     assert checkpointer.latest() == 2
     checkpointer.close()
     disk["full_from"] = 1 << 30
@@ -276,7 +360,8 @@ def test_full_disk_leaves_the_checkpoints_before(tmp_path, disk, keep):
 
 
 def test_write_that_fails_in_the_array_library(tmp_path):
-    # A limit on the size of a file fails as a full disk does, below Python, where the arrays are written.
+    # A limit on the size of a file fails as a full disk does, below Python, where the arrays are
+    # written.
     checkpointer = make(tmp_path)
     save(checkpointer, 1)
     before, old = snapshot(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -284,7 +369,9 @@ def test_write_that_fails_in_the_array_library(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, old[1]))
     try:
         checkpointer.save(2, noise, {}, {})
-        with pytest.raises(OSError, match="checkpoint 2 could not be written .*Checkpoint 1 is whole and kept"):
+        with pytest.raises(
+            OSError, match="checkpoint 2 could not be written .*Checkpoint 1 is whole and kept"
+        ):
             checkpointer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -334,7 +421,9 @@ def test_run_on_a_full_disk_goes_on_later(small, tmp_path, disk):
     small.checkpoint.every = 2
     go(small, tmp_path / "whole")
     disk["full_from"] = 4
-    with pytest.raises(OSError, match=r"checkpoint 4 could not be written .*No space left.*Checkpoint 2 is whole"):
+    with pytest.raises(
+        OSError, match=r"checkpoint 4 could not be written .*No space left.*Checkpoint 2 is whole"
+    ):
         go(small, tmp_path / "run")
     assert kept(tmp_path / "run/checkpoints") == [2]
     disk["full_from"] = 1 << 30
@@ -344,25 +433,46 @@ def test_run_on_a_full_disk_goes_on_later(small, tmp_path, disk):
 
 def test_restores_on_any_layout(tmp_path):
     devices = np.array(jax.devices())
-    layouts = [NamedSharding(Mesh(devices, "x"), PartitionSpec("x")), NamedSharding(Mesh(devices.reshape(2, 4), ("x", "y")), PartitionSpec("y", "x")),
-               NamedSharding(Mesh(devices[:2], "x"), PartitionSpec()), ONE]
+    layouts = [
+        NamedSharding(Mesh(devices, "x"), PartitionSpec("x")),
+        NamedSharding(Mesh(devices.reshape(2, 4), ("x", "y")), PartitionSpec("y", "x")),
+        NamedSharding(Mesh(devices[:2], "x"), PartitionSpec()),
+        ONE,
+    ]
     values = {"w": np.arange(64, dtype=np.float32).reshape(16, 4)}
     for number, one in enumerate(layouts):
         checkpointer = make(tmp_path / str(number))
         checkpointer.save(1, jax.device_put(values, one), {}, {})
         checkpointer.wait()
         for other in layouts:
-            restored, _ = checkpointer.restore(1, {"w": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=other)})
+            restored, _ = checkpointer.restore(
+                1, {"w": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=other)}
+            )
             np.testing.assert_array_equal(restored["w"], values["w"])
             assert restored["w"].sharding == other
         checkpointer.close()
 
 
-@pytest.mark.parametrize("path,leaf,message", [
-    ("a", jax.ShapeDtypeStruct((64, 5), jnp.bfloat16), r"params/a is bfloat16\[64, 4\] there, and this state has bfloat16\[64, 5\]"),
-    ("b", jax.ShapeDtypeStruct((64,), jnp.bfloat16), r"params/b is float32\[64\] there, and this state has bfloat16\[64\]"),
-    ("c", jax.ShapeDtypeStruct((64,), jnp.float32), r"has no 'params/c'; it has \['params/a', 'params/b', 'step'\]"),
-])
+@pytest.mark.parametrize(
+    "path,leaf,message",
+    [
+        (
+            "a",
+            jax.ShapeDtypeStruct((64, 5), jnp.bfloat16),
+            r"params/a is bfloat16\[64, 4\] there, and this state has bfloat16\[64, 5\]",
+        ),
+        (
+            "b",
+            jax.ShapeDtypeStruct((64,), jnp.bfloat16),
+            r"params/b is float32\[64\] there, and this state has bfloat16\[64\]",
+        ),
+        (
+            "c",
+            jax.ShapeDtypeStruct((64,), jnp.float32),
+            r"has no 'params/c'; it has \['params/a', 'params/b', 'step'\]",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named(tmp_path, path, leaf, message):
     checkpointer = make(tmp_path)
     save(checkpointer, 1)
@@ -391,15 +501,22 @@ def test_reading_another_run_leaves_it_as_it_is(tmp_path):
 
 
 def test_reading_a_run_that_was_killed_while_it_replaced_a_checkpoint(tmp_path):
-    """What is newest lies aside: neither an older one is taken for it, nor is a run repaired by a reader."""
+    """What is newest lies aside: neither an older one is taken for it, nor is a run repaired by a
+    reader.
+    """
     checkpointer = make(tmp_path / "checkpoints")
     for step in (1, 2):
         save(checkpointer, step)
     checkpointer.close()
-    read = lambda: checkpoint.restore_weights(epath.Path(tmp_path), lambda meta: ABSTRACT["params"], averaged=True)
+    read = lambda: checkpoint.restore_weights(
+        epath.Path(tmp_path), lambda meta: ABSTRACT["params"], averaged=True
+    )
     (tmp_path / "checkpoints/2").rename(tmp_path / "checkpoints/replaced-2")
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="saving checkpoint 2 again, or was when it was killed: wait, or start that run again"):
+    with pytest.raises(
+        ValueError,
+        match="saving checkpoint 2 again, or was when it was killed: wait, or start that run again",
+    ):
         read()
     assert snapshot(tmp_path) == before
     make(tmp_path / "checkpoints").close()
@@ -422,7 +539,9 @@ def test_relative_directory(tmp_path, monkeypatch):
     checkpointer = make("run/checkpoints")
     save(checkpointer, 3)
     checkpointer.close()
-    params, step = checkpoint.restore_weights(epath.Path("run"), lambda meta: ABSTRACT["params"], averaged=True)
+    params, step = checkpoint.restore_weights(
+        epath.Path("run"), lambda meta: ABSTRACT["params"], averaged=True
+    )
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, params, state(3)["params"])
 
@@ -436,11 +555,18 @@ def test_flatten_and_unflatten(tmp_path):
 
 def test_tokenizer_travels_inside(tmp_path, monkeypatch):
     texts = ["red green blue " * 9, "ab cde é\n"] * 9
-    for tokenizer in (tokenizers.ByteTokenizer(), tokenizers.train_sentencepiece(texts, 280, epath.Path(tmp_path / "model"))):
+    for tokenizer in (
+        tokenizers.ByteTokenizer(),
+        tokenizers.train_sentencepiece(texts, 280, epath.Path(tmp_path / "model")),
+    ):
         packed = json.loads(json.dumps(checkpoint.pack_tokenizer(tokenizer)))
         again = checkpoint.unpack_tokenizer(packed)
-        assert (again.fingerprint, again.vocab_size, again.bos_id, again.eos_id) == (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id,
-                                                                                      tokenizer.eos_id)
+        assert (again.fingerprint, again.vocab_size, again.bos_id, again.eos_id) == (
+            tokenizer.fingerprint,
+            tokenizer.vocab_size,
+            tokenizer.bos_id,
+            tokenizer.eos_id,
+        )
         assert again.encode("red é\nß") == tokenizer.encode("red é\nß")
     # A name out of a checkpoint, which is not trusted, writes nowhere else.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -1,4 +1,6 @@
-"""Every configuration builds, presets have their published sizes, and no key is there for nothing."""
+"""Every configuration builds, presets have their published sizes, and no key is there for
+nothing.
+"""
 
 import inspect
 import math
@@ -17,12 +19,24 @@ from lm.data import pydocs, sources
 from lm.models import presets
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-PARAMETERS = {"gpt2": 124e6, "gpt2_medium": 355e6, "gpt2_large": 774e6, "gpt2_xl": 1558e6, "llama2_7b": 6.74e9, "llama2_13b": 13.02e9,
-              "llama2_70b": 68.98e9, "gpt3_175b": 175e9, "mixtral_8x7b": 46.7e9, "qwen3_30b_a3b": 30.5e9}
+PARAMETERS = {
+    "gpt2": 124e6,
+    "gpt2_medium": 355e6,
+    "gpt2_large": 774e6,
+    "gpt2_xl": 1558e6,
+    "llama2_7b": 6.74e9,
+    "llama2_13b": 13.02e9,
+    "llama2_70b": 68.98e9,
+    "gpt3_175b": 175e9,
+    "mixtral_8x7b": 46.7e9,
+    "qwen3_30b_a3b": 30.5e9,
+}
 
 
 def sizes(path):
-    """The arguments that a configuration takes: those in its SIZES, else all presets; () alone where it takes none."""
+    """The arguments that a configuration takes: those in its SIZES, else all presets; () alone
+    where it takes none.
+    """
     module = runpy.run_path(str(path))
     if not inspect.signature(module["get_config"]).parameters:
         return [()]
@@ -32,27 +46,46 @@ def sizes(path):
 def abstract_model(config, vocab_size):
     """(its Config, abstract parameters)."""
     model_config, make_model = build.model(config, vocab_size, "tpu")
-    return model_config, nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)[1]
+    return model_config, nnx.split(
+        nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param
+    )[1]
 
 
 def test_there_are_configurations():
     assert CONFIGS
 
 
-@pytest.mark.parametrize("path, size", [pytest.param(path, size, id=":".join((path.stem, *size))) for path in CONFIGS for size in sizes(path)])
+@pytest.mark.parametrize(
+    "path, size",
+    [
+        pytest.param(path, size, id=":".join((path.stem, *size)))
+        for path in CONFIGS
+        for size in sizes(path)
+    ],
+)
 def test_every_configuration_builds(path, size):
-    """All that needs no data: the model for the tokenizer and the rows, the optimizer, objective, source, length and evals."""
+    """All that needs no data: the model for the tokenizer and the rows, the optimizer, objective,
+    source, length and evals.
+    """
     module = runpy.run_path(str(path))
     c = module["get_config"](*size).lock()
-    assert module["__doc__"] and "--config=configs/" in module["__doc__"], "say what it is and how it is run"
-    assert set(config_lib.flatten(config_lib.default())) - set(config_lib.flatten(c)) <= {"data.source_args.data_dir"}
+    assert module["__doc__"] and "--config=configs/" in module["__doc__"], (
+        "say what it is and how it is run"
+    )
+    assert set(config_lib.flatten(config_lib.default())) - set(config_lib.flatten(c)) <= {
+        "data.source_args.data_dir"
+    }
     vocab_size = 258 if c.tokenizer.kind == "bytes" else c.tokenizer.vocab_size
     _, abstract = abstract_model(c, vocab_size)
-    steps = build.total_steps(c.train.length, batch_tokens=c.data.batch_size * c.data.length, epoch_tokens=lambda: 10 ** 7)
+    steps = build.total_steps(
+        c.train.length, batch_tokens=c.data.batch_size * c.data.length, epoch_tokens=lambda: 10**7
+    )
     optim.make_optimizer(c.optimizer, sharding.logical_axes(abstract), steps)
     arguments = c.objective.to_dict()
     build.resolve(arguments.pop("type"), "config.objective.type").make_loss(**arguments)
-    inspect.signature(build.resolve(c.data.source, "config.data.source")).bind(c.data.split, **c.data.source_args)
+    inspect.signature(build.resolve(c.data.source, "config.data.source")).bind(
+        c.data.split, **c.data.source_args
+    )
     assert c.data.batch_size % c.data.streams == 0 and c.data.batch_size % c.train.accumulation == 0
     for name, entry in c.evals.items():
         arguments = entry.to_dict()
@@ -80,25 +113,39 @@ def test_presets_have_their_published_sizes(preset):
     c.data.length = c.model.context_length
     model_config, abstract = abstract_model(c, 0)
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.to_pure_dict(abstract)))
-    assert set(presets.get(preset)) < {f for f in c.model.keys()} and model_config.vocab_size == presets.get(preset)["vocab_size"]
+    assert (
+        set(presets.get(preset)) < {f for f in c.model.keys()}
+        and model_config.vocab_size == presets.get(preset)["vocab_size"]
+    )
     if preset in PARAMETERS:
-        assert count == pytest.approx(PARAMETERS[preset], rel=0.015 if preset == "gpt3_175b" else 0.01)
+        assert count == pytest.approx(
+            PARAMETERS[preset], rel=0.015 if preset == "gpt3_175b" else 0.01
+        )
 
 
 def test_resumable_keys_exist():
-    """A misspelt one would forbid for ever what it should allow. Arguments of sources are those of any of them."""
+    """A misspelt one would forbid for ever what it should allow. Arguments of sources are those of
+    any of them.
+    """
     all_sources = (sources.text, sources.jsonl, sources.tfds, pydocs.pydocs)
-    known = {f"data.source_args.{name}" for source in all_sources for name in inspect.signature(source).parameters}
+    known = {
+        f"data.source_args.{name}"
+        for source in all_sources
+        for name in inspect.signature(source).parameters
+    }
     for key in config_lib.flatten(config_lib.default()):
         known |= {key, key.rpartition(".")[0]}
     assert set(config_lib.RESUMABLE) - {"evals"} <= known and "evals" in config_lib.default()
 
 
-KWARGS = ("model", "mesh", "objective", "evals.", "data.source_args")  # sections that are taken whole, by to_dict
+# sections that are taken whole, by to_dict
+KWARGS = ("model", "mesh", "objective", "evals.", "data.source_args")
 
 
 def record_reads(monkeypatch, config, read):
-    """Adds every leaf of `config` that is read from now on to `read`, by its path. Whole copies (for config.json) don't count."""
+    """Adds every leaf of `config` that is read from now on to `read`, by its path. Whole copies
+    (for config.json) don't count.
+    """
     names, muted = {}, []
 
     def name(section, prefix):
@@ -106,6 +153,7 @@ def record_reads(monkeypatch, config, read):
         for key in section:
             if isinstance(section[key], ConfigDict):
                 name(section[key], f"{prefix}{key}.")
+
     name(config, "")
     getitem, to_dict, items = ConfigDict.__getitem__, ConfigDict.to_dict, ConfigDict.items
 
@@ -124,9 +172,15 @@ def record_reads(monkeypatch, config, read):
                 return function(self, *args, **kwargs)
             finally:
                 muted.pop()
+
         return wrapped
+
     monkeypatch.setattr(ConfigDict, "__getitem__", recording_getitem)
-    monkeypatch.setattr(ConfigDict, "to_dict", quiet(to_dict, lambda self: names.get(id(self), "").startswith(KWARGS)))
+    monkeypatch.setattr(
+        ConfigDict,
+        "to_dict",
+        quiet(to_dict, lambda self: names.get(id(self), "").startswith(KWARGS)),
+    )
     monkeypatch.setattr(ConfigDict, "items", quiet(items))
 
 
@@ -139,7 +193,9 @@ def quick_compile():
 
 @pytest.mark.usefixtures("quick_compile")
 def test_every_key_is_read(tiny, tmp_path, monkeypatch):
-    """By a run of two steps with evals, as the command makes it; keys of other optimizers and of the other tokenizer, by building those."""
+    """By a run of two steps with evals, as the command makes it; keys of other optimizers and of
+    the other tokenizer, by building those.
+    """
     read = set()
     c = tiny.copy_and_resolve_references().unlock()
     c.train.length = "2 steps"
@@ -151,7 +207,14 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
         start = startup.start
         patch.setattr(startup, "start", lambda platform, processes: start(platform)[:1])
         patch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=c))
-        for flag, value in dict(_WORKDIR=str(tmp_path / "run"), _MODE="train", _PROFILE="", _COORDINATOR="", _COMPARE="", _STEPS="").items():
+        for flag, value in dict(
+            _WORKDIR=str(tmp_path / "run"),
+            _MODE="train",
+            _PROFILE="",
+            _COORDINATOR="",
+            _COMPARE="",
+            _STEPS="",
+        ).items():
             patch.setattr(main, flag, types.SimpleNamespace(value=value))
         assert main.main(["lm.main"]) == 0
     for changes in (dict(name="muon"), dict(name="adafactor")):
@@ -161,7 +224,10 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             record_reads(patch, other, read)
             build.build(other, jax.devices()[:1])
-    assert set(config_lib.flatten(config_lib.default())) - {"data.source_args.data_dir"} <= set(config_lib.flatten(c))
+    assert set(config_lib.flatten(config_lib.default())) - {"data.source_args.data_dir"} <= set(
+        config_lib.flatten(c)
+    )
     unread = set(config_lib.flatten(c)) - read
     assert not unread, f"no code reads {sorted(unread)}"
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("eval/text/loss") == 2  # it did run
+    # it did run
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("eval/text/loss") == 2

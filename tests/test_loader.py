@@ -14,9 +14,17 @@ from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 
 BATCH, LENGTH = 8, 16
-MESHES = {"one": (1, {}), "data": (8, {"data": 8}), "fsdp": (4, {"data": 2, "fsdp": 2}), "sequence": (8, {"data": 4, "sequence": 2}),
-          "only sequence": (2, {"sequence": 2}), "tensor": (8, {"fsdp": 4, "tensor": 2})}
-DOCUMENTS = Documents([Document(chr(33 + i) * (1 + i % 20), f"d{i}", "") for i in range(50)], "fingerprint")
+MESHES = {
+    "one": (1, {}),
+    "data": (8, {"data": 8}),
+    "fsdp": (4, {"data": 2, "fsdp": 2}),
+    "sequence": (8, {"data": 4, "sequence": 2}),
+    "only sequence": (2, {"sequence": 2}),
+    "tensor": (8, {"fsdp": 4, "tensor": 2}),
+}
+DOCUMENTS = Documents(
+    [Document(chr(33 + i) * (1 + i % 20), f"d{i}", "") for i in range(50)], "fingerprint"
+)
 
 
 def layout(name):
@@ -25,16 +33,37 @@ def layout(name):
 
 
 def make_stream(number, num_streams):
-    return pack.stream(DOCUMENTS, pack.Encoder(ByteTokenizer(), ""), length=LENGTH, packing="first_fit", bins=4, number=number, num_streams=num_streams, seed=0)
+    return pack.stream(
+        DOCUMENTS,
+        pack.Encoder(ByteTokenizer(), ""),
+        length=LENGTH,
+        packing="first_fit",
+        bins=4,
+        number=number,
+        num_streams=num_streams,
+        seed=0,
+    )
 
 
 def make_loader(mesh="one", num_streams=4, **args):
-    return loaders.Loader(lambda number: make_stream(number, num_streams), num_streams, args.get("batch_size", BATCH), LENGTH, layout(mesh))
+    return loaders.Loader(
+        lambda number: make_stream(number, num_streams),
+        num_streams,
+        args.get("batch_size", BATCH),
+        LENGTH,
+        layout(mesh),
+    )
 
 
 def numbered_rows(num):
     rng = np.random.default_rng(0)
-    return [{name: rng.integers(1, 100, LENGTH).astype(dtype) for name, dtype in batch_contract.DTYPES.items()} for _ in range(num)]
+    return [
+        {
+            name: rng.integers(1, 100, LENGTH).astype(dtype)
+            for name, dtype in batch_contract.DTYPES.items()
+        }
+        for _ in range(num)
+    ]
 
 
 def read(loader, steps):
@@ -43,7 +72,10 @@ def read(loader, steps):
 
 
 def same(a, b):
-    return all(x[1] == y[1] and all(np.array_equal(x[0][k], y[0][k]) for k in batch_contract.DTYPES) for x, y in zip(a, b, strict=True))
+    return all(
+        x[1] == y[1] and all(np.array_equal(x[0][k], y[0][k]) for k in batch_contract.DTYPES)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -58,11 +90,16 @@ def test_global_arrays_are_the_rows_stacked(mesh):
 
 
 def test_rows_lie_where_the_mesh_puts_them():
-    # What a device holds is its rows and columns, no more: the transfer is no larger than it has to be.
-    batch = loaders.to_global(dict(enumerate(rows := numbered_rows(BATCH))), BATCH, layout("sequence"))
+    # What a device holds is its rows and columns, no more: the transfer is no larger than it has to
+    # be.
+    batch = loaders.to_global(
+        dict(enumerate(rows := numbered_rows(BATCH))), BATCH, layout("sequence")
+    )
     assert {s.data.shape for s in batch["tokens"].addressable_shards} == {(2, 8)}
     for shard in batch["tokens"].addressable_shards:
-        np.testing.assert_array_equal(shard.data, np.stack([r["tokens"] for r in rows])[shard.index])
+        np.testing.assert_array_equal(
+            shard.data, np.stack([r["tokens"] for r in rows])[shard.index]
+        )
 
 
 class Elsewhere:
@@ -77,15 +114,19 @@ class Elsewhere:
 
 
 def test_local_rows_of_a_part():
-    assert loaders.local_rows(Elsewhere([slice(4, 6), slice(0, 2), slice(4, 6)]), (BATCH, LENGTH)) == [0, 1, 4, 5]
+    assert loaders.local_rows(
+        Elsewhere([slice(4, 6), slice(0, 2), slice(4, 6)]), (BATCH, LENGTH)
+    ) == [0, 1, 4, 5]
     assert loaders.local_rows(Elsewhere([slice(6, None)]), (BATCH, LENGTH)) == [6, 7]
 
 
 def test_a_process_runs_only_the_streams_of_its_rows():
     made = []
+
     def stream(number):
         made.append(number)
         return make_stream(number, 4)
+
     loader = loaders.Loader(stream, 4, BATCH, LENGTH, Elsewhere([slice(4, 8)]))
     assert made == [2, 3] and set(loader.state()) == {"2", "3"}
     with pytest.raises(ValueError, match="holds 3 rows of 8, not whole streams of 2"):
@@ -110,7 +151,8 @@ def test_rows_are_dealt_from_the_streams(reference):
         assert all(np.array_equal(batch[k], np.stack([row[k] for row in rows])) for k in batch)
         assert digest == batch_contract.digest(batch)
     assert len({digest for _, digest in reference}) == len(reference)
-    assert not same(read(make_loader(num_streams=2), 12), reference)  # the number of streams is part of the experiment
+    # the number of streams is part of the experiment
+    assert not same(read(make_loader(num_streams=2), 12), reference)
 
 
 def test_state_restores_exactly_on_another_mesh(reference):
@@ -120,17 +162,19 @@ def test_state_restores_exactly_on_another_mesh(reference):
             state = json.loads(json.dumps(loader.state()))
             other = make_loader("fsdp")
             other.restore(state)
-            assert same(read(other, 4), reference[step:step + 4])
+            assert same(read(other, 4), reference[step : step + 4])
             other.restore(state)  # after having gone on
-            assert same(read(other, 2), reference[step:step + 2])
+            assert same(read(other, 2), reference[step : step + 2])
             other.close()
-        assert same(read(loader, 1), reference[step:step + 1])
+        assert same(read(loader, 1), reference[step : step + 1])
     assert set(loader.state()) == {"0", "1", "2", "3"}
     loader.close()
 
 
 def test_streams_that_do_not_divide_the_batch():
-    with pytest.raises(ValueError, match="config.data.streams = 3 must divide config.data.batch_size = 8"):
+    with pytest.raises(
+        ValueError, match="config.data.streams = 3 must divide config.data.batch_size = 8"
+    ):
         make_loader(num_streams=3)
 
 
@@ -138,7 +182,9 @@ def test_streams_that_do_not_divide_the_batch():
 def test_evaluation_batches_hold_each_row_once(num):
     rows, padding = numbered_rows(num), pack.empty_row(LENGTH)
     batches = list(loaders.evaluation_batches(rows, BATCH, layout("data"), padding))
-    assert len(batches) == -(-num // BATCH) and all(b["tokens"].shape == (BATCH, LENGTH) for b in batches)
+    assert len(batches) == -(-num // BATCH) and all(
+        b["tokens"].shape == (BATCH, LENGTH) for b in batches
+    )
     for name in batch_contract.DTYPES:
         found = np.concatenate([b[name] for b in batches])
         np.testing.assert_array_equal(found[:num], np.stack([r[name] for r in rows]))

@@ -20,12 +20,25 @@ BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 def make_documents(num, seed=0, longest=40):
     """Texts of one character each, so that every token tells its document."""
     rng = random.Random(seed)
-    return Documents([Document(chr(33 + i) * rng.randint(1, longest), f"d{i}", "") for i in range(num)], "fingerprint")
+    return Documents(
+        [Document(chr(33 + i) * rng.randint(1, longest), f"d{i}", "") for i in range(num)],
+        "fingerprint",
+    )
 
 
-def make_stream(documents, packing="first_fit", number=0, num_streams=1, seed=0, label_prompt="", bins=BINS):
-    return pack.stream(documents, pack.Encoder(TOKENIZER, label_prompt), length=LENGTH, packing=packing, bins=bins, number=number,
-                       num_streams=num_streams, seed=seed)
+def make_stream(
+    documents, packing="first_fit", number=0, num_streams=1, seed=0, label_prompt="", bins=BINS
+):
+    return pack.stream(
+        documents,
+        pack.Encoder(TOKENIZER, label_prompt),
+        length=LENGTH,
+        packing=packing,
+        bins=bins,
+        number=number,
+        num_streams=num_streams,
+        seed=seed,
+    )
 
 
 def take(stream, num):
@@ -33,19 +46,27 @@ def take(stream, num):
 
 
 def same(a, b):
-    return all(x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
+    return all(
+        x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def pieces(row):
     """(tokens, targets) of each segment of a row."""
-    return [tuple(tuple(row[name][row["segments"] == s].tolist()) for name in ("tokens", "targets")) for s in range(1, row["segments"].max() + 1)]
+    return [
+        tuple(tuple(row[name][row["segments"] == s].tolist()) for name in ("tokens", "targets"))
+        for s in range(1, row["segments"].max() + 1)
+    ]
 
 
 # --- the policy ---
 
 
 class Spelling(ByteTokenizer):
-    """Starts every text it is given with a mark of its own: tokenizing apart and together differ."""
+    """Starts every text it is given with a mark of its own: tokenizing apart and together
+    differ.
+    """
 
     def encode(self, text):
         return [1] + super().encode(text)
@@ -53,7 +74,8 @@ class Spelling(ByteTokenizer):
 
 def test_document_policy():
     encoder = pack.Encoder(Spelling(), "\nLabel:")
-    text, prompt, word = ([1, *s.encode()] for s in ("words", "\nLabel:", " red"))  # each part apart
+    # each part apart
+    text, prompt, word = ([1, *s.encode()] for s in ("words", "\nLabel:", " red"))
     document = Document("words", "n", "red")
     assert encoder.training(document) == [BOS, *text, *prompt, *word, EOS]
     assert encoder.prompt(document) == [BOS, *text, *prompt]
@@ -69,31 +91,44 @@ def test_label_word_is_what_the_verbalizer_asks_for():
 
 # --- windows ---
 
+
 @pytest.mark.parametrize("size", [2, 3, 15, 16, 17, 18, 32, 33, 34, 100])
 def test_windows_hold_every_target_once(size):
     ids = list(range(1000, 1000 + size))
     windows = pack.windows(ids, LENGTH)
     assert np.concatenate([w["tokens"] for w in windows]).tolist() == ids[:-1]
     assert np.concatenate([w["targets"] for w in windows]).tolist() == ids[1:]
-    assert all(0 < len(w["tokens"]) == len(w["targets"]) == len(w["weights"]) <= LENGTH and (w["weights"] == 1).all() for w in windows)
+    assert all(
+        0 < len(w["tokens"]) == len(w["targets"]) == len(w["weights"]) <= LENGTH
+        and (w["weights"] == 1).all()
+        for w in windows
+    )
     assert len(windows) == -(-(size - 1) // LENGTH)
 
 
 # --- streams ---
+
 
 @pytest.mark.parametrize("packing", pack.PACKINGS)
 def test_rows_keep_the_contract(packing):
     for row in take(make_stream(make_documents(20), packing), 60):
         batch_contract.check(row)
         assert set(row) == set(batch_contract.DTYPES) and row["tokens"].shape == (LENGTH,)
-        assert all(v.flags.owndata for v in row.values())  # a view would keep all of the packer's rows in memory
+        # a view would keep all of the packer's rows in memory
+        assert all(v.flags.owndata for v in row.values())
         used = row["segments"] > 0
-        assert (row["weights"] == used).all() and not row["tokens"][~used].any() and not row["positions"][~used].any()
-        assert (np.diff(row["segments"][used]) >= 0).all() and used[:used.sum()].all()  # segments in order, padding last
+        assert (
+            (row["weights"] == used).all()
+            and not row["tokens"][~used].any()
+            and not row["positions"][~used].any()
+        )
+        # segments in order, padding last
+        assert (np.diff(row["segments"][used]) >= 0).all() and used[: used.sum()].all()
         for s in range(1, row["segments"].max() + 1):
             inside = row["segments"] == s
             assert row["positions"][inside].tolist() == list(range(inside.sum()))
-            # Within a segment each target is the next input: nothing of another document comes between.
+            # Within a segment each target is the next input: nothing of another document comes
+            # between.
             assert row["targets"][inside][:-1].tolist() == row["tokens"][inside][1:].tolist()
             assert len(set(row["tokens"][inside].tolist()) - {BOS}) <= 1
     if packing == "concat_then_split":
@@ -104,7 +139,9 @@ def test_concat_then_split_is_the_documents_in_order():
     documents = make_documents(10)
     total = sum(len(d.text) + 1 for d in documents.items)
     rows = take(make_stream(documents, "concat_then_split"), -(-3 * total // LENGTH))
-    tokens, targets = (np.concatenate([r[name] for r in rows]).tolist() for name in ("tokens", "targets"))
+    tokens, targets = (
+        np.concatenate([r[name] for r in rows]).tolist() for name in ("tokens", "targets")
+    )
     orders = []
     for epoch in range(3):
         part = slice(epoch * total, (epoch + 1) * total)
@@ -112,18 +149,32 @@ def test_concat_then_split_is_the_documents_in_order():
         orders.append([t for t, u in zip(targets[part], tokens[part]) if u == BOS])
         ends = [*starts[1:], total]
         # One epoch holds every document, whole.
-        found = {(tuple(tokens[part][a:b]), tuple(targets[part][a:b])) for a, b in zip(starts, ends)}
-        assert found == {((BOS, *d.text.encode()), (*d.text.encode(), EOS)) for d in documents.items} and len(starts) == 10
+        found = {
+            (tuple(tokens[part][a:b]), tuple(targets[part][a:b])) for a, b in zip(starts, ends)
+        }
+        assert (
+            found == {((BOS, *d.text.encode()), (*d.text.encode(), EOS)) for d in documents.items}
+            and len(starts) == 10
+        )
     assert len({tuple(o) for o in orders}) == 3  # shuffled anew
 
 
 @pytest.mark.parametrize("bins", [1, 3, 8])
 def test_first_fit_keeps_windows_whole_and_counts_each_once_an_epoch(bins):
     documents = make_documents(10)
-    counts = Counter({(tuple(w["tokens"].tolist()), tuple(w["targets"].tolist())): 0
-                      for d in documents.items for w in pack.windows([BOS, *d.text.encode(), EOS], LENGTH)})
-    repeated = Counter((tuple(w["tokens"].tolist()), tuple(w["targets"].tolist()))
-                       for d in documents.items for w in pack.windows([BOS, *d.text.encode(), EOS], LENGTH))  # runs of one character recur
+    counts = Counter(
+        {
+            (tuple(w["tokens"].tolist()), tuple(w["targets"].tolist())): 0
+            for d in documents.items
+            for w in pack.windows([BOS, *d.text.encode(), EOS], LENGTH)
+        }
+    )
+    repeated = Counter(
+        (tuple(w["tokens"].tolist()), tuple(w["targets"].tolist()))
+        # runs of one character recur
+        for d in documents.items
+        for w in pack.windows([BOS, *d.text.encode(), EOS], LENGTH)
+    )
     total = sum(len(d.text) + 1 for d in documents.items)
     stream, epochs = make_stream(documents, bins=bins), 6
     seen = 0
@@ -132,7 +183,8 @@ def test_first_fit_keeps_windows_whole_and_counts_each_once_an_epoch(bins):
             assert piece in counts
             counts[piece] += 1
             seen += len(piece[0])
-    # Windows wait in at most `bins` open rows: no count may be further from the number of epochs than that explains.
+    # Windows wait in at most `bins` open rows: no count may be further from the number of epochs
+    # than that explains.
     waiting = 1 + -(-bins * LENGTH // total)
     assert all(abs(counts[p] / repeated[p] - epochs) <= waiting for p in counts), counts
     assert waiting < epochs - 1
@@ -142,7 +194,9 @@ def test_streams_share_the_documents_out():
     documents = make_documents(13)
     found = []
     for number in range(4):
-        tokens = np.concatenate([r["tokens"] for r in take(make_stream(documents, number=number, num_streams=4), 40)])
+        tokens = np.concatenate(
+            [r["tokens"] for r in take(make_stream(documents, number=number, num_streams=4), 40)]
+        )
         found.append({chr(t) for t in tokens} - {chr(BOS), chr(0)})
     assert set.union(*found) == {d.text[0] for d in documents.items} and sum(map(len, found)) == 13
 
@@ -152,25 +206,39 @@ def test_shuffles_differ():
 
     def order(number=0, seed=0, num_streams=1, start=0):
         rows = take(make_stream(documents, "concat_then_split", number, num_streams, seed), 40)
-        tokens, targets = (np.concatenate([r[name] for r in rows]) for name in ("tokens", "targets"))
-        return targets[tokens == BOS].tolist()[start:start + 40 // num_streams]
+        tokens, targets = (
+            np.concatenate([r[name] for r in rows]) for name in ("tokens", "targets")
+        )
+        return targets[tokens == BOS].tolist()[start : start + 40 // num_streams]
+
     orders = [order(), order(seed=1), order(seed=2), order(start=40)]
-    assert all(sorted(o) == sorted(orders[0]) for o in orders) and len({tuple(o) for o in orders}) == 4
+    assert (
+        all(sorted(o) == sorted(orders[0]) for o in orders) and len({tuple(o) for o in orders}) == 4
+    )
     assert order() == order()
     # Streams of one run: neither the same permutation, nor that of the neighbour's next epoch.
-    two = Documents([Document(d.text[:1] * 3, d.name, "") for d in documents.items for _ in range(2)], "")
+    two = Documents(
+        [Document(d.text[:1] * 3, d.name, "") for d in documents.items for _ in range(2)], ""
+    )
 
     def permutation(number, epoch):
         rows = take(make_stream(two, "concat_then_split", number, 2), 40)
-        tokens, targets = (np.concatenate([r[name] for r in rows]) for name in ("tokens", "targets"))
-        return tuple(targets[tokens == BOS].tolist()[40 * epoch:40 * epoch + 40])
+        tokens, targets = (
+            np.concatenate([r[name] for r in rows]) for name in ("tokens", "targets")
+        )
+        return tuple(targets[tokens == BOS].tolist()[40 * epoch : 40 * epoch + 40])
+
     assert len({permutation(number, epoch) for number in range(2) for epoch in range(3)}) == 6
 
 
 def test_labels_are_trained_on_where_asked():
     documents = Documents([Document("text", "n", "red")], "")
     rows = take(make_stream(documents, label_prompt="\n=", bins=1), 3)
-    assert all(TOKENIZER.decode(piece[1]) == "text\n= red" and piece[1][-1] == EOS for row in rows for piece in pieces(row))
+    assert all(
+        TOKENIZER.decode(piece[1]) == "text\n= red" and piece[1][-1] == EOS
+        for row in rows
+        for piece in pieces(row)
+    )
 
 
 @pytest.mark.parametrize("packing", pack.PACKINGS)
@@ -188,7 +256,9 @@ def test_state_restores_exactly(packing):
         take(fresh, rng.randint(1, 20))
         fresh.set_state(state)  # a used stream goes back too
         assert same(take(fresh, 20), expected)
-        assert json.loads(json.dumps(fresh.get_state())) == json.loads(json.dumps(stream.get_state()))
+        assert json.loads(json.dumps(fresh.get_state())) == json.loads(
+            json.dumps(stream.get_state())
+        )
         fresh.close()
     stream.close()
 
@@ -200,7 +270,8 @@ def test_reading_the_state_changes_nothing():
     for row in rows:
         watched.get_state()
         assert same([next(watched)], [row])
-    assert same(rows, take(make_stream(documents), 30))  # and rows handed out earlier are not written to again
+    # and rows handed out earlier are not written to again
+    assert same(rows, take(make_stream(documents), 30))
 
 
 def test_unknown_packing():
@@ -210,10 +281,17 @@ def test_unknown_packing():
 
 # --- evaluation ---
 
+
 @pytest.mark.parametrize("num", [1, 30, 200])
 def test_evaluation_rows_hold_each_window_once(num):
     rng = random.Random(num)
-    windows = [w for i in range(num) for w in pack.windows([BOS, *(rng.randrange(256) for _ in range(rng.randint(1, 40))), EOS], LENGTH)]
+    windows = [
+        w
+        for i in range(num)
+        for w in pack.windows(
+            [BOS, *(rng.randrange(256) for _ in range(rng.randint(1, 40))), EOS], LENGTH
+        )
+    ]
     rows = pack.evaluation_rows(windows, LENGTH)
     for row in rows:
         batch_contract.check(row)
@@ -227,7 +305,10 @@ def test_windows_without_weight_keep_it():
     window = pack.windows([BOS, 1, 2, 3], LENGTH)[0]
     window["weights"][:2] = 0
     row = pack.evaluation_rows([window], LENGTH)[0]
-    assert row["weights"].tolist() == [0, 0, 1] + [0] * 13 and row["segments"].tolist() == [1, 1, 1] + [0] * 13
+    assert (
+        row["weights"].tolist() == [0, 0, 1] + [0] * 13
+        and row["segments"].tolist() == [1, 1, 1] + [0] * 13
+    )
 
 
 def test_empty_row_is_padding():
@@ -240,15 +321,24 @@ def test_count_tokens_is_an_epoch_of_targets():
     documents = Documents([Document("abc", "n", "red"), Document("é", "n", "")], "")
     assert pack.count_tokens(documents, pack.Encoder(TOKENIZER, "")) == 4 + 3
     assert pack.count_tokens(documents, pack.Encoder(TOKENIZER, "\n=")) == 4 + len("\n= red") + 3
-    rows = take(make_stream(documents, "concat_then_split", label_prompt="\n="), 13)  # 16 epochs of 13 targets are 13 rows
+    # 16 epochs of 13 targets are 13 rows
+    rows = take(make_stream(documents, "concat_then_split", label_prompt="\n="), 13)
     assert Counter(np.concatenate([r["targets"] for r in rows]).tolist())[EOS] == 32
 
 
 def test_contract_check_finds_what_is_wrong():
     good = make_stream(make_documents(3)).__next__()
-    for broken in (good | {"tokens": good["tokens"].astype(np.int64)}, good | {"weights": good["weights"][:-1]},
-                   good | {"weights": np.ones_like(good["weights"]), "segments": np.zeros_like(good["segments"])}):
+    for broken in (
+        good | {"tokens": good["tokens"].astype(np.int64)},
+        good | {"weights": good["weights"][:-1]},
+        good
+        | {"weights": np.ones_like(good["weights"]), "segments": np.zeros_like(good["segments"])},
+    ):
         with pytest.raises(AssertionError):
             batch_contract.check(broken)
     changed = good | {"targets": good["targets"] + 1}
-    assert batch_contract.digest(good) == batch_contract.digest({k: v.copy() for k, v in good.items()}) != batch_contract.digest(changed)
+    assert (
+        batch_contract.digest(good)
+        == batch_contract.digest({k: v.copy() for k, v in good.items()})
+        != batch_contract.digest(changed)
+    )

@@ -9,15 +9,27 @@ from lm.evals import prompts
 RECORD = {"text": "The cat sat. ", "answers": {"text": ["a", "b"], "n": [1, 2]}, "k": 3}
 
 
-@pytest.mark.parametrize("template, text", [
-    ("{text}", "The cat sat. "), ("{{{text:strip}}} {k}", "{The cat sat.} 3"), ("{text:head}|{text:last}", "The cat|sat."), ("{text:lower}", "the cat sat. "),
-    ("{answers[text][1]}", "b"), ("", ""), ("plain", "plain")])
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{text}", "The cat sat. "),
+        ("{{{text:strip}}} {k}", "{The cat sat.} 3"),
+        ("{text:head}|{text:last}", "The cat|sat."),
+        ("{text:lower}", "the cat sat. "),
+        ("{answers[text][1]}", "b"),
+        ("", ""),
+        ("plain", "plain"),
+    ],
+)
 def test_templates(template, text):
     assert prompts.Template(template, "t")(RECORD) == text
 
 
 def test_lists_give_a_text_for_each_element():
-    assert prompts.Template(" {answers[text]}: {answers[n]}, {k}", "t").each(RECORD) == [" a: 1, 3", " b: 2, 3"]
+    assert prompts.Template(" {answers[text]}: {answers[n]}, {k}", "t").each(RECORD) == [
+        " a: 1, 3",
+        " b: 2, 3",
+    ]
     with pytest.raises(ValueError, match="gives 2 texts for one record"):
         prompts.Template("{answers[text]}", "t")(RECORD)
 
@@ -30,20 +42,35 @@ def test_what_is_no_text(value):
 
 def test_parts():
     template = prompts.Template("Q: {text} {k}\nA:", "t")
-    assert template.tail == "\nA:" and template.filled("N/A") == "Q: N/A N/A\nA:" and template.fields == ["text", "k"]
+    assert (
+        template.tail == "\nA:"
+        and template.filled("N/A") == "Q: N/A N/A\nA:"
+        and template.fields == ["text", "k"]
+    )
     assert prompts.Template("{k}", "t").tail == ""
 
 
-@pytest.mark.parametrize("template, message", [("{text", "is no template"), ("{text:upper}", "not a column with one of the filters"),
-                                               ("{}", "not a column"), ("{text!r}", "not a column")])
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{text", "is no template"),
+        ("{text:upper}", "not a column with one of the filters"),
+        ("{}", "not a column"),
+        ("{text!r}", "not a column"),
+    ],
+)
 def test_no_template(template, message):
     with pytest.raises(ValueError, match=message):
         prompts.Template(template, "config.evals.x.prompt.templates")
 
 
-@pytest.mark.parametrize("template", ["{body}", "{answers[words]}", "{answers[text][2]}", "{text[k]}"])
+@pytest.mark.parametrize(
+    "template", ["{body}", "{answers[words]}", "{answers[text][2]}", "{text[k]}"]
+)
 def test_a_missing_column(template):
-    with pytest.raises(ValueError, match=r"t = .* needs the column .*; the record has \['answers', 'k', 'text'\]"):
+    with pytest.raises(
+        ValueError, match=r"t = .* needs the column .*; the record has \['answers', 'k', 'text'\]"
+    ):
         prompts.Template(template, "t")(RECORD)
 
 
@@ -51,7 +78,16 @@ POOL = [dict(n=i, label="rare" if i % 10 == 9 else "common") for i in range(60)]
 
 
 def choose(count, sampler="balanced", seed=0, avoid=lambda record: False):
-    return prompts.choose(POOL, count, sampler=sampler, seed=seed, avoid=avoid, name="x", label=lambda r: r["label"], num_labels=2)
+    return prompts.choose(
+        POOL,
+        count,
+        sampler=sampler,
+        seed=seed,
+        avoid=avoid,
+        name="x",
+        label=lambda r: r["label"],
+        num_labels=2,
+    )
 
 
 def test_samplers():
@@ -71,14 +107,25 @@ def test_samplers():
 @pytest.mark.parametrize("sampler", prompts.SAMPLERS)
 def test_what_is_evaluated_is_no_example(sampler):
     assert {r["n"] for r in choose(30, sampler, avoid=lambda r: r["n"] < 30)} == set(range(30, 60))
-    with pytest.raises(ValueError, match="config.evals.x.prompt.shots = 31, but there are 30 examples that aren't evaluated themselves"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "config.evals.x.prompt.shots = 31, but there are 30 examples that aren't evaluated "
+            "themselves"
+        ),
+    ):
         choose(31, sampler, avoid=lambda r: r["n"] < 30)
 
 
 def test_refused():
-    with pytest.raises(ValueError, match=r"config.evals.x.prompt.sampler = 'best'; valid: \['balanced', 'first_n', 'random'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"config.evals.x.prompt.sampler = 'best'; valid: \['balanced', 'first_n', 'random'\]",
+    ):
         choose(1, "best")
-    source = dict(path="", lines=dict(en="a.en"), tfds="", data_dir="", split="test", shots_split="test")
+    source = dict(
+        path="", lines=dict(en="a.en"), tfds="", data_dir="", split="test", shots_split="test"
+    )
     with pytest.raises(ValueError, match="can't come from the split 'test' that is evaluated"):
         prompts.load_shots(source, "x")
     with pytest.raises(ValueError, match="can't come from a.en, which is evaluated"):
@@ -89,7 +136,8 @@ def test_refused():
 
 def test_fit():
     assert prompts.fit([9], [1, 2, 3], 2, 5, "x") == ([9, 1, 2, 3], False)
-    assert prompts.fit([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], True)  # and 1 of the continuation is read
+    # and 1 of the continuation is read
+    assert prompts.fit([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], True)
     assert prompts.fit([], [1, 2, 3, 4], 1, 3, "x") == ([2, 3, 4], True)
     with pytest.raises(ValueError, match="a continuation of 5 tokens leaves no room"):
         prompts.fit([9], [1], 5, 5, "x")

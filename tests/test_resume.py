@@ -1,4 +1,6 @@
-"""A run stopped at any step by any means ends bit-equal to the run that never stopped; on another mesh it has the same batches."""
+"""A run stopped at any step by any means ends bit-equal to the run that never stopped; on another
+mesh it has the same batches.
+"""
 
 import json
 import os
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from test_train import VERBALIZER, _quick, _small, assert_same_run, go, read_lines  # noqa: F401  (fixtures)
+from test_train import VERBALIZER, _quick, _small, assert_same_run, go, read_lines  # noqa: F401
 
 from lm import checkpoint, metrics, train
 from lm import config as config_lib
@@ -26,7 +28,9 @@ LAST = 11
 
 @pytest.fixture
 def config(small):
-    """Packing, accumulation, 8 devices, stochastically rounded bfloat16, logging out of step with saving, evals in step with saving and out of step."""
+    """Packing, accumulation, 8 devices, stochastically rounded bfloat16, logging out of step with
+    saving, evals in step with saving and out of step.
+    """
     small.data.update(dict(batch_size=16, streams=4, packing="first_fit"))
     small.mesh.update(dict(data=2, fsdp=4))
     small.model.param_dtype = "bfloat16"
@@ -57,7 +61,7 @@ def saved(run):
 
 
 # Starts the run of argv[1] (JSON) in argv[2], and dies at step argv[4] in the way argv[3].
-CHILD = '''
+CHILD = """
 import json, os, sys, threading, time
 import jax
 from etils import epath
@@ -93,17 +97,22 @@ def dying_write(self):
 
 loader.Loader.__next__, checkpoint.Checkpointer.save, checkpoint.Checkpointer._write_manifest = counted_fetch, timed_save, dying_write
 train.train(ConfigDict(config), run, jax.devices())
-'''
+"""  # noqa: E501
 
 
 def test_killed(config, reference, tmp_path):
     run = tmp_path / "run"
-    first = random.choice(["before the manifest", "before the commit"])  # of the first checkpoint: it starts over
+    # of the first checkpoint: it starts over
+    first = random.choice(["before the manifest", "before the commit"])
     schedule = [(first, 4), ("batch", random.randint(5, 8)), ("arrays", 8 + random.random() * 0.05)]
     print(schedule)
     for how, step in schedule:
-        child = subprocess.run([sys.executable, "-c", CHILD, json.dumps(config.to_dict()), str(run), how, str(step)], cwd=ROOT, capture_output=True,
-                               text=True)
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD, json.dumps(config.to_dict()), str(run), how, str(step)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert child.returncode == -signal.SIGKILL, child.stderr[-3000:]
         if how == first:
             assert saved(run) == [] and (run / "metrics.jsonl").stat().st_size
@@ -116,7 +125,9 @@ def test_killed(config, reference, tmp_path):
 
 def stop(config, run):
     """Starts the run, which a signal stops; returns the step."""
-    with pytest.raises(train.Stopped, match=r"stopped by a signal at step \d+; saved in .*start it again to go on") as caught:
+    with pytest.raises(
+        train.Stopped, match=r"stopped by a signal at step \d+; saved in .*start it again to go on"
+    ) as caught:
         go(config, run, 8)
     step = int(str(caught.value).split("at step ")[1].split(";")[0])
     assert max(saved(run)) == step
@@ -131,6 +142,7 @@ def terminate_at(monkeypatch, owner, name, call):
         if next(count) == call:
             os.kill(os.getpid(), random.choice([signal.SIGTERM, signal.SIGINT]))
         return real(*args)
+
     monkeypatch.setattr(owner, name, function)
 
 
@@ -167,54 +179,68 @@ def test_terminated_during_an_eval(config, reference, tmp_path, monkeypatch, eva
     order = []
     for owner, name in ((loader.Loader, "__next__"), (evaluator, "run")):
         real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, name=name, real=real: (order.append(name), real(*args))[1])
+        monkeypatch.setattr(
+            owner, name, lambda *args, name=name, real=real: (order.append(name), real(*args))[1]
+        )
     go(config, run, 8)
     assert order[:2] == ["run", "__next__"]  # not skipped: it is due before the next step
     assert_same_run(run, reference, LAST)
 
 
-@pytest.mark.parametrize("stops", [[classification.Evaluator], [perplexity.Evaluator, classification.Evaluator]])
+@pytest.mark.parametrize(
+    "stops", [[classification.Evaluator], [perplexity.Evaluator, classification.Evaluator]]
+)
 def test_best_is_known_though_the_eval_after_it_was_stopped(config, tmp_path, monkeypatch, stops):
-    # The figure of step 4 is the best there is, and is in the metrics when a later eval of the same step is stopped.
+    # The figure of step 4 is the best there is, and is in the metrics when a later eval of the same
+    # step is stopped.
     config.checkpoint.keep = 1
     losses, run = iter([1.0, 2.0, 3.0]), tmp_path / "run"
 
     def measure(self, params):
         self._predict_fns.check_stop()
         yield "loss", next(losses, 9.0)
+
     monkeypatch.setattr(perplexity.Evaluator, "run", measure)
     for evaluator in stops:
         with monkeypatch.context() as patch:
             terminate_at(patch, evaluator, "run", 1)
             assert stop(config, run) == 4
     go(config, run, 8)
-    assert [line["eval/first/loss"] for line in read_lines(run) if "eval/first/loss" in line] == [1.0, 2.0, 3.0]
+    assert [line["eval/first/loss"] for line in read_lines(run) if "eval/first/loss" in line] == [
+        1.0,
+        2.0,
+        3.0,
+    ]
     assert saved(run) == [4, LAST]
 
 
 def test_other_processes_agree_on_what_is_due(config, reference, tmp_path, monkeypatch):
-    # Metrics are written by the first process; all must come to the same evals, which are collective.
+    # Metrics are written by the first process; all must come to the same evals, which are
+    # collective.
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         terminate_at(patch, loader.Loader, "__next__", 4)
-        patch.setattr(train.StopSignal, "check", lambda self: None)  # with several processes an eval is not stopped
+        # with several processes an eval is not stopped
+        patch.setattr(train.StopSignal, "check", lambda self: None)
         assert stop(config, run) == 4
     monkeypatch.setattr(metrics, "jax", types.SimpleNamespace(process_index=lambda: 1))
     seen = []
-    monkeypatch.setattr(train.Run, "evaluate", lambda self, step, names: seen.append((step, names)) or {})
+    monkeypatch.setattr(
+        train.Run, "evaluate", lambda self, step, names: seen.append((step, names)) or {}
+    )
     monkeypatch.setattr(train.Run, "save", lambda *unused: None)
     go(config, run, 8)
     assert seen == [(6, ["third"]), (8, ["first", "second"]), (11, ["first", "second", "third"])]
 
 
-CONFIG_FILE = '''
+CONFIG_FILE = """
 import json
 from ml_collections import ConfigDict
 
 def get_config():
     return ConfigDict(json.loads({text!r}))
-'''
-SLOW_SOURCE = '''
+"""
+SLOW_SOURCE = """
 import time
 from lm.data import sources
 
@@ -226,25 +252,46 @@ class Slow(list):
 def jsonl(split, **arguments):
     documents = sources.jsonl(split, **arguments)
     return sources.Documents(Slow(documents.items), documents.fingerprint)
-'''
+"""
 
 
 def test_command_line(config, reference, tmp_path):
-    """The program itself, terminated from outside, says so, ends well, and goes on to the same end."""
+    """The program itself, terminated from outside, says so, ends well, and goes on to the same
+    end.
+    """
     (tmp_path / "slow_source.py").write_text(SLOW_SOURCE)
     (tmp_path / "config.py").write_text(CONFIG_FILE.format(text=json.dumps(config.to_dict())))
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "lm.main", f"--config={tmp_path}/config.py", f"--workdir={run}", "--config.data.source=slow_source.jsonl",
-               "--config.platform=cpu"]
-    options = dict(cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "lm.main",
+        f"--config={tmp_path}/config.py",
+        f"--workdir={run}",
+        "--config.data.source=slow_source.jsonl",
+        "--config.platform=cpu",
+    ]
+    options = dict(
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     child, began = subprocess.Popen(command, **options), time.monotonic()
-    while child.poll() is None and not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
+    while child.poll() is None and not (
+        (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size
+    ):
         assert time.monotonic() - began < 120
         time.sleep(0.02)
     child.terminate()
     out, err = child.communicate(timeout=120)
     assert child.returncode == 0, err[-3000:]
-    assert "stopped by a signal at step" in err and "start it again to go on" in err and "Traceback" not in err
+    assert (
+        "stopped by a signal at step" in err
+        and "start it again to go on" in err
+        and "Traceback" not in err
+    )
     assert 0 < saved(run)[-1] < LAST
     again = subprocess.run(command, **options)
     assert again.returncode == 0 and "first/loss" in again.stdout, again.stderr[-3000:]
@@ -266,6 +313,10 @@ def test_moves_to_other_meshes(small, tmp_path):
         small.mesh.update(mesh)
         go(small, run, devices)
         lines = read_lines(run)
-        assert [line["train/batch_hash"] for line in lines] == [line["train/batch_hash"] for line in wanted]
-        assert [line["train/loss"] for line in lines] == pytest.approx([line["train/loss"] for line in wanted], rel=1e-5)
+        assert [line["train/batch_hash"] for line in lines] == [
+            line["train/batch_hash"] for line in wanted
+        ]
+        assert [line["train/loss"] for line in lines] == pytest.approx(
+            [line["train/loss"] for line in wanted], rel=1e-5
+        )
         assert lines[:4] == wanted[:4]

@@ -1,4 +1,6 @@
-"""The layout of the code: who may import whom (docs/design.md), and ceilings on the size of functions."""
+"""The layout of the code: who may import whom (docs/design.md), and ceilings on the size of
+functions.
+"""
 
 import ast
 import graphlib
@@ -7,16 +9,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Rank of each file, or of all files of a folder. A file imports only files of lower rank, or those of its own rank and folder, without cycles.
+# Rank of each file, or of all files of a folder. A file imports only files of lower rank, or those
+# of its own rank and folder, without cycles.
 RANKS = {
-    "lm/config.py": 0, "lm/startup.py": 0, "lm/sharding.py": 0, "lm/metrics.py": 0, "lm/hlo.py": 0, "lm/data/": 0,
-    "lm/command_line.py": 1, "lm/data/loader.py": 1, "lm/nn/": 1,
+    "lm/config.py": 0,
+    "lm/startup.py": 0,
+    "lm/sharding.py": 0,
+    "lm/metrics.py": 0,
+    "lm/hlo.py": 0,
+    "lm/data/": 0,
+    "lm/command_line.py": 1,
+    "lm/data/loader.py": 1,
+    "lm/nn/": 1,
     "lm/models/": 2,
-    "lm/objectives/": 3, "lm/optim.py": 3, "lm/step.py": 3, "lm/decode.py": 3, "lm/hf/": 3,
-    "lm/checkpoint.py": 4, "lm/evals/": 4,
+    "lm/objectives/": 3,
+    "lm/optim.py": 3,
+    "lm/step.py": 3,
+    "lm/decode.py": 3,
+    "lm/hf/": 3,
+    "lm/checkpoint.py": 4,
+    "lm/evals/": 4,
     "lm/build.py": 5,
     "lm/suggest.py": 6,
-    "lm/train.py": 6, "lm/post/": 6, "lm/plan.py": 6, "lm/search.py": 3, "lm/generate.py": 6, "lm/prepare.py": 6, "lm/convert.py": 6, "lm/sweep.py": 6,
+    "lm/train.py": 6,
+    "lm/post/": 6,
+    "lm/plan.py": 6,
+    "lm/search.py": 3,
+    "lm/generate.py": 6,
+    "lm/prepare.py": 6,
+    "lm/convert.py": 6,
+    "lm/sweep.py": 6,
     "lm/main.py": 7,
 }
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lm/**/*.py"))
@@ -33,7 +55,9 @@ def parse(file):
 
 
 def modules(file):
-    """Dotted names of all that a file imports, also within its functions; `from a import b` gives a and a.b."""
+    """Dotted names of all that a file imports, also within its functions; `from a import b` gives a
+    and a.b.
+    """
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -53,7 +77,9 @@ def imported_files(file):
 
 def test_every_file_has_a_rank():
     assert len(FILES) > 20
-    assert not [file for file in FILES if rank(file) is None and file != "lm/__init__.py"], "give it a place in RANKS and in docs/design.md"
+    assert not [file for file in FILES if rank(file) is None and file != "lm/__init__.py"], (
+        "give it a place in RANKS and in docs/design.md"
+    )
 
 
 def test_packages_are_empty():
@@ -64,8 +90,15 @@ def test_packages_are_empty():
 
 
 def test_imports_go_down_the_ranks():
-    wrong = [f"{file} (rank {rank(file)}) imports {other} (rank {rank(other)})" for file in FILES for other in imported_files(file)
-             if not (rank(other) < rank(file) or (rank(other) == rank(file) and Path(other).parent == Path(file).parent))]
+    wrong = [
+        f"{file} (rank {rank(file)}) imports {other} (rank {rank(other)})"
+        for file in FILES
+        for other in imported_files(file)
+        if not (
+            rank(other) < rank(file)
+            or (rank(other) == rank(file) and Path(other).parent == Path(file).parent)
+        )
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -78,18 +111,37 @@ def test_imports_have_no_cycle():
 def test_data_is_free_of_jax_and_of_the_rest():
     for file in FILES:
         if file.startswith("lm/data/"):
-            outside = [m for m in modules(file) if m.startswith("lm.") and not m.startswith("lm.data")]
-            jax = [m for m in modules(file) if m.split(".")[0] in ("jax", "jaxlib", "flax", "optax", "orbax")]
+            outside = [
+                m for m in modules(file) if m.startswith("lm.") and not m.startswith("lm.data")
+            ]
+            jax = [
+                m
+                for m in modules(file)
+                if m.split(".")[0] in ("jax", "jaxlib", "flax", "optax", "orbax")
+            ]
             assert not outside, (file, outside)
             assert not jax or file == "lm/data/loader.py", (file, jax)
 
 
 def test_the_package_needs_no_other_room_and_no_other_framework():
-    """experiments/ and the like import lm, never the other way; no torch outside what converts, no TensorFlow where training runs, no pickle."""
+    """experiments/ and the like import lm, never the other way; no torch outside what converts, no
+    TensorFlow where training runs, no pickle.
+    """
     for file in FILES:
         roots = {module.split(".")[0] for module in modules(file)}
-        assert not roots & {"experiments", "configs", "benchmarks", "tests", "pickle", "cloudpickle", "dill"}, (file, roots)
-        assert file.startswith("lm/hf/") or not roots & {"torch", "transformers", "safetensors"}, (file, roots)
+        assert not roots & {
+            "experiments",
+            "configs",
+            "benchmarks",
+            "tests",
+            "pickle",
+            "cloudpickle",
+            "dill",
+        }, (file, roots)
+        assert file.startswith("lm/hf/") or not roots & {"torch", "transformers", "safetensors"}, (
+            file,
+            roots,
+        )
         assert file == "lm/prepare.py" or "tensorflow" not in roots, file
 
 

@@ -12,7 +12,9 @@ from tests.test_tasks import write_task
 
 
 def test_likelihood_ratio():
-    """By the formula of PETAL, told again with loops; words that are likely everywhere, or nowhere, are none."""
+    """By the formula of PETAL, told again with loops; words that are likely everywhere, or nowhere,
+    are none.
+    """
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(6), 10)
     gold = np.array([0, 1] * 3 + [1] * 4)
@@ -21,12 +23,17 @@ def test_likelihood_ratio():
         positive, negative = p[gold == k], p[gold != k]
         for v in range(6):
             odds = lambda x: np.log(x) - np.log(1 - x)
-            wanted = len(negative) / len(positive) * sum(odds(x[v]) for x in positive) - sum(odds(x[v]) for x in negative)  # noqa: F821
+            wanted = len(negative) / len(positive) * sum(odds(x[v]) for x in positive) - sum(
+                odds(x[v]) for x in negative
+            )
             assert found[k, v] == pytest.approx(wanted)
     few = suggest.likelihood_ratio(np.log(p), gold, 2, most=2)
     for k in range(2):
         likeliest = np.argsort(-np.log(p[gold == k]).sum(axis=0))[:2]
-        assert set(np.flatnonzero(np.isfinite(few[k]))) == set(likeliest) and (few[k, likeliest] == found[k, likeliest]).all()
+        assert (
+            set(np.flatnonzero(np.isfinite(few[k]))) == set(likeliest)
+            and (few[k, likeliest] == found[k, likeliest]).all()
+        )
 
 
 def test_nearest():
@@ -47,7 +54,10 @@ class Words:
 
 
 def test_candidates_are_whole_words():
-    assert suggest.candidates(Words(["a", " cat", "cat", " c3", " é", " éa", " ", " x y"]), 8) == [1, 5]
+    assert suggest.candidates(Words(["a", " cat", "cat", " c3", " é", " éa", " ", " x y"]), 8) == [
+        1,
+        5,
+    ]
 
 
 @pytest.fixture(name="trained")
@@ -67,9 +77,16 @@ def test_the_words_that_were_trained_are_suggested(trained):
     config, run = trained
     train.train(config, epath.Path(run), jax.devices()[:1])
     found = suggest.suggest(config, epath.Path(run), jax.devices()[:1], "t", 48, 3)
-    assert list(found) == list(COLOURS) and all(len(words) == 3 for kinds in found.values() for words in kinds.values())
-    assert all(kinds["likelihood ratio"][0] == kinds["nearest"][0] == f" {label}" for label, kinds in found.items()), found
+    assert list(found) == list(COLOURS) and all(
+        len(words) == 3 for kinds in found.values() for words in kinds.values()
+    )
+    assert all(
+        kinds["likelihood ratio"][0] == kinds["nearest"][0] == f" {label}"
+        for label, kinds in found.items()
+    ), found
     with pytest.raises(ValueError, match=r"--eval=rest: wanted one of \['t'\]"):
         suggest.suggest(config, epath.Path(run), jax.devices()[:1], "rest", 48, 3)
-    with pytest.raises(ValueError, match="config.evals.t.temperature_examples = 1000, but there are 64 examples"):
+    with pytest.raises(
+        ValueError, match="config.evals.t.temperature_examples = 1000, but there are 64 examples"
+    ):
         suggest.suggest(config, epath.Path(run), jax.devices()[:1], "t", 1000, 3)

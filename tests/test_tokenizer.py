@@ -8,31 +8,68 @@ from etils import epath
 
 from lm.data import tokenizer as tokenizers
 
-TEXTS = ["def f(x):\n    return  x + 1\n\n\nclass A:\n\tpass\n", "The quick  brown fox; the lazy dog. café naïve"] * 20
-TRICKY = ["", " ", "  a   b  ", "\n", "\n\n\n", " \n ", "\t\tx\t", "a\r\nb\r", "\x00", "a\x00b", "".join(map(chr, range(128))), "\x7f\x85\xa0", "é€漢😀👩‍👩‍👧",
-          "e\u0301 é ﬁ Ⅳ ①", "\u2028\u2029\ufeff\u200b", "\ufffd ⁇ ▅", "<s> </s> <unk> <0x0A>", "a\u00a0b\u3000c", "אב \u202eabc", "\U0010ffff"]
+TEXTS = [
+    "def f(x):\n    return  x + 1\n\n\nclass A:\n\tpass\n",
+    "The quick  brown fox; the lazy dog. café naïve",
+] * 20
+TRICKY = [
+    "",
+    " ",
+    "  a   b  ",
+    "\n",
+    "\n\n\n",
+    " \n ",
+    "\t\tx\t",
+    "a\r\nb\r",
+    "\x00",
+    "a\x00b",
+    "".join(map(chr, range(128))),
+    "\x7f\x85\xa0",
+    "é€漢😀👩‍👩‍👧",
+    "e\u0301 é ﬁ Ⅳ ①",
+    "\u2028\u2029\ufeff\u200b",
+    "\ufffd ⁇ ▅",
+    "<s> </s> <unk> <0x0A>",
+    "a\u00a0b\u3000c",
+    "אב \u202eabc",
+    "\U0010ffff",
+]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    return tokenizers.train_sentencepiece(TEXTS, 320, epath.Path(tmp_path_factory.mktemp("tokenizer")) / "a.model")
+    return tokenizers.train_sentencepiece(
+        TEXTS, 320, epath.Path(tmp_path_factory.mktemp("tokenizer")) / "a.model"
+    )
 
 
 @pytest.fixture(params=["bytes", "sentencepiece"])
 def tokenizer(request):
-    return tokenizers.ByteTokenizer() if request.param == "bytes" else request.getfixturevalue("trained")
+    return (
+        tokenizers.ByteTokenizer()
+        if request.param == "bytes"
+        else request.getfixturevalue("trained")
+    )
 
 
 def test_round_trip(tokenizer):
     rng = random.Random(0)
-    noise = ["".join(rng.choice(" \n\t\0ab.é漢😀\u2028") for _ in range(rng.randint(1, 40))) for _ in range(200)]
+    noise = [
+        "".join(rng.choice(" \n\t\0ab.é漢😀\u2028") for _ in range(rng.randint(1, 40)))
+        for _ in range(200)
+    ]
     for text in TRICKY + TEXTS + noise:
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and all(0 <= i < tokenizer.vocab_size for i in ids), text
+        assert tokenizer.decode(ids) == text and all(0 <= i < tokenizer.vocab_size for i in ids), (
+            text
+        )
 
 
 def test_encode_adds_no_special_ids(tokenizer):
-    assert len({tokenizer.bos_id, tokenizer.eos_id}) == 2 and max(tokenizer.bos_id, tokenizer.eos_id) < tokenizer.vocab_size
+    assert (
+        len({tokenizer.bos_id, tokenizer.eos_id}) == 2
+        and max(tokenizer.bos_id, tokenizer.eos_id) < tokenizer.vocab_size
+    )
     for text in TRICKY + TEXTS:
         assert not {tokenizer.bos_id, tokenizer.eos_id} & set(tokenizer.encode(text)), text
     ids = tokenizer.encode("fox")
@@ -44,13 +81,20 @@ def test_save_and_load(tokenizer, tmp_path):
     loaded = tokenizers.load(tmp_path)
     for field in ("fingerprint", "vocab_size", "bos_id", "eos_id"):
         assert getattr(loaded, field) == getattr(tokenizer, field)
-    assert [loaded.encode(t) for t in TRICKY] == [tokenizer.encode(t) for t in TRICKY] == tokenizer.encode_batch(TRICKY) == loaded.encode_batch(tuple(TRICKY))
+    assert (
+        [loaded.encode(t) for t in TRICKY]
+        == [tokenizer.encode(t) for t in TRICKY]
+        == tokenizer.encode_batch(TRICKY)
+        == loaded.encode_batch(tuple(TRICKY))
+    )
 
 
 def test_pieces_never_cross_a_newline(trained):
     newline = trained.encode("\n")
     assert len(newline) == 1
-    assert trained.encode("fox\n    return") == trained.encode("fox") + newline + trained.encode("    return")
+    assert trained.encode("fox\n    return") == trained.encode("fox") + newline + trained.encode(
+        "    return"
+    )
 
 
 def test_training_is_deterministic_and_cached(trained, tmp_path, monkeypatch):
@@ -59,14 +103,23 @@ def test_training_is_deterministic_and_cached(trained, tmp_path, monkeypatch):
     assert again.fingerprint == trained.fingerprint and again.vocab_size == 320
     assert [p.name for p in cache.parent.iterdir()] == ["b.model"]  # no leftovers
     # From the cache: no texts are read.
-    assert tokenizers.train_sentencepiece(iter(lambda: 1 / 0, 0), 320, cache).fingerprint == trained.fingerprint
-    other = tokenizers.train_sentencepiece([*TEXTS, "zebra zebra zebra zebra"], 320, epath.Path(tmp_path) / "c.model")
+    assert (
+        tokenizers.train_sentencepiece(iter(lambda: 1 / 0, 0), 320, cache).fingerprint
+        == trained.fingerprint
+    )
+    other = tokenizers.train_sentencepiece(
+        [*TEXTS, "zebra zebra zebra zebra"], 320, epath.Path(tmp_path) / "c.model"
+    )
     assert other.fingerprint != trained.fingerprint
 
 
 def test_pieces_come_from_the_given_text(trained):
     processor = sentencepiece.SentencePieceProcessor(model_proto=trained._model)
-    pieces = [processor.id_to_piece(i) for i in range(trained.vocab_size) if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))]
+    pieces = [
+        processor.id_to_piece(i)
+        for i in range(trained.vocab_size)
+        if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))
+    ]
     assert len(pieces) == 320 - 256 - 3
     assert all(any(p.replace("▁", " ") in text for text in TEXTS) for p in pieces)
     assert len(trained.encode(TEXTS[1])) < 0.8 * len(TEXTS[1])  # and they are put to use
@@ -92,7 +145,14 @@ def test_what_is_not_a_tokenizer(tmp_path):
 
 
 def test_a_model_without_bos_or_eos(tmp_path):
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "m"), model_type="bpe", vocab_size=300,
-                                             byte_fallback=True, bos_id=-1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "m"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        bos_id=-1,
+        minloglevel=2,
+    )
     with pytest.raises(ValueError, match="no BOS or EOS"):
         tokenizers.load(tmp_path / "m.model")

@@ -1,4 +1,6 @@
-"""A run as a whole: its directory, what may change when it goes on, what it refuses, non-finite steps, evals. Also helpers for other files."""
+"""A run as a whole: its directory, what may change when it goes on, what it refuses, non-finite
+steps, evals. Also helpers for other files.
+"""
 
 import dataclasses
 import functools
@@ -24,16 +26,37 @@ PNG = b"\x89PNG\r\n\x1a\n"
 CLOCK = ("tokens_per_second", "mfu", "seconds", "goodput")  # what two runs never share
 VERBALIZER = {colour: (" " + colour,) for colour in COLOURS}
 
-# What is compiled once, however many runs: an Experiment holds nothing that changes, and jax.jit knows a function that it has seen.
+# What is compiled once, however many runs: an Experiment holds nothing that changes, and jax.jit
+# knows a function that it has seen.
 _EXPERIMENTS = {}
-_EVAL_STEPS = [(module, name, functools.cache(getattr(module, name))) for module, name in
-               [(step_lib, "make_token_logprobs"), (step_lib, "make_tree_logprobs"), (decode, "make_generate")]]
+_EVAL_STEPS = [
+    (module, name, functools.cache(getattr(module, name)))
+    for module, name in [
+        (step_lib, "make_token_logprobs"),
+        (step_lib, "make_tree_logprobs"),
+        (decode, "make_generate"),
+    ]
+]
 
 
 def build_once(config, devices, *, training=True, real=build.build):
-    """`build.build`, which compiles nothing twice. The key is all that compiled programs depend on."""
-    free = ("evals.", "checkpoint.", "data.source", "data.cache_dir", "train.log_every", "init_from")
-    key = json.dumps([{k: v for k, v in config_lib.flatten(config).items() if not k.startswith(free)}, [d.id for d in devices]])
+    """`build.build`, which compiles nothing twice. The key is all that compiled programs depend
+    on.
+    """
+    free = (
+        "evals.",
+        "checkpoint.",
+        "data.source",
+        "data.cache_dir",
+        "train.log_every",
+        "init_from",
+    )
+    key = json.dumps(
+        [
+            {k: v for k, v in config_lib.flatten(config).items() if not k.startswith(free)},
+            [d.id for d in devices],
+        ]
+    )
     if key not in _EXPERIMENTS:
         _EXPERIMENTS[key] = real(config, devices, training=training)
     documents = build.documents(config, config.data.split) if training else None
@@ -42,9 +65,14 @@ def build_once(config, devices, *, training=True, real=build.build):
 
 @pytest.fixture(autouse=True, name="quick")
 def _quick(monkeypatch, tmp_path_factory):
-    """Runs in half a second: programs are compiled fast and once, also by subprocesses, and the curves are not drawn (`quick()` draws them)."""
-    options = {"jax_disable_most_optimizations": True, "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "xla"),
-               "jax_persistent_cache_min_compile_time_secs": 0.0}
+    """Runs in half a second: programs are compiled fast and once, also by subprocesses, and the
+    curves are not drawn (`quick()` draws them).
+    """
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     for name, value in options.items():
         monkeypatch.setenv(name.upper(), str(value))
         jax.config.update(name, value)
@@ -54,13 +82,19 @@ def _quick(monkeypatch, tmp_path_factory):
     draw = metrics.plot_curves
     monkeypatch.setattr(metrics, "plot_curves", lambda lines: PNG)
     yield lambda: monkeypatch.setattr(metrics, "plot_curves", draw)
-    for name, value in {"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}.items():
+    for name, value in {
+        "jax_disable_most_optimizations": False,
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }.items():
         jax.config.update(name, value)
 
 
 @pytest.fixture(name="small")
 def _small(tiny, tmp_path_factory):
-    """`tiny`, unlocked, with one layer, and with one corpus for all tests, since documents are named by their file."""
+    """`tiny`, unlocked, with one layer, and with one corpus for all tests, since documents are
+    named by their file.
+    """
     path = tmp_path_factory.getbasetemp() / "corpus.jsonl"
     if not path.exists():
         write_corpus(path)
@@ -76,7 +110,10 @@ def go(config, run, devices=1):
 
 def read_lines(run):
     """The lines of metrics.jsonl, without what depends on the clock."""
-    return [{k: v for k, v in json.loads(line).items() if not any(word in k for word in CLOCK)} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if not any(word in k for word in CLOCK)}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def without_clock(values):
@@ -88,10 +125,16 @@ def arrays(run, step):
     checkpointer = checkpoint.Checkpointer(epath.Path(run) / "checkpoints", keep=99)
     stored = checkpointer._manager.item_metadata(step).state.tree
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one) for path, leaf in stored.items()}
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+        for path, leaf in stored.items()
+    }
     state, meta = checkpointer.restore(step, abstract)
     checkpointer.close()
-    return {path: (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()) for path, leaf in state.items()}, meta
+    return {
+        path: (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes())
+        for path, leaf in state.items()
+    }, meta
 
 
 def artifacts(run):
@@ -99,9 +142,13 @@ def artifacts(run):
 
 
 def assert_same_run(run, reference, step):
-    """Bit-equal: all arrays of the state, stream states, figures under way, every line of the metrics, predictions."""
+    """Bit-equal: all arrays of the state, stream states, figures under way, every line of the
+    metrics, predictions.
+    """
     (state, meta), (state0, meta0) = arrays(run, step), arrays(reference, step)
-    assert [path for path in state0 if state.get(path) != state0[path]] == [] and state.keys() == state0.keys()
+    assert [
+        path for path in state0 if state.get(path) != state0[path]
+    ] == [] and state.keys() == state0.keys()
     for key in (meta.keys() | meta0.keys()) - {"config"}:
         assert meta[key] == meta0[key], key
     ours, theirs = read_lines(run), read_lines(reference)
@@ -110,7 +157,11 @@ def assert_same_run(run, reference, step):
 
 
 def snapshot(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
 
 
 _FINISHED = {}
@@ -118,7 +169,9 @@ _FINISHED = {}
 
 @pytest.fixture
 def finished(small, tmp_path, tmp_path_factory):
-    """(config, run directory) of a run with all kinds of evals that has ended: a copy, to do with as one likes."""
+    """(config, run directory) of a run with all kinds of evals that has ended: a copy, to do with
+    as one likes.
+    """
     small.update(dict(checkpoint=dict(every=2, keep=9)))
     small.evals.first = config_lib.perplexity(every=2, batch_size=8)
     small.evals.second = config_lib.classification(VERBALIZER, every=3, batch_size=8)
@@ -138,13 +191,32 @@ def test_run_directory_is_complete(small, tmp_path, quick):
     small.evals.validation = config_lib.perplexity(every=3, batch_size=8)
     run = tmp_path / "run"
     returned = go(small.lock(), run)
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "curves.png", "samples.md", "predictions", "tokenizer", "checkpoints",
-                                               "confusion-labels.png", "reliability-labels.png", "tensorboard"}
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "curves.png",
+        "samples.md",
+        "predictions",
+        "tokenizer",
+        "checkpoints",
+        "confusion-labels.png",
+        "reliability-labels.png",
+        "tensorboard",
+    }
     assert json.loads((run / "config.json").read_text()) == json.loads(json.dumps(small.to_dict()))
-    assert (run / "curves.png").read_bytes().startswith(PNG) and (run / "confusion-labels.png").read_bytes().startswith(PNG)
+    assert (run / "curves.png").read_bytes().startswith(PNG) and (
+        run / "confusion-labels.png"
+    ).read_bytes().startswith(PNG)
     assert tokenizers.load(run / "tokenizer").fingerprint == "bytes-1"
-    assert [line for line in (run / "samples.md").read_text().splitlines() if line.startswith("## ")] == ["## Step 3", "## Step 6"]
-    assert sorted(p.name for p in (run / "predictions").iterdir()) == ["labels-3.jsonl", "labels-6.jsonl", "labels-priors-3.json", "labels-priors-6.json"]
+    assert [
+        line for line in (run / "samples.md").read_text().splitlines() if line.startswith("## ")
+    ] == ["## Step 3", "## Step 6"]
+    assert sorted(p.name for p in (run / "predictions").iterdir()) == [
+        "labels-3.jsonl",
+        "labels-6.jsonl",
+        "labels-priors-3.json",
+        "labels-priors-6.json",
+    ]
     assert len((run / "predictions" / "labels-6.jsonl").read_text().splitlines()) == 16
     assert checkpoint.steps(epath.Path(run / "checkpoints")) == [6]
 
@@ -152,10 +224,21 @@ def test_run_directory_is_complete(small, tmp_path, quick):
     trained = [line for line in every if "train/loss" in line]
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
     for line in trained:
-        assert line.keys() >= {"train/loss", "train/grad_norm", "train/update_norm", "train/updates_lost", "train/learning_rate", "train/skipped_steps",
-                               "train/batch_hash", "train/tokens_per_second"}
+        assert line.keys() >= {
+            "train/loss",
+            "train/grad_norm",
+            "train/update_norm",
+            "train/updates_lost",
+            "train/learning_rate",
+            "train/skipped_steps",
+            "train/batch_hash",
+            "train/tokens_per_second",
+        }
     assert len({line["train/batch_hash"] for line in trained}) == 6
-    for name, wanted in {"labels": {"accuracy", "nll", "ece", "macro_f1"}, "validation": {"loss", "bits_per_byte", "perplexity"}}.items():
+    for name, wanted in {
+        "labels": {"accuracy", "nll", "ece", "macro_f1"},
+        "validation": {"loss", "bits_per_byte", "perplexity"},
+    }.items():
         found = [line for line in every if any(key.startswith(f"eval/{name}/") for key in line)]
         assert [line["step"] for line in found] == [3, 6]
         assert all(line.keys() >= {f"eval/{name}/{key}" for key in wanted} for line in found)
@@ -171,8 +254,12 @@ def test_where_the_time_goes(small, tmp_path):
     lines = [line for line in lines if "train/goodput" in line]
     lost = ("first_step", "data", "evals", "checkpoints")
     for before, line in zip(lines, lines[1:]):
-        assert 0 < line["train/goodput"] < 1 and all(line[f"train/seconds_{what}"] >= before[f"train/seconds_{what}"] for what in lost)
-    assert all(lines[-1][f"train/seconds_{what}"] > 0 for what in ("first_step", "evals", "checkpoints"))
+        assert 0 < line["train/goodput"] < 1 and all(
+            line[f"train/seconds_{what}"] >= before[f"train/seconds_{what}"] for what in lost
+        )
+    assert all(
+        lines[-1][f"train/seconds_{what}"] > 0 for what in ("first_step", "evals", "checkpoints")
+    )
 
 
 def test_profile(small, tmp_path):
@@ -192,7 +279,9 @@ def test_logged_means_are_over_the_interval(small, tmp_path):
     each, fourth = read_lines(tmp_path / "each"), read_lines(tmp_path / "fourth")
     assert [line["step"] for line in fourth] == [4, 6]
     norms = [line["train/grad_norm"] for line in each]
-    assert [line["train/grad_norm"] for line in fourth] == pytest.approx([np.mean(norms[:4]), np.mean(norms[4:])], rel=1e-12)
+    assert [line["train/grad_norm"] for line in fourth] == pytest.approx(
+        [np.mean(norms[:4]), np.mean(norms[4:])], rel=1e-12
+    )
     assert fourth[0]["train/batch_hash"] == each[3]["train/batch_hash"]
 
 
@@ -206,8 +295,15 @@ def test_finished_run_started_again_changes_nothing(finished, monkeypatch):
     assert all(name.startswith("tensorboard/") for name in changed), changed
 
 
-@pytest.mark.parametrize("change", [{"optimizer.learning_rate": 0.5}, {"seed": 7, "train.accumulation": 2}, {"data.packing": "concat_then_split"},
-                                    {"model.embed_dim": 16}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer.learning_rate": 0.5},
+        {"seed": 7, "train.accumulation": 2},
+        {"data.packing": "concat_then_split"},
+        {"model.embed_dim": 16},
+    ],
+)
 def test_run_directory_of_another_config_is_refused(finished, change):
     config, run = finished
     before, old = snapshot(run), config_lib.flatten(config)
@@ -235,15 +331,26 @@ def test_what_may_change_when_a_run_goes_on(finished):
     with config.unlocked():
         del config.evals["second"]
         config.evals.other = config_lib.perplexity(every=1, batch_size=4, max_documents=3)
-    config.update_from_flattened_dict({"train.length": "8 steps", "train.log_every": 2, "train.nonfinite": "skip", "checkpoint.every": 1,
-                                       "checkpoint.keep": 1, "evals.first.every": 1, "model.remat": "full", "mesh.data": -1})
+    config.update_from_flattened_dict(
+        {
+            "train.length": "8 steps",
+            "train.log_every": 2,
+            "train.nonfinite": "skip",
+            "checkpoint.every": 1,
+            "checkpoint.keep": 1,
+            "evals.first.every": 1,
+            "model.remat": "full",
+            "mesh.data": -1,
+        }
+    )
     values = go(config, run)
     assert values["step"] == 8 and checkpoint.steps(epath.Path(run / "checkpoints")) == [8]
     lines = read_lines(run)
-    assert lines[:len(kept)] == kept
-    new = lines[len(kept):]
+    assert lines[: len(kept)] == kept
+    new = lines[len(kept) :]
     assert [line["step"] for line in new if "train/loss" in line] == [8]
-    assert [line["step"] for line in new if "eval/other/loss" in line] == [6, 7, 8]  # new, and due at the step that it starts from
+    # new, and due at the step that it starts from
+    assert [line["step"] for line in new if "eval/other/loss" in line] == [6, 7, 8]
     assert [line["step"] for line in new if "eval/first/loss" in line] == [7, 8]
     assert json.loads((run / "config.json").read_text())["train"]["length"] == "8 steps"
 
@@ -252,7 +359,9 @@ def test_shorter_than_the_restored_step_is_refused(finished):
     config, run = finished
     before = snapshot(run)
     config.train.length = "5 steps"
-    with pytest.raises(ValueError, match=r"is at step 6, past config.train.length = '5 steps' \(5 steps\)"):
+    with pytest.raises(
+        ValueError, match=r"is at step 6, past config.train.length = '5 steps' \(5 steps\)"
+    ):
         go(config, run)
     assert snapshot(run) == before
 
@@ -283,8 +392,16 @@ def test_best_names_a_metric_of_an_eval(small, tmp_path):
 def test_init_from_takes_the_weights_only(finished, tmp_path):
     config, source = finished
     before = snapshot(source)
-    # With a learning rate of 0 the weights are still those of the source at the end, and the rest of the state is new.
-    config.update_from_flattened_dict({"init_from": str(source), "optimizer.learning_rate": 0.0, "train.length": "3 steps", "seed": 5})
+    # With a learning rate of 0 the weights are still those of the source at the end, and the rest
+    # of the state is new.
+    config.update_from_flattened_dict(
+        {
+            "init_from": str(source),
+            "optimizer.learning_rate": 0.0,
+            "train.length": "3 steps",
+            "seed": 5,
+        }
+    )
     with config.unlocked():
         config.evals = {}
     go(config, tmp_path / "new")
@@ -302,7 +419,9 @@ def test_init_from_takes_the_weights_only(finished, tmp_path):
 
 def test_init_from_checks_the_tokenizer(finished, tmp_path):
     config, source = finished
-    config.update_from_flattened_dict({"init_from": str(source), "tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 280})
+    config.update_from_flattened_dict(
+        {"init_from": str(source), "tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 280}
+    )
     with pytest.raises(ValueError, match=r"(?s)bytes-1.*sentencepiece-[0-9a-f]{16}"):
         go(config, tmp_path / "new")
     with pytest.raises(ValueError, match=r"(?s)bytes-1.*sentencepiece-[0-9a-f]{16}"):
@@ -318,21 +437,44 @@ def test_init_from_nothing(small, tmp_path):
 
 def test_evaluate_reproduces_the_evals_of_the_run(finished, tmp_path):
     config, run = finished
-    wanted = {key: value for line in read_lines(run) if line["step"] == 6 for key, value in line.items() if key.startswith("eval/")}
+    wanted = {
+        key: value
+        for line in read_lines(run)
+        if line["step"] == 6
+        for key, value in line.items()
+        if key.startswith("eval/")
+    }
     before = artifacts(run)
     found = train.evaluate(config, epath.Path(run), jax.devices()[:1])
     assert found == wanted and len(found) > 10
     assert artifacts(run) == before  # the same predictions and samples again
     saved = json.loads((run / "eval-6.json").read_text())
-    assert saved["step"] == 6 and {key: value for key, value in saved.items() if key.startswith("eval/")} == wanted
-    assert saved["versions"]["jax"] == jax.__version__ and saved["tokenizer"] == "bytes-1" and saved["config"]["evals"].keys() == saved["evals"].keys()
-    assert saved["evals"]["second"]["fingerprint"] and saved["evals"]["second"]["examples"] == wanted["eval/second/examples"]
+    assert (
+        saved["step"] == 6
+        and {key: value for key, value in saved.items() if key.startswith("eval/")} == wanted
+    )
+    assert (
+        saved["versions"]["jax"] == jax.__version__
+        and saved["tokenizer"] == "bytes-1"
+        and saved["config"]["evals"].keys() == saved["evals"].keys()
+    )
+    assert (
+        saved["evals"]["second"]["fingerprint"]
+        and saved["evals"]["second"]["examples"] == wanted["eval/second/examples"]
+    )
     report = (run / "eval-6.md").read_text()
-    accuracy, low, high = (f"{wanted[f'eval/second/accuracy{end}']:.4f}" for end in ("", "_low", "_high"))
-    assert f"| accuracy | {accuracy} | {low} to {high} |" in report and "| accuracy_low |" not in report
+    accuracy, low, high = (
+        f"{wanted[f'eval/second/accuracy{end}']:.4f}" for end in ("", "_low", "_high")
+    )
+    assert (
+        f"| accuracy | {accuracy} | {low} to {high} |" in report
+        and "| accuracy_low |" not in report
+    )
     config.init_from = str(run)
     assert train.evaluate(config, epath.Path(tmp_path / "elsewhere"), jax.devices()[:1]) == wanted
-    assert (tmp_path / "elsewhere" / "predictions" / "second-6.jsonl").read_bytes() == before["second-6.jsonl"]
+    assert (tmp_path / "elsewhere" / "predictions" / "second-6.jsonl").read_bytes() == before[
+        "second-6.jsonl"
+    ]
 
 
 def test_evaluate_needs_no_training_data(finished, tmp_path):
@@ -346,26 +488,52 @@ source = {{ path = "{tmp_path}/t.jsonl" }}''')
         config.data.source_args.path = "nowhere"
         config.evals = dict(t=config_lib.task(str(tmp_path / "t.toml")))
         config.init_from = str(run)
-    assert train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1])["eval/t/examples"] == 2
+    assert (
+        train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1])["eval/t/examples"]
+        == 2
+    )
     with pytest.raises(ValueError, match="no file at nowhere"):
         go(config, tmp_path / "train")
 
 
 def test_evaluate_other_checkpoints(finished, tmp_path):
     config, run = finished
-    there = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    there = sorted(
+        int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()
+    )
     assert len(there) > 1
-    losses = {line["step"]: line["eval/first/loss"] for line in read_lines(run) if "eval/first/loss" in line}
+    losses = {
+        line["step"]: line["eval/first/loss"]
+        for line in read_lines(run)
+        if "eval/first/loss" in line
+    }
     found = train.evaluate(config, epath.Path(run), jax.devices()[:1], "all")
     each = {step: json.loads((run / f"eval-{step}.json").read_text()) for step in there}
-    assert {step: one["eval/first/loss"] for step, one in each.items()} == {step: losses[step] for step in there} and len(set(losses.values())) > 1
-    assert found["eval/first/loss"] == losses[there[-1]] and (run / "eval-curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert {step: one["eval/first/loss"] for step, one in each.items()} == {
+        step: losses[step] for step in there
+    } and len(set(losses.values())) > 1
+    assert (
+        found["eval/first/loss"] == losses[there[-1]]
+        and (run / "eval-curves.png").read_bytes()[:4] == b"\x89PNG"
+    )
     config.init_from = str(run)
-    assert train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))["eval/first/loss"] == losses[there[0]]
+    assert (
+        train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))[
+            "eval/first/loss"
+        ]
+        == losses[there[0]]
+    )
     for steps in ("1000", f"{there[0]},x", "newest"):
-        with pytest.raises(ValueError, match=rf"--steps={steps}: .* has checkpoints of the steps \[{there[0]}, .*wanted some of them, with commas, or all"):
+        with pytest.raises(
+            ValueError,
+            match=rf"--steps={steps}: .* has checkpoints of the steps \[{there[0]}, .*wanted some of them, with commas, or all",  # noqa: E501
+        ):
             train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], steps)
-    damaged = next(path for path in (run / "checkpoints" / str(there[0])).rglob("*") if path.is_file() and "manifest" in path.name)
+    damaged = next(
+        path
+        for path in (run / "checkpoints" / str(there[0])).rglob("*")
+        if path.is_file() and "manifest" in path.name
+    )
     damaged.unlink()
     with pytest.raises(ValueError, match=f"no checkpoint of step {there[0]} that can be read"):
         train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))
@@ -381,7 +549,12 @@ def test_moving_average_is_what_is_evaluated(small, tmp_path):
     plain, ema = (pick(tmp_path / run, "eval/validation/loss") for run in ("plain", "ema"))
     # Training lowers the loss, and the average lags behind it.
     assert all(e > p for e, p in zip(ema, plain)) and ema[0] > ema[1]
-    assert train.evaluate(small, epath.Path(tmp_path / "ema"), jax.devices()[:1])["eval/validation/loss"] == ema[1]
+    assert (
+        train.evaluate(small, epath.Path(tmp_path / "ema"), jax.devices()[:1])[
+            "eval/validation/loss"
+        ]
+        == ema[1]
+    )
 
 
 def test_evals_do_not_depend_on_how_often(finished, tmp_path):
@@ -400,34 +573,44 @@ def test_samples_have_each_step_once_after_a_resume(finished):
     config, run = finished
     before = (run / "samples.md").read_bytes()
     assert before.count(b"## Step ") == 3
-    shutil.rmtree(run / "checkpoints" / "6")  # as if killed between the evals at step 6 and its checkpoint
+    # as if killed between the evals at step 6 and its checkpoint
+    shutil.rmtree(run / "checkpoints" / "6")
     go(config, run)
     assert (run / "samples.md").read_bytes() == before
 
 
 def test_samples_may_look_like_our_own_headings(small, tmp_path):
     # Markdown in the corpus: "## Step 1: install" and "## Step 9" are what a model then writes.
-    small.evals.samples = config_lib.samples(("a\n## Step 1: b", "\n## Step 9\n{step}"), every=3, max_new_tokens=4)
+    small.evals.samples = config_lib.samples(
+        ("a\n## Step 1: b", "\n## Step 9\n{step}"), every=3, max_new_tokens=4
+    )
     go(small, tmp_path / "run")
     text = (tmp_path / "run" / "samples.md").read_text()
     assert [text.count(part) for part in ("## Step 1: b⟫", "## Step 9\n", "{step}⟫")] == [2, 2, 2]
-    assert [line for line in text.splitlines() if line in ("## Step 3", "## Step 6")] == ["## Step 3", "## Step 6"]
+    assert [line for line in text.splitlines() if line in ("## Step 3", "## Step 6")] == [
+        "## Step 3",
+        "## Step 6",
+    ]
 
 
 def break_writes(monkeypatch, name):
     """Files with `name` in theirs are written in part, and then the disk is full."""
     kind = type(epath.Path("."))
     for method in ("write_bytes", "write_text"):
+
         def write(path, content, real=getattr(kind, method)):
             if name not in path.name:
                 return real(path, content)
             real(path, content[:2])
             raise OSError(28, "No space left on device")
+
         monkeypatch.setattr(kind, method, write)
 
 
 def test_samples_of_earlier_steps_survive_a_failed_write(tmp_path, monkeypatch):
-    write = lambda step: train.write_artifact(epath.Path(tmp_path), Artifact("samples.md", "## Step {step}\n\ntext\n", append=True), step)
+    write = lambda step: train.write_artifact(
+        epath.Path(tmp_path), Artifact("samples.md", "## Step {step}\n\ntext\n", append=True), step
+    )
     write(1)
     before = (tmp_path / "samples.md").read_text()
     break_writes(monkeypatch, "samples")
@@ -465,7 +648,9 @@ def make_loss(**arguments):
 
 @pytest.fixture
 def poisoned(small, tmp_path, tmp_path_factory, monkeypatch):
-    """A config whose run meets a batch that gives NaN; (config, the batches' hashes, which of them are bad)."""
+    """A config whose run meets a batch that gives NaN; (config, the batches' hashes, which of them
+    are bad).
+    """
     (tmp_path / "bad_objective.py").write_text(BAD_OBJECTIVE)
     monkeypatch.syspath_prepend(str(tmp_path))
     small.objective.type = "bad_objective"
@@ -474,7 +659,12 @@ def poisoned(small, tmp_path, tmp_path_factory, monkeypatch):
     path = tmp_path_factory.getbasetemp() / "poisoned.jsonl"
     small.data.source_args.path = str(path)
     for number in range(48):  # one that comes neither at once nor late
-        path.write_text("".join(json.dumps(d | {"text": d["text"] + "\x01"} if i == number else d) + "\n" for i, d in enumerate(documents)))
+        path.write_text(
+            "".join(
+                json.dumps(d | {"text": d["text"] + "\x01"} if i == number else d) + "\n"
+                for i, d in enumerate(documents)
+            )
+        )
         loader = build.build(small, jax.devices()[:1]).make_loader()
         batches = [next(loader) for _ in range(10)]
         loader.close()
@@ -491,7 +681,10 @@ def test_nonfinite_halts_with_the_last_good_state(poisoned, tmp_path, every):
     config.checkpoint.every = every
     run = tmp_path / "run"
     for _ in range(2):  # started again, it meets the same batch
-        with pytest.raises(train.NonFinite, match=rf"^step {first} is not finite: loss nan.*hash {hashes[first - 1]}"):
+        with pytest.raises(
+            train.NonFinite,
+            match=rf"^step {first} is not finite: loss nan.*hash {hashes[first - 1]}",
+        ):
             go(config, run)
         assert max(checkpoint.steps(epath.Path(run / "checkpoints"))) == first - 1
         assert [line["step"] for line in read_lines(run)] == list(range(1, first))
@@ -514,14 +707,18 @@ def test_nonfinite_state_is_that_of_the_step_before(poisoned, tmp_path):
     config.checkpoint.every = good
     with pytest.raises(train.NonFinite):
         go(config, tmp_path / "saving")
-    state0, meta0 = arrays(tmp_path / "saving", good)  # saved by its cadence, before the bad batch was seen
-    assert {k: v for k, v in state.items() if k != "halted"} == {k: v for k, v in state0.items() if k != "halted"}
+    # saved by its cadence, before the bad batch was seen
+    state0, meta0 = arrays(tmp_path / "saving", good)
+    assert {k: v for k, v in state.items() if k != "halted"} == {
+        k: v for k, v in state0.items() if k != "halted"
+    }
     assert meta["streams"] == meta0["streams"]
 
 
 def test_progress_shows_a_step_without_a_loss(poisoned, tmp_path, monkeypatch, capsys):
     config, _, bad = poisoned
-    monkeypatch.setattr(metrics.Progress.__init__, "__defaults__", (0.0,))  # every line, as on a terminal
+    # every line, as on a terminal
+    monkeypatch.setattr(metrics.Progress.__init__, "__defaults__", (0.0,))
     config.train.nonfinite = "skip"
     go(config, tmp_path / "run")
     assert f"step {bad.index(True) + 2}/10" in capsys.readouterr().err

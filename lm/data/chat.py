@@ -1,4 +1,6 @@
-"""Chat templates: a conversation as the text that an instruction-tuned model was trained on. They are Jinja, and run in its sandbox."""
+"""Chat templates: a conversation as the text that an instruction-tuned model was trained on. They
+are Jinja, and run in its sandbox.
+"""
 
 import datetime
 import json
@@ -17,7 +19,13 @@ def template(tokenizer: Tokenizer) -> str | None:
     return found
 
 
-def render(source: str, messages: Sequence[Mapping[str, str]], *, tokens: Mapping[str, str | None], add_generation_prompt: bool = True) -> str:
+def render(
+    source: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    tokens: Mapping[str, str | None],
+    add_generation_prompt: bool = True,
+) -> str:
     """The conversation, up to where the model is to answer with `add_generation_prompt`.
 
     Args:
@@ -35,11 +43,20 @@ def render(source: str, messages: Sequence[Mapping[str, str]], *, tokens: Mappin
 
     def refuse(message):
         raise jinja2.exceptions.TemplateError(message)
-    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form))
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(
+        x, ensure_ascii=False, indent=indent
+    )
+    environment.globals |= dict(
+        raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form)
+    )
     try:
-        return environment.from_string(source).render(messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens)
+        return environment.from_string(source).render(
+            messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
+        )
     except jinja2.exceptions.TemplateError as error:
         raise ValueError(f"the chat template fails: {error}") from None
 
@@ -48,4 +65,8 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str | None]:
     """bos_token, eos_token and so on, as tokenizer_config.json spells them."""
     about = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     text = lambda token: token.get("content") if isinstance(token, dict) else token
-    return {name: text(token) for name, token in about.items() if name.endswith("_token") and isinstance(text(token), str)}
+    return {
+        name: text(token)
+        for name, token in about.items()
+        if name.endswith("_token") and isinstance(text(token), str)
+    }

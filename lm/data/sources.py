@@ -1,7 +1,8 @@
-"""Where documents come from. A source is a function `(split, **args) -> Documents`, named in the config by its dotted path.
+"""Where documents come from. A source is a function `(split, **args) -> Documents`, named in the
+config by its dotted path.
 
-Another corpus is another such function, anywhere importable: the config's `data.source` names it, `data.source_args` are its
-arguments.
+Another corpus is another such function, anywhere importable: the config's `data.source` names it,
+`data.source_args` are its arguments.
 """
 
 import dataclasses
@@ -23,7 +24,10 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """A split: random access to its documents, and the fingerprint of their content (or of what identifies it)."""
+    """A split: random access to its documents, and the fingerprint of their content (or of what
+    identifies it).
+    """
+
     items: Sequence[Document]
     fingerprint: str
 
@@ -55,8 +59,10 @@ def read_text(path: str) -> str:
     try:
         return epath.Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. Convert it, for instance "
-                         f"with iconv -f latin1 -t utf-8") from None
+        raise ValueError(
+            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. "
+            "Convert it, for instance with iconv -f latin1 -t utf-8"
+        ) from None
 
 
 def _is_text(value) -> bool:
@@ -69,16 +75,26 @@ def _is_text(value) -> bool:
 def files(paths: str) -> list[str]:
     """The files of a path or a glob pattern, sorted."""
     if not paths:
-        raise ValueError("config.data.source_args: no path given; set it, for instance --config.data.source_args.path=FILE")
-    found = sorted(str(p) for p in epath.Path(paths).parent.glob(epath.Path(paths).name)) if "://" in paths else sorted(glob.glob(paths))
+        raise ValueError(
+            "config.data.source_args: no path given; set it, for instance "
+            "--config.data.source_args.path=FILE"
+        )
+    found = (
+        sorted(str(p) for p in epath.Path(paths).parent.glob(epath.Path(paths).name))
+        if "://" in paths
+        else sorted(glob.glob(paths))
+    )
     if not found:
         raise ValueError(f"no file at {paths}")
     return found
 
 
 def read_jsonl(file: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSONL file. Raises ValueError, naming file and line, for a line that is none."""
-    for number, line in enumerate(read_text(file).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+    """(line number, object) of a JSONL file. Raises ValueError, naming file and line, for a line
+    that is none.
+    """
+    # not splitlines: JSON strings may hold U+2028
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -86,19 +102,26 @@ def read_jsonl(file: str) -> Iterator[tuple[int, dict]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}:{number} is not JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{file}:{number} is a {type(record).__name__}; wanted an object with keys")
+            raise ValueError(
+                f"{file}:{number} is a {type(record).__name__}; wanted an object with keys"
+            )
         yield number, record
 
 
 def _held_out(items: list, split: str, held_out: float) -> list:
     """The first 1 - held_out of a list for "train", the rest for "validation"."""
     if split not in ("train", "validation"):
-        raise ValueError(f"split {split!r}: this source has 'train' and 'validation' (the last config.data.source_args.held_out of it)")
+        raise ValueError(
+            f"split {split!r}: this source has 'train' and 'validation' (the last "
+            "config.data.source_args.held_out of it)"
+        )
     cut = int(len(items) * (1 - held_out))
     return items[:cut] if split == "train" else items[cut:]
 
 
-def text(split: str, *, path: str, held_out: float, separator: str = "", document_chars: int = 0) -> Documents:
+def text(
+    split: str, *, path: str, held_out: float, separator: str = "", document_chars: int = 0
+) -> Documents:
     """UTF-8 text files.
 
     Args:
@@ -106,35 +129,48 @@ def text(split: str, *, path: str, held_out: float, separator: str = "", documen
       path: a file or a glob pattern (gs:// too).
       held_out: share of the documents; of the characters, where the whole is one document.
       separator: what divides documents within a file; "" if each file is one.
-      document_chars: cuts what is longer into documents of so many characters, which are then shuffled; 0: no cutting.
+      document_chars: cuts what is longer into documents of so many characters, which are then
+        shuffled; 0: no cutting.
 
     Raises:
       ValueError: no file, no text, text that is not UTF-8, or an unknown split.
     """
-    texts = [(f"{file}:{i}", part) for file in files(path) for i, part in
-             enumerate(t for t in (read_text(file).split(separator) if separator else [read_text(file)]) if t)]
+    texts = [
+        (f"{file}:{i}", part)
+        for file in files(path)
+        for i, part in enumerate(
+            t for t in (read_text(file).split(separator) if separator else [read_text(file)]) if t
+        )
+    ]
     if len(texts) == 1:
         name, whole = texts[0]
         texts = [(name, "".join(_held_out(list(whole), split, held_out)))]
     else:
         texts = _held_out(texts, split, held_out)
     if document_chars:
-        texts = [(f"{name}+{i}", t[i:i + document_chars]) for name, t in texts for i in range(0, len(t), document_chars)]
+        texts = [
+            (f"{name}+{i}", t[i : i + document_chars])
+            for name, t in texts
+            for i in range(0, len(t), document_chars)
+        ]
     return _in_memory([Document(t, name, "") for name, t in texts], f"split {split!r} of {path}")
 
 
-def jsonl(split: str, *, path: str, held_out: float, text_key: str = "text", label_key: str = "") -> Documents:
+def jsonl(
+    split: str, *, path: str, held_out: float, text_key: str = "text", label_key: str = ""
+) -> Documents:
     """JSONL files, a document a line: {"text": ..., "label": ...}.
 
     Args:
-      split: "train", the first documents, or "validation", the last `held_out` of them. A path with "{split}" in it has a file
-        for each split instead, of any name.
+      split: "train", the first documents, or "validation", the last `held_out` of them. A path with
+        "{split}" in it has a file for each split instead, of any name.
       path: a file or a glob pattern (gs:// too).
       held_out: share of the documents.
       text_key, label_key: keys of the text and of the label; no label if "".
 
     Raises:
-      ValueError: no file, a line that is not such an object (file and line are named), not UTF-8, or an unknown split.
+      ValueError: no file, a line that is not such an object (file and line are named), not UTF-8,
+        or an unknown split.
     """
     documents = []
     for file in files(path.replace("{split}", split)):
@@ -143,8 +179,17 @@ def jsonl(split: str, *, path: str, held_out: float, text_key: str = "text", lab
                 if key not in record:
                     raise ValueError(f"{file}:{number} has no key {key!r}; it has {sorted(record)}")
             if not _is_text(record[text_key]):
-                raise ValueError(f"{file}:{number}: {text_key!r} is {record[text_key]!r:.60}; wanted a string that UTF-8 can hold")
-            documents.append(Document(record[text_key], f"{file}:{number}", str(record[label_key]) if label_key else ""))
+                raise ValueError(
+                    f"{file}:{number}: {text_key!r} is {record[text_key]!r:.60}; wanted a string "
+                    "that UTF-8 can hold"
+                )
+            documents.append(
+                Document(
+                    record[text_key],
+                    f"{file}:{number}",
+                    str(record[label_key]) if label_key else "",
+                )
+            )
     if "{split}" not in path:
         documents = _held_out(documents, split, held_out)
     return _in_memory(documents, f"split {split!r} of {path}")
@@ -180,12 +225,16 @@ class TfdsRecords(Sequence):
         return self._names[key][value] if key in self._names and value >= 0 else value
 
     def some(self, index: int, keys: Sequence[str]) -> dict:
-        """Those of a record's features that are wanted and there, not the others, which may be large."""
+        """Those of a record's features that are wanted and there, not the others, which may be
+        large.
+        """
         record = self._source[index]
         return {key: self.value(key, record[key]) for key in keys if key in record}
 
 
-def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) -> tuple[TfdsRecords, list]:
+def open_tfds(
+    split: str, name: str, data_dir: str, keys: Sequence[str] = ()
+) -> tuple[TfdsRecords, list]:
     """(the records of a split, what identifies them) of a TFDS data set prepared as ArrayRecord.
 
     Args:
@@ -198,17 +247,33 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
 
     folder = epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
     dataset, _, version = name.partition(":")
-    prepare = (f"Prepare it once, where TensorFlow is installed: pip install 'lm[prepare]', then tfds build {dataset} "
-               f"--file_format=array_record --data_dir={folder}")
+    prepare = (
+        "Prepare it once, where TensorFlow is installed: pip install 'lm[prepare]', then tfds "
+        f"build {dataset} --file_format=array_record --data_dir={folder}"
+    )
     root = folder / dataset
-    versions = sorted((p.name for p in root.iterdir() if (p / "dataset_info.json").exists()), key=_version_key) if root.exists() else []
+    versions = (
+        sorted(
+            (p.name for p in root.iterdir() if (p / "dataset_info.json").exists()), key=_version_key
+        )
+        if root.exists()
+        else []
+    )
     if not versions or (version and version not in versions):
-        raise ValueError(f"no prepared copy of {name!r} in {folder} ({f'versions there: {versions}' if versions else f'nothing at {root}'}). {prepare}")
+        raise ValueError(
+            f"no prepared copy of {name!r} in {folder} "
+            f"({f'versions there: {versions}' if versions else f'nothing at {root}'}). {prepare}"
+        )
     builder = tfds_.builder_from_directory(root / (version or versions[-1]))
     if builder.info.file_format.value != "array_record":
-        raise ValueError(f"{name!r} in {folder} was prepared as {builder.info.file_format.value}; training reads array_record. {prepare}")
+        raise ValueError(
+            f"{name!r} in {folder} was prepared as {builder.info.file_format.value}; training "
+            f"reads array_record. {prepare}"
+        )
     if missing := [key for key in keys if key not in builder.info.features]:
-        raise ValueError(f"{name!r} has no feature {missing[0]!r}; it has {sorted(builder.info.features)}")
+        raise ValueError(
+            f"{name!r} has no feature {missing[0]!r}; it has {sorted(builder.info.features)}"
+        )
     try:
         info = builder.info.splits[split]
         if not info.num_examples:
@@ -217,16 +282,34 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
     except _Empty:
         raise
     except (ValueError, KeyError, AssertionError) as error:
-        raise ValueError(f"{name!r} has no split {split!r}; it has {sorted(builder.info.splits)} ({str(error).splitlines()[0]})") from None
-    names = {key: feature.names for key, feature in builder.info.features.items() if isinstance(feature, tfds_.features.ClassLabel)}
-    return TfdsRecords(source, names), [dataset, str(builder.info.version), split, len(source), getattr(info, "num_bytes", None)]
+        raise ValueError(
+            f"{name!r} has no split {split!r}; it has {sorted(builder.info.splits)} "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    names = {
+        key: feature.names
+        for key, feature in builder.info.features.items()
+        if isinstance(feature, tfds_.features.ClassLabel)
+    }
+    return TfdsRecords(source, names), [
+        dataset,
+        str(builder.info.version),
+        split,
+        len(source),
+        getattr(info, "num_bytes", None),
+    ]
 
 
 class _TfdsItems(Sequence):
     """Documents out of TFDS records."""
 
     def __init__(self, records, text_key, label_key, name):
-        self._records, self._text_key, self._label_key, self._name = records, text_key, label_key, name
+        self._records, self._text_key, self._label_key, self._name = (
+            records,
+            text_key,
+            label_key,
+            name,
+        )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -236,26 +319,39 @@ class _TfdsItems(Sequence):
             raise IndexError(index)
         record = self._records.some(index, (self._text_key, self._label_key, "name"))
         label = str(record[self._label_key]) if self._label_key else ""
-        return Document(str(record[self._text_key]), str(record.get("name", f"{self._name}[{index}]")), label)
+        return Document(
+            str(record[self._text_key]), str(record.get("name", f"{self._name}[{index}]")), label
+        )
 
 
-def tfds(split: str, *, name: str, data_dir: str, text_key: str = "text", label_key: str = "") -> Documents:
-    """Any TensorFlow Datasets data set, from a copy prepared as ArrayRecord; TensorFlow is not needed.
+def tfds(
+    split: str, *, name: str, data_dir: str, text_key: str = "text", label_key: str = ""
+) -> Documents:
+    """Any TensorFlow Datasets data set, from a copy prepared as ArrayRecord; TensorFlow is not
+    needed.
 
     Args:
       split: TFDS's split, slices too: "train[:90%]".
       name: TFDS's name, with configuration and version if wanted: "lm1b", "c4/en:3.1.0".
-      data_dir: where it was prepared (gs:// too, with the extra gcs); "" for TFDS's default, ~/tensorflow_datasets.
+      data_dir: where it was prepared (gs:// too, with the extra gcs); "" for TFDS's default,
+        ~/tensorflow_datasets.
       text_key, label_key: features; no label if "".
 
     Raises:
-      ValueError: not prepared there, prepared in another format, or no such split or feature; with what to do.
+      ValueError: not prepared there, prepared in another format, or no such split or feature; with
+        what to do.
     """
     records, identity = open_tfds(split, name, data_dir, tuple(filter(None, (text_key, label_key))))
     items = _TfdsItems(records, text_key, label_key, identity[0])
-    # Reading all of a large corpus would take hours; what TFDS knows of it, and a sample, tell copies apart.
+    # Reading all of a large corpus would take hours; what TFDS knows of it, and a sample, tell
+    # copies apart.
     sample = fingerprint([items[i * len(items) // 256] for i in range(256)])
-    return Documents(items, hashlib.sha256(json.dumps([[*identity, text_key, label_key], sample]).encode()).hexdigest()[:16])
+    return Documents(
+        items,
+        hashlib.sha256(json.dumps([[*identity, text_key, label_key], sample]).encode()).hexdigest()[
+            :16
+        ],
+    )
 
 
 class _Empty(ValueError):

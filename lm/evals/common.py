@@ -1,17 +1,20 @@
 """What evaluators share: the contract, and the functions they are given.
 
-`Evaluator(predict_fns, **config).run(params)` yields (name, value). A float is a metric; an `Artifact` is a file of the run
-directory. An evaluator sees neither the model nor the trainer, only
+`Evaluator(predict_fns, **config).run(params)` yields (name, value). A float is a metric; an
+`Artifact` is a file of the run directory. An evaluator sees neither the model nor the trainer, only
 
-  predict_fns.token_logprobs(params, rows)   -> f32 [rows, T]                   log-probability of each target
-  predict_fns.tree_logprobs(params, trees)   -> (f32 [Q], bool [Q]) a tree      of each query's target; whether no token is likelier
-  predict_fns.states(params, prompts)        -> f32 [prompts, D]                what the head sees after each
-  predict_fns.head_rows(params, ids)         -> f32 [ids, D]                    what it multiplies that with for these tokens
+  predict_fns.token_logprobs(params, rows)   -> f32 [rows, T]                   log-probability of
+  each target predict_fns.tree_logprobs(params, trees)   -> (f32 [Q], bool [Q]) a tree      of each
+  query's target; whether no token is likelier predict_fns.states(params, prompts)        -> f32
+  [prompts, D]                what the head sees after each predict_fns.head_rows(params, ids)
+  -> f32 [ids, D]                    what it multiplies that with for these tokens
   predict_fns.generate(params, prompts)      -> list of id lists                continuations
-  predict_fns.make_generator(params, sampling) -> lm.decode.Generator           continuations token by token
+  predict_fns.make_generator(params, sampling) -> lm.decode.Generator           continuations token
+  by token
 
-Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly once, whatever the batch size,
-the mesh and the number of hosts: batches are filled with padding, whose results are dropped. All hosts get all results.
+Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly
+once, whatever the batch size, the mesh and the number of hosts: batches are filled with padding,
+whose results are dropped. All hosts get all results.
 """
 
 import collections
@@ -33,32 +36,51 @@ from lm.evals.tree import Tree, grow, join
 
 class Artifact(NamedTuple):
     """A file for the run directory."""
+
     path: str  # "{step}" in it is replaced
     content: bytes | str
     append: bool = False  # to what earlier steps wrote, under a heading of its own
 
 
 class Evaluator(Protocol):
-    """It may have `about`, a dict of what is to be said of its data beside the results: fingerprint, examples, citation."""
+    """It may have `about`, a dict of what is to be said of its data beside the results:
+    fingerprint, examples, citation.
+    """
 
     def run(self, params: Any) -> Iterator[tuple[str, float | Artifact]]: ...
 
 
-# XLA may leave out roundings to bf16 between operations that it fuses, and what it fuses depends on the mesh: log-probabilities differed by up to 0.05 between
-# one device and four that have a row each.
+# XLA may leave out roundings to bf16 between operations that it fuses, and what it fuses depends on
+# the mesh: log-probabilities differed by up to 0.05 between one device and four that have a row
+# each.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class PredictFns:
-    """The compiled functions of one model on one mesh, for batches of `batch_size` rows of `length` tokens."""
+    """The compiled functions of one model on one mesh, for batches of `batch_size` rows of `length`
+    tokens.
+    """
 
-    def __init__(self, mesh: Mesh, *, batch_size: int, length: int, token_logprobs: Callable, tree_logprobs: Callable, make_generate: Callable,
-                 check_stop: Callable[[], None], make_generator: Callable | None = None, tree_states: Callable | None = None,
-                 head_rows: Callable | None = None):
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        length: int,
+        token_logprobs: Callable,
+        tree_logprobs: Callable,
+        make_generate: Callable,
+        check_stop: Callable[[], None],
+        make_generator: Callable | None = None,
+        tree_states: Callable | None = None,
+        head_rows: Callable | None = None,
+    ):
         whole = sharding.replicated(mesh)
         self.length, self.batch_size, self.make_generator = length, batch_size, make_generator
         self._mesh, self.check_stop = mesh, check_stop
-        compiled = functools.partial(jax.jit, out_shardings=whole, compiler_options=COMPILER_OPTIONS)
+        compiled = functools.partial(
+            jax.jit, out_shardings=whole, compiler_options=COMPILER_OPTIONS
+        )
         self._token_logprobs = compiled(token_logprobs)
         self._tree_logprobs = compiled(tree_logprobs)
         self._tree_states = compiled(lambda *args: (tree_states(*args),))
@@ -66,30 +88,38 @@ class PredictFns:
         self._make_generate, self._generate = make_generate, {}
 
     def _batches(self, rows):
-        yield from evaluation_batches(rows, self.batch_size, sharding.batch_sharding(self._mesh), pack.empty_row(self.length))
+        yield from evaluation_batches(
+            rows, self.batch_size, sharding.batch_sharding(self._mesh), pack.empty_row(self.length)
+        )
 
     def token_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
         out = []
         for batch in self._batches(rows):
             self.check_stop()
             out.append(self._token_logprobs(params, batch))
-        return _fetch(out)[:len(rows)] if out else np.zeros((0, self.length), np.float32)
+        return _fetch(out)[: len(rows)] if out else np.zeros((0, self.length), np.float32)
 
     def tree_logprobs(self, params, trees: Sequence[Tree]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each tree, in their order."""
         return self._of_trees(self._tree_logprobs, params, trees)
 
     def states(self, params, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        found = self._of_trees(self._tree_states, params, [grow(prompt, [[0]]) for prompt in prompts])
+        found = self._of_trees(
+            self._tree_states, params, [grow(prompt, [[0]]) for prompt in prompts]
+        )
         return np.stack([states[0] for (states,) in found])
 
     def head_rows(self, params, ids: Sequence[int]) -> np.ndarray:
         return np.asarray(self._head_rows(params, np.asarray(ids, np.int32)))
 
-    def _of_trees(self, function: Callable, params, trees: Sequence[Tree]) -> list[tuple[np.ndarray, ...]]:
-        """What a function of packed trees says of each one's queries, in the trees' order. Those that begin alike share a row. Rows go through the model by
-        length, in batches of about as many tokens as one of `token_logprobs`, all of a few sizes, so that little is padding and few programs are
-        compiled."""
+    def _of_trees(
+        self, function: Callable, params, trees: Sequence[Tree]
+    ) -> list[tuple[np.ndarray, ...]]:
+        """What a function of packed trees says of each one's queries, in the trees' order. Those
+        that begin alike share a row. Rows go through the model by length, in batches of about as
+        many tokens as one of `token_logprobs`, all of a few sizes, so that little is padding and
+        few programs are compiled.
+        """
         joined = join(trees, self.length)
         groups = collections.defaultdict(list)
         for row in joined:
@@ -101,13 +131,18 @@ class PredictFns:
             for number, row in enumerate(part):
                 for member, queries in row.members:
                     found[member] = tuple(x[number, queries] for x in answers)
-        for length, rows in sorted(groups.items(), reverse=True):  # what needs most memory comes first
+
+        # what needs most memory comes first
+        for length, rows in sorted(groups.items(), reverse=True):
             batches = -(-len(rows) // max(self.batch_size * self.length // length, 1))
             size = -(-math.ceil(len(rows) / batches) // parts) * parts  # batches as equal as can be
-            num_places, num_queries = (_bucket(max(len(count(row.tree)) for row in rows), 1) for count in (lambda t: np.unique(t.at), lambda t: t.at))
+            num_places, num_queries = (
+                _bucket(max(len(count(row.tree)) for row in rows), 1)
+                for count in (lambda t: np.unique(t.at), lambda t: t.at)
+            )
             for start in range(0, len(rows), size):
                 self.check_stop()
-                part = rows[start:start + size]
+                part = rows[start : start + size]
                 packed = _pack([row.tree for row in part], size, length, num_places, num_queries)
                 out.append((part, function(params, *jax.tree.map(self._rows, packed))))
                 if len(out) > 1:  # the device works on the next one meanwhile
@@ -126,23 +161,40 @@ class PredictFns:
         room = self.length - max_new_tokens
         for ids in prompts:
             if not 0 < len(ids) <= room:
-                raise ValueError(f"a prompt has {len(ids)} tokens; wanted 1 to {room}: config.data.length = {self.length} less "
-                                 f"max_new_tokens = {max_new_tokens}")
+                raise ValueError(
+                    f"a prompt has {len(ids)} tokens; wanted 1 to {room}: config.data.length = "
+                    f"{self.length} less max_new_tokens = {max_new_tokens}"
+                )
         return room
 
-    def generate(self, params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> list[list[int]]:
+    def generate(
+        self,
+        params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        seed: int,
+    ) -> list[list[int]]:
         """Continuations in one batch, up to EOS."""
         self.check_stop()
         room = self.check_prompts(prompts, max_new_tokens)
         options = (max_new_tokens, temperature, top_k)
         if options not in self._generate:
-            self._generate[options] = jax.jit(self._make_generate(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k),
-                                              out_shardings=sharding.replicated(self._mesh))
+            self._generate[options] = jax.jit(
+                self._make_generate(
+                    max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k
+                ),
+                out_shardings=sharding.replicated(self._mesh),
+            )
         padded = np.zeros((len(prompts), room), np.int32)
         for row, ids in zip(padded, prompts):
-            row[:len(ids)] = ids
+            row[: len(ids)] = ids
         lengths = np.array([len(ids) for ids in prompts], np.int32)
-        out, ended = jax.device_get(self._generate[options](params, padded, lengths, jax.random.key(seed)))
+        out, ended = jax.device_get(
+            self._generate[options](params, padded, lengths, jax.random.key(seed))
+        )
         return [ids[:n].tolist() for ids, n in zip(out, ended)]
 
 
@@ -154,16 +206,22 @@ def _bucket(size: int, least: int = 32) -> int:
 
 def _pack(trees: Sequence[Tree], size: int, length: int, num_places: int, num_queries: int):
     """(batch, after [B, P], which [B, Q]) of `lm.step.make_tree_logprobs`, filled up with zeros."""
-    batch = {name: np.zeros((size, length), np.int32) for name in ("tokens", "positions", "segments", "until")}
-    batch["targets"], which = np.zeros((size, num_queries), np.int32), np.zeros((size, num_queries), np.int32)
+    batch = {
+        name: np.zeros((size, length), np.int32)
+        for name in ("tokens", "positions", "segments", "until")
+    }
+    batch["targets"], which = (
+        np.zeros((size, num_queries), np.int32),
+        np.zeros((size, num_queries), np.int32),
+    )
     after = np.zeros((size, num_places), np.int32)
     for row, tree in enumerate(trees):
         for name in ("tokens", "positions", "until"):
-            batch[name][row, :len(tree.tokens)] = getattr(tree, name)
-        batch["segments"][row, :len(tree.tokens)] = 1
-        places, which[row, :len(tree.at)] = np.unique(tree.at, return_inverse=True)
-        after[row, :len(places)] = places
-        batch["targets"][row, :len(tree.at)] = tree.target
+            batch[name][row, : len(tree.tokens)] = getattr(tree, name)
+        batch["segments"][row, : len(tree.tokens)] = 1
+        places, which[row, : len(tree.at)] = np.unique(tree.at, return_inverse=True)
+        after[row, : len(places)] = places
+        batch["targets"][row, : len(tree.at)] = tree.target
     return batch, after, which
 
 
@@ -185,6 +243,7 @@ def taken(size: int, most: int) -> list[int]:
 def png(figure) -> bytes:
     """A matplotlib figure as PNG."""
     import io
+
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     return data.getvalue()

@@ -13,26 +13,43 @@ from lm.evals.common import Artifact, PredictFns
 from lm.evals.texts import NORMALIZE, SCORES, require
 
 
-def generate(predict_fns: PredictFns, params, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[str],
-             sampling: decode.Sampling, seeds: Sequence[int]) -> list[str]:
-    """The texts that continue prompts, up to the first stop string, a stop token or `max_new_tokens`. They are decoded without their prompts, as lm_eval's `hf`
-    does (lm.generate decodes with them)."""
+def generate(
+    predict_fns: PredictFns,
+    params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    sampling: decode.Sampling,
+    seeds: Sequence[int],
+) -> list[str]:
+    """The texts that continue prompts, up to the first stop string, a stop token or
+    `max_new_tokens`. They are decoded without their prompts, as lm_eval's `hf` does (lm.generate
+    decodes with them).
+    """
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     generator, size = predict_fns.make_generator(params, sampling), predict_fns.batch_size
     for start in range(0, len(order), size):
-        part = order[start:start + size]
+        part = order[start : start + size]
         rows = part + [part[-1]] * (size - len(part))  # one size, one program
         ids: dict[int, list[int]] = {number: [] for number in part}
         going = set(range(len(part)))
-        for tokens in generator.stream([prompts[i] for i in rows], max_new_tokens, seeds=[seeds[i] for i in rows]):
+        for tokens in generator.stream(
+            [prompts[i] for i in rows], max_new_tokens, seeds=[seeds[i] for i in rows]
+        ):
             predict_fns.check_stop()
             for row in sorted(going):
                 number = part[row]
                 if tokens[row] >= 0 and tokens[row] not in tokenizer.stop_ids:
                     ids[number].append(int(tokens[row]))
                     answers[number] = tokenizer.decode(ids[number])
-                if tokens[row] < 0 or tokens[row] in tokenizer.stop_ids or any(s and s in answers[number] for s in stop):
+                if (
+                    tokens[row] < 0
+                    or tokens[row] in tokenizer.stop_ids
+                    or any(s and s in answers[number] for s in stop)
+                ):
                     going.discard(row)
             if not going:
                 break
@@ -42,7 +59,8 @@ def generate(predict_fns: PredictFns, params, tokenizer: Tokenizer, prompts: Seq
 
 
 class Samples:
-    """Continuations of fixed prompts, added to samples.md at each evaluation. The seed is fixed: what changes is the model.
+    """Continuations of fixed prompts, added to samples.md at each evaluation. The seed is fixed:
+    what changes is the model.
 
     Args:
       prompts: texts that a document may begin with.
@@ -50,22 +68,40 @@ class Samples:
       top_k: draw from so many best tokens; 0: from all.
     """
 
-    def __init__(self, predict_fns: PredictFns, *, encoder: Encoder, prompts: Sequence[str], max_new_tokens: int, temperature: float, top_k: int):
+    def __init__(
+        self,
+        predict_fns: PredictFns,
+        *,
+        encoder: Encoder,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+    ):
         self._predict_fns, self._tokenizer, self._prompts = predict_fns, encoder.tokenizer, prompts
-        self._options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=0)
-        self._ids = [[self._tokenizer.bos_id] + self._tokenizer.encode(prompt) for prompt in prompts]
+        self._options = dict(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=0
+        )
+        self._ids = [
+            [self._tokenizer.bos_id] + self._tokenizer.encode(prompt) for prompt in prompts
+        ]
         predict_fns.check_prompts(self._ids, max_new_tokens)  # now, not after the first hour
 
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
         continuations = self._predict_fns.generate(params, self._ids, **self._options)
-        blocks = [f"```\n{prompt}⟫{self._tokenizer.decode(ids)}\n```\n" for prompt, ids in zip(self._prompts, continuations)]
+        blocks = [
+            f"```\n{prompt}⟫{self._tokenizer.decode(ids)}\n```\n"
+            for prompt, ids in zip(self._prompts, continuations)
+        ]
         yield "samples", Artifact("samples.md", "\n".join(blocks) + "\n", append=True)
 
 
 class Task:
-    """Greedy answers to prompts, scored against references. Yields each score, the best over an example's references, with its 95% bootstrap interval
-    (_low, _high; sacreBLEU's own for bleu, chrf, chrf++ and ter); empty, the share of answers without text; with `extract` unmatched, the share without a
-    match; examples; cut, prompts that lost their beginning, but for BOS. As a file, predictions/: each answer with its scores.
+    """Greedy answers to prompts, scored against references. Yields each score, the best over an
+    example's references, with its 95% bootstrap interval (_low, _high; sacreBLEU's own for bleu,
+    chrf, chrf++ and ter); empty, the share of answers without text; with `extract` unmatched, the
+    share without a match; examples; cut, prompts that lost their beginning, but for BOS. As a file,
+    predictions/: each answer with its scores.
 
     Args:
       name: names the artifacts.
@@ -73,51 +109,100 @@ class Task:
       prompt: template, shots, sampler (first_n | random), seed, separator.
       target: template of the answer in examples, with the space before it.
       references: template of the right answers; one whose column is a list gives several.
-      output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression, of which what its first group (or it) matches first is the
-        answer, of references too ("": all of the text); normalize: see `texts.NORMALIZE`, before exact_match and f1.
+      output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression,
+        of which what its first group (or it) matches first is the answer, of references too ("":
+        all of the text); normalize: see `texts.NORMALIZE`, before exact_match and f1.
       scores: of `texts.SCORES`.
 
     Raises:
-      ValueError: no such data, column, score or expression; a reference without a match; no room for an answer.
+      ValueError: no such data, column, score or expression; a reference without a match; no room
+        for an answer.
     """
 
-    def __init__(self, predict_fns: PredictFns, *, name: str, encoder: Encoder, source: Mapping, prompt: Mapping, target: str, references: str,
-                 output: Mapping, scores: Sequence[str], max_documents: int):
+    def __init__(
+        self,
+        predict_fns: PredictFns,
+        *,
+        name: str,
+        encoder: Encoder,
+        source: Mapping,
+        prompt: Mapping,
+        target: str,
+        references: str,
+        output: Mapping,
+        scores: Sequence[str],
+        max_documents: int,
+    ):
         what = f"config.evals.{name}"
-        if unknown := [score for score in scores if score not in SCORES] or (() if scores else ["none"]):
+        if unknown := [score for score in scores if score not in SCORES] or (
+            () if scores else ["none"]
+        ):
             raise ValueError(f"{what}.scores has {unknown}; valid: {list(SCORES)}")
         for score in scores:
             require(score)
         if output["normalize"] not in NORMALIZE:
-            raise ValueError(f"{what}.output.normalize = {output['normalize']!r}; valid: {list(NORMALIZE)}")
+            raise ValueError(
+                f"{what}.output.normalize = {output['normalize']!r}; valid: {list(NORMALIZE)}"
+            )
         try:
             self._extract = re.compile(output["extract"])
         except re.error as error:
-            raise ValueError(f"{what}.output.extract = {output['extract']!r} is no regular expression: {error}") from None
+            raise ValueError(
+                f"{what}.output.extract = {output['extract']!r} is no regular expression: {error}"
+            ) from None
         self._name, self._predict_fns, self._tokenizer = name, predict_fns, encoder.tokenizer
         self._scores, self._normalize = tuple(scores), NORMALIZE[output["normalize"]]
         self._new, self._stop = output["max_new_tokens"], tuple(output["stop"])
-        template, right, example = (prompts_lib.Template(text, f"{what}.{key}") for text, key in (
-            (prompt["template"], "prompt.template"), (references, "references"), (target or references, "target")))
+        template, right, example = (
+            prompts_lib.Template(text, f"{what}.{key}")
+            for text, key in (
+                (prompt["template"], "prompt.template"),
+                (references, "references"),
+                (target or references, "target"),
+            )
+        )
         prompts_lib.check_counts(name, shots=prompt["shots"], max_documents=max_documents)
         if self._new < 1:
             raise ValueError(f"{what}.output.max_new_tokens = {self._new}; wanted 1 or above")
         self._names, records = prompts_lib.evaluated(source, name, max_documents)
         self._references = [right.each(record) for record in records]
         if [] in self._references:
-            raise ValueError(f"the eval {name!r}: {what}.references = {references!r} gives no text for a record; leave such records out")
-        if bad := [one for several in self._references for one in several if self._answer(one) is None]:
-            raise ValueError(f"the eval {name!r}: {what}.output.extract = {output['extract']!r} finds nothing in the reference {bad[0]!r:.80}")
+            raise ValueError(
+                f"the eval {name!r}: {what}.references = {references!r} gives no text for a "
+                "record; leave such records out"
+            )
+        if bad := [
+            one for several in self._references for one in several if self._answer(one) is None
+        ]:
+            raise ValueError(
+                f"the eval {name!r}: {what}.output.extract = {output['extract']!r} finds nothing "
+                f"in the reference {bad[0]!r:.80}"
+            )
         shots = []
         if prompt["shots"]:
             asked = {template(record) for record in records}
-            shots = prompts_lib.choose(prompts_lib.load_shots(source, name), prompt["shots"], sampler=prompt["sampler"], seed=prompt["seed"], name=name,
-                                       avoid=lambda record: template(record) in asked)
+            shots = prompts_lib.choose(
+                prompts_lib.load_shots(source, name),
+                prompt["shots"],
+                sampler=prompt["sampler"],
+                seed=prompt["seed"],
+                name=name,
+                avoid=lambda record: template(record) in asked,
+            )
         first = prompts_lib.before(shots, template, example, prompt["separator"])
         texts = [self._tokenizer.encode(first + template(record)) for record in records]
-        found = [prompts_lib.fit(before(self._tokenizer, ids), ids, self._new + 1, predict_fns.length, name) for ids in texts]
+        found = [
+            prompts_lib.fit(
+                before(self._tokenizer, ids), ids, self._new + 1, predict_fns.length, name
+            )
+            for ids in texts
+        ]
         self._prompts, self._cut = [ids for ids, _ in found], sum(cut for _, cut in found)
-        self.about = {"fingerprint": records_lib.fingerprint(records), "examples": len(records), "citation": source["citation"]}
+        self.about = {
+            "fingerprint": records_lib.fingerprint(records),
+            "examples": len(records),
+            "citation": source["citation"],
+        }
 
     def _answer(self, text: str) -> str | None:
         if not self._extract.pattern:
@@ -126,15 +211,33 @@ class Task:
         return None if match is None else match.group(1 if self._extract.groups else 0)
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
-        texts = generate(self._predict_fns, params, self._tokenizer, self._prompts, max_new_tokens=self._new, stop=self._stop,
-                         sampling=decode.Sampling(temperature=0.0), seeds=range(len(self._prompts)))
+        texts = generate(
+            self._predict_fns,
+            params,
+            self._tokenizer,
+            self._prompts,
+            max_new_tokens=self._new,
+            stop=self._stop,
+            sampling=decode.Sampling(temperature=0.0),
+            seeds=range(len(self._prompts)),
+        )
         extracted = [self._answer(text) for text in texts]
-        answers, references = [text or "" for text in extracted], [[self._answer(one) for one in several] for several in self._references]
+        answers, references = (
+            [text or "" for text in extracted],
+            [[self._answer(one) for one in several] for several in self._references],
+        )
         n, each = len(texts), {}
         for name in self._scores:
             change = self._normalize if name in ("exact_match", "f1") else str.strip
-            score = SCORES[name]([change(text) for text in answers], [[change(one) for one in several] for several in references])
-            yield from ((name, score.value), (f"{name}_low", score.low), (f"{name}_high", score.high))
+            score = SCORES[name](
+                [change(text) for text in answers],
+                [[change(one) for one in several] for several in references],
+            )
+            yield from (
+                (name, score.value),
+                (f"{name}_low", score.low),
+                (f"{name}_high", score.high),
+            )
             if score.each is not None:
                 each[name] = score.each
         yield "empty", sum(not text.strip() for text in texts) / n
@@ -142,6 +245,20 @@ class Task:
             yield "unmatched", sum(text is None for text in extracted) / n
         yield "examples", n
         yield "cut", self._cut
-        lines = [json.dumps({"name": self._names[i], "text": texts[i], "answer": extracted[i], "references": self._references[i],
-                             "scores": {name: values[i] for name, values in each.items()}}, ensure_ascii=False) for i in range(n)]
-        yield "predictions", Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n")
+        lines = [
+            json.dumps(
+                {
+                    "name": self._names[i],
+                    "text": texts[i],
+                    "answer": extracted[i],
+                    "references": self._references[i],
+                    "scores": {name: values[i] for name, values in each.items()},
+                },
+                ensure_ascii=False,
+            )
+            for i in range(n)
+        ]
+        yield (
+            "predictions",
+            Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n"),
+        )

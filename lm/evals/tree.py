@@ -1,4 +1,6 @@
-"""A prompt and its continuations in one row: the prompt is computed once, however many there are, and what they share too."""
+"""A prompt and its continuations in one row: the prompt is computed once, however many there are,
+and what they share too.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -13,8 +15,10 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class Tree(NamedTuple):
-    """Each token sees those above it in the tree: the prompt, and the continuation that it is in so far. What comes last in all continuations that
-    have it needn't be read, only be predicted."""
+    """Each token sees those above it in the tree: the prompt, and the continuation that it is in so
+    far. What comes last in all continuations that have it needn't be read, only be predicted.
+    """
+
     tokens: np.ndarray  # [T] int32, the prompt, then the continuations, one behind the other
     positions: np.ndarray  # [T] int32, in the prompt with its continuation
     until: np.ndarray  # [T] int32: token k is seen by those from k up to here
@@ -25,24 +29,29 @@ class Tree(NamedTuple):
     @property
     def prompt(self) -> list[int]:
         """Its ids: the first query comes right after it."""
-        return self.tokens[:self.at.min() + 1].tolist()
+        return self.tokens[: self.at.min() + 1].tolist()
 
 
 def grow(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
-    """The tree of a prompt and its continuations, which are token ids and not empty. Common beginnings are one path."""
+    """The tree of a prompt and its continuations, which are token ids and not empty. Common
+    beginnings are one path.
+    """
     assert len(prompt) and all(len(ids) for ids in continuations)
     tokens, positions, until = list(prompt), list(range(len(prompt))), [0] * len(prompt)
     at: list[int] = []
     target: list[int] = []
     paths: list[list[int]] = [[] for _ in continuations]
-    stem: list[tuple[int, int, int | None]] = []  # of the continuation before: (token, query, its place in the row, if it is there)
+    # of the continuation before: (token, query, its place in the row, if it is there)
+    stem: list[tuple[int, int, int | None]] = []
 
     def close(depth: int) -> None:
         for _, _, place in stem[depth:]:
             if place is not None:
                 until[place] = len(tokens)
         del stem[depth:]
-    for number in sorted(range(len(continuations)), key=lambda i: tuple(continuations[i])):  # depth first, a beginning before what it begins
+
+    # depth first, a beginning before what it begins
+    for number in sorted(range(len(continuations)), key=lambda i: tuple(continuations[i])):
         ids = continuations[number]
         close(common_length(ids, [token for token, _, _ in stem]))
         for depth in range(len(stem), len(ids)):
@@ -61,19 +70,21 @@ def grow(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
             target.append(ids[depth])
         paths[number] = [query for _, query, _ in stem]
     close(0)
-    until[:len(prompt)] = [len(tokens)] * len(prompt)
+    until[: len(prompt)] = [len(tokens)] * len(prompt)
     return Tree(*(np.asarray(x, np.int32) for x in (tokens, positions, until, at, target)), paths)
 
 
 class Joined(NamedTuple):
     """Trees that begin alike, as one."""
+
     tree: Tree
     members: list[tuple[int, slice]]  # (a tree's number, its queries)
 
 
 def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
-    """Puts trees whose prompts begin with the same tokens (the same examples before a question, say) into one row, where that beginning is computed
-    once. The trees' log-probabilities stay what they are.
+    """Puts trees whose prompts begin with the same tokens (the same examples before a question,
+    say) into one row, where that beginning is computed once. The trees' log-probabilities stay what
+    they are.
 
     Args:
       most: tokens of a row; a longer tree stays alone.
@@ -86,10 +97,16 @@ def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
         if row:
             found.append(_joined(trees, row, shared))
             row.clear()
+
     for number in sorted(range(len(trees)), key=prompts.__getitem__):
         common = common_length(prompts[row[0]][:shared], prompts[number]) if row else 0
         longer = common + sum(len(trees[n].tokens) - common for n in (*row, number))
-        if not row or common < least or any(2 * common < len(prompts[n]) for n in (*row, number)) or longer > most:
+        if (
+            not row
+            or common < least
+            or any(2 * common < len(prompts[n]) for n in (*row, number))
+            or longer > most
+        ):
             finish()
             common = len(prompts[number])
         row.append(number)
@@ -114,4 +131,10 @@ def _joined(trees: Sequence[Tree], row: Sequence[int], shared: int) -> Joined:
         members.append((number, slice(queries, queries + len(tree.at))))
         end, queries = end + len(tree.tokens) - shared, queries + len(tree.at)
     until[0] += end
-    return Joined(Tree(*(np.concatenate(x).astype(np.int32) for x in (*parts.values(), until, at, target)), paths=[]), members)
+    return Joined(
+        Tree(
+            *(np.concatenate(x).astype(np.int32) for x in (*parts.values(), until, at, target)),
+            paths=[],
+        ),
+        members,
+    )

@@ -1,36 +1,103 @@
-"""Sizes of published models, and small ones for CPU: data only. `get(name)` gives the fields of `transformer.Config`."""
+"""Sizes of published models, and small ones for CPU: data only. `get(name)` gives the fields of
+`transformer.Config`.
+"""
 
-_GPT2 = dict(context_length=1024, norm="layernorm", norm_eps=1e-5, activation="gelu_tanh", gated_mlp=False, positions="learned",
-             bias="qkv,out,mlp,norm", tie_embeddings=True, init_std=0.02, vocab_size=50257)
+_GPT2 = dict(
+    context_length=1024,
+    norm="layernorm",
+    norm_eps=1e-5,
+    activation="gelu_tanh",
+    gated_mlp=False,
+    positions="learned",
+    bias="qkv,out,mlp,norm",
+    tie_embeddings=True,
+    init_std=0.02,
+    vocab_size=50257,
+)
 _GPT3 = _GPT2 | dict(context_length=2048)
-_LLAMA2 = dict(context_length=4096, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated_mlp=True, positions="rope",
-               rope_theta=10000.0, bias="", tie_embeddings=False, init_std=0.02, vocab_size=32000)
-_SMALL = dict(context_length=256, norm="rmsnorm", norm_eps=1e-5, activation="relu_squared", gated_mlp=False, positions="rope",
-              rope_theta=10000.0, bias="", tie_embeddings=True, init_std=0.02, vocab_size=2048)
-_MIXTRAL = _LLAMA2 | dict(context_length=32768, rope_theta=1e6, num_experts=8, experts_per_token=2, normalize_router=True)
-_QWEN3_MOE = _LLAMA2 | dict(context_length=32768, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, vocab_size=151936, num_experts=128,
-                            experts_per_token=8, normalize_router=True)
+_LLAMA2 = dict(
+    context_length=4096,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="silu",
+    gated_mlp=True,
+    positions="rope",
+    rope_theta=10000.0,
+    bias="",
+    tie_embeddings=False,
+    init_std=0.02,
+    vocab_size=32000,
+)
+_SMALL = dict(
+    context_length=256,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="relu_squared",
+    gated_mlp=False,
+    positions="rope",
+    rope_theta=10000.0,
+    bias="",
+    tie_embeddings=True,
+    init_std=0.02,
+    vocab_size=2048,
+)
+_MIXTRAL = _LLAMA2 | dict(
+    context_length=32768, rope_theta=1e6, num_experts=8, experts_per_token=2, normalize_router=True
+)
+_QWEN3_MOE = _LLAMA2 | dict(
+    context_length=32768,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    qk_norm=True,
+    vocab_size=151936,
+    num_experts=128,
+    experts_per_token=8,
+    normalize_router=True,
+)
 
 
-def _sized(family, num_layers, embed_dim, num_heads, *, head_dim=None, num_kv_heads=None, mlp_dim=None, **changes):
-    return family | dict(num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads or num_heads,
-                         head_dim=head_dim or embed_dim // num_heads, mlp_dim=mlp_dim or 4 * embed_dim) | changes
+def _sized(
+    family,
+    num_layers,
+    embed_dim,
+    num_heads,
+    *,
+    head_dim=None,
+    num_kv_heads=None,
+    mlp_dim=None,
+    **changes,
+):
+    return (
+        family
+        | dict(
+            num_layers=num_layers,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads or num_heads,
+            head_dim=head_dim or embed_dim // num_heads,
+            mlp_dim=mlp_dim or 4 * embed_dim,
+        )
+        | changes
+    )
 
 
+# fmt: off
 PRESETS = {
     # For CPU: squared ReLU, rotary positions, RMSNorm, no biases.
     "micro": _sized(_SMALL, 2, 64, 2),
     "mini": _sized(_SMALL, 3, 192, 2),
     "small": _sized(_SMALL, 4, 320, 4),
-    # nanoGPT's CPU recipe for tiny Shakespeare (config/train_shakespeare_char.py and the README's flags): GPT-2 without biases.
+    # nanoGPT's CPU recipe for tiny Shakespeare (config/train_shakespeare_char.py and the README's
+    # flags): GPT-2 without biases.
     "nanogpt_cpu": _sized(_GPT2, 4, 128, 4, context_length=64, bias=""),
     # GPT-2 (Radford et al. 2019, table 2).
     "gpt2": _sized(_GPT2, 12, 768, 12),
     "gpt2_medium": _sized(_GPT2, 24, 1024, 16),
     "gpt2_large": _sized(_GPT2, 36, 1280, 20),
     "gpt2_xl": _sized(_GPT2, 48, 1600, 25),
-    # GPT-3 (Brown et al. 2020, table 2.1). All layers are dense here; the paper's alternate dense and locally banded sparse
-    # attention. The table's 13B has embed_dim 5140, which 40 heads of 128 don't fill: the projections are 5140 x 5120.
+    # GPT-3 (Brown et al. 2020, table 2.1). All layers are dense here; the paper's alternate dense
+    # and locally banded sparse attention. The table's 13B has embed_dim 5140, which 40 heads of 128
+    # don't fill: the projections are 5140 x 5120.
     "gpt3_small": _sized(_GPT3, 12, 768, 12),
     "gpt3_medium": _sized(_GPT3, 24, 1024, 16),
     "gpt3_large": _sized(_GPT3, 24, 1536, 16, head_dim=96),
@@ -43,13 +110,16 @@ PRESETS = {
     "llama2_7b": _sized(_LLAMA2, 32, 4096, 32, mlp_dim=11008),
     "llama2_13b": _sized(_LLAMA2, 40, 5120, 40, mlp_dim=13824),
     "llama2_70b": _sized(_LLAMA2, 80, 8192, 64, num_kv_heads=8, mlp_dim=28672),
-    # Llama 3.2 1B's sizes; its scaled rotary frequencies, which matter beyond 8,192 tokens, are left out.
-    "llama3_1b": _sized(_LLAMA2, 16, 2048, 32, num_kv_heads=8, mlp_dim=8192, context_length=8192, rope_theta=500000.0, tie_embeddings=True,
+    # Llama 3.2 1B's sizes; its scaled rotary frequencies, which matter beyond 8,192 tokens, are
+    # left out.
+    "llama3_1b": _sized(_LLAMA2, 16, 2048, 32, num_kv_heads=8, mlp_dim=8192, context_length=8192, rope_theta=500000.0, tie_embeddings=True,  # noqa: E501
                         vocab_size=128256),
-    # Mixtures of experts, no token dropped; mlp_dim is an expert's. Jiang et al. 2024, arXiv 2401.04088, table 1; Qwen3-30B-A3B-Base's config.json.
+    # Mixtures of experts, no token dropped; mlp_dim is an expert's. Jiang et al. 2024, arXiv
+    # 2401.04088, table 1; Qwen3-30B-A3B-Base's config.json.
     "mixtral_8x7b": _sized(_MIXTRAL, 32, 4096, 32, num_kv_heads=8, mlp_dim=14336),
     "qwen3_30b_a3b": _sized(_QWEN3_MOE, 48, 2048, 32, head_dim=128, num_kv_heads=4, mlp_dim=768),
 }
+# fmt: on
 
 
 def get(name: str) -> dict:

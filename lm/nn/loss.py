@@ -1,4 +1,6 @@
-"""The vocabulary loss in chunks: never all logits at once. Letters: B batch, T length, D embed, V vocab, C positions of a chunk."""
+"""The vocabulary loss in chunks: never all logits at once. Letters: B batch, T length, D embed, V
+vocab, C positions of a chunk.
+"""
 
 import functools
 
@@ -9,19 +11,34 @@ from flax import nnx
 from lm import sharding
 
 
-def chunked_cross_entropy(hidden_BTD, table: nnx.Param, targets_BT, weights_BT, *, z_loss: float, chunk: int, dtype):
-    """(nll_sum + z_loss * z_sum, nll_sum, z_sum) of the head `table` [V, D] on hidden states, as `lm.objectives.causal` defines them.
+def chunked_cross_entropy(
+    hidden_BTD, table: nnx.Param, targets_BT, weights_BT, *, z_loss: float, chunk: int, dtype
+):
+    """(nll_sum + z_loss * z_sum, nll_sum, z_sum) of the head `table` [V, D] on hidden states, as
+    `lm.objectives.causal` defines them.
 
-    Logits exist for `chunk` positions of each row at a time, in f32. The gradient is computed with the value, chunk by chunk: nothing
-    is computed twice, and all that is kept is the gradient itself (Hsu et al. 2024, arXiv 2410.10989, section 3.2). Only the first
-    result has a gradient.
+    Logits exist for `chunk` positions of each row at a time, in f32. The gradient is computed with
+    the value, chunk by chunk: nothing is computed twice, and all that is kept is the gradient
+    itself (Hsu et al. 2024, arXiv 2410.10989, section 3.2). Only the first result has a gradient.
 
     Raises:
       ValueError: a chunk that doesn't divide T.
     """
     if hidden_BTD.shape[1] % chunk:
-        raise ValueError(f"config.objective.chunk = {chunk} must divide the row's {hidden_BTD.shape[1]} positions")
-    return _loss(table.get_metadata("logical_axes"), jnp.dtype(dtype), z_loss, chunk, hidden_BTD, table[...], targets_BT, weights_BT)
+        raise ValueError(
+            f"config.objective.chunk = {chunk} must divide the row's {hidden_BTD.shape[1]} "
+            "positions"
+        )
+    return _loss(
+        table.get_metadata("logical_axes"),
+        jnp.dtype(dtype),
+        z_loss,
+        chunk,
+        hidden_BTD,
+        table[...],
+        targets_BT,
+        weights_BT,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -31,7 +48,12 @@ def _loss(logical_axes, dtype, z_loss, chunk, hidden_BTD, table, targets_BT, wei
     def body(sums, inputs):
         nll, z, _ = _chunk(gathered_VD, *inputs)
         return (sums[0] + nll, sums[1] + z), None
-    (nll_sum, z_sum), _ = jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, weights_BT))
+
+    (nll_sum, z_sum), _ = jax.lax.scan(
+        body,
+        (jnp.float32(0), jnp.float32(0)),
+        _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, weights_BT),
+    )
     return nll_sum + z_loss * z_sum, nll_sum, z_sum
 
 
@@ -42,7 +64,9 @@ def _chunks(chunk, *arrays):
 
 def _chunk(gathered_VD, hidden_BCD, targets_BC, weights_BC):
     """Sums over a chunk, and what its gradient needs."""
-    logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, gathered_VD, preferred_element_type=jnp.float32)
+    logits_BCV = jnp.einsum(
+        "bcd,vd->bcv", hidden_BCD, gathered_VD, preferred_element_type=jnp.float32
+    )
     logits_BCV = sharding.constrain(logits_BCV, "batch", "length", "act_vocab")
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     # A comparison, not a gather: it fuses, and every shard of the vocabulary has its part.
@@ -60,21 +84,38 @@ def _loss_forward(logical_axes, dtype, z_loss, chunk, hidden_BTD, table, targets
         hidden_BCD, targets_BC, weights_BC = inputs
         nll, z, (logits_BCV, log_z_BC, at_target) = _chunk(gathered_VD, *inputs)
         probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
-        slope_BCV = probabilities_BCV * (1 + 2 * z_loss * log_z_BC)[..., None] - at_target.astype(jnp.float32)
+        slope_BCV = probabilities_BCV * (1 + 2 * z_loss * log_z_BC)[..., None] - at_target.astype(
+            jnp.float32
+        )
         slope_BCV = (slope_BCV * weights_BC[..., None]).astype(dtype)
-        hidden_grad_BCD = jnp.einsum("bcv,vd->bcd", slope_BCV, gathered_VD, preferred_element_type=jnp.float32).astype(hidden_BTD.dtype)
-        table_grad_VD = table_grad_VD + jnp.einsum("bcv,bcd->vd", slope_BCV, hidden_BCD, preferred_element_type=jnp.float32)
+        hidden_grad_BCD = jnp.einsum(
+            "bcv,vd->bcd", slope_BCV, gathered_VD, preferred_element_type=jnp.float32
+        ).astype(hidden_BTD.dtype)
+        table_grad_VD = table_grad_VD + jnp.einsum(
+            "bcv,bcd->vd", slope_BCV, hidden_BCD, preferred_element_type=jnp.float32
+        )
         return (nll_sum + nll, z_sum + z, table_grad_VD), hidden_grad_BCD
+
     start = (jnp.float32(0), jnp.float32(0), jnp.zeros(gathered_VD.shape, jnp.float32))
-    (nll_sum, z_sum, table_grad_VD), hidden_grad = jax.lax.scan(body, start, _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, weights_BT))
-    saved = hidden_grad.swapaxes(0, 1).reshape(hidden_BTD.shape), sharding.scatter(table_grad_VD, logical_axes, table.dtype)
+    (nll_sum, z_sum, table_grad_VD), hidden_grad = jax.lax.scan(
+        body, start, _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, weights_BT)
+    )
+    saved = (
+        hidden_grad.swapaxes(0, 1).reshape(hidden_BTD.shape),
+        sharding.scatter(table_grad_VD, logical_axes, table.dtype),
+    )
     return (nll_sum + z_loss * z_sum, nll_sum, z_sum), saved
 
 
 def _loss_backward(logical_axes, dtype, z_loss, chunk, saved, slopes):
     hidden_grad_BTD, table_grad = saved
     slope = slopes[0]
-    return hidden_grad_BTD * slope.astype(hidden_grad_BTD.dtype), table_grad * slope.astype(table_grad.dtype), None, None
+    return (
+        hidden_grad_BTD * slope.astype(hidden_grad_BTD.dtype),
+        table_grad * slope.astype(table_grad.dtype),
+        None,
+        None,
+    )
 
 
 _loss.defvjp(_loss_forward, _loss_backward)

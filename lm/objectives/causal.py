@@ -8,7 +8,11 @@ from lm.nn.loss import chunked_cross_entropy
 
 def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target, and the log-partition function, both [B, T] in f32."""
-    return _logprobs(model, model(batch["tokens"], batch["positions"], batch["segments"]).hidden, batch["targets"])
+    return _logprobs(
+        model,
+        model(batch["tokens"], batch["positions"], batch["segments"]).hidden,
+        batch["targets"],
+    )
 
 
 def _logprobs(model, hidden_BTD, targets_BT):
@@ -19,29 +23,41 @@ def _logprobs(model, hidden_BTD, targets_BT):
 
 
 def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
-    """Cross entropy of the next token, in nats, plus `z_loss` * log(Z)^2 (PaLM, Chowdhery et al. 2022, section 5), plus `balance_loss` *
-    router_balance, the mean over the layers, for a mixture of experts (lm.nn.moe.balance).
+    """Cross entropy of the next token, in nats, plus `z_loss` * log(Z)^2 (PaLM, Chowdhery et al.
+    2022, section 5), plus `balance_loss` * router_balance, the mean over the layers, for a mixture
+    of experts (lm.nn.moe.balance).
 
     Args:
       chunk: positions of each row whose logits exist at a time; 0: all.
 
     Returns:
-      `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`: sums over the batch's weights, never means, so that
-      microbatches, padding and hosts share one division.
+      `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`: sums over the batch's
+      weights, never means, so that microbatches, padding and hosts share one division.
 
     Raises:
       ValueError: by the loss: a balance_loss for a model without experts.
     """
+
     def loss(model, batch, key):
         del key  # nothing random here
         weights_BT = batch["weights"]
         count = jnp.sum(weights_BT)
         hidden_BTD, _, aux = model(batch["tokens"], batch["positions"], batch["segments"])
         if balance_loss and "router_balance" not in aux:
-            raise ValueError(f"config.objective.balance_loss = {balance_loss} needs experts, and config.model.num_experts is 0")
+            raise ValueError(
+                f"config.objective.balance_loss = {balance_loss} needs experts, and "
+                "config.model.num_experts is 0"
+            )
         if chunk:
-            total, nll_sum, z_sum = chunked_cross_entropy(hidden_BTD, model.head_table, batch["targets"], weights_BT, z_loss=z_loss, chunk=chunk,
-                                                          dtype=model.config.compute_dtype)
+            total, nll_sum, z_sum = chunked_cross_entropy(
+                hidden_BTD,
+                model.head_table,
+                batch["targets"],
+                weights_BT,
+                z_loss=z_loss,
+                chunk=chunk,
+                dtype=model.config.compute_dtype,
+            )
         else:
             logprobs_BT, log_z_BT = _logprobs(model, hidden_BTD, batch["targets"])
             nll_sum = -jnp.sum(logprobs_BT * weights_BT)
@@ -51,4 +67,5 @@ def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
             value, tokens = aux["router_balance"]
             total = total + balance_loss * value / jnp.maximum(tokens, 1.0) * count
         return total, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count), **aux}
+
     return loss

@@ -29,13 +29,21 @@ def write_tokenizer(directory, kind):
     found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = tokenizers.decoders.ByteLevel()
     alphabet = [*"abcdefghijklmnopqrstuvwxyz0123456789.,", "Ġ", "Ċ"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=80, special_tokens=["<|endoftext|>", "<s>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=80, special_tokens=["<|endoftext|>", "<s>"], initial_alphabet=alphabet
+    )
     found.train_from_iterator(["the cat and the hat, then the other one."] * 3, trainer)
     if kind == "tokenizer.json":
         found.save(str(directory / "tokenizer.json"))
     else:
         found.model.save(str(directory))
-    about = dict(tokenizer_class="GPT2Tokenizer", bos_token="<s>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", chat_template=TEMPLATE)
+    about = dict(
+        tokenizer_class="GPT2Tokenizer",
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+    )
     (directory / "tokenizer_config.json").write_text(json.dumps(about))
 
 
@@ -46,14 +54,24 @@ def checkpoint_directory(tmp_path, name="llama-3.2", kind="tokenizer.json", dtyp
 
 
 def command(*arguments):
-    done = subprocess.run([sys.executable, "-m", "lm.convert", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=""))
+    done = subprocess.run(
+        [sys.executable, "-m", "lm.convert", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=""),
+    )
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name, kind, dtype", [("llama-3.2", "tokenizer.json", torch.bfloat16), ("gpt2", "vocab.json", torch.float32)])
+@pytest.mark.parametrize(
+    "name, kind, dtype",
+    [("llama-3.2", "tokenizer.json", torch.bfloat16), ("gpt2", "vocab.json", torch.float32)],
+)
 def test_the_commands(name, kind, dtype, tmp_path):
-    """There and back: every file is the source's, but for the index's count of parameters; and transformers loads it, chat template included."""
+    """There and back: every file is the source's, but for the index's count of parameters; and
+    transformers loads it, chat template included.
+    """
     source = checkpoint_directory(tmp_path / "source", name, kind, dtype)
     code, said = command("import", f"--from={source}", f"--workdir={tmp_path}/run")
     assert code == 0 and "is the checkpoint at step 0" in said, said
@@ -63,7 +81,10 @@ def test_the_commands(name, kind, dtype, tmp_path):
     assert {p.name for p in back.iterdir()} == {p.name for p in source.iterdir()}
     for path in source.iterdir():
         if path.suffix == ".json" and "index" in path.name:
-            assert json.loads(path.read_text())["weight_map"] == json.loads((back / path.name).read_text())["weight_map"]
+            assert (
+                json.loads(path.read_text())["weight_map"]
+                == json.loads((back / path.name).read_text())["weight_map"]
+            )
         elif path.suffix == ".safetensors":
             pass  # tests/parity/test_families.py compares tensors
         else:
@@ -74,13 +95,18 @@ def test_the_commands(name, kind, dtype, tmp_path):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids and ours.decode(ids) == text == theirs.decode(ids)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id) == (1, 0)
-    assert theirs.apply_chat_template([dict(role="user", content="hi")], tokenize=False) == "<|user|>hi"
+    assert (
+        theirs.apply_chat_template([dict(role="user", content="hi")], tokenize=False)
+        == "<|user|>hi"
+    )
 
     code, said = command("import", f"--from={source}", f"--workdir={tmp_path}/run")
     assert code == 1 and "is in use; take another --workdir" in said
     code, said = command("export", f"--workdir={tmp_path}/run", f"--to={back}")
     assert code == 1 and "is not empty; take another --to" in said
-    code, said = command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/other", "--family=opt")
+    code, said = command(
+        "export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/other", "--family=opt"
+    )
     assert code == 1 and "no opt has" in said and not (tmp_path / "other").exists()
 
 
@@ -90,34 +116,56 @@ def their_loss(directory, texts, length):
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     total, count = 0.0, 0
     for text in texts:
-        ids = [tokenizer.bos_token_id] + tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = [tokenizer.bos_token_id] + tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
         for window in pack.windows(ids, length):
             with torch.no_grad():
                 logits = model(torch.tensor(window["tokens"])[None].long()).logits[0]
-            total += float(torch.nn.functional.cross_entropy(logits.double(), torch.tensor(window["targets"]).long(), reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(
+                    logits.double(), torch.tensor(window["targets"]).long(), reduction="sum"
+                )
+            )
             count += len(window["targets"])
     return total / count
 
 
 def test_a_run_starts_from_a_directory(tiny, tmp_path):
-    """init_from decides model and tokenizer; the loss that the evaluation finds is transformers'; training goes on from there, and its export
-    is a checkpoint of the same family."""
+    """init_from decides model and tokenizer; the loss that the evaluation finds is transformers';
+    training goes on from there, and its export is a checkpoint of the same family.
+    """
     source = checkpoint_directory(tmp_path / "source", "mistral")
     config = tiny.copy_and_resolve_references()
     with config.unlocked():
         config.init_from = str(source)
         config.model.param_dtype = "float32"
         config.optimizer.learning_rate = 1e-5
-        config.evals.validation = dict(type="lm.evals.perplexity.Evaluator", every=0, batch_size=8, split="validation", max_documents=0)
+        config.evals.validation = dict(
+            type="lm.evals.perplexity.Evaluator",
+            every=0,
+            batch_size=8,
+            split="validation",
+            max_documents=0,
+        )
     adopted = build.adopt(config)
-    assert adopted.model.window == 7 and adopted.model.num_kv_heads == 2 and config.model.window == 0
+    assert (
+        adopted.model.window == 7 and adopted.model.num_kv_heads == 2 and config.model.window == 0
+    )
     texts = [document.text for document in build.documents(config, "validation")]
     wanted = their_loss(source, texts, config.data.length)
-    found = train.evaluate(config, epath.Path(tmp_path / "eval"), jax.devices()[:1])["eval/validation/loss"]
+    found = train.evaluate(config, epath.Path(tmp_path / "eval"), jax.devices()[:1])[
+        "eval/validation/loss"
+    ]
     assert found == pytest.approx(wanted, abs=1e-4)
-    after = train.train(config, epath.Path(tmp_path / "run"), jax.devices()[:1])["eval/validation/loss"]
+    after = train.train(config, epath.Path(tmp_path / "run"), jax.devices()[:1])[
+        "eval/validation/loss"
+    ]
     assert after < found
-    assert convert.export_checkpoint(epath.Path(tmp_path / "run"), tmp_path / "out", jax.devices()[:1]) == "mistral"
+    assert (
+        convert.export_checkpoint(epath.Path(tmp_path / "run"), tmp_path / "out", jax.devices()[:1])
+        == "mistral"
+    )
     assert their_loss(tmp_path / "out", texts, config.data.length) == pytest.approx(after, abs=1e-4)
 
 
@@ -125,23 +173,50 @@ def test_bytes_are_theirs_too(tmp_path):
     ours = lm_tokenizers.ByteTokenizer()
     ours.save(epath.Path(tmp_path))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, ours.vocab_size)
-    for text in ("def f(x):\n\treturn  'é – 日本 🙂' \r\n", " a  b ", "".join(map(chr, range(0x250)))):
-        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (
+        ours.bos_id,
+        ours.eos_id,
+        ours.vocab_size,
+    )
+    for text in (
+        "def f(x):\n\treturn  'é – 日本 🙂' \r\n",
+        " a  b ",
+        "".join(map(chr, range(0x250))),
+    ):
+        assert (
+            theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+            and theirs.decode(ours.encode(text)) == text
+        )
 
 
 def test_pydocs_is_exported(tmp_path):
-    """The README's configuration, trained for a few steps: transformers has the same validation loss, with the same tokenizer."""
+    """The README's configuration, trained for a few steps: transformers has the same validation
+    loss, with the same tokenizer.
+    """
     import runpy
+
     config = runpy.run_path(str(ROOT / "configs/pydocs.py"))["get_config"]("micro").unlock()
     config.train.length = "24 steps"
     config.optimizer.warmup_steps = 4
     config.data.source_args.data_dir = config.data.cache_dir = str(tmp_path / "cache")
     config.model.compute_dtype = "float32"
     config.mesh.fsdp = 1
-    config.evals = dict(part=dict(type="lm.evals.perplexity.Evaluator", every=0, batch_size=16, split="validation", max_documents=12))
-    found = train.train(config.lock(), epath.Path(tmp_path / "run"), jax.devices()[:1])["eval/part/loss"]
-    assert convert.export_checkpoint(epath.Path(tmp_path / "run"), tmp_path / "out", jax.devices()[:1]) == "arcee"
+    config.evals = dict(
+        part=dict(
+            type="lm.evals.perplexity.Evaluator",
+            every=0,
+            batch_size=16,
+            split="validation",
+            max_documents=12,
+        )
+    )
+    found = train.train(config.lock(), epath.Path(tmp_path / "run"), jax.devices()[:1])[
+        "eval/part/loss"
+    ]
+    assert (
+        convert.export_checkpoint(epath.Path(tmp_path / "run"), tmp_path / "out", jax.devices()[:1])
+        == "arcee"
+    )
     documents = build.documents(config, "validation")
     texts = [documents[i * len(documents) // 12].text for i in range(12)]
     assert their_loss(tmp_path / "out", texts, config.data.length) == pytest.approx(found, abs=1e-3)
