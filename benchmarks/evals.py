@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from lm.evals import entries
+
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -104,11 +106,10 @@ def write_task(folder, name, labels, label_tokens, question, shots, examples):
             )
         )
     )
-    (folder / "ours.toml").write_text('type = "lm.evals.classification.Task"')
+    (folder / "ours.toml").write_text('type = "lm.evals.classification.PromptClassification"')
     words = (tuple((str(i), (f" {choice}",)) for i, choice in enumerate(choices)),)
-    from lm import config as config_lib
 
-    made = config_lib.task(
+    made = entries.task(
         str(folder / "ours.toml"),
         source=dict(path=str(folder / f"{name}-{{split}}.jsonl"), shots_split="train"),
         priors=(),
@@ -140,8 +141,8 @@ def main():
     from lm.data import tokenizer as tokenizers
     from lm.data.pack import Encoder
     from lm.evals import calibration, classification, common, harness
-    from lm.evals.common import PredictFns
-    from lm.hf import checkpoint as hf
+    from lm.evals.predict import PredictFns
+    from lm.hf import directory as hf
     from lm.objectives import causal
 
     with tempfile.TemporaryDirectory() as name:
@@ -193,7 +194,7 @@ def main():
 
         theirs._model_call = their_call
         params = source.load(made.params)
-        sides = {"harness": harness.Model(fns, params, tokenizer), "theirs": theirs}
+        sides = {"harness": harness.HarnessModel(fns, params, tokenizer), "theirs": theirs}
         print(
             f"{os.cpu_count()} cores, jax {jax.__version__}, torch {torch.__version__}, lm_eval "
             f"{lm_eval.__version__}",
@@ -210,13 +211,13 @@ def main():
             )
 
             def own():
-                evaluator = classification.Task(
+                evaluator = classification.PromptClassification(
                     fns,
                     name="ours",
                     encoder=Encoder(tokenizer, ""),
                     **ours,  # noqa: B023
                 )
-                (found,) = classification.ask(fns, params, evaluator.questions)
+                (found,) = classification.score_prompts(fns, params, evaluator.questions)
                 sums = found.examples.tokens.sum(axis=2)
                 calibration.ece(calibration.softmax(sums), evaluator.questions.gold)
                 return sums

@@ -23,6 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lm.decoding.generator import Generator
+from lm.decoding.sampling import Sampling, row_keys
+
 SIZES = dict(
     num_hidden_layers=12,
     hidden_size=768,
@@ -57,9 +60,9 @@ class Ours:
     def __init__(self, directory, dtype):
         import jax
 
-        from lm import build, decode
+        from lm import build
         from lm import config as config_lib
-        from lm.hf import checkpoint as hf
+        from lm.hf import directory as hf
 
         source = hf.Source(directory)
         config = config_lib.default()
@@ -68,12 +71,12 @@ class Ours:
             | dict(param_dtype=dtype, compute_dtype=dtype, scan_unroll=source.fields["num_layers"])
         )
         made = build.weights(config, jax.devices()[:1], SIZES["vocab_size"])
-        self.generator = decode.Generator(
+        self.generator = Generator(
             made.model_config,
             made.graphdef,
             source.load(made.params),
             made.mesh,
-            decode.Sampling(temperature=0.0),
+            Sampling(temperature=0.0),
             stop_ids=(-1,),
             vocab_size=SIZES["vocab_size"],
         )
@@ -81,7 +84,9 @@ class Ours:
     def run(self, rows, length, new):
         """(ids of the first row, seconds to the first token, seconds after it)."""
         began, first, ids = time.perf_counter(), 0.0, []
-        for tokens in self.generator.stream(prompts(rows, length).tolist(), new, [0] * rows):
+        for tokens in self.generator.stream(
+            prompts(rows, length).tolist(), new, row_keys([0] * rows)
+        ):
             first = first or time.perf_counter() - began
             ids.append(int(tokens[0]))
         return ids, first, time.perf_counter() - began - first

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lm import flops
+
 # name -> (layers, width, heads, vocabulary, tokens a row, rows)
 CASES = {
     "cpu": {"4x128": (4, 128, 4, 65, 64, 12), "6x384": (6, 384, 6, 65, 256, 12)},
@@ -51,7 +53,7 @@ class Ours:
     def __init__(self, case, device, dtype, weights):
         import jax
 
-        from lm import build, metrics
+        from lm import build
         from lm import config as config_lib
         from lm.models import presets
 
@@ -102,7 +104,7 @@ class Ours:
             segments=ones,
         )
         self.layout = next(iter(program.abstract_batch(rows).values())).sharding
-        self.flops = metrics.model_flops_per_token(program.model_config, length, causal=True)
+        self.flops = flops.model_flops_per_token(program.model_config, length, causal=True)
 
     def run(self, numbers):
         """Steps on the batches of these numbers; their losses."""

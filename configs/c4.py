@@ -10,6 +10,7 @@ gives the command.
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
+from lm.evals import entries
 from lm.models import presets
 
 # preset -> (learning rate, tokens a batch, tokens in all): GPT-3's table 2.1, Llama 2's table 1;
@@ -60,8 +61,8 @@ def get_config(size: str = "gpt2") -> ConfigDict:
     c.train.log_every = 20
     c.checkpoint.every = 1000
     c.checkpoint.best = "eval/validation/loss"
-    c.evals.validation = config_lib.perplexity(
+    c.evals.validation = entries.perplexity(
         every=1000, batch_size=c.data.batch_size, max_documents=5000
     )
-    c.evals.samples = config_lib.samples(("The ", "In 1969, ", "How to "), every=5000)
+    c.evals.samples = entries.samples(("The ", "In 1969, ", "How to "), every=5000)
     return c

@@ -10,6 +10,7 @@ the command.
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
+from lm.evals import entries
 from lm.models import presets
 
 
@@ -30,8 +31,8 @@ def get_config(size: str = "gpt2") -> ConfigDict:
     c.train.log_every = 20
     c.checkpoint.every = 1000
     c.checkpoint.best = "eval/validation/loss"
-    c.evals.validation = config_lib.perplexity(
+    c.evals.validation = entries.perplexity(
         every=1000, split="test", batch_size=512, max_documents=20_000
     )
-    c.evals.samples = config_lib.samples(("The ", "On Monday , "), every=5000)
+    c.evals.samples = entries.samples(("The ", "On Monday , "), every=5000)
     return c

@@ -13,6 +13,7 @@ cards are modelled, none was measured on a TPU.
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
+from lm.evals import entries
 from lm.models import presets
 
 # nothing but the norms and the activation is computed twice
@@ -100,7 +101,7 @@ def get_config(size: str = "llama2_7b-v5p-4x4x4") -> ConfigDict:
     )
     c.checkpoint.every = 1000
     c.checkpoint.best = "eval/validation/loss"
-    c.evals.validation = config_lib.perplexity(
+    c.evals.validation = entries.perplexity(
         every=1000, batch_size=c.data.batch_size, max_documents=5000
     )
     return c

@@ -10,6 +10,7 @@ On 2 cores: 1.78 bits per byte on the validation split in some 5 minutes (`:smal
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
+from lm.evals import entries
 from lm.models import presets
 
 VERBALIZER = {"python": (" python",), "numpy": (" numpy",), "scipy": (" scipy",), "jax": (" jax",)}
@@ -38,8 +39,8 @@ def get_config(size: str = "mini") -> ConfigDict:
     c.train.length = length
     c.checkpoint.every = every
     c.checkpoint.best = "eval/part/loss"
-    c.evals.part = config_lib.perplexity(every=every, max_documents=120)
-    c.evals.validation = config_lib.perplexity(every=0)
-    c.evals.library = config_lib.classification(VERBALIZER, every=0)
-    c.evals.samples = config_lib.samples(PROMPTS, every=0)
+    c.evals.part = entries.perplexity(every=every, max_documents=120)
+    c.evals.validation = entries.perplexity(every=0)
+    c.evals.library = entries.classification(VERBALIZER, every=0)
+    c.evals.samples = entries.samples(PROMPTS, every=0)
     return c

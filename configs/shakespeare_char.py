@@ -11,6 +11,7 @@ ASCII). Here: 1.873, in a few minutes on 2 cores, with bf16 parameters and stoch
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
+from lm.evals import entries
 from lm.models import presets
 
 
@@ -40,6 +41,6 @@ def get_config() -> ConfigDict:
     c.train.log_every = 50
     c.checkpoint.every = 500
     c.checkpoint.best = "eval/validation/loss"
-    c.evals.validation = config_lib.perplexity(every=500, batch_size=64)
-    c.evals.samples = config_lib.samples(("ROMEO:",), every=1000, max_new_tokens=50)
+    c.evals.validation = entries.perplexity(every=500, batch_size=64)
+    c.evals.samples = entries.samples(("ROMEO:",), every=1000, max_new_tokens=50)
     return c

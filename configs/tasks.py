@@ -10,6 +10,7 @@ files: --config.evals.piqa.source.path="piqa/{split}.jsonl".
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
+from lm.evals import entries
 
 SIZES = {
     "zero_shot": "sst2,boolq,rte,piqa,hellaswag,lambada",
@@ -23,5 +24,5 @@ def get_config(tasks: str = "zero_shot") -> ConfigDict:
     # the longest prompt with its answer; init_from brings the model's own context
     c.data.length = c.model.context_length = 1024
     for name in SIZES.get(tasks, tasks).split(","):
-        c.evals[name] = config_lib.task(name)
+        c.evals[name] = entries.task(name)
     return c

@@ -21,14 +21,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import decode, optim, sharding, startup, step
+from lm import collectives, optim, sharding, startup, step
 from lm.data import batch as batch_contract
 from lm.data import pack
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
-from lm.data.sources import Documents
-from lm.evals.common import Evaluator, PredictFns, take
-from lm.hf import checkpoint as hf
+from lm.data.sources import Documents, take
+from lm.decoding.generator import Generator
+from lm.evals.predict import Evaluator, PredictFns
+from lm.hf import directory as hf
 
 
 def resolve(path: str, what: str) -> Any:
@@ -98,7 +99,7 @@ def documents(config: ConfigDict, split: str) -> Documents:
     return source(split, **arguments)
 
 
-def adopt(config: ConfigDict) -> ConfigDict:
+def apply_hf_config(config: ConfigDict) -> ConfigDict:
     """The configuration with what a Hugging Face checkpoint in `init_from` decides: the model, but
     for how it is executed and the dtype of its parameters, and the tokenizer, unless another is
     given. Other configurations come back as they are.
@@ -252,13 +253,7 @@ class Experiment(Program):
                 tree_logprobs=step.make_tree_logprobs(self.graphdef),
                 tree_states=step.make_tree_states(self.graphdef),
                 head_rows=step.make_head_rows(self.graphdef),
-                make_generate=lambda **kwargs: decode.make_generate(
-                    self.graphdef,
-                    eos_id=self.tokenizer.eos_id,
-                    vocab_size=self.tokenizer.vocab_size,
-                    **kwargs,
-                ),
-                make_generator=lambda params, sampling: decode.Generator(
+                make_generator=lambda params, sampling: Generator(
                     self.model_config,
                     self.graphdef,
                     params,
@@ -444,7 +439,7 @@ def weights(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int) 
 
 
 def _by_hand(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:
-    """How the gradient is distributed: None, by the partitioner, or `sharding.by_hand` for
+    """How the gradient is distributed: None, by the partitioner, or `collectives.shard_map_gradient` for
     config.train.fsdp = "by_hand".
     """
     choices, dtypes, gathers = (
@@ -476,11 +471,11 @@ def _by_hand(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:
             "config.mesh.tensor = 1, or train.fsdp = 'partitioner'"
         )
     return functools.partial(
-        sharding.by_hand,
+        collectives.shard_map_gradient,
         mesh=mesh,
         axes=axes,
         reduce_dtype=config.train.grad_reduce_dtype,
-        joint=config.train.fsdp_gather == "joint",
+        joint_gather=config.train.fsdp_gather == "joint",
     )
 
 

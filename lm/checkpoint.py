@@ -70,7 +70,7 @@ def _scan(directory: epath.Path) -> dict[str, list[int]]:
     return found
 
 
-def damage(directory: epath.Path) -> list[str]:
+def problems(directory: epath.Path) -> list[str]:
     """What is wrong with a finished checkpoint: files missing, changed, or a manifest that isn't
     there. [] if it is whole.
     """
@@ -111,7 +111,7 @@ def newest_whole(
     for step in (
         reversed(steps(directory) if among is None else among) if jax.process_index() == 0 else ()
     ):
-        damaged[step] = damage(directory / str(step))
+        damaged[step] = problems(directory / str(step))
         if not damaged[step]:
             whole = step
             break
@@ -125,7 +125,7 @@ def _settle_replaced(directory: epath.Path) -> None:
     """
     for old in directory.glob("replaced-*") if jax.process_index() == 0 else ():
         new = directory / old.name.removeprefix("replaced-")
-        if new.exists() and not damage(new):
+        if new.exists() and not problems(new):
             old.rmtree()
         else:
             if new.exists():

@@ -18,10 +18,10 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, metrics, startup
+from lm import build, checkpoint, files, startup
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
-from lm.hf import checkpoint as hf
+from lm.hf import directory as hf
 from lm.hf import families
 
 COMMANDS = ("import", "export")
@@ -63,7 +63,7 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
     if jax.process_index() == 0:
         (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / "tokenizer")
-        metrics.write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        files.write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = "") -> str:

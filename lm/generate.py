@@ -15,16 +15,19 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, decode, startup
+from lm import build, checkpoint, startup
 from lm import config as config_lib
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
-from lm.hf import checkpoint as hf
+from lm.decoding.generator import Generator
+from lm.decoding.sampling import Sampling
+from lm.decoding.stop_strings import stream
+from lm.hf import directory as hf
 
 
 def load(
-    source: epath.Path, devices, sampling: decode.Sampling, mesh: dict[str, int] | None = None
-) -> tuple[decode.Generator, tokenizers.Tokenizer]:
+    source: epath.Path, devices, sampling: Sampling, mesh: dict[str, int] | None = None
+) -> tuple[Generator, tokenizers.Tokenizer]:
     """A run's newest checkpoint (its moving average, where it has one), or a Hugging Face
     checkpoint, ready to continue texts.
 
@@ -72,7 +75,7 @@ def load(
         params, step = checkpoint.restore_weights(source, wanted, averaged=True)
         logging.info("step %d of %s", step, source)
         tokenizer, made = kept["tokenizer"], kept["made"]
-    return decode.Generator(
+    return Generator(
         made.model_config,
         made.graphdef,
         params,
@@ -81,80 +84,6 @@ def load(
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
     ), tokenizer
-
-
-class Text:
-    """The text of tokens as they come. What may still change is held back: the beginning of a
-    character, or of a stop string.
-
-    Attributes:
-      text: all that is settled.
-      ended: a stop string was found; the text ends before the first one.
-    """
-
-    def __init__(
-        self, tokenizer: tokenizers.Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()
-    ):
-        if "" in stop:
-            raise ValueError("a stop string is empty")
-        self._tokenizer, self._ids, self._stop = tokenizer, list(prompt_ids), tuple(stop)
-        # decoded with the prompt: some tokenizers drop a text's first space
-        self._start = len(tokenizer.decode(prompt_ids))
-        self.text, self.ended = "", False
-
-    def push(self, token: int) -> str:
-        """Adds a token; returns what is settled by it."""
-        self._ids.append(token)
-        return self._settle(final=False)
-
-    def close(self) -> str:
-        """No more tokens come; returns the rest."""
-        return self._settle(final=True)
-
-    def _settle(self, final: bool) -> str:
-        if self.ended:
-            return ""
-        whole = self._tokenizer.decode(self._ids)[self._start :]
-        found = [at for at in (whole.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.ended, end = True, min(found)
-        elif final:
-            end = len(whole)
-        else:
-            end = len(whole.rstrip("\ufffd"))
-            held = [
-                n
-                for stop in self._stop
-                for n in range(1, len(stop))
-                if whole[:end].endswith(stop[:n])
-            ]
-            end -= max(held, default=0)
-        new, self.text = whole[len(self.text) : end], whole[: max(end, len(self.text))]
-        return new
-
-
-def stream(
-    generator: decode.Generator,
-    tokenizer: tokenizers.Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    seeds: Sequence[int],
-    stop: Sequence[str] = (),
-) -> Iterator[list[str]]:
-    """Yields what is new of each row's text, token by token, and ends with all rows."""
-    texts = [Text(tokenizer, ids, stop) for ids in prompts]
-    for tokens in generator.stream(prompts, max_new_tokens, seeds):
-        yield [
-            text.push(token) if token >= 0 and token not in tokenizer.stop_ids else ""
-            for text, token in zip(texts, tokens.tolist())
-        ]
-        if all(
-            text.ended or token < 0 or token in tokenizer.stop_ids
-            for text, token in zip(texts, tokens.tolist())
-        ):
-            break
-    yield [text.close() for text in texts]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -260,7 +189,7 @@ def main(argv: list[str]) -> int:
                 f"--from={_FROM.value} is not the directory of a Hugging Face checkpoint: no "
                 "config.json with a model_type in it"
             )
-        sampling = decode.Sampling(
+        sampling = Sampling(
             _PENALTY.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value
         )
         prompts = _PROMPT.value or (

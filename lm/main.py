@@ -12,8 +12,8 @@ import jax
 from absl import app, flags
 from etils import epath
 
-from lm import command_line, metrics, startup, train
-from lm.evals import comparison, report
+from lm import command_line, evaluate, files, startup, stopping, train
+from lm.reports import comparison, tables
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory; gs:// too. A run goes on from the checkpoints in it."
@@ -64,7 +64,7 @@ def table(values: dict) -> str:
         )
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {report.cell(value):>12}" for name, value in rows)
+    return "\n".join(f"  {name:<{width}}  {tables.cell(value):>12}" for name, value in rows)
 
 
 def steps_of(text: str) -> tuple[int, int] | None:
@@ -108,18 +108,18 @@ def main(argv: list[str]) -> int:
         values = (
             train.train(config, workdir, devices, profile_steps)
             if _MODE.value == "train"
-            else train.evaluate(config, workdir, devices, _STEPS.value)
+            else evaluate.evaluate(config, workdir, devices, _STEPS.value)
         )
         compared = (
             comparison.compare_runs(workdir, other)
             if _COMPARE.value and jax.process_index() == 0
             else {}
         )
-    except train.Stopped as stopped:
+    except stopping.Stopped as stopped:
         logging.warning("%s", stopped)
         return 0
     except Exception as error:
-        if not isinstance(error, (ValueError, OSError, train.NonFinite, train.Lost)):
+        if not isinstance(error, (ValueError, OSError, train.NonFinite, train.ProcessLost)):
             traceback.print_exc()
         print(f"\nerror: {error}", file=sys.stderr)
         startup.leave(1)
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
     if jax.process_index() == 0:
         print(f"\n{workdir}\n{table(values)}")
     if compared:
-        metrics.write_whole(
+        files.write_whole(
             workdir / "comparison.json",
             json.dumps({"to": _COMPARE.value} | compared, indent=2) + "\n",
         )

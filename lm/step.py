@@ -52,7 +52,7 @@ def make_train_step(
       seed: of every random number in the step, folded with its purpose and the step.
       accumulation: number of microbatches that the batch's rows are dealt into; the gradient is
         that of the whole batch.
-      by_hand: wraps the gradient of a microbatch with FSDP written out (`lm.sharding.by_hand`);
+      by_hand: wraps the gradient of a microbatch with FSDP written out (`lm.collectives.shard_map_gradient`);
         None leaves it to the partitioner.
       nonfinite: "halt" stops at the first non-finite loss, gradient or update, "skip" leaves that
         update out and goes on.

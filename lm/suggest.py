@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from lm import build, command_line, startup, train
+from lm import build, command_line, startup, weights
 from lm.evals import classification
 
 
@@ -64,13 +64,16 @@ def suggest(
     """Label -> {"likelihood ratio": words, "nearest": words}, the best first.
 
     Raises:
-      ValueError: no such eval; see `lm.evals.classification.Task`.
+      ValueError: no such eval; see `lm.evals.classification.PromptClassification`.
     """
-    config = build.adopt(config)
-    if name not in config.evals or config.evals[name].type != "lm.evals.classification.Task":
+    config = build.apply_hf_config(config)
+    if (
+        name not in config.evals
+        or config.evals[name].type != "lm.evals.classification.PromptClassification"
+    ):
         raise ValueError(
             f"--eval={name}: wanted one of "
-            f"{[key for key, e in config.evals.items() if e.type == 'lm.evals.classification.Task']}, "  # noqa: E501
+            f"{[key for key, e in config.evals.items() if e.type == 'lm.evals.classification.PromptClassification']}, "  # noqa: E501
             "the evals of this configuration that ask by templates"
         )
     with config.unlocked():
@@ -80,8 +83,8 @@ def suggest(
     source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
     with jax.set_mesh(experiment.mesh):
         task = experiment.make_evaluators()[name]
-        assert isinstance(task, classification.Task)
-        params, step = train.load_weights(experiment, source, averaged=True)
+        assert isinstance(task, classification.PromptClassification)
+        params, step = weights.load_weights(experiment, source, averaged=True)
         logging.info("%s, step %d: %d prompts", source, step, examples)
         q, way, tokenizer = task.questions, task.questions.ways[0], experiment.tokenizer
         if missing := [label for k, label in enumerate(q.labels) if k not in q.held_gold]:

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from lm import build
-from lm import config as config_lib
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
-from lm.evals import perplexity
+from lm.evals import entries, perplexity
 
 
 def changed(config, overrides):
@@ -32,7 +31,7 @@ def changed(config, overrides):
 
 def verbalizer(**changes):
     words = {"red": (" red",), "green": (" green",), "blue": (" blue",)} | changes
-    return config_lib.classification({k: v for k, v in words.items() if v is not None}, every=0)
+    return entries.classification({k: v for k, v in words.items() if v is not None}, every=0)
 
 
 BAD = [
@@ -134,9 +133,9 @@ BAD = [
     ({"train.nonfinite": "ignore"}, 1, "config.train.nonfinite = 'ignore'; valid.*skip"),
     ({"train.length": "6 step"}, 1, "config.train.length = '6 step'"),
     # The evaluators.
-    ({"evals.x": config_lib.perplexity(every=0, split="test")}, 1, "split 'test'"),
+    ({"evals.x": entries.perplexity(every=0, split="test")}, 1, "split 'test'"),
     (
-        {"mesh.data": 8, "evals.x": config_lib.perplexity(every=0, batch_size=12)},
+        {"mesh.data": 8, "evals.x": entries.perplexity(every=0, batch_size=12)},
         8,
         "config.evals.x.batch_size = 12 rows can't be divided by 8",
     ),
@@ -270,7 +269,7 @@ def test_resolve(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert build.resolve("my_plugin.source", "x")("a") == "aa"
     assert build.resolve("my_plugin", "x") is sys.modules["my_plugin"]
-    assert build.resolve("lm.evals.perplexity.Evaluator", "x") is perplexity.Evaluator
+    assert build.resolve("lm.evals.perplexity.Perplexity", "x") is perplexity.Perplexity
     with pytest.raises(ValueError, match="config.x = 'my_plugin.none' can't be imported"):
         build.resolve("my_plugin.none", "config.x")
 
@@ -332,10 +331,10 @@ def test_a_long_label_prompt(tiny):
 
 def test_evaluators_are_given_what_they_ask_for(tiny, one_device):
     overrides = {
-        "evals.a": config_lib.perplexity(every=0, batch_size=4),
+        "evals.a": entries.perplexity(every=0, batch_size=4),
         "evals.b": verbalizer(),
-        "evals.c": config_lib.samples(("ab",), every=0, max_new_tokens=4),
-        "evals.d": config_lib.perplexity(every=0, split="train", max_documents=3),
+        "evals.c": entries.samples(("ab",), every=0, max_new_tokens=4),
+        "evals.d": entries.perplexity(every=0, split="train", max_documents=3),
     }
     evaluators = build.build(changed(tiny, overrides), one_device).make_evaluators()
     assert list(evaluators) == ["a", "b", "c", "d"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from lm.evals import calibration
+from lm.evals.scores import calibration
 
 
 def examples(n, k, seed):

@@ -18,9 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_train import _quick, _small, assert_same_run, go, snapshot  # noqa: F401
 
 from lm import checkpoint
-from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
-from lm.evals import perplexity
+from lm.evals import entries, perplexity
 
 
 def state(value, size=64):
@@ -161,9 +160,11 @@ def test_best_is_what_was_measured_at_that_step(small, tmp_path, monkeypatch):
     # The loss is measured every second step, another eval and a checkpoint come every step: an old
     # figure is not a new checkpoint's.
     losses = iter([3.0, 4.0, 5.0])
-    monkeypatch.setattr(perplexity.Evaluator, "run", lambda *unused: iter([("loss", next(losses))]))
-    small.evals.loss = config_lib.perplexity(every=2, batch_size=8)
-    small.evals.samples = config_lib.samples(("ab",), every=1, max_new_tokens=1)
+    monkeypatch.setattr(
+        perplexity.Perplexity, "run", lambda *unused: iter([("loss", next(losses))])
+    )
+    small.evals.loss = entries.perplexity(every=2, batch_size=8)
+    small.evals.samples = entries.samples(("ab",), every=1, max_new_tokens=1)
     small.checkpoint.update(dict(every=1, keep=1, best="eval/loss/loss"))
     go(small.lock(), tmp_path / "run")
     assert kept(tmp_path / "run/checkpoints") == [2, 6]
@@ -174,7 +175,7 @@ def test_saving_again_replaces(tmp_path):
     save(checkpointer, 1, loss=1.0)
     save(checkpointer, 2, loss=5.0)
     save(checkpointer, 2, loss=0.5, value=22)
-    assert value_of(checkpointer, 2) == 22 and checkpoint.damage(epath.Path(tmp_path / "2")) == []
+    assert value_of(checkpointer, 2) == 22 and checkpoint.problems(epath.Path(tmp_path / "2")) == []
     save(checkpointer, 3, loss=0.7)
     assert kept(tmp_path) == [2, 3]  # with the new figure 2 is the best
     checkpointer.close()
@@ -300,7 +301,7 @@ def test_all_damaged_is_an_error_and_overwrites_nothing(small, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bit", "no manifest"])
 def test_run_goes_on_from_the_one_before_the_damaged_one(small, tmp_path, caplog, kind):
-    small.evals.validation = config_lib.perplexity(every=2, batch_size=8)
+    small.evals.validation = entries.perplexity(every=2, batch_size=8)
     small.checkpoint.update(dict(every=2, best="eval/validation/loss"))
     small.train.log_every = 3
     go(small, tmp_path / "run")
@@ -417,7 +418,7 @@ def test_full_disk_while_saving_again_keeps_the_old(tmp_path, disk, killed):
 
 
 def test_run_on_a_full_disk_goes_on_later(small, tmp_path, disk):
-    small.evals.validation = config_lib.perplexity(every=2, batch_size=8)
+    small.evals.validation = entries.perplexity(every=2, batch_size=8)
     small.checkpoint.every = 2
     go(small, tmp_path / "whole")
     disk["full_from"] = 4

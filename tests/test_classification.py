@@ -11,9 +11,11 @@ import pytest
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
-from lm.evals import calibration, classification
-from lm.evals.common import Artifact
+from lm.evals import classification
+from lm.evals.predict import Artifact
+from lm.evals.scores import calibration
 from lm.evals.verbalizer import word_scores
+from lm.reports import pictures
 
 PROMPT = "\n?"
 LABELS = ("red", "green", "blue")
@@ -80,7 +82,7 @@ def make(
 ):
     verbalizer = verbalizer or [(label, (f" {label}",)) for label in LABELS]
     documents = make_documents() if documents is None else documents
-    return classification.Evaluator(
+    return classification.DocumentClassification(
         fns,
         name="colours",
         documents=documents,
@@ -93,7 +95,9 @@ def make(
 
 def asked(evaluator):
     """The log-probabilities of its only way of asking."""
-    return classification.ask(evaluator._predict_fns, None, evaluator.questions)[0].examples
+    return classification.score_prompts(evaluator._predict_fns, None, evaluator.questions)[
+        0
+    ].examples
 
 
 def run(*args, **kwargs):
@@ -467,7 +471,7 @@ def test_what_is_counted_and_refused():
 
 def test_pictures_have_many_labels():
     P = np.random.default_rng(0).dirichlet(np.ones(20), 50)
-    assert classification.plot_reliability(
+    assert pictures.plot_reliability(
         P, np.arange(50) % 20, [f"label {i}" for i in range(20)], "many"
     ).startswith(b"\x89PNG")
     assert calibration.ece(P, np.arange(50) % 20) > 0

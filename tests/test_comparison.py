@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm.evals import comparison, statistics
+from lm.evals.scores import statistics
+from lm.reports import comparison
 
 LABELS = ("a", "b", "c")
 

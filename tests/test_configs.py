@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from lm import build, command_line, main, optim, sharding, startup
 from lm import config as config_lib
 from lm.data import pydocs, sources
+from lm.evals import entries
 from lm.models import presets
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -199,8 +200,8 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
     read = set()
     c = tiny.copy_and_resolve_references().unlock()
     c.train.length = "2 steps"
-    c.evals.text = config_lib.perplexity(every=1, batch_size=4)
-    c.evals.samples = config_lib.samples(("ab", "cde f"), every=0, max_new_tokens=4)
+    c.evals.text = entries.perplexity(every=1, batch_size=4)
+    c.evals.samples = entries.samples(("ab", "cde f"), every=0, max_new_tokens=4)
     c.optimizer.warmup_steps = 0
     with monkeypatch.context() as patch:
         record_reads(patch, c, read)

@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 from lm import config as config_lib
-from lm import decode, sharding
+from lm import sharding
+from lm.decoding.generator import Generator, make_generate
+from lm.decoding.sampling import Sampling, row_keys, sample
 from lm.models.transformer import Config, Transformer
 
 QUICK = {
@@ -31,10 +33,10 @@ NEW = 10
 def draws(logits, num=2000, **options):
     keys = jax.random.split(jax.random.key(0), num)
     vocab_size, seen = options.pop("vocab_size", logits.shape[-1]), options.pop("seen", None)
-    choose = lambda key: decode.sample(
+    choose = lambda key: sample(
         jax.random.split(key, len(logits)),
         logits,
-        decode.Sampling(**options),
+        Sampling(**options),
         vocab_size=vocab_size,
         seen_BV=seen,
     )
@@ -118,7 +120,7 @@ def test_repetition_penalty():
 )
 def test_sampling_errors(name, value, wanted):
     with pytest.raises(ValueError, match=f"{name} = {value}; wanted {wanted}"):
-        decode.Sampling(**{name: value})
+        Sampling(**{name: value})
 
 
 @functools.cache
@@ -157,7 +159,7 @@ def generate(positions="rope", key=0, prompts=PROMPTS, **options):
         dict(max_new_tokens=NEW, temperature=0.0, top_k=0, eos_id=-1, vocab_size=VOCAB) | options
     )
     return jax.device_get(
-        jax.jit(decode.make_generate(graphdef, **options), compiler_options=QUICK)(
+        jax.jit(make_generate(graphdef, **options), compiler_options=QUICK)(
             params, prompts, LENGTHS, jax.random.key(key)
         )
     )
@@ -229,12 +231,12 @@ def generator(sizes=None, stop_ids=(-1,), sampling=None, **changes):
     made = nnx.merge(graphdef, params)
     axes = sharding.logical_axes(nnx.split(made, nnx.Param)[1])
     params = jax.device_put(params, sharding.shardings(params, axes, mesh))
-    return decode.Generator(
+    return Generator(
         made.config,
         graphdef,
         params,
         mesh,
-        sampling or decode.Sampling(temperature=0.0),
+        sampling or Sampling(temperature=0.0),
         stop_ids=stop_ids,
         vocab_size=VOCAB,
     )
@@ -259,7 +261,7 @@ EXPERTS = dict(num_experts=4, experts_per_token=2, gated_mlp=True, shared_mlp_di
     "sampling",
     [
         None,
-        decode.Sampling(temperature=2.0, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
+        Sampling(temperature=2.0, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
     ],
 )
 def test_a_batch_is_each_alone(changes, sizes, sampling):
@@ -267,18 +269,21 @@ def test_a_batch_is_each_alone(changes, sizes, sampling):
     or the best, on any mesh.
     """
     ours = generator(sampling=sampling, **changes)
-    together = ours.generate(SOME, 20, seeds=[7, 8, 9])
+    together = ours.generate(SOME, 20, keys_B=row_keys([7, 8, 9]))
     assert together == [
-        ours.generate([prompt], 20, seeds=[seed])[0] for prompt, seed in zip(SOME, (7, 8, 9))
+        ours.generate([prompt], 20, keys_B=row_keys([seed]))[0]
+        for prompt, seed in zip(SOME, (7, 8, 9))
     ]
     assert all(len(row) == 20 for row in together) and len(set(map(tuple, together))) == 3
     assert (
-        generator(sizes, sampling=sampling, **changes).generate(SOME, 20, seeds=[7, 8, 9])
+        generator(sizes, sampling=sampling, **changes).generate(
+            SOME, 20, keys_B=row_keys([7, 8, 9])
+        )
         == together
     )
     if sampling:
-        assert ours.generate(SOME, 20, seeds=[7, 8, 1])[:2] == together[:2]
-        assert ours.generate(SOME, 20, seeds=[7, 8, 1])[2] != together[2]
+        assert ours.generate(SOME, 20, keys_B=row_keys([7, 8, 1]))[:2] == together[:2]
+        assert ours.generate(SOME, 20, keys_B=row_keys([7, 8, 1]))[2] != together[2]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +300,9 @@ def test_generation_is_one_forward_pass_a_token(changes):
         ]
         return jnp.argmax(logits, axis=-1)[length - 1]
 
-    for prompt, found in zip(SOME, generator(**changes).generate(SOME, 20, seeds=[0] * 3)):
+    for prompt, found in zip(
+        SOME, generator(**changes).generate(SOME, 20, keys_B=row_keys([0] * 3))
+    ):
         ids = list(prompt)
         for _ in range(20):
             ids.append(int(best(np.array([ids + [0] * (32 - len(ids))], np.int32), len(ids))))
@@ -303,12 +310,14 @@ def test_generation_is_one_forward_pass_a_token(changes):
 
 
 def test_rows_end_at_any_stop_token_and_the_stream_with_the_last():
-    free = generator().generate(SOME, 20, seeds=[0] * 3)
+    free = generator().generate(SOME, 20, keys_B=row_keys([0] * 3))
     stops = (free[0][3], free[1][6], free[2][0])
     ends = [next(i for i, token in enumerate(row) if token in stops) for row in free]
     ours = generator(stop_ids=stops)
-    assert ours.generate(SOME, 20, seeds=[0] * 3) == [row[:end] for row, end in zip(free, ends)]
-    steps = list(ours.stream(SOME, 20, seeds=[0] * 3))
+    assert ours.generate(SOME, 20, keys_B=row_keys([0] * 3)) == [
+        row[:end] for row, end in zip(free, ends)
+    ]
+    steps = list(ours.stream(SOME, 20, keys_B=row_keys([0] * 3)))
     assert len(steps) == max(ends) + 1
     for row, end in enumerate(ends):
         assert [step[row] for step in steps] == free[row][: end + 1] + [-1] * (max(ends) - end)
@@ -317,7 +326,7 @@ def test_rows_end_at_any_stop_token_and_the_stream_with_the_last():
 def test_one_compilation_for_a_bucket():
     ours = generator()
     for prompts in ([[1] * 3], [[2] * 9], [[3] * 12]):
-        ours.generate(prompts, 4, seeds=[0])
+        ours.generate(prompts, 4, keys_B=row_keys([0]))
     assert ours._start._cache_size() == ours._advance._cache_size() == 1
 
 
@@ -332,6 +341,6 @@ def test_one_compilation_for_a_bucket():
 )
 def test_prompts_that_do_not_fit(prompts, new, message):
     with pytest.raises(ValueError, match=message):
-        next(generator().stream(prompts, new, seeds=[0] * len(prompts)))
-    full = generator().generate([[1] * 59], 5, seeds=[0])
+        next(generator().stream(prompts, new, keys_B=row_keys([0] * len(prompts))))
+    full = generator().generate([[1] * 59], 5, keys_B=row_keys([0]))
     assert len(full[0]) == 5

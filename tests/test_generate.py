@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import decode, generate, train
+from lm import generate, train
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
+from lm.decoding.sampling import Sampling
+from lm.decoding.stop_strings import TextStream, stream
 
 ROOT = Path(__file__).parent.parent
 BYTES = tokenizers.ByteTokenizer()
@@ -22,7 +24,7 @@ BYTES = tokenizers.ByteTokenizer()
 
 def shown(text, prompt="p", stop=()):
     """What each byte of a text settles, and the whole."""
-    made = generate.Text(BYTES, BYTES.prompt(prompt), stop)
+    made = TextStream(BYTES, BYTES.prompt(prompt), stop)
     pieces = [made.push(byte) for byte in text.encode()] + [made.close()]
     assert "".join(pieces) == made.text
     return pieces, made
@@ -33,7 +35,7 @@ def test_characters_are_shown_whole():
     assert (
         pieces == ["a", "", "é", "", "", "漢", "", "", "", "😀", "!", ""] and made.text == "aé漢😀!"
     )
-    cut = generate.Text(BYTES, BYTES.prompt("p"))
+    cut = TextStream(BYTES, BYTES.prompt("p"))
     assert [cut.push(byte) for byte in "é".encode()[:1]] + [cut.close()] == ["", "�"]
 
 
@@ -63,7 +65,7 @@ def test_stop_strings(text, stop, wanted):
 
 def test_an_empty_stop_string():
     with pytest.raises(ValueError, match="a stop string is empty"):
-        generate.Text(BYTES, [1], ("",))
+        TextStream(BYTES, [1], ("",))
 
 
 class Scripted:
@@ -86,9 +88,7 @@ class Scripted:
 def test_rows_are_followed_until_the_last_ends():
     scripted = Scripted("one|two", "a longer one| and more", "end")
     new = list(
-        generate.stream(
-            scripted, BYTES, [[1], [2], [3]], max_new_tokens=50, seeds=[0] * 3, stop=("|",)
-        )
+        stream(scripted, BYTES, [[1], [2], [3]], max_new_tokens=50, seeds=[0] * 3, stop=("|",))
     )
     assert ["".join(row) for row in zip(*new)] == ["one", "a longer one", "end"]
     assert scripted.steps == len("a longer one|")  # not to the end
@@ -230,7 +230,7 @@ def test_the_command(run, tmp_path):
 
 def test_a_run_continues_with_its_average(run):
     generator, tokenizer = generate.load(
-        epath.Path(run), jax.devices()[:1], decode.Sampling(temperature=0.0)
+        epath.Path(run), jax.devices()[:1], Sampling(temperature=0.0)
     )
     assert tokenizer.fingerprint == BYTES.fingerprint and generator.generate(
         [[256]], 5, [0]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm import build, decode, sharding, step
+from lm import build, sharding, step
 from lm import config as config_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
-from lm.evals import generation
-from lm.evals.common import Artifact, PredictFns
-from lm.evals.tree import grow
+from lm.evals import entries, generation
+from lm.evals.predict import Artifact, PredictFns
+from lm.evals.tree import build_tree
 
 LENGTH = 24
 ENCODER = Encoder(ByteTokenizer(), "")
@@ -69,7 +69,7 @@ def model():
 def make_fns(make_generate=None):
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     make_generate = make_generate or (
-        lambda **kwargs: decode.make_generate(model()[0], eos_id=257, vocab_size=258, **kwargs)
+        lambda **kwargs: make_generate(model()[0], eos_id=257, vocab_size=258, **kwargs)
     )
     return PredictFns(
         mesh,
@@ -150,7 +150,9 @@ def test_greedy_is_the_best_token_each_time():
         while len(expected) < 8:
             best = int(
                 np.argmax(
-                    fns.tree_logprobs(params, [grow(ids, [[token] for token in range(258)])])[0][0]
+                    fns.tree_logprobs(params, [build_tree(ids, [[token] for token in range(258)])])[
+                        0
+                    ][0]
                 )
             )
             if best == 257:
@@ -225,7 +227,7 @@ def write_task(folder, rows, **changes):
     (folder / "train.jsonl").write_text(
         "".join(json.dumps(dict(q=f"ex {i}", a=["ex"])) + "\n" for i in range(5))
     )
-    (folder / "g.toml").write_text('type = "lm.evals.generation.Task"')
+    (folder / "g.toml").write_text('type = "lm.evals.generation.TextGeneration"')
     options = (
         dict(
             source=dict(path=str(folder / "{split}.jsonl"), shots_split="train"),
@@ -239,7 +241,7 @@ def write_task(folder, rows, **changes):
     )
     return {
         key: value
-        for key, value in config_lib.task(str(folder / "g.toml"), **options).to_dict().items()
+        for key, value in entries.task(str(folder / "g.toml"), **options).to_dict().items()
         if key not in ("type", "every", "batch_size")
     }
 
@@ -256,9 +258,9 @@ ROWS = [
 def answer(folder, rows=ROWS, **changes):
     fns = Reader()
     values = dict(
-        generation.Task(fns, name="g", encoder=ENCODER, **write_task(folder, rows, **changes)).run(
-            None
-        )
+        generation.TextGeneration(
+            fns, name="g", encoder=ENCODER, **write_task(folder, rows, **changes)
+        ).run(None)
     )
     return values, [json.loads(line) for line in values["predictions"].content.splitlines()], fns
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 from lm import config as config_lib
 from lm import sharding
-from lm.hf import checkpoint, families, safetensors
+from lm.hf import directory as hf
+from lm.hf import families, safetensors
 from lm.models.transformer import Config, Transformer
 
 TOKEN_IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)
@@ -55,7 +56,7 @@ def parameters(fields, dtype="float32"):
 def directory(tmp_path):
     """A Llama of several files; config.json, the index, and two layers."""
     fields, params, _ = parameters(LLAMA)
-    checkpoint.save(
+    hf.save(
         tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS, shard_bytes=8_000
     )
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -63,7 +64,7 @@ def directory(tmp_path):
 
 
 def load(directory):
-    source = checkpoint.Source(directory)
+    source = hf.Source(directory)
     _, params, _ = parameters(source.fields)
     layout = sharding.replicated(sharding.make_mesh({}, jax.devices()[:1]))
     return source.load(
@@ -97,7 +98,7 @@ def test_there_and_back(directory):
 
 def test_progress_ends_with_everything(directory):
     seen = []
-    source = checkpoint.Source(directory)
+    source = hf.Source(directory)
     _, params, _ = parameters(source.fields)
     layout = sharding.replicated(sharding.make_mesh({}, jax.devices()[:1]))
     source.load(
@@ -202,7 +203,7 @@ def test_every_flipped_bit_of_a_header_is_seen(directory):
 
 
 def test_tensors_that_are_not_as_they_should_be(directory):
-    index = directory / checkpoint.INDEX
+    index = directory / hf.INDEX
     weight_map = json.loads(index.read_text())["weight_map"]
     name = "model.layers.1.mlp.down_proj.weight"
     path, other = directory / weight_map[name], directory / weight_map["model.embed_tokens.weight"]
@@ -249,7 +250,7 @@ def test_tensors_that_are_not_as_they_should_be(directory):
     with pytest.raises(ValueError, match=f"tensor {name} is in .* and in"):
         load(directory)
     path.unlink()
-    with pytest.raises(ValueError, match=f"lacks {path.name}, which {checkpoint.INDEX} names"):
+    with pytest.raises(ValueError, match=f"lacks {path.name}, which {hf.INDEX} names"):
         load(directory)
     for text in (
         "{",
@@ -259,17 +260,15 @@ def test_tensors_that_are_not_as_they_should_be(directory):
         '{"weight_map": {"a": 1}}',
     ):
         index.write_text(text)
-        with pytest.raises(ValueError, match=f"{checkpoint.INDEX} (can't be read|names)"):
+        with pytest.raises(ValueError, match=f"{hf.INDEX} (can't be read|names)"):
             load(directory)
     index.unlink()
-    with pytest.raises(
-        ValueError, match=f"but no {checkpoint.INDEX} that says what belongs together"
-    ):
+    with pytest.raises(ValueError, match=f"but no {hf.INDEX} that says what belongs together"):
         load(directory)
 
 
 def test_pickled_weights_are_refused(directory):
-    for path in (*directory.glob("*.safetensors"), directory / checkpoint.INDEX):
+    for path in (*directory.glob("*.safetensors"), directory / hf.INDEX):
         path.unlink()
     with pytest.raises(ValueError, match="has no safetensors$"):
         load(directory)
@@ -447,12 +446,12 @@ def test_attributes_of_no_consequence(directory):
 
 def test_a_tied_head_that_differs(tmp_path):
     fields, params, _ = parameters(LLAMA | dict(tie_embeddings=True))
-    checkpoint.save(tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS)
+    hf.save(tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS)
     path = tmp_path / "model.safetensors"
     table = np.array(safetensors.entries(path)["model.embed_tokens.weight"].read())
     rewrite(path, **{"lm_head.weight": table})
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path), params)
-    checkpoint.save_as(tmp_path / "back", checkpoint.Source(tmp_path).record(), fields, params)
+    hf.save_as(tmp_path / "back", hf.Source(tmp_path).record(), fields, params)
     # the head again too
     assert set(safetensors.entries(tmp_path / "back/model.safetensors")) == set(
         safetensors.entries(path)
@@ -479,7 +478,7 @@ def test_names_without_their_prefix(tmp_path):
             activation="gelu_tanh",
         )
     )
-    checkpoint.save(tmp_path, families.FAMILIES["gpt2"], fields, params, token_ids=TOKEN_IDS)
+    hf.save(tmp_path, families.FAMILIES["gpt2"], fields, params, token_ids=TOKEN_IDS)
     path = tmp_path / "model.safetensors"
     old = {name: np.array(e.read()) for name, e in safetensors.entries(path).items()}
     new = {name.removeprefix("transformer."): array for name, array in old.items()} | {
@@ -487,7 +486,7 @@ def test_names_without_their_prefix(tmp_path):
     }
     safetensors.write(path, {name: (a.dtype, a.shape) for name, a in new.items()}, new.values())
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path), params)
-    checkpoint.save_as(tmp_path / "back", checkpoint.Source(tmp_path).record(), fields, params)
+    hf.save_as(tmp_path / "back", hf.Source(tmp_path).record(), fields, params)
     assert set(safetensors.entries(tmp_path / "back/model.safetensors")) == set(new) - {
         "h.0.attn.bias"
     }
@@ -499,9 +498,7 @@ def test_a_model_that_was_changed_is_not_written_as_it_was(directory):
         ValueError,
         match="the model was changed since it was imported: rope_theta = 77.0, was 10000.0",
     ):
-        checkpoint.save_as(
-            directory / "back", checkpoint.Source(directory).record(), fields, params
-        )
+        hf.save_as(directory / "back", hf.Source(directory).record(), fields, params)
 
 
 @pytest.mark.parametrize(
@@ -588,8 +585,8 @@ def test_no_family_fits():
 def test_dtypes(tmp_path):
     """bf16 weights with norms in f32, as ours are, and all in bf16, as theirs are."""
     fields, params, _ = parameters(LLAMA, "bfloat16")
-    checkpoint.save(tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS)
-    source = checkpoint.Source(tmp_path)
+    hf.save(tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS)
+    source = hf.Source(tmp_path)
     assert {e.dtype for e in source.entries.values()} == {
         np.dtype(ml_dtypes.bfloat16),
         np.dtype(np.float32),
@@ -598,10 +595,10 @@ def test_dtypes(tmp_path):
         tmp_path / "model.safetensors",
         **{n: np.array(e.read()).astype(ml_dtypes.bfloat16) for n, e in source.entries.items()},
     )
-    assert checkpoint.Source(tmp_path).dtype() == "bfloat16"
+    assert hf.Source(tmp_path).dtype() == "bfloat16"
     # no weight
     rewrite(
         tmp_path / "model.safetensors",
         **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
     )
-    assert checkpoint.Source(tmp_path).dtype() == "bfloat16"
+    assert hf.Source(tmp_path).dtype() == "bfloat16"

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import hlo, plan
+from lm.plan import compile as plan_lib
+from lm.plan import hlo
 
 KINDS = {"v5e:2x2": "TPU v5 lite", "v5p:2x2x1": "TPU v5", "v6e:2x2": "TPU v6 lite"}
 
 
 def compiled(topology, function, shapes, mesh=None, specs=None):
-    """(its cost analysis by XLA, hlo.Program) of a function compiled for one chip, or a mesh of
+    """(its cost analysis by XLA, hlo.HloModule) of a function compiled for one chip, or a mesh of
     4.
     """
-    devices = plan.describe(topology)
+    devices = plan_lib.describe(topology)
     mesh = mesh or {"data": 1}
     grid = Mesh(
         np.asarray(devices[: len(devices) if len(mesh) > 1 else 1]).reshape(tuple(mesh.values())),
@@ -26,9 +27,9 @@ def compiled(topology, function, shapes, mesh=None, specs=None):
         for (shape, dtype), spec in zip(shapes, specs or [PartitionSpec()] * len(shapes))
     ]
     with jax.set_mesh(grid):
-        executable, text, largest, _ = plan.compile_text(jax.jit(function), *arguments)
+        executable, text, largest, _ = plan_lib.compile_text(jax.jit(function), *arguments)
     assert largest
-    return executable, hlo.Program(
+    return executable, hlo.HloModule(
         text, hlo.CHIPS[devices[0].device_kind], [(0, *d.coords) for d in grid.devices.flat], mesh
     )
 

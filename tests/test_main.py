@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from lm import command_line, train
+from lm import command_line, evaluate, stopping, train
 from lm import config as config_lib
 from lm import main as main_lib
 
@@ -17,11 +17,12 @@ ROOT = Path(main_lib.__file__).parents[1]
 KEYS = list(config_lib.flatten(config_lib.default()))
 CONFIG = """
 from lm import config
+from lm.evals import entries
 
 def get_config(size="small"):
     c = config.default()
     c.model.num_layers = {"small": 1, "large": 9}[size]
-    c.evals.validation = config.perplexity(every=10)
+    c.evals.validation = entries.perplexity(every=10)
     return c
 """
 
@@ -170,7 +171,7 @@ def test_configuration_files_that_cannot_work(config_file):
         (ValueError("config.x = 3; valid: 4"), 1, [], ["error: config.x = 3; valid: 4"]),
         (OSError("disk full"), 1, [], ["error: disk full"]),
         (train.NonFinite("step 3 is not finite"), 1, [], ["error: step 3 is not finite"]),
-        (train.Stopped("stopped at step 3"), 0, [], []),
+        (stopping.Stopped("stopped at step 3"), 0, [], []),
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -188,7 +189,7 @@ def test_exit_codes(config_file, monkeypatch, capsys, mode, outcome, code, out, 
     # pytest has its own handlers
     monkeypatch.setattr(main_lib.logging, "basicConfig", lambda **kwargs: None)
     monkeypatch.setattr(train, "train", run if mode == "train" else other)
-    monkeypatch.setattr(train, "evaluate", run if mode == "eval" else other)
+    monkeypatch.setattr(evaluate, "evaluate", run if mode == "eval" else other)
     parse(config_file, f"--mode={mode}", "--config.seed=5")
     assert main_lib.main(["main"]) == code
     printed = capsys.readouterr()
@@ -199,7 +200,7 @@ def test_exit_codes(config_file, monkeypatch, capsys, mode, outcome, code, out, 
 def test_two_runs_are_compared(config_file, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(main_lib.startup, "start", lambda platform, processes: "devices")
     monkeypatch.setattr(main_lib.logging, "basicConfig", lambda **kwargs: None)
-    monkeypatch.setattr(train, "evaluate", lambda *args: {"eval/x/accuracy": 0.5})
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: {"eval/x/accuracy": 0.5})
     for run, prediction in (("run", "a"), ("other", "b")):
         path = tmp_path / run / "predictions" / "x-3.jsonl"
         path.parent.mkdir(parents=True)

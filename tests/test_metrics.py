@@ -14,7 +14,7 @@ from etils import epath
 from flax import nnx
 
 from lm import config as config_lib
-from lm import metrics
+from lm import files, flops, telemetry
 from lm.models import presets
 from lm.models.transformer import Config, Transformer
 from lm.nn.attention import Visible
@@ -26,17 +26,17 @@ def test_means_of_uneven_batches():
     get lost beside a big one.
     """
     total = {}
-    metrics.accumulate(total, {"loss": (np.float32(6.0), np.float32(3.0)), "z": (1.0, 4)})
-    metrics.accumulate(total, {"loss": (jnp.float32(1.0), jnp.float32(1.0))})
-    assert metrics.means(total) == {"loss": 7 / 4, "z": 0.25}
+    telemetry.accumulate(total, {"loss": (np.float32(6.0), np.float32(3.0)), "z": (1.0, 4)})
+    telemetry.accumulate(total, {"loss": (jnp.float32(1.0), jnp.float32(1.0))})
+    assert telemetry.means(total) == {"loss": 7 / 4, "z": 0.25}
     total = {"loss": (1e9, 1e9)}
     for _ in range(1000):
-        metrics.accumulate(total, {"loss": (np.float32(0.125), np.float32(0.125))})
+        telemetry.accumulate(total, {"loss": (np.float32(0.125), np.float32(0.125))})
     assert total["loss"] == (1e9 + 125, 1e9 + 125)
 
 
 def test_the_mean_of_nothing_is_not_a_number():
-    assert math.isnan(metrics.means({"loss": (0.0, 0.0)})["loss"])
+    assert math.isnan(telemetry.means({"loss": (0.0, 0.0)})["loss"])
 
 
 def test_flops_by_hand():
@@ -45,30 +45,30 @@ def test_flops_by_hand():
     """
     config = types.SimpleNamespace(**(config_lib.default().model.to_dict() | presets.get("gpt2")))
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 50257 * 768
-    assert metrics.model_flops_per_token(config, 1024) == 6 * weights + 12 * 12 * 768 * 1024 / 2
+    assert flops.model_flops_per_token(config, 1024) == 6 * weights + 12 * 12 * 768 * 1024 / 2
     assert (
-        metrics.model_flops_per_token(config, 1024, causal=False)
+        flops.model_flops_per_token(config, 1024, causal=False)
         == 6 * weights + 12 * 12 * 768 * 1024
     )
     config.window, config.table_dim = 256, 512
     weights += 50257 * (512 - 768) + 2 * 512 * 768
     # each query's own key half, as above
     seen = (sum(range(256)) + 128 + 256 * (1024 - 256)) / 1024
-    assert metrics.model_flops_per_token(config, 1024) == 6 * weights + 12 * 12 * 768 * seen
+    assert flops.model_flops_per_token(config, 1024) == 6 * weights + 12 * 12 * 768 * seen
 
 
 def test_flops_of_experts_are_those_of_one_token():
     sizes = config_lib.default().model.to_dict() | presets.get("llama3_1b")
-    flops = lambda **changes: metrics.model_flops_per_token(
+    per_token = lambda **changes: flops.model_flops_per_token(
         types.SimpleNamespace(**(sizes | changes)), 1024
     )
     routers = 6 * 16 * 2048 * 8
-    assert flops(num_experts=8, experts_per_token=2, mlp_dim=512) == pytest.approx(
-        flops(mlp_dim=1024) + routers
+    assert per_token(num_experts=8, experts_per_token=2, mlp_dim=512) == pytest.approx(
+        per_token(mlp_dim=1024) + routers
     )
-    assert flops(
+    assert per_token(
         num_experts=8, experts_per_token=2, mlp_dim=512, shared_mlp_dim=100
-    ) == pytest.approx(flops(mlp_dim=1124) + routers + routers / 8)
+    ) == pytest.approx(per_token(mlp_dim=1124) + routers + routers / 8)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_flops_are_those_that_xla_counts(changes):
         return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
 
     counted = jax.jit(jax.grad(loss)).lower(params).cost_analysis()["flops"] / ids.size
-    assert metrics.model_flops_per_token(config, length, causal=False) == pytest.approx(
+    assert flops.model_flops_per_token(config, length, causal=False) == pytest.approx(
         counted, rel=0.02
     )
 
@@ -147,9 +147,9 @@ def test_flops_are_those_that_xla_counts(changes):
 
 def test_mfu():
     device = lambda kind: types.SimpleNamespace(device_kind=kind)
-    assert metrics.mfu(1e12, jax.devices()) is None  # a CPU
-    assert metrics.mfu(1e12, [device("an unheard-of chip")]) is None
-    assert metrics.mfu(2 * 275e12, [device("TPU v4")] * 4) == pytest.approx(0.5)
+    assert flops.mfu(1e12, jax.devices()) is None  # a CPU
+    assert flops.mfu(1e12, [device("an unheard-of chip")]) is None
+    assert flops.mfu(2 * 275e12, [device("TPU v4")] * 4) == pytest.approx(0.5)
 
 
 def written(path):
@@ -161,7 +161,7 @@ def test_writer_goes_on_after_a_step(tmp_path):
     once.
     """
     path = epath.Path(tmp_path)
-    writer = metrics.Writer(path, 0)
+    writer = telemetry.Writer(path, 0)
     assert writer.lines() == []
     for step in (1, 2, 3):
         writer.write(step, {"train/loss": 1.0 / step, "train/batch_hash": f"hash {step}"})
@@ -170,7 +170,7 @@ def test_writer_goes_on_after_a_step(tmp_path):
     everything = written(path)
     assert [line["step"] for line in everything] == [1, 2, 3, 2]
 
-    writer = metrics.Writer(path, 2)
+    writer = telemetry.Writer(path, 2)
     assert writer.lines() == written(path) == [everything[0], everything[1], everything[3]]
     writer.write(3, {"train/loss": 0.5})
     writer.write(4, {})
@@ -187,18 +187,18 @@ def test_writer_drops_a_half_written_line(tmp_path):
     # a line without its end may be a number cut short
     for half in ('{"step": 2, "train/lo', '{"step": 2, "train/loss": 1.0}'):
         (tmp_path / "metrics.jsonl").write_text(whole + half)
-        assert metrics.read_jsonl(epath.Path(tmp_path) / "metrics.jsonl") == [
+        assert files.read_jsonl_log(epath.Path(tmp_path) / "metrics.jsonl") == [
             {"step": 1, "train/loss": 2.0}
         ]
-        metrics.Writer(epath.Path(tmp_path), 5).close()
+        telemetry.Writer(epath.Path(tmp_path), 5).close()
         assert (tmp_path / "metrics.jsonl").read_text() == whole
 
 
 def test_writer_keeps_numbers_that_json_has_no_word_for(tmp_path):
-    writer = metrics.Writer(epath.Path(tmp_path), 0)
+    writer = telemetry.Writer(epath.Path(tmp_path), 0)
     writer.write(1, {"train/loss": math.inf, "train/grad_norm": math.nan})
     writer.close()
-    (line,) = metrics.Writer(epath.Path(tmp_path), 1).lines()
+    (line,) = telemetry.Writer(epath.Path(tmp_path), 1).lines()
     assert line["train/loss"] == math.inf and math.isnan(line["train/grad_norm"])
 
 
@@ -213,4 +213,4 @@ def test_curves_are_a_picture_of_any_run():
         },
     ]
     for part in ([], lines):
-        assert metrics.plot_curves(part).startswith(b"\x89PNG")
+        assert telemetry.plot_curves(part).startswith(b"\x89PNG")

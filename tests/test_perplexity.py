@@ -13,10 +13,10 @@ from flax import nnx
 from lm import build, sharding, step
 from lm import config as config_lib
 from lm.data import pack
-from lm.data.sources import Document, Documents
+from lm.data.sources import Document, Documents, take
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import perplexity
-from lm.evals.common import PredictFns, take
+from lm.evals.predict import PredictFns
 from lm.objectives import causal
 
 LENGTH = 32
@@ -81,7 +81,7 @@ def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=lambda: None):
 
 def evaluate(fns, params=None, encoder=PLAIN, documents=DOCUMENTS, max_documents=0, stride=0):
     return dict(
-        perplexity.Evaluator(
+        perplexity.Perplexity(
             fns, documents=documents, encoder=encoder, max_documents=max_documents, stride=stride
         ).run(params)
     )

@@ -11,7 +11,9 @@ import jax
 import pytest
 
 from lm import config as config_lib
-from lm import metrics, plan
+from lm.plan import __main__ as plan_main
+from lm.plan import cards
+from lm.plan import compile as plan_lib
 
 ROOT = Path(__file__).parent.parent
 PODS = runpy.run_path(str(ROOT / "configs/pods.py"))
@@ -45,7 +47,9 @@ def small():
 
 def test_report(small):
     said = []
-    report = plan.plan(small.lock(), "v5e:2x2", programs=plan.PROGRAMS, progress=said.append)
+    report = plan_lib.plan(
+        small.lock(), "v5e:2x2", programs=plan_lib.PROGRAMS, progress=said.append
+    )
     assert len(said) == 4
     train = report["train"]
     # Each chip holds a quarter: parameters (bf16, norms f32), and two f32 moments.
@@ -61,7 +65,7 @@ def test_report(small):
     # A layer's forward twice: matmuls 4/3 of the model's; attention kernels' blocks above the
     # diagonal are left out only by whole tiles.
     flops = lambda causal: (
-        tokens * metrics.model_flops_per_token(_model(small), 512, causal=causal) / 4 / 1e12
+        tokens * flops.model_flops_per_token(_model(small), 512, causal=causal) / 4 / 1e12
     )
     assert train["model_tflops"] == pytest.approx(flops(True)) and train[
         "model_tflops_full_attention"
@@ -101,7 +105,7 @@ def test_report(small):
         and report["decode"]["hbm_gb"] > 0
     )
     assert json.loads(json.dumps(report)) == report
-    text = plan.table(report)
+    text = cards.table(report)
     assert all(
         word in text
         for word in (
@@ -120,10 +124,10 @@ _REPORTS = {}
 
 
 def report_of(config, **kwargs):
-    """`plan.plan` on four v5e chips; each configuration is compiled once."""
+    """`plan_lib.plan` on four v5e chips; each configuration is compiled once."""
     key = json.dumps([config.to_dict(), kwargs])
     if key not in _REPORTS:
-        _REPORTS[key] = plan.plan(config, "v5e:2x2", **kwargs)
+        _REPORTS[key] = plan_lib.plan(config, "v5e:2x2", **kwargs)
     return _REPORTS[key]
 
 
@@ -166,13 +170,13 @@ def test_remat_and_accumulation_show(small):
 )
 def test_topologies_that_are_not(topology, slices, message):
     with pytest.raises(ValueError, match=message):
-        plan.describe(topology, slices)
+        plan_lib.describe(topology, slices)
 
 
 def test_slices():
-    devices = plan.describe("v5e:2x2", 2)
+    devices = plan_lib.describe("v5e:2x2", 2)
     assert len(devices) == 8 and {d.slice_index for d in devices} == {0, 1}
-    assert len(plan.describe("v4:2x2x2")) == 8  # a device is a chip
+    assert len(plan_lib.describe("v4:2x2x2")) == 8  # a device is a chip
 
 
 def test_what_cannot_run_there(small):
@@ -187,7 +191,7 @@ def test_what_cannot_run_there(small):
         for section, values in changes.items():
             c[section].update(values)
         with pytest.raises(ValueError, match=message):
-            plan.plan(c, "v5e:2x2")
+            plan_lib.plan(c, "v5e:2x2")
 
 
 def test_what_does_not_fit_says_what_to_change(small):
@@ -197,7 +201,7 @@ def test_what_does_not_fit_says_what_to_change(small):
         MemoryError,
         match=r"train program does not fit: .*Largest: .*What helps: .*config.objective.chunk=128.*accumulation=2",  # noqa: E501
     ):
-        plan.plan(small, "v5e:2x2")
+        plan_lib.plan(small, "v5e:2x2")
 
 
 def test_what_does_not_fit_is_told_a_change_that_does(small, monkeypatch):
@@ -206,13 +210,13 @@ def test_what_does_not_fit_is_told_a_change_that_does(small, monkeypatch):
     """
     small.data.batch_size = 8192
     small.model.remat = "query,key,value,attention,out,up"
-    with pytest.raises(plan.DoesNotFit) as error:
-        plan.plan(small, "v5e:2x2")
+    with pytest.raises(plan_lib.DoesNotFit) as error:
+        plan_lib.plan(small, "v5e:2x2")
     assert error.value.needed_gib > 15.75
     monkeypatch.setattr(
-        plan, "plan", lambda config, topology, slices: {"train": {"memory_gib": 12.0}}
+        plan_main, "plan", lambda config, topology, slices: {"train": {"memory_gib": 12.0}}
     )
-    text = plan._nearest(small.lock(), "v5e:2x2", 1, error.value, lambda text: None)
+    text = plan_main._nearest(small.lock(), "v5e:2x2", 1, error.value, lambda text: None)
     assert "The nearest change that fits: --config." in text and "12.0 GiB" in text
 
 
@@ -221,14 +225,14 @@ def test_a_mesh_that_the_torus_does_not_hold(small):
     with pytest.raises(
         ValueError, match="can't be laid on a torus of 4 x 4 chips.*such as {'fsdp': 4, 'fsdp2': 4}"
     ):
-        plan.plan(small, "v5e:4x4")
+        plan_lib.plan(small, "v5e:4x4")
     small.mesh.update(dict(slice=2))
     small.data.batch_size = 32
     with pytest.raises(
         ValueError,
         match="'slice': 2, 'fsdp': 2, 'fsdp2': 8.*can't be laid on a torus of 4 x 4 chips",
     ):
-        plan.plan(small, "v5e:4x4", 2)
+        plan_lib.plan(small, "v5e:4x4", 2)
 
 
 def test_a_compiler_that_fails_is_told_as_such(small, monkeypatch):
@@ -240,32 +244,32 @@ def test_a_compiler_that_fails_is_told_as_such(small, monkeypatch):
         ValueError,
         match="libtpu .*'s compiler fails on this program: INTERNAL: RET_CHECK.*Another mesh",
     ):
-        plan.plan(small, "v5e:2x2")
+        plan_lib.plan(small, "v5e:2x2")
 
 
 def test_a_card_notices(small):
     report = report_of(small)
     card = json.loads(json.dumps(report))
-    assert plan.differences(card, report) == []
-    for key in plan.TOLERANCES:
+    assert cards.differences(card, report) == []
+    for key in cards.TOLERANCES:
         moved = copy.deepcopy(card)
-        moved["train"][key] *= 1 + 1.5 * plan.TOLERANCES[key]
-        assert [line.split(":")[0] for line in plan.differences(moved, report)] == [key]
+        moved["train"][key] *= 1 + 1.5 * cards.TOLERANCES[key]
+        assert [line.split(":")[0] for line in cards.differences(moved, report)] == [key]
     moved = copy.deepcopy(card)
     moved["train"]["kernels"]["another"] = 1
     moved["train"]["collectives"]["all-reduce over fsdp+fsdp2, synchronous"] = dict(
         count=1, wire_gb=9.0, ms=1.0, exposed_ms=1.0
     )
-    assert [line.split(":")[0] for line in plan.differences(moved, report)] == [
+    assert [line.split(":")[0] for line in cards.differences(moved, report)] == [
         "kernels",
         "collectives",
     ]
 
 
 def test_every_pod_configuration_has_its_card():
-    cards = {path.stem: json.loads(path.read_text()) for path in plan.CARDS.glob("*.json")}
-    assert cards.keys() == PODS["SIZES"].keys()
-    for name, card in cards.items():
+    held = {path.stem: json.loads(path.read_text()) for path in cards.CARDS.glob("*.json")}
+    assert held.keys() == PODS["SIZES"].keys()
+    for name, card in held.items():
         assert card["config"] == ["configs/pods.py", name]
         assert (
             name.split("-")[1:3] == card["topology"].split(":")
@@ -287,6 +291,8 @@ def test_every_pod_configuration_has_its_card():
 def test_quick_cards_hold(monkeypatch):
     """The one that compiles fastest; `python -m lm.plan --check` does all."""
     monkeypatch.chdir(ROOT)
-    assert plan.check(["gpt3_small-v6e-2x4"], plan.load_config, progress=lambda text: None) == []
+    assert (
+        cards.check(["gpt3_small-v6e-2x4"], plan_main.load_config, progress=lambda text: None) == []
+    )
     with pytest.raises(ValueError, match="no cards .*'nothing'"):
-        plan.check(["nothing"], plan.load_config)
+        cards.check(["nothing"], plan_main.load_config)

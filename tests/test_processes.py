@@ -14,7 +14,7 @@ import pytest
 from test_resume import CONFIG_FILE, LAST, ROOT, SLOW_SOURCE, saved
 from test_train import VERBALIZER, _quick, _small, assert_same_run, go, read_lines  # noqa: F401
 
-from lm import config as config_lib
+from lm.evals import entries
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def config(small, tmp_path):
     small.model.param_dtype = "float32"
     small.train.update(dict(length=f"{LAST} steps", accumulation=2, log_every=1))
     small.checkpoint.update(dict(every=4, keep=9, best="eval/text/loss"))
-    small.evals.text = config_lib.perplexity(every=4, batch_size=16)
-    small.evals.labels = config_lib.classification(VERBALIZER, every=4, batch_size=16)
-    small.evals.samples = config_lib.samples(("red", "ab"), every=6, max_new_tokens=3)
-    (tmp_path / "answers.toml").write_text('type = "lm.evals.generation.Task"')
+    small.evals.text = entries.perplexity(every=4, batch_size=16)
+    small.evals.labels = entries.classification(VERBALIZER, every=4, batch_size=16)
+    small.evals.samples = entries.samples(("red", "ab"), every=6, max_new_tokens=3)
+    (tmp_path / "answers.toml").write_text('type = "lm.evals.generation.TextGeneration"')
     (tmp_path / "test.jsonl").write_text(
         "".join(json.dumps(dict(q=q)) + "\n" for q in ("red", "ab ", "é", "blue cd", "green"))
     )
-    small.evals.answers = config_lib.task(
+    small.evals.answers = entries.task(
         str(tmp_path / "answers.toml"),
         every=4,
         batch_size=2,

@@ -78,7 +78,7 @@ POOL = [dict(n=i, label="rare" if i % 10 == 9 else "common") for i in range(60)]
 
 
 def choose(count, sampler="balanced", seed=0, avoid=lambda record: False):
-    return prompts.choose(
+    return prompts.select_shots(
         POOL,
         count,
         sampler=sampler,
@@ -135,9 +135,9 @@ def test_refused():
 
 
 def test_fit():
-    assert prompts.fit([9], [1, 2, 3], 2, 5, "x") == ([9, 1, 2, 3], False)
+    assert prompts.truncate_prompt([9], [1, 2, 3], 2, 5, "x") == ([9, 1, 2, 3], False)
     # and 1 of the continuation is read
-    assert prompts.fit([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], True)
-    assert prompts.fit([], [1, 2, 3, 4], 1, 3, "x") == ([2, 3, 4], True)
+    assert prompts.truncate_prompt([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], True)
+    assert prompts.truncate_prompt([], [1, 2, 3, 4], 1, 3, "x") == ([2, 3, 4], True)
     with pytest.raises(ValueError, match="a continuation of 5 tokens leaves no room"):
-        prompts.fit([9], [1], 5, 5, "x")
+        prompts.truncate_prompt([9], [1], 5, 5, "x")

@@ -13,14 +13,14 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import pytest
 from etils import epath
 from test_train import VERBALIZER, _quick, _small, assert_same_run, go, read_lines  # noqa: F401
 
-from lm import checkpoint, metrics, train
-from lm import config as config_lib
+from lm import checkpoint, stopping, telemetry, train
 from lm.data import loader
-from lm.evals import classification, perplexity
+from lm.evals import classification, entries, perplexity
 
 ROOT = Path(__file__).parent.parent
 LAST = 11
@@ -37,9 +37,9 @@ def config(small):
     small.optimizer.rounding = "stochastic"
     small.train.update(dict(length=f"{LAST} steps", accumulation=2, log_every=3))
     small.checkpoint.update(dict(every=4, best="eval/first/loss"))
-    small.evals.first = config_lib.perplexity(every=4, batch_size=16)
-    small.evals.second = config_lib.classification(VERBALIZER, every=4, batch_size=16)
-    small.evals.third = config_lib.samples(("red", "ab"), every=6, max_new_tokens=3)
+    small.evals.first = entries.perplexity(every=4, batch_size=16)
+    small.evals.second = entries.classification(VERBALIZER, every=4, batch_size=16)
+    small.evals.third = entries.samples(("red", "ab"), every=6, max_new_tokens=3)
     return small.lock()
 
 
@@ -66,12 +66,12 @@ import json, os, sys, threading, time
 import jax
 from etils import epath
 from ml_collections import ConfigDict
-from lm import checkpoint, metrics, train
+from lm import checkpoint, telemetry, train
 from lm.data import loader
 
 config, run, how, step = json.loads(sys.argv[1]), epath.Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 die = lambda: os.kill(os.getpid(), 9)
-metrics.plot_curves = lambda lines: b""
+telemetry.plot_curves = lambda lines: b""
 start = max(checkpoint.steps(run / "checkpoints"), default=0)
 fetch, save, write = loader.Loader.__next__, checkpoint.Checkpointer.save, checkpoint.Checkpointer._write_manifest
 count = 0
@@ -126,7 +126,8 @@ def test_killed(config, reference, tmp_path):
 def stop(config, run):
     """Starts the run, which a signal stops; returns the step."""
     with pytest.raises(
-        train.Stopped, match=r"stopped by a signal at step \d+; saved in .*start it again to go on"
+        stopping.Stopped,
+        match=r"stopped by a signal at step \d+; saved in .*start it again to go on",
     ) as caught:
         go(config, run, 8)
     step = int(str(caught.value).split("at step ")[1].split(";")[0])
@@ -168,7 +169,9 @@ def test_terminated_before_the_first_step(config, reference, tmp_path, monkeypat
     assert_same_run(tmp_path / "run", reference, LAST)
 
 
-@pytest.mark.parametrize("evaluator", [perplexity.Evaluator, classification.Evaluator])
+@pytest.mark.parametrize(
+    "evaluator", [perplexity.Perplexity, classification.DocumentClassification]
+)
 def test_terminated_during_an_eval(config, reference, tmp_path, monkeypatch, evaluator):
     # At step 4 two evals and the checkpoint are due. One is stopped, and again after the restart.
     run = tmp_path / "run"
@@ -188,7 +191,11 @@ def test_terminated_during_an_eval(config, reference, tmp_path, monkeypatch, eva
 
 
 @pytest.mark.parametrize(
-    "stops", [[classification.Evaluator], [perplexity.Evaluator, classification.Evaluator]]
+    "stops",
+    [
+        [classification.DocumentClassification],
+        [perplexity.Perplexity, classification.DocumentClassification],
+    ],
 )
 def test_best_is_known_though_the_eval_after_it_was_stopped(config, tmp_path, monkeypatch, stops):
     # The figure of step 4 is the best there is, and is in the metrics when a later eval of the same
@@ -200,7 +207,7 @@ def test_best_is_known_though_the_eval_after_it_was_stopped(config, tmp_path, mo
         self._predict_fns.check_stop()
         yield "loss", next(losses, 9.0)
 
-    monkeypatch.setattr(perplexity.Evaluator, "run", measure)
+    monkeypatch.setattr(perplexity.Perplexity, "run", measure)
     for evaluator in stops:
         with monkeypatch.context() as patch:
             terminate_at(patch, evaluator, "run", 1)
@@ -221,9 +228,12 @@ def test_other_processes_agree_on_what_is_due(config, reference, tmp_path, monke
     with monkeypatch.context() as patch:
         terminate_at(patch, loader.Loader, "__next__", 4)
         # with several processes an eval is not stopped
-        patch.setattr(train.StopSignal, "check", lambda self: None)
+        patch.setattr(stopping.StopSignal, "check", lambda self: None)
         assert stop(config, run) == 4
-    monkeypatch.setattr(metrics, "jax", types.SimpleNamespace(process_index=lambda: 1))
+    second_process = types.SimpleNamespace(
+        process_index=lambda: 1, block_until_ready=jax.block_until_ready
+    )
+    monkeypatch.setattr(telemetry, "jax", second_process)
     seen = []
     monkeypatch.setattr(
         train.Run, "evaluate", lambda self, step, names: seen.append((step, names)) or {}

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from lm import config as config_lib
-from lm import search
 from lm.models import presets
+from lm.plan import search
 
 CHIPS = 16
 

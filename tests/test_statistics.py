@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from lm.evals import statistics
+from lm.evals.scores import statistics
 
 
 @pytest.mark.parametrize(

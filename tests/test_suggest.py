@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import config as config_lib
 from lm import suggest, train
+from lm.evals import entries
 from tests.conftest import COLOURS
 from tests.test_tasks import write_task
 
@@ -68,8 +68,8 @@ def _trained(tiny, tmp_path):
     c.optimizer.learning_rate = 1e-2
     c.data.length = c.model.context_length = 64
     (tmp_path / "test.jsonl").write_text('{"text": "ab", "label": "red"}\n' * 2)
-    c.evals.t = config_lib.task(write_task(tmp_path / "t.toml", r"{text}\n=", shots_split="corpus"))
-    c.evals.rest = config_lib.perplexity(every=0, batch_size=8)
+    c.evals.t = entries.task(write_task(tmp_path / "t.toml", r"{text}\n=", shots_split="corpus"))
+    c.evals.rest = entries.perplexity(every=0, batch_size=8)
     return c.lock(), tmp_path / "run"
 
 

@@ -10,9 +10,11 @@ import pytest
 from lm import config as config_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
-from lm.evals import calibration, choice, classification, linear, prompts, report
-from lm.evals.common import Artifact
+from lm.evals import choice, classification, entries, linear, prompts
+from lm.evals.predict import Artifact
+from lm.evals.scores import calibration
 from lm.evals.verbalizer import label_scores, word_scores
+from lm.reports import tables
 from tests.test_classification import Model, random_distribution, uniform_distribution
 
 LABELS = ("red", "green", "blue")
@@ -28,7 +30,7 @@ def write(folder, n=24):
 def write_task(path, template, shots_split="train"):
     """The TOML file that says the least, of the records beside it."""
     path.write_text(
-        """type = "lm.evals.classification.Task"
+        """type = "lm.evals.classification.PromptClassification"
 [source]
 path = "FOLDER/{split}.jsonl"
 shots_split = "SHOTS"
@@ -47,13 +49,13 @@ blue = [" blue"]
 
 def arguments(folder, **changes):
     """Those of a task."""
-    found = config_lib.task(write_task(folder / "colours.toml", r"{text}\n?"), **changes).to_dict()
+    found = entries.task(write_task(folder / "colours.toml", r"{text}\n?"), **changes).to_dict()
     return {
         key: value for key, value in found.items() if key not in ("type", "every", "batch_size")
     }
 
 
-def make(folder, fns=None, tokenizer=None, cls=classification.Task, **changes):
+def make(folder, fns=None, tokenizer=None, cls=classification.PromptClassification, **changes):
     if not (folder / "test.jsonl").exists():
         write(folder)
     return cls(
@@ -81,7 +83,7 @@ def test_a_task_says_what_the_documents_eval_does(tmp_path):
     write(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     documents = Documents([Document(row["text"], "", row["label"]) for row in rows], "")
-    evaluator = classification.Evaluator(
+    evaluator = classification.DocumentClassification(
         Model(random_distribution),
         name="x",
         documents=documents,
@@ -130,7 +132,7 @@ def test_words_are_shown_in_their_tokens(tmp_path):
     known = dict(step=3, versions=dict(lm="1"), tokenizer="bytes-1", evals=dict(x=about)) | {
         "from": "run"
     }
-    said = report.markdown(
+    said = tables.markdown(
         known,
         {
             "eval/x/accuracy": 0.5,
@@ -261,7 +263,7 @@ def test_a_terminator_is_scored_with_the_word(tmp_path):
     with pytest.raises(ValueError, match="begin with the same tokens"):
         make(tmp_path, verbalizer=dict(words=words))
     task = make(tmp_path, verbalizer=dict(words=words, terminator="\n"))
-    found = classification.ask(task.predict_fns, None, task.questions)[0].examples
+    found = classification.score_prompts(task.predict_fns, None, task.questions)[0].examples
     assert found.num_tokens[0].tolist() == [4, 5, 3] and found.num_chars.tolist() == [2, 3, 1]
     prefix = [256, *b"test 0\n? re"]
     assert found.tokens[0, 0, 3] == pytest.approx(
@@ -439,7 +441,7 @@ def test_not_finite(tmp_path):
         run(tmp_path, Model(lambda prefix: np.full(512, np.nan)))
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if config_lib.task(name).source.tfds])
+@pytest.mark.parametrize("name", [name for name in TASKS if entries.task(name).source.tfds])
 def test_tfds_has_what_shipped_tasks_read(name, tmp_path):
     """The data set, its configuration, and the columns of the templates."""
     import tensorflow_datasets as tfds
@@ -447,7 +449,7 @@ def test_tfds_has_what_shipped_tasks_read(name, tmp_path):
     import tensorflow_datasets.text
     import tensorflow_datasets.translate
 
-    task = config_lib.task(name)
+    task = entries.task(name)
     dataset, _, chosen = task.source.tfds.partition("/")
     configs = [c.name for c in tfds.builder_cls(dataset).BUILDER_CONFIGS]
     assert chosen in configs if configs else not chosen
@@ -489,15 +491,15 @@ def _several(text):
 )
 def test_values_of_the_wrong_kind(changes, message):
     with pytest.raises(ValueError, match=message):
-        config_lib.task("sst2", **changes)
+        entries.task("sst2", **changes)
 
 
 def test_a_single_table_of_words(tmp_path):
     (tmp_path / "t.toml").write_text(
-        'type = "lm.evals.classification.Task"\n[verbalizer.words]\nno = [" no"]\nyes = [" yes", '
-        '" sure"]\n'
+        'type = "lm.evals.classification.PromptClassification"\n[verbalizer.words]\nno = [" '
+        'no"]\nyes = [" yes", " sure"]\n'
     )
-    assert config_lib.task(str(tmp_path / "t.toml")).verbalizer.words == (
+    assert entries.task(str(tmp_path / "t.toml")).verbalizer.words == (
         (("no", (" no",)), ("yes", (" yes", " sure"))),
     )
 
@@ -505,9 +507,9 @@ def test_a_single_table_of_words(tmp_path):
 @pytest.mark.parametrize("name", TASKS)
 def test_shipped_tasks(name):
     """Each is complete, and says where its data comes from and whom to cite."""
-    task = config_lib.task(name)
+    task = entries.task(name)
     assert (
-        task.type in config_lib.TASKS
+        task.type in entries.TASKS
         and len(task.source.citation) > 20
         and (
             task.source.tfds
@@ -519,8 +521,7 @@ def test_shipped_tasks(name):
         )
     )
     assert (
-        task.to_dict().keys()
-        == {"type", "every", "batch_size"} | config_lib.TASKS[task.type].keys()
+        task.to_dict().keys() == {"type", "every", "batch_size"} | entries.TASKS[task.type].keys()
     )
 
 
@@ -547,11 +548,11 @@ def test_shipped_tasks_are_listed():
         "lambada",
     } <= set(TASKS)
     with pytest.raises(ValueError, match=r"no task 'sst3'; valid: \['ag_news', "):
-        config_lib.task("sst3")
+        entries.task("sst3")
     with pytest.raises(
         ValueError, match=r"task\('sst2'\): prompt has no key 'shot'; valid: \['shots', 'sampler'"
     ):
-        config_lib.task("sst2", prompt=dict(shot=4))
+        entries.task("sst2", prompt=dict(shot=4))
 
 
 # Choices
@@ -559,7 +560,7 @@ def test_shipped_tasks_are_listed():
 
 def choose(folder, rows, fns=None, **changes):
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "c.toml").write_text('type = "lm.evals.choice.Task"')
+    (folder / "c.toml").write_text('type = "lm.evals.choice.MultipleChoice"')
     options = (
         dict(
             source=dict(path=str(folder / "test.jsonl")),
@@ -570,11 +571,11 @@ def choose(folder, rows, fns=None, **changes):
     )
     found = {
         key: value
-        for key, value in config_lib.task(str(folder / "c.toml"), **options).to_dict().items()
+        for key, value in entries.task(str(folder / "c.toml"), **options).to_dict().items()
         if key not in ("type", "every", "batch_size")
     }
     values = dict(
-        choice.Task(
+        choice.MultipleChoice(
             fns or Model(random_distribution),
             name="c",
             encoder=Encoder(ByteTokenizer(), ""),
@@ -728,8 +729,8 @@ def test_a_linear_verbalizer_finds_what_states_tell(tmp_path, init):
     values, files = run(
         tmp_path,
         Linear(random_distribution),
-        cls=linear.Task,
-        type="lm.evals.linear.Task",
+        cls=linear.LinearVerbalizer,
+        type="lm.evals.linear.LinearVerbalizer",
         train_examples=24,
         init=init,
     )
@@ -784,7 +785,7 @@ def test_linear_refused(tmp_path, changes, message):
         make(
             tmp_path,
             Linear(random_distribution),
-            cls=linear.Task,
-            type="lm.evals.linear.Task",
+            cls=linear.LinearVerbalizer,
+            type="lm.evals.linear.LinearVerbalizer",
             **dict(train_examples=24) | changes,
         )

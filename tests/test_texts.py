@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from lm.evals import texts
-from lm.evals.texts import SCORES
+from lm.evals.scores import text_metrics
+from lm.evals.scores.text_metrics import SCORES
 
 
 def test_normalisation():
-    assert texts.squad("  The Eiffel-Tower, a  (an) icon!") == "eiffeltower icon"
-    assert texts.squad("the") == "" and texts.squad("theatre") == "theatre"
-    assert [texts.number(x) for x in (" $1,234.00", "-5.", "7.50", "8")] == [
+    assert text_metrics.squad("  The Eiffel-Tower, a  (an) icon!") == "eiffeltower icon"
+    assert text_metrics.squad("the") == "" and text_metrics.squad("theatre") == "theatre"
+    assert [text_metrics.number(x) for x in (" $1,234.00", "-5.", "7.50", "8")] == [
         "1234",
         "-5",
         "7.50",
@@ -19,8 +19,12 @@ def test_normalisation():
 
 
 def test_f1_and_exact_match():
-    assert texts.f1("a b b c", "b b d") == pytest.approx(2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3))
-    assert texts.f1("", "") == 1 and texts.f1("", "a") == texts.f1("a", "") == 0
+    assert text_metrics.f1("a b b c", "b b d") == pytest.approx(
+        2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3)
+    )
+    assert (
+        text_metrics.f1("", "") == 1 and text_metrics.f1("", "a") == text_metrics.f1("a", "") == 0
+    )
     found = SCORES["f1"](["x y", "z"], [["y", "x y"], ["q"]])
     # the best reference
     assert found.value == 0.5 and found.each == [1.0, 0.0] and found.low == 0 and found.high == 1

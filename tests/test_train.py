@@ -15,12 +15,12 @@ import pytest
 from conftest import COLOURS, write_corpus
 from etils import epath
 
-from lm import build, checkpoint, decode, metrics, train
+from lm import build, checkpoint, evaluate, stopping, telemetry, train
 from lm import config as config_lib
 from lm import step as step_lib
 from lm.data import tokenizer as tokenizers
-from lm.evals import perplexity
-from lm.evals.common import Artifact
+from lm.evals import entries, perplexity
+from lm.evals.predict import Artifact
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CLOCK = ("tokens_per_second", "mfu", "seconds", "goodput")  # what two runs never share
@@ -34,7 +34,6 @@ _EVAL_STEPS = [
     for module, name in [
         (step_lib, "make_token_logprobs"),
         (step_lib, "make_tree_logprobs"),
-        (decode, "make_generate"),
     ]
 ]
 
@@ -79,9 +78,9 @@ def _quick(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(build, "build", build_once)
     for module, name, cached in _EVAL_STEPS:
         monkeypatch.setattr(module, name, cached)
-    draw = metrics.plot_curves
-    monkeypatch.setattr(metrics, "plot_curves", lambda lines: PNG)
-    yield lambda: monkeypatch.setattr(metrics, "plot_curves", draw)
+    draw = telemetry.plot_curves
+    monkeypatch.setattr(telemetry, "plot_curves", lambda lines: PNG)
+    yield lambda: monkeypatch.setattr(telemetry, "plot_curves", draw)
     for name, value in {
         "jax_disable_most_optimizations": False,
         "jax_compilation_cache_dir": None,
@@ -173,9 +172,9 @@ def finished(small, tmp_path, tmp_path_factory):
     as one likes.
     """
     small.update(dict(checkpoint=dict(every=2, keep=9)))
-    small.evals.first = config_lib.perplexity(every=2, batch_size=8)
-    small.evals.second = config_lib.classification(VERBALIZER, every=3, batch_size=8)
-    small.evals.samples = config_lib.samples(("ab", "red cde"), every=2, max_new_tokens=4)
+    small.evals.first = entries.perplexity(every=2, batch_size=8)
+    small.evals.second = entries.classification(VERBALIZER, every=3, batch_size=8)
+    small.evals.samples = entries.samples(("ab", "red cde"), every=2, max_new_tokens=4)
     small.lock()
     if not _FINISHED:
         _FINISHED["run"] = tmp_path_factory.mktemp("finished") / "run"
@@ -186,9 +185,9 @@ def finished(small, tmp_path, tmp_path_factory):
 
 def test_run_directory_is_complete(small, tmp_path, quick):
     quick()
-    small.evals.labels = config_lib.classification(VERBALIZER, every=3, batch_size=8)
-    small.evals.samples = config_lib.samples(("ab",), every=3, max_new_tokens=4)
-    small.evals.validation = config_lib.perplexity(every=3, batch_size=8)
+    small.evals.labels = entries.classification(VERBALIZER, every=3, batch_size=8)
+    small.evals.samples = entries.samples(("ab",), every=3, max_new_tokens=4)
+    small.evals.validation = entries.perplexity(every=3, batch_size=8)
     run = tmp_path / "run"
     returned = go(small.lock(), run)
     assert {p.name for p in run.iterdir()} == {
@@ -248,7 +247,7 @@ def test_run_directory_is_complete(small, tmp_path, quick):
 
 def test_where_the_time_goes(small, tmp_path):
     small.checkpoint.every = 2
-    small.evals.text = config_lib.perplexity(every=2, batch_size=8)
+    small.evals.text = entries.perplexity(every=2, batch_size=8)
     go(small.lock(), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "train/goodput" in line]
@@ -288,7 +287,9 @@ def test_logged_means_are_over_the_interval(small, tmp_path):
 def test_finished_run_started_again_changes_nothing(finished, monkeypatch):
     config, run = finished
     before = snapshot(run)
-    monkeypatch.setattr(perplexity.Evaluator, "run", lambda *unused: pytest.fail("evaluated again"))
+    monkeypatch.setattr(
+        perplexity.Perplexity, "run", lambda *unused: pytest.fail("evaluated again")
+    )
     assert without_clock(go(config, run)) == without_clock(_FINISHED["metrics"])
     after = snapshot(run)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
@@ -330,7 +331,7 @@ def test_what_may_change_when_a_run_goes_on(finished):
     kept = read_lines(run)
     with config.unlocked():
         del config.evals["second"]
-        config.evals.other = config_lib.perplexity(every=1, batch_size=4, max_documents=3)
+        config.evals.other = entries.perplexity(every=1, batch_size=4, max_documents=3)
     config.update_from_flattened_dict(
         {
             "train.length": "8 steps",
@@ -425,7 +426,7 @@ def test_init_from_checks_the_tokenizer(finished, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)bytes-1.*sentencepiece-[0-9a-f]{16}"):
         go(config, tmp_path / "new")
     with pytest.raises(ValueError, match=r"(?s)bytes-1.*sentencepiece-[0-9a-f]{16}"):
-        train.evaluate(config, epath.Path(tmp_path / "eval"), jax.devices()[:1])
+        evaluate.evaluate(config, epath.Path(tmp_path / "eval"), jax.devices()[:1])
 
 
 def test_init_from_nothing(small, tmp_path):
@@ -445,7 +446,7 @@ def test_evaluate_reproduces_the_evals_of_the_run(finished, tmp_path):
         if key.startswith("eval/")
     }
     before = artifacts(run)
-    found = train.evaluate(config, epath.Path(run), jax.devices()[:1])
+    found = evaluate.evaluate(config, epath.Path(run), jax.devices()[:1])
     assert found == wanted and len(found) > 10
     assert artifacts(run) == before  # the same predictions and samples again
     saved = json.loads((run / "eval-6.json").read_text())
@@ -471,7 +472,9 @@ def test_evaluate_reproduces_the_evals_of_the_run(finished, tmp_path):
         and "| accuracy_low |" not in report
     )
     config.init_from = str(run)
-    assert train.evaluate(config, epath.Path(tmp_path / "elsewhere"), jax.devices()[:1]) == wanted
+    assert (
+        evaluate.evaluate(config, epath.Path(tmp_path / "elsewhere"), jax.devices()[:1]) == wanted
+    )
     assert (tmp_path / "elsewhere" / "predictions" / "second-6.jsonl").read_bytes() == before[
         "second-6.jsonl"
     ]
@@ -479,17 +482,19 @@ def test_evaluate_reproduces_the_evals_of_the_run(finished, tmp_path):
 
 def test_evaluate_needs_no_training_data(finished, tmp_path):
     config, run = finished
-    (tmp_path / "t.toml").write_text(f'''type = "lm.evals.choice.Task"
+    (tmp_path / "t.toml").write_text(f'''type = "lm.evals.choice.MultipleChoice"
 choices = ["{{a}}"]
 answer = "0"
 source = {{ path = "{tmp_path}/t.jsonl" }}''')
     (tmp_path / "t.jsonl").write_text('{"a": "red"}\n{"a": "blue"}\n')
     with config.unlocked():
         config.data.source_args.path = "nowhere"
-        config.evals = dict(t=config_lib.task(str(tmp_path / "t.toml")))
+        config.evals = dict(t=entries.task(str(tmp_path / "t.toml")))
         config.init_from = str(run)
     assert (
-        train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1])["eval/t/examples"]
+        evaluate.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1])[
+            "eval/t/examples"
+        ]
         == 2
     )
     with pytest.raises(ValueError, match="no file at nowhere"):
@@ -507,7 +512,7 @@ def test_evaluate_other_checkpoints(finished, tmp_path):
         for line in read_lines(run)
         if "eval/first/loss" in line
     }
-    found = train.evaluate(config, epath.Path(run), jax.devices()[:1], "all")
+    found = evaluate.evaluate(config, epath.Path(run), jax.devices()[:1], "all")
     each = {step: json.loads((run / f"eval-{step}.json").read_text()) for step in there}
     assert {step: one["eval/first/loss"] for step, one in each.items()} == {
         step: losses[step] for step in there
@@ -518,7 +523,7 @@ def test_evaluate_other_checkpoints(finished, tmp_path):
     )
     config.init_from = str(run)
     assert (
-        train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))[
+        evaluate.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))[
             "eval/first/loss"
         ]
         == losses[there[0]]
@@ -528,7 +533,7 @@ def test_evaluate_other_checkpoints(finished, tmp_path):
             ValueError,
             match=rf"--steps={steps}: .* has checkpoints of the steps \[{there[0]}, .*wanted some of them, with commas, or all",  # noqa: E501
         ):
-            train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], steps)
+            evaluate.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], steps)
     damaged = next(
         path
         for path in (run / "checkpoints" / str(there[0])).rglob("*")
@@ -536,11 +541,11 @@ def test_evaluate_other_checkpoints(finished, tmp_path):
     )
     damaged.unlink()
     with pytest.raises(ValueError, match=f"no checkpoint of step {there[0]} that can be read"):
-        train.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))
+        evaluate.evaluate(config, epath.Path(tmp_path / "new"), jax.devices()[:1], str(there[0]))
 
 
 def test_moving_average_is_what_is_evaluated(small, tmp_path):
-    small.evals.validation = config_lib.perplexity(every=3, batch_size=8)
+    small.evals.validation = entries.perplexity(every=3, batch_size=8)
     go(small, tmp_path / "plain")
     small.optimizer.ema_decay = 0.9
     go(small, tmp_path / "ema")
@@ -550,7 +555,7 @@ def test_moving_average_is_what_is_evaluated(small, tmp_path):
     # Training lowers the loss, and the average lags behind it.
     assert all(e > p for e, p in zip(ema, plain)) and ema[0] > ema[1]
     assert (
-        train.evaluate(small, epath.Path(tmp_path / "ema"), jax.devices()[:1])[
+        evaluate.evaluate(small, epath.Path(tmp_path / "ema"), jax.devices()[:1])[
             "eval/validation/loss"
         ]
         == ema[1]
@@ -581,7 +586,7 @@ def test_samples_have_each_step_once_after_a_resume(finished):
 
 def test_samples_may_look_like_our_own_headings(small, tmp_path):
     # Markdown in the corpus: "## Step 1: install" and "## Step 9" are what a model then writes.
-    small.evals.samples = config_lib.samples(
+    small.evals.samples = entries.samples(
         ("a\n## Step 1: b", "\n## Step 9\n{step}"), every=3, max_new_tokens=4
     )
     go(small, tmp_path / "run")
@@ -608,7 +613,7 @@ def break_writes(monkeypatch, name):
 
 
 def test_samples_of_earlier_steps_survive_a_failed_write(tmp_path, monkeypatch):
-    write = lambda step: train.write_artifact(
+    write = lambda step: evaluate.write_artifact(
         epath.Path(tmp_path), Artifact("samples.md", "## Step {step}\n\ntext\n", append=True), step
     )
     write(1)
@@ -718,7 +723,7 @@ def test_nonfinite_state_is_that_of_the_step_before(poisoned, tmp_path):
 def test_progress_shows_a_step_without_a_loss(poisoned, tmp_path, monkeypatch, capsys):
     config, _, bad = poisoned
     # every line, as on a terminal
-    monkeypatch.setattr(metrics.Progress.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(telemetry.Progress.__init__, "__defaults__", (0.0,))
     config.train.nonfinite = "skip"
     go(config, tmp_path / "run")
     assert f"step {bad.index(True) + 2}/10" in capsys.readouterr().err
@@ -726,20 +731,20 @@ def test_progress_shows_a_step_without_a_loss(poisoned, tmp_path, monkeypatch, c
 
 def test_stop_signal_puts_the_old_handlers_back():
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with train.StopSignal() as stop:
+    with stopping.StopSignal() as stop:
         stop.check()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.at_step(1)
-        with pytest.raises(train.Stopped):
+        with pytest.raises(stopping.Stopped):
             stop.check()
     assert {number: signal.getsignal(number) for number in old} == old
-    with pytest.raises(ZeroDivisionError), train.StopSignal():
+    with pytest.raises(ZeroDivisionError), stopping.StopSignal():
         raise ZeroDivisionError
     assert {number: signal.getsignal(number) for number in old} == old
 
 
 def test_second_interrupt_is_not_waited_for():
-    with train.StopSignal() as stop:
+    with stopping.StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.at_step(1)
         os.kill(os.getpid(), signal.SIGTERM)  # does not interrupt

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from lm import sharding, step
-from lm.evals import common
-from lm.evals.common import PredictFns
-from lm.evals.tree import grow, join
+from lm.evals import predict
+from lm.evals.predict import PredictFns
+from lm.evals.tree import build_tree, merge_trees
 from lm.objectives import causal
 from tests.test_transformer import QUICK, config, drawn
 
@@ -21,7 +21,7 @@ def test_paths_spell_the_continuations():
     """Through the queries; and what a token sees is the prompt and what stands before it in a
     continuation.
     """
-    tree = grow([1, 2, 3], CONTINUATIONS)
+    tree = build_tree([1, 2, 3], CONTINUATIONS)
     for ids, path in zip(CONTINUATIONS, tree.paths):
         assert [tree.target[q] for q in path] == ids
         for depth, query in enumerate(path):
@@ -35,7 +35,7 @@ def test_paths_spell_the_continuations():
     assert len(tree.at) == len(
         [(5,), (7,), (11,), (5, 5), (7, 8), (7, 2), (11, 3), (5, 5, 5), (7, 8, 9), (5, 5, 5, 5)]
     )
-    single = grow([4], [[3], [2], [3]])
+    single = build_tree([4], [[3], [2], [3]])
     assert (
         single.tokens.tolist() == [4]
         and single.at.tolist() == [0, 0]
@@ -48,7 +48,7 @@ def test_random_trees(seed):
     rng = np.random.default_rng(seed)
     continuations = [rng.integers(0, 3, rng.integers(1, 7)).tolist() for _ in range(30)]
     prompt = rng.integers(0, 9, rng.integers(1, 9)).tolist()
-    tree = grow(prompt, continuations)
+    tree = build_tree(prompt, continuations)
     for ids, path in zip(continuations, tree.paths):
         for depth, query in enumerate(path):
             at = tree.at[query]
@@ -85,8 +85,8 @@ def test_joined_trees_ask_the_same(most):
         + [stems[0]] * 2
         + [[1], [1, 2]]
     )
-    trees = [grow(prompt, CONTINUATIONS[: rng.integers(1, 7)]) for prompt in prompts]
-    rows = join(trees, most, least=6)
+    trees = [build_tree(prompt, CONTINUATIONS[: rng.integers(1, 7)]) for prompt in prompts]
+    rows = merge_trees(trees, most, least=6)
     assert sorted(number for row in rows for number, _ in row.members) == list(range(len(trees)))
     for row in rows:
         for number, queries in row.members:
@@ -166,14 +166,14 @@ def test_a_tree_is_each_continuation_alone(changes, sizes, batch_size, monkeypat
     rows of its own, too.
     """
     graphdef, params = drawn(config(**changes))
-    monkeypatch.setattr(common, "join", functools.partial(join, least=2))
+    monkeypatch.setattr(predict, "merge_trees", functools.partial(merge_trees, least=2))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 40, n).tolist() for n in (1, 2, 3, 8, 11, 9, 12, 5, 2)]
     prompts += [prompts[3][:6] + [1], prompts[3][:6] + [2, 3], prompts[3][:6], prompts[3]]
-    trees = [grow(prompt, CONTINUATIONS) for prompt in prompts]
+    trees = [build_tree(prompt, CONTINUATIONS) for prompt in prompts]
     trees += [
-        grow(prompts[0], [[1], [2]]),
-        grow(prompts[4], [rng.integers(0, 40, 5).tolist() for _ in range(9)]),
+        build_tree(prompts[0], [[1], [2]]),
+        build_tree(prompts[4], [rng.integers(0, 40, 5).tolist() for _ in range(9)]),
     ]
     mesh_fns = fns(graphdef, sizes, batch_size)
     with jax.set_mesh(mesh_fns._mesh):
@@ -197,7 +197,9 @@ def test_neither_batches_nor_meshes_matter(dtype, most, most_split):
     graphdef, params = drawn(config(param_dtype=dtype, compute_dtype=dtype))
     params = jax.tree.map(lambda p: p.astype(dtype) if p.dtype != np.float32 else p, params)
     rng = np.random.default_rng(0)
-    trees = [grow(rng.integers(0, 40, n).tolist(), CONTINUATIONS) for n in (1, 5, 9, 14, 3, 3, 7)]
+    trees = [
+        build_tree(rng.integers(0, 40, n).tolist(), CONTINUATIONS) for n in (1, 5, 9, 14, 3, 3, 7)
+    ]
     found = {}
     for sizes, batch_size in (
         (dict(data=1), 3),

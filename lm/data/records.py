@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 
+from lm import files
 from lm.data import sources
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
@@ -33,17 +34,17 @@ def load(
       ValueError: no data, another format, a row that is none (file and line are named), columns of
         different lengths.
     """
-    files = {column: file for column, file in (lines or {}).items() if file}
-    if path and files:
+    line_files = {column: file for column, file in (lines or {}).items() if file}
+    if path and line_files:
         raise ValueError(
-            f"source.path = {path!r} and source.lines = {files} are both given; take one"
+            f"source.path = {path!r} and source.lines = {line_files} are both given; take one"
         )
-    if files and len(files) < len(lines):
-        raise ValueError(f"source.lines has no file for {sorted(set(lines) - set(files))}")
-    if files:
+    if line_files and len(line_files) < len(lines):
+        raise ValueError(f"source.lines has no file for {sorted(set(lines) - set(line_files))}")
+    if line_files:
         columns = {
-            column: _strip_end(sources.read_text(file.replace("{split}", split))).split("\n")
-            for column, file in files.items()
+            column: _strip_end(files.read_text(file.replace("{split}", split))).split("\n")
+            for column, file in line_files.items()
         }
         if len({len(column) for column in columns.values()}) > 1:
             raise ValueError(
@@ -53,9 +54,7 @@ def load(
         found = [dict(zip(columns, row)) for row in zip(*columns.values())]
     elif path:
         found = [
-            record
-            for file in sources.files(path.replace("{split}", split))
-            for record in _read(file)
+            record for file in files.find(path.replace("{split}", split)) for record in _read(file)
         ]
     elif tfds:
         return sources.open_tfds(split, tfds, data_dir)[0]
@@ -65,7 +64,7 @@ def load(
             "its name if there are several) or source.tfds"
         )
     if not found:
-        raise ValueError(f"no records in {path or files}")
+        raise ValueError(f"no records in {path or line_files}")
     return found
 
 
@@ -75,8 +74,8 @@ def _strip_end(text: str) -> str:
 
 def _read(file: str) -> list[dict]:
     if file.endswith(".jsonl"):
-        return [record for _, record in sources.read_jsonl(file)]
-    text = sources.read_text(file)
+        return [record for _, record in files.read_jsonl(file)]
+    text = files.read_text(file)
     if file.endswith((".csv", ".tsv")):
         csv.field_size_limit(1 << 30)
         # quotes in a TSV are text, as in GLUE's

@@ -6,7 +6,6 @@ Another corpus is another such function, anywhere importable: the config's `data
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+
+from lm import files
 
 
 class Document(NamedTuple):
@@ -55,57 +56,11 @@ def _in_memory(documents: list[Document], what: str) -> Documents:
     return Documents(documents, fingerprint(documents))
 
 
-def read_text(path: str) -> str:
-    try:
-        return epath.Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. "
-            "Convert it, for instance with iconv -f latin1 -t utf-8"
-        ) from None
-
-
 def _is_text(value) -> bool:
     try:
         return isinstance(value, str) and isinstance(value.encode("utf-8"), bytes)
     except UnicodeEncodeError:  # lone surrogates
         return False
-
-
-def files(paths: str) -> list[str]:
-    """The files of a path or a glob pattern, sorted."""
-    if not paths:
-        raise ValueError(
-            "config.data.source_args: no path given; set it, for instance "
-            "--config.data.source_args.path=FILE"
-        )
-    found = (
-        sorted(str(p) for p in epath.Path(paths).parent.glob(epath.Path(paths).name))
-        if "://" in paths
-        else sorted(glob.glob(paths))
-    )
-    if not found:
-        raise ValueError(f"no file at {paths}")
-    return found
-
-
-def read_jsonl(file: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSONL file. Raises ValueError, naming file and line, for a line
-    that is none.
-    """
-    # not splitlines: JSON strings may hold U+2028
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number} is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{file}:{number} is a {type(record).__name__}; wanted an object with keys"
-            )
-        yield number, record
 
 
 def _held_out(items: list, split: str, held_out: float) -> list:
@@ -137,9 +92,13 @@ def text(
     """
     texts = [
         (f"{file}:{i}", part)
-        for file in files(path)
+        for file in files.find(path)
         for i, part in enumerate(
-            t for t in (read_text(file).split(separator) if separator else [read_text(file)]) if t
+            t
+            for t in (
+                files.read_text(file).split(separator) if separator else [files.read_text(file)]
+            )
+            if t
         )
     ]
     if len(texts) == 1:
@@ -173,8 +132,8 @@ def jsonl(
         or an unknown split.
     """
     documents = []
-    for file in files(path.replace("{split}", split)):
-        for number, record in read_jsonl(file):
+    for file in files.find(path.replace("{split}", split)):
+        for number, record in files.read_jsonl(file):
             for key in filter(None, (text_key, label_key)):
                 if key not in record:
                     raise ValueError(f"{file}:{number} has no key {key!r}; it has {sorted(record)}")
@@ -360,3 +319,14 @@ class _Empty(ValueError):
 
 def _version_key(name: str) -> tuple:
     return tuple(int(part) if part.isdigit() else -1 for part in name.split("."))
+
+
+def take(documents: Documents, max_documents: int) -> Iterator[Document]:
+    """All documents, or `max_documents` of them, evenly out of the split; 0: all."""
+    return (documents[i] for i in evenly_spaced(len(documents), max_documents))
+
+
+def evenly_spaced(size: int, most: int) -> list[int]:
+    """`most` numbers evenly out of `size`; 0: all."""
+    count = min(size, most or size)
+    return [i * size // count for i in range(count)]

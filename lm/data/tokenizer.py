@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     def save(self, directory: epath.Path) -> None: ...
 
 
-def before(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+def prefix_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """The ids that stand before those of a text that a model is asked about: BOS; for tokenizers of
     Hugging Face checkpoints that add none, only if there are no others.
     """

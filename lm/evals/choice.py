@@ -9,14 +9,15 @@ import numpy as np
 
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
-from lm.data.tokenizer import before
-from lm.evals import calibration, prompts, statistics
-from lm.evals.common import Artifact, PredictFns
-from lm.evals.tree import grow
+from lm.data.tokenizer import prefix_ids
+from lm.evals import prompts
+from lm.evals.predict import Artifact, PredictFns
+from lm.evals.scores import calibration, statistics
+from lm.evals.tree import build_tree
 from lm.evals.verbalizer import BOUNDARIES, NORMS, split
 
 
-class Task:
+class MultipleChoice:
     """Yields, where records have several choices: accuracy of the likeliest with its Wilson 95%
     interval; accuracy_token, _char and _byte, by log-probability a token, character or byte of the
     choice; with a premise accuracy_pmi, by how much likelier a choice is after the prompt than
@@ -28,7 +29,7 @@ class Task:
 
     Args:
       name: names the artifacts.
-      source, max_documents: see `lm.evals.classification.Task`.
+      source, max_documents: see `lm.evals.classification.PromptClassification`.
       prompt: template, shots, sampler ("balanced": of the answers' numbers), seed, separator.
       choices: templates of the continuations, with the space before them; one whose column is a
         list gives one for each element.
@@ -99,7 +100,7 @@ class Task:
         shots = []
         if prompt["shots"]:
             asked = {(template(record), *options(record)) for record in records}
-            shots = prompts.choose(
+            shots = prompts.select_shots(
                 prompts.load_shots(source, name),
                 prompt["shots"],
                 sampler=prompt["sampler"],
@@ -109,7 +110,7 @@ class Task:
                 num_labels=len(options(records[0])),
                 avoid=lambda record: (template(record), *options(record)) in asked,
             )
-        first = prompts.before(
+        first = prompts.shots_text(
             shots, template, lambda record: options(record)[right(record)], prompt["separator"]
         )
         self._options, self._gold = (
@@ -120,11 +121,13 @@ class Task:
             raise ValueError(f"the eval {name!r}: some records have one choice, others several")
         self._cut = 0
         self._trees = [
-            self._plant(first + template(record), found)
+            self._build_tree(first + template(record), found)
             for record, found in zip(records, self._options)
         ]
         cut = self._cut  # of the questions, not of the premise
-        self._premise = [self._plant(premise, found) for found in self._options] if premise else []
+        self._premise = (
+            [self._build_tree(premise, found) for found in self._options] if premise else []
+        )
         self._cut = cut
         self.about = {
             "fingerprint": records_lib.fingerprint(records),
@@ -132,13 +135,13 @@ class Task:
             "citation": source["citation"],
         }
 
-    def _plant(self, text: str, options: Sequence[str]):
+    def _build_tree(self, text: str, options: Sequence[str]):
         ids, after = split(self._tokenizer.encode_batch, text, options, self._boundary)
-        ids, cut = prompts.fit(
-            before(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name
+        ids, cut = prompts.truncate_prompt(
+            prefix_ids(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name
         )
         self._cut += cut
-        return grow(ids, after)
+        return build_tree(ids, after)
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         found = self._predict_fns.tree_logprobs(params, self._trees + self._premise)

@@ -1,5 +1,5 @@
-"""Verbalizer classification: the model's probabilities of label words after a prompt. `Evaluator`
-asks about the documents of a run, as in training; `Task` asks by templates about the records of a
+"""Verbalizer classification: the model's probabilities of label words after a prompt. `DocumentClassification`
+asks about the documents of a run, as in training; `PromptClassification` asks by templates about the records of a
 data set.
 """
 
@@ -13,11 +13,12 @@ import numpy as np
 
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
-from lm.data.sources import Document, Documents
-from lm.data.tokenizer import before
-from lm.evals import calibration, prompts, statistics
-from lm.evals.common import Artifact, PredictFns, png, take
-from lm.evals.tree import Tree, grow
+from lm.data.sources import Document, Documents, take
+from lm.data.tokenizer import prefix_ids
+from lm.evals import prompts
+from lm.evals.predict import Artifact, PredictFns
+from lm.evals.scores import calibration, statistics
+from lm.evals.tree import Tree, build_tree
 from lm.evals.verbalizer import (
     AGGREGATES,
     BOUNDARIES,
@@ -32,6 +33,7 @@ from lm.evals.verbalizer import (
     word_logprobs,
     word_scores,
 )
+from lm.reports import pictures
 
 
 def compile_verbalizer(
@@ -67,7 +69,7 @@ PRIORS = ("content_free", "domain", "pmi_dc", "batch")
 ENSEMBLES = ("mean_prob", "mean_logprob")
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """One way to ask: a template, a verbalizer, examples in an order."""
 
     name: str
@@ -90,19 +92,19 @@ class Way(NamedTuple):
         return [int(self.trees[0].target[path[0]]) for path in self.trees[0].paths]
 
 
-class Questions(NamedTuple):
+class PromptSet(NamedTuple):
     """What is asked."""
 
     name: str  # the eval's, for files and messages
     labels: list[str]
     names: list[str]  # of the examples
     gold: np.ndarray  # [n], the right label's index
-    ways: list[Way]
+    ways: list[Variant]
     cut: int  # examples that lost their beginning
     held_gold: np.ndarray
 
 
-class Found(NamedTuple):
+class VariantScores(NamedTuple):
     """The log-probabilities that a way's prompts gave."""
 
     examples: WordLogprobs
@@ -110,7 +112,7 @@ class Found(NamedTuple):
     held: WordLogprobs | None
 
 
-def ask(predict_fns: PredictFns, params, questions: Questions) -> list[Found]:
+def score_prompts(predict_fns: PredictFns, params, questions: PromptSet) -> list[VariantScores]:
     """Of each way. All go through the model together, so that what prompts share is computed
     once.
     """
@@ -126,7 +128,7 @@ def ask(predict_fns: PredictFns, params, questions: Questions) -> list[Found]:
         ]
     )
 
-    def collect(way: Way, part: Sequence[Tree]) -> WordLogprobs:
+    def collect(way: Variant, part: Sequence[Tree]) -> WordLogprobs:
         return word_logprobs(
             list(itertools.islice(answers, len(part))),
             [i for i, _ in way.words],
@@ -134,7 +136,7 @@ def ask(predict_fns: PredictFns, params, questions: Questions) -> list[Found]:
         )
 
     return [
-        Found(
+        VariantScores(
             collect(way, way.trees),
             {prior: collect(way, part) for prior, part in way.free.items()},
             collect(way, way.held) if way.held else None,
@@ -143,7 +145,7 @@ def ask(predict_fns: PredictFns, params, questions: Questions) -> list[Found]:
     ]
 
 
-def figures(P: np.ndarray, gold: np.ndarray) -> Iterator[tuple[str, float]]:
+def label_metrics(P: np.ndarray, gold: np.ndarray) -> Iterator[tuple[str, float]]:
     """What is to be said of label distributions [n, K], given the right labels [n]."""
     predicted, n, K = P.argmax(axis=1), *P.shape
     right = int((predicted == gold).sum())
@@ -173,14 +175,14 @@ def figures(P: np.ndarray, gold: np.ndarray) -> Iterator[tuple[str, float]]:
 
 
 def results(
-    questions: Questions,
-    found: Sequence[Found],
+    questions: PromptSet,
+    found: Sequence[VariantScores],
     scores: Callable[[WordLogprobs], np.ndarray],
     *,
     ensemble: str = "mean_prob",
     batch: bool = True,
 ) -> Iterator[tuple[str, float | Artifact]]:
-    """All figures and files of `Task`, as its docstring has them.
+    """All figures and files of `PromptClassification`, as its docstring has them.
 
     Args:
       scores: [n, K] of the labels.
@@ -204,7 +206,7 @@ def results(
     )
     each = [calibration.softmax(scores(x.examples)) for x in found]
     P, mass = together(each), np.mean([label_mass(x.examples) for x in found], axis=0)
-    yield from figures(P, gold)
+    yield from label_metrics(P, gold)
     yield "label_mass", float(np.mean(mass))
     priors = {
         prior: [calibration.softmax(scores(x.free[prior])).mean(axis=0) for x in found]
@@ -277,7 +279,7 @@ def results(
 
 
 def files(
-    questions: Questions, P: np.ndarray, more: Sequence[dict]
+    questions: PromptSet, P: np.ndarray, more: Sequence[dict]
 ) -> Iterator[tuple[str, Artifact]]:
     """Each example's label distribution, with `more` about it, and the pictures."""
     q, predicted = questions, P.argmax(axis=1)
@@ -302,12 +304,14 @@ def files(
         "confusion",
         Artifact(
             f"confusion-{q.name}.png",
-            plot_confusion(matrix, q.labels, f"{q.name}: accuracy {accuracy:.1%}"),
+            pictures.plot_confusion(matrix, q.labels, f"{q.name}: accuracy {accuracy:.1%}"),
         ),
     )
     yield (
         "reliability",
-        Artifact(f"reliability-{q.name}.png", plot_reliability(P, q.gold, q.labels, q.name)),
+        Artifact(
+            f"reliability-{q.name}.png", pictures.plot_reliability(P, q.gold, q.labels, q.name)
+        ),
     )
 
 
@@ -350,9 +354,9 @@ def _check_norm(name: str, norm: str, words: Sequence[str]) -> None:
         )
 
 
-class Evaluator:
+class DocumentClassification:
     """The documents of a run: the question after each is config.data.label_prompt, tokenized as in
-    training. Yields what `Task` does.
+    training. Yields what `PromptClassification` does.
 
     Documents that are too long lose their beginning, BOS too, as the later windows of a training
     document do; never the question. `cut` counts them.
@@ -394,14 +398,14 @@ class Evaluator:
                 f"{predict_fns.length - room + 1}, and of the document one at least should be left"
             )
         asked = [encoder.prompt(d) for d in chosen]
-        plant = lambda prompt: grow(prompt[-room:], [ids for _, _, ids in words])
+        build = lambda prompt: build_tree(prompt[-room:], [ids for _, _, ids in words])
         free = {
-            "content_free": [plant(encoder.prompt(Document(text, "", ""))) for text in CONTENT_FREE]
+            "content_free": [build(encoder.prompt(Document(text, "", ""))) for text in CONTENT_FREE]
         }
-        way = Way(
-            "", [(k, word) for k, word, _ in words], [plant(prompt) for prompt in asked], free, []
+        way = Variant(
+            "", [(k, word) for k, word, _ in words], [build(prompt) for prompt in asked], free, []
         )
-        self.questions = Questions(
+        self.questions = PromptSet(
             name,
             labels,
             [d.name for d in chosen],
@@ -414,7 +418,7 @@ class Evaluator:
         self.about = {"fingerprint": documents.fingerprint, "examples": len(chosen)}
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
-        found = ask(self._predict_fns, params, self.questions)
+        found = score_prompts(self._predict_fns, params, self.questions)
         yield from results(
             self.questions,
             found,
@@ -422,7 +426,7 @@ class Evaluator:
         )
 
 
-class Task:
+class PromptClassification:
     """Yields of the label distributions, the softmax of the label scores: accuracy with its Wilson
     95% interval; the scores of `statistics.prediction_scores` (macro-F1 with its bootstrap
     interval); nll, brier, ece (and with bins of equal mass, and classwise), auroc, auroc_ovo,
@@ -445,7 +449,7 @@ class Task:
       source: where the records are, see `lm.data.records.load`; its split, and shots_split, where
         examples come from.
       prompt: templates (see `prompts.Template`), shots: examples before the question, sampler (see
-        `prompts.choose`), seeds: of several draws, separator: after each example.
+        `prompts.select_shots`), seeds: of several draws, separator: after each example.
       verbalizer: words: one or several tuples of (label, words) pairs, a word with the space before
         it; the first word of a label is what examples say. terminator: text after each word that is
         scored with it, so that a word that begins another one can be told from it. boundary,
@@ -562,33 +566,33 @@ class Task:
             shots = self._choose(
                 pool, prompt["shots"], "prompt.shots", prompt["sampler"], seed, avoid
             )
-            first = prompts.before(
+            first = prompts.shots_text(
                 shots,
                 template,
                 lambda record: by_label[self._labels[self.gold(record)]][0],  # noqa: B023
                 prompt["separator"],
             )
-            plant = lambda text: self._plant(text, words)[0]  # noqa: B023
+            build = lambda text: self._build_tree(text, words)[0]  # noqa: B023
             trees = []
             for number, record in enumerate(self._records):
-                tree, cut = self._plant(first + template(record), words)
+                tree, cut = self._build_tree(first + template(record), words)
                 trees.append(tree)
                 self._cut |= {number} if cut else set()
             free = {
-                prior: [plant(text) for text in self._free(prior, template, first)]
+                prior: [build(text) for text in self._free(prior, template, first)]
                 for prior in priors
                 if prior != "batch"
             }
             ways.append(
-                Way(
+                Variant(
                     f"template {t}, words {w}, seed {seed}",
                     words,
                     trees,
                     free,
-                    [plant(first + template(record)) for record in held],
+                    [build(first + template(record)) for record in held],
                 )
             )
-        self.questions = Questions(
+        self.questions = PromptSet(
             name,
             self._labels,
             names,
@@ -629,7 +633,7 @@ class Task:
     def _choose(self, pool, count, key, sampler, seed, avoid) -> list[dict]:
         if not count:
             return []
-        return prompts.choose(
+        return prompts.select_shots(
             pool,
             count,
             sampler=sampler,
@@ -641,7 +645,7 @@ class Task:
             key=key,
         )
 
-    def _plant(self, text: str, words: Sequence[tuple[int, str]]) -> tuple[Tree, bool]:
+    def _build_tree(self, text: str, words: Sequence[tuple[int, str]]) -> tuple[Tree, bool]:
         """(the tree of a prompt and the words, whether the prompt was cut)."""
         ids, after = split(
             self._tokenizer.encode_batch,
@@ -658,10 +662,10 @@ class Task:
                     [(word + self._terminator, more) for (_, word), more in zip(words, after)],
                 )
             self._audited.add(key)
-        ids, cut = prompts.fit(
-            before(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name
+        ids, cut = prompts.truncate_prompt(
+            prefix_ids(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name
         )
-        return grow(ids, after), cut
+        return build_tree(ids, after), cut
 
     def _free(self, prior: str, template: prompts.Template, first: str) -> list[str]:
         """The prompts whose mean distribution is the prior."""
@@ -693,94 +697,8 @@ class Task:
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         scores = lambda x: self._scores(word_scores(x, self._reduce["length_norm"]), x.label)
         yield from results(
-            self.questions, ask(self.predict_fns, params, self.questions), scores, **self._options
+            self.questions,
+            score_prompts(self.predict_fns, params, self.questions),
+            scores,
+            **self._options,
         )
-
-
-def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
-    """A confusion matrix as PNG: shares of each right label, counts written in."""
-    from matplotlib.figure import Figure
-
-    many = len(labels) > 20  # counts would be a tenth of a second each, and unreadable
-    size = 2.5 + (0.2 if many else 0.8) * len(labels)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axis = figure.subplots()
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure.colorbar(
-        axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), label="share of the right label"
-    )
-    for i, j in () if many else np.ndindex(*matrix.shape):
-        axis.text(
-            j,
-            i,
-            str(matrix[i, j]),
-            ha="center",
-            va="center",
-            color="white" if shares[i, j] > 0.6 else "black",
-        )
-    axis.set(
-        xticks=range(len(labels)),
-        yticks=range(len(labels)),
-        yticklabels=labels,
-        xlabel="predicted",
-        ylabel="right label",
-        title=title,
-    )
-    axis.set_xticklabels(labels, rotation=90 if len(labels) > 8 else 0)
-    return png(figure)
-
-
-def plot_reliability(P: np.ndarray, y: np.ndarray, labels: list[str], name: str) -> bytes:
-    """Two pictures as PNG: how often predictions of some confidence are right, in ten bins, with
-    how many there are; and the labels' shares among the right ones, the predicted ones, and in the
-    mean distribution.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 + max(5.5, 0.2 * len(labels)), 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(5.5, max(5.5, 0.2 * len(labels))))
-    confidence, hit = P.max(axis=1), P.argmax(axis=1) == y
-    numbers = calibration.bin_numbers(confidence, 10, "width")
-    counts = np.bincount(numbers, minlength=10)
-    there = counts > 0
-    accuracy = np.bincount(numbers, hit, 10)[there] / counts[there]
-    intervals = np.array(
-        [statistics.proportion_interval(round(a * n), n) for a, n in zip(accuracy, counts[there])]
-    )
-    left.bar(
-        np.arange(10) / 10 + 0.05,
-        counts / len(y),
-        0.09,
-        color="lightgrey",
-        label="share of the predictions",
-    )
-    left.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
-    left.errorbar(
-        np.bincount(numbers, confidence, 10)[there] / counts[there],
-        accuracy,
-        np.abs(intervals - accuracy[:, None]).T,
-        marker="o",
-        capsize=3,
-        linestyle="none",
-        label="accuracy (Wilson 95%)",
-    )
-    left.set(
-        xlim=(0, 1),
-        ylim=(0, 1),
-        xlabel="confidence",
-        title=f"{name}: ECE {calibration.ece(P, y):.3f}, NLL {calibration.nll(P, y):.3f}",
-    )
-    left.legend(loc="upper left")
-    place = np.arange(len(labels))
-    for i, (what, shares) in enumerate(
-        (
-            ("right", np.bincount(y, minlength=len(labels)) / len(y)),
-            ("predicted", np.bincount(P.argmax(axis=1), minlength=len(labels)) / len(y)),
-            ("mean distribution", P.mean(axis=0)),
-        )
-    ):
-        right.bar(place + 0.27 * (i - 1), shares, 0.25, label=what)
-    right.set(xticks=place, ylabel="share", title="labels")
-    right.set_xticklabels(labels, rotation=90 if len(labels) > 8 else 0)
-    right.legend()
-    return png(figure)

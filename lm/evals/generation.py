@@ -4,13 +4,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from lm import decode
+import jax
+
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
-from lm.data.tokenizer import Tokenizer, before
+from lm.data.tokenizer import Tokenizer, prefix_ids
+from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import prompts as prompts_lib
-from lm.evals.common import Artifact, PredictFns
-from lm.evals.texts import NORMALIZE, SCORES, require
+from lm.evals.predict import Artifact, PredictFns
+from lm.evals.scores.text_metrics import NORMALIZE, SCORES, require
 
 
 def generate(
@@ -21,7 +23,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Sequence[str],
-    sampling: decode.Sampling,
+    sampling: Sampling,
     seeds: Sequence[int],
 ) -> list[str]:
     """The texts that continue prompts, up to the first stop string, a stop token or
@@ -37,7 +39,7 @@ def generate(
         ids: dict[int, list[int]] = {number: [] for number in part}
         going = set(range(len(part)))
         for tokens in generator.stream(
-            [prompts[i] for i in rows], max_new_tokens, seeds=[seeds[i] for i in rows]
+            [prompts[i] for i in rows], max_new_tokens, row_keys([seeds[i] for i in rows])
         ):
             predict_fns.check_stop()
             for row in sorted(going):
@@ -79,16 +81,18 @@ class Samples:
         top_k: int,
     ):
         self._predict_fns, self._tokenizer, self._prompts = predict_fns, encoder.tokenizer, prompts
-        self._options = dict(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=0
-        )
+        self._sampling = Sampling(temperature=temperature, top_k=top_k)
+        self._max_new_tokens = max_new_tokens
         self._ids = [
             [self._tokenizer.bos_id] + self._tokenizer.encode(prompt) for prompt in prompts
         ]
         predict_fns.check_prompts(self._ids, max_new_tokens)  # now, not after the first hour
 
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
-        continuations = self._predict_fns.generate(params, self._ids, **self._options)
+        self._predict_fns.check_stop()
+        generator = self._predict_fns.make_generator(params, self._sampling)
+        keys = jax.random.split(jax.random.key(0), len(self._ids))
+        continuations = generator.generate(self._ids, self._max_new_tokens, keys)
         blocks = [
             f"```\n{prompt}⟫{self._tokenizer.decode(ids)}\n```\n"
             for prompt, ids in zip(self._prompts, continuations)
@@ -96,7 +100,7 @@ class Samples:
         yield "samples", Artifact("samples.md", "\n".join(blocks) + "\n", append=True)
 
 
-class Task:
+class TextGeneration:
     """Greedy answers to prompts, scored against references. Yields each score, the best over an
     example's references, with its 95% bootstrap interval (_low, _high; sacreBLEU's own for bleu,
     chrf, chrf++ and ter); empty, the share of answers without text; with `extract` unmatched, the
@@ -105,14 +109,14 @@ class Task:
 
     Args:
       name: names the artifacts.
-      source, max_documents: see `lm.evals.classification.Task`.
+      source, max_documents: see `lm.evals.classification.PromptClassification`.
       prompt: template, shots, sampler (first_n | random), seed, separator.
       target: template of the answer in examples, with the space before it.
       references: template of the right answers; one whose column is a list gives several.
       output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression,
         of which what its first group (or it) matches first is the answer, of references too ("":
-        all of the text); normalize: see `texts.NORMALIZE`, before exact_match and f1.
-      scores: of `texts.SCORES`.
+        all of the text); normalize: see `text_metrics.NORMALIZE`, before exact_match and f1.
+      scores: of `text_metrics.SCORES`.
 
     Raises:
       ValueError: no such data, column, score or expression; a reference without a match; no room
@@ -181,7 +185,7 @@ class Task:
         shots = []
         if prompt["shots"]:
             asked = {template(record) for record in records}
-            shots = prompts_lib.choose(
+            shots = prompts_lib.select_shots(
                 prompts_lib.load_shots(source, name),
                 prompt["shots"],
                 sampler=prompt["sampler"],
@@ -189,11 +193,11 @@ class Task:
                 name=name,
                 avoid=lambda record: template(record) in asked,
             )
-        first = prompts_lib.before(shots, template, example, prompt["separator"])
+        first = prompts_lib.shots_text(shots, template, example, prompt["separator"])
         texts = [self._tokenizer.encode(first + template(record)) for record in records]
         found = [
-            prompts_lib.fit(
-                before(self._tokenizer, ids), ids, self._new + 1, predict_fns.length, name
+            prompts_lib.truncate_prompt(
+                prefix_ids(self._tokenizer, ids), ids, self._new + 1, predict_fns.length, name
             )
             for ids in texts
         ]
@@ -218,7 +222,7 @@ class Task:
             self._prompts,
             max_new_tokens=self._new,
             stop=self._stop,
-            sampling=decode.Sampling(temperature=0.0),
+            sampling=Sampling(temperature=0.0),
             seeds=range(len(self._prompts)),
         )
         extracted = [self._answer(text) for text in texts]

@@ -1,9 +1,9 @@
 """lm-evaluation-harness (EleutherAI's lm_eval, 0.4) on our models: its tasks, prompts and scores,
 our forward pass.
 
-    lm_eval.simple_evaluate(model=harness.Model(predict_fns, params, tokenizer), tasks=[...])
+    lm_eval.simple_evaluate(model=harness.HarnessModel(predict_fns, params, tokenizer), tasks=[...])
 
-and, as an entry of config.evals, `Evaluator`. With several processes all of them make the same
+and, as an entry of config.evals, `Harness`. With several processes all of them make the same
 calls.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from lm import decode
 from lm.data import chat
 from lm.data.pack import Encoder
-from lm.data.tokenizer import Tokenizer, before
-from lm.evals.common import Artifact, PredictFns
+from lm.data.tokenizer import Tokenizer, prefix_ids
+from lm.decoding.sampling import Sampling
 from lm.evals.generation import generate
-from lm.evals.tree import grow
+from lm.evals.predict import Artifact, PredictFns
+from lm.evals.tree import build_tree
 
 try:
     import lm_eval
@@ -32,7 +32,7 @@ except ImportError as error:
     raise ImportError(f"{error}: lm_eval is in pip install 'lm[harness]'") from None
 
 
-class Model(TemplateLM):
+class HarnessModel(TemplateLM):
     """What lm_eval asks of a model. Texts become tokens as in its own `hf` backend, its boundary
     between context and continuation included: the scores are comparable with published ones, where
     `lm.evals.verbalizer.split` would have it right and different.
@@ -68,7 +68,7 @@ class Model(TemplateLM):
         if add_special_tokens is False or plain[:1] == [self._tokenizer.bos_id]:  # BOS is spelt out
             return plain
         # prompt("") is never empty, hf's may be
-        return self._tokenizer.prompt(string) if string else before(self._tokenizer, [0])
+        return self._tokenizer.prompt(string) if string else prefix_ids(self._tokenizer, [0])
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -116,7 +116,8 @@ class Model(TemplateLM):
                 (number, list(continuation))
             )
         trees = [
-            grow(context, [ids for _, ids in members]) for (context, _), members in groups.items()
+            build_tree(context, [ids for _, ids in members])
+            for (context, _), members in groups.items()
         ]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for members, tree, (logprobs, best) in zip(
@@ -176,7 +177,7 @@ class Model(TemplateLM):
                 f"max_gen_toks = {new} must be below {self.max_length}, the longest text that the "
                 "model is given (config.data.length)"
             )
-        sampling = decode.Sampling(temperature=temperature if sampled else 0.0, **options)
+        sampling = Sampling(temperature=temperature if sampled else 0.0, **options)
         prompts = [
             self.tok_encode(text)[-(self.max_length - new) :] or [self.prefix_token_id]
             for _, text in members
@@ -198,7 +199,7 @@ class Model(TemplateLM):
 LOGLIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
-class Evaluator:
+class Harness:
     """Yields TASK/METRIC of lm_eval's tasks, with its standard errors, and its whole report as
     JSON; each task's scores of each document go to predictions/, where --compare_to finds them.
 
@@ -242,7 +243,7 @@ class Evaluator:
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         report = lm_eval.simple_evaluate(
-            Model(self._predict_fns, params, self._tokenizer),
+            HarnessModel(self._predict_fns, params, self._tokenizer),
             tasks=self._tasks,
             task_manager=self._manager,
             bootstrap_iters=1000,

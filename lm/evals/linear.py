@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from lm.data.pack import Encoder
-from lm.evals import calibration, classification, prompts
-from lm.evals.common import Artifact, PredictFns
+from lm.evals import classification, prompts
+from lm.evals.predict import Artifact, PredictFns
+from lm.evals.scores import calibration
 
 INITS = ("label_words", "prototype")
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -57,9 +58,9 @@ def choose_penalty(states: np.ndarray, gold: np.ndarray, init: np.ndarray) -> fl
     return min(PENALTIES, key=left_out)
 
 
-class Task:
+class LinearVerbalizer:
     """Trains a vector for each label on `train_examples` records of shots_split (balanced), and
-    yields what `classification.Task` does of label distributions, and train_accuracy and l2. States
+    yields what `classification.PromptClassification` does of label distributions, and train_accuracy and l2. States
     are scaled to a mean square of 1.
 
     This is multinomial logistic regression on the state that the head would see; started at the
@@ -70,7 +71,7 @@ class Task:
     Args:
       init: label_words | prototype.
       l2: penalty on the distance from there; 0: chosen by 5-fold cross-validation.
-      task: those of `classification.Task`; one template, verbalizer and seed.
+      task: those of `classification.PromptClassification`; one template, verbalizer and seed.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Task:
         prompts.check_counts(name, train_examples=train_examples)
         # words only are where the vectors start
         scored = dict(terminator="", aggregate="sum", length_norm="none", weights=())
-        self._task = classification.Task(
+        self._task = classification.PromptClassification(
             predict_fns,
             name=name,
             encoder=encoder,
@@ -138,7 +139,7 @@ class Task:
         W = fit(train, q.held_gold, init, l2)
         distribution = lambda X: calibration.softmax(X @ W[:, :-1].T + W[:, -1])
         P = distribution(test)
-        yield from classification.figures(P, q.gold)
+        yield from classification.label_metrics(P, q.gold)
         yield "train_accuracy", float(np.mean(distribution(train).argmax(axis=1) == q.held_gold))
         yield "l2", l2
         yield "examples", len(q.gold)

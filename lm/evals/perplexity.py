@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from lm.data.pack import Encoder, evaluation_rows, windows
-from lm.data.sources import Documents
-from lm.evals.common import PredictFns, take
+from lm.data.sources import Documents, take
+from lm.evals.predict import PredictFns
 
 
-class Evaluator:
+class Perplexity:
     """Yields loss (nats a token), perplexity, word_perplexity (words between white space),
     bits_per_byte, xz_bits_per_byte, and tokens, bytes and documents counted.
 

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 
 from lm.data import records as records_lib
-from lm.evals.common import taken
+from lm.data.sources import evenly_spaced
 
 SAMPLERS = ("balanced", "first_n", "random")
 # What may stand behind a column's name: {passage:last}.
@@ -124,7 +124,7 @@ def load(source: Mapping, split: str, name: str) -> Sequence[dict]:
 def evaluated(source: Mapping, name: str, max_documents: int) -> tuple[list[str], list[dict]]:
     """(names, records) of what is evaluated."""
     records = load(source, source["split"], name)
-    chosen = taken(len(records), max_documents)
+    chosen = evenly_spaced(len(records), max_documents)
     return [f"{source['split']}[{i}]" for i in chosen], [records[i] for i in chosen]
 
 
@@ -154,7 +154,7 @@ def load_shots(source: Mapping, name: str) -> Sequence[dict]:
     return load(source, split, name)
 
 
-def choose(
+def select_shots(
     pool: Sequence[dict],
     count: int,
     *,
@@ -208,14 +208,14 @@ def choose(
     return found
 
 
-def before(
+def shots_text(
     shots: Sequence[dict], template: Template, target: Callable[[dict], str], separator: str
 ) -> str:
     """The text before the question: each example with its answer."""
     return "".join(template(record) + target(record) + separator for record in shots)
 
 
-def fit(
+def truncate_prompt(
     start: Sequence[int], prompt: Sequence[int], longest: int, length: int, name: str
 ) -> tuple[list[int], bool]:
     """(the ids of a prompt that leave room for `longest` ids of which the last one needn't be read,

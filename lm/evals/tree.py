@@ -32,7 +32,7 @@ class Tree(NamedTuple):
         return self.tokens[: self.at.min() + 1].tolist()
 
 
-def grow(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
+def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
     """The tree of a prompt and its continuations, which are token ids and not empty. Common
     beginnings are one path.
     """
@@ -74,14 +74,14 @@ def grow(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
     return Tree(*(np.asarray(x, np.int32) for x in (tokens, positions, until, at, target)), paths)
 
 
-class Joined(NamedTuple):
+class MergedTree(NamedTuple):
     """Trees that begin alike, as one."""
 
     tree: Tree
     members: list[tuple[int, slice]]  # (a tree's number, its queries)
 
 
-def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
+def merge_trees(trees: Sequence[Tree], most: int, least: int = 32) -> list[MergedTree]:
     """Puts trees whose prompts begin with the same tokens (the same examples before a question,
     say) into one row, where that beginning is computed once. The trees' log-probabilities stay what
     they are.
@@ -95,7 +95,7 @@ def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
 
     def finish():
         if row:
-            found.append(_joined(trees, row, shared))
+            found.append(_merge(trees, row, shared))
             row.clear()
 
     for number in sorted(range(len(trees)), key=prompts.__getitem__):
@@ -115,9 +115,9 @@ def join(trees: Sequence[Tree], most: int, least: int = 32) -> list[Joined]:
     return found
 
 
-def _joined(trees: Sequence[Tree], row: Sequence[int], shared: int) -> Joined:
+def _merge(trees: Sequence[Tree], row: Sequence[int], shared: int) -> MergedTree:
     if len(row) == 1:
-        return Joined(trees[row[0]], [(row[0], slice(0, len(trees[row[0]].at)))])
+        return MergedTree(trees[row[0]], [(row[0], slice(0, len(trees[row[0]].at)))])
     parts = {name: [getattr(trees[row[0]], name)[:shared]] for name in ("tokens", "positions")}
     until, at, target, members, end, queries = [np.zeros(shared, np.int32)], [], [], [], shared, 0
     for number in row:
@@ -131,7 +131,7 @@ def _joined(trees: Sequence[Tree], row: Sequence[int], shared: int) -> Joined:
         members.append((number, slice(queries, queries + len(tree.at))))
         end, queries = end + len(tree.tokens) - shared, queries + len(tree.at)
     until[0] += end
-    return Joined(
+    return MergedTree(
         Tree(
             *(np.concatenate(x).astype(np.int32) for x in (*parts.values(), until, at, target)),
             paths=[],

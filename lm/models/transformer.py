@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm.collectives import gather_sequence
 from lm.nn.attention import (
     SPLASH,
     Attention,
@@ -23,7 +24,7 @@ from lm.nn.attention import (
 )
 from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed, dense, param
 from lm.nn.moe import MoE
-from lm.sharding import constrain, whole_rows
+from lm.sharding import constrain
 
 POSITIONS = ("learned", "rope")
 RESIDUALS = ("pre_norm", "post_norm", "parallel")
@@ -50,7 +51,8 @@ def kept_results(remat: str) -> tuple[list[str], list[str]]:
         if name not in REMAT_NAMES or (colon and place != "host")
     ]:
         raise ValueError(
-            f"config.model.remat = {remat!r}: {wrong}; valid: {list(REMAT)}, or names of {list(REMAT_NAMES)} with commas between "  # noqa: E501
+            f"config.model.remat = {remat!r}: {wrong}; valid: {list(REMAT)}, or names of "
+            f"{list(REMAT_NAMES)} with commas between "  # noqa: E501
             f'them, with ":host" behind those to be kept in the host\'s memory'
         )
     return [name for name, _, place in names if not place], [
@@ -357,13 +359,13 @@ class Transformer(nnx.Module):
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
-        real_BT, segments_BT = segments_BT > 0, whole_rows(segments_BT)
+        real_BT, segments_BT = segments_BT > 0, gather_sequence(segments_BT)
         slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
         if slots and tokens_BT.shape[1] == 1:
             mask_BTS = cache_mask(positions_BT, slots, c.window)
         elif until_BT is not None:
             mask_BTS = tree_mask(
-                segments_BT, whole_rows(positions_BT), whole_rows(until_BT), c.window
+                segments_BT, gather_sequence(positions_BT), gather_sequence(until_BT), c.window
             )
         else:
             mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT, c.window)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from lm import sharding
+from lm import collectives, sharding
 from lm.nn.layers import RMSNorm, add_bias, dense, param
 from lm.nn.positions import rope
 
@@ -242,7 +242,7 @@ def splash_attention(
         return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     heads, rows = (
         sharding.spec(axes, mesh)
-        for axes in (("batch", None, "whole_rows_heads", None), ("batch", None))
+        for axes in (("batch", None, "attention_heads", None), ("batch", None))
     )
     return jax.shard_map(
         local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
@@ -345,10 +345,10 @@ class Attention(nnx.Module):
         """Positions to each other, [B, T, N, H]. Softmax in f32 inside; query heads n attend to kv
         head n // (N/K).
         """
-        if (times := sharding.repeats(k_BTKH.shape[2])) > 1:
+        if (times := collectives.kv_repeats(k_BTKH.shape[2])) > 1:
             k_BTKH, v_BTKH = jnp.repeat(k_BTKH, times, axis=2), jnp.repeat(v_BTKH, times, axis=2)
         q_BTNH, k_BTKH, v_BTKH = (
-            sharding.whole_rows(x, heads_dim=2) for x in (q_BTNH, k_BTKH, v_BTKH)
+            collectives.gather_sequence(x, heads_dim=2) for x in (q_BTNH, k_BTKH, v_BTKH)
         )
         if visible.mask_BTS is None:
             y_BTNH = splash_attention(
@@ -370,4 +370,4 @@ class Attention(nnx.Module):
                     mask=visible.mask_BTS[:, None],
                     implementation=self.implementation,
                 )
-        return sharding.split_rows(y_BTNH)
+        return collectives.split_sequence(y_BTNH)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lm import sharding
+from lm import collectives
 from lm.sharding import constrain
 
 
@@ -32,8 +32,10 @@ def param(
 
 
 def gather(weight: nnx.Param, dtype) -> jax.Array:
-    """A parameter as a layer computes with it, see `lm.sharding.gather`."""
-    return sharding.gather(weight[...], weight.get_metadata("logical_axes"), jnp.dtype(dtype))
+    """A parameter as a layer computes with it, see `lm.collectives.gather_weight`."""
+    return collectives.gather_weight(
+        weight[...], weight.get_metadata("logical_axes"), jnp.dtype(dtype)
+    )
 
 
 def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype, name: str) -> jax.Array:
@@ -54,7 +56,9 @@ def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype, name: str) -> jax.A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _dense(spec, logical_axes, dtype, x, weight):
-    return _matmul(spec, x.astype(dtype), sharding.gather(weight, logical_axes, dtype), x.dtype)
+    return _matmul(
+        spec, x.astype(dtype), collectives.gather_weight(weight, logical_axes, dtype), x.dtype
+    )
 
 
 def _matmul(spec, a, b, dtype):
@@ -69,7 +73,7 @@ def _matmul(spec, a, b, dtype):
 
 
 def _dense_forward(spec, logical_axes, dtype, x, weight):
-    gathered = checkpoint_name(sharding.gather(weight, logical_axes, dtype), "weights")
+    gathered = checkpoint_name(collectives.gather_weight(weight, logical_axes, dtype), "weights")
     x_cast = x.astype(dtype)
     return _matmul(spec, x_cast, gathered, x.dtype), (x_cast, gathered, jnp.zeros((), weight.dtype))
 
@@ -90,7 +94,7 @@ def _dense_backward(spec, logical_axes, dtype, saved, g):
         weight_grad = jax.lax.platform_dependent(x, g, cpu=turned, default=plain)
     else:
         weight_grad = plain(x, g)
-    return x_grad, sharding.scatter(weight_grad, logical_axes, like.dtype)
+    return x_grad, collectives.scatter_grad(weight_grad, logical_axes, like.dtype)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
@@ -223,7 +227,7 @@ class Embed(nnx.Module):
         self.table = param(key, (num, dim), (axis, "embed"), dtype, std=std)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        return sharding.lookup(
+        return collectives.embedding_lookup(
             self.table[...],
             ids_BT,
             self.table.get_metadata("logical_axes"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm import sharding
+from lm import collectives, sharding
 
 
 def chunked_cross_entropy(
@@ -43,7 +43,7 @@ def chunked_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _loss(logical_axes, dtype, z_loss, chunk, hidden_BTD, table, targets_BT, weights_BT):
-    gathered_VD = sharding.gather(table, logical_axes, dtype)
+    gathered_VD = collectives.gather_weight(table, logical_axes, dtype)
 
     def body(sums, inputs):
         nll, z, _ = _chunk(gathered_VD, *inputs)
@@ -77,7 +77,7 @@ def _chunk(gathered_VD, hidden_BCD, targets_BC, weights_BC):
 
 
 def _loss_forward(logical_axes, dtype, z_loss, chunk, hidden_BTD, table, targets_BT, weights_BT):
-    gathered_VD = sharding.gather(table, logical_axes, dtype)
+    gathered_VD = collectives.gather_weight(table, logical_axes, dtype)
 
     def body(carry, inputs):
         nll_sum, z_sum, table_grad_VD = carry
@@ -102,7 +102,7 @@ def _loss_forward(logical_axes, dtype, z_loss, chunk, hidden_BTD, table, targets
     )
     saved = (
         hidden_grad.swapaxes(0, 1).reshape(hidden_BTD.shape),
-        sharding.scatter(table_grad_VD, logical_axes, table.dtype),
+        collectives.scatter_grad(table_grad_VD, logical_axes, table.dtype),
     )
     return (nll_sum + z_loss * z_sum, nll_sum, z_sum), saved
 

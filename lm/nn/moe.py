@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-from lm import sharding
+from lm import collectives, sharding
 from lm.nn.layers import ACTIVATIONS, MLP, dense, param
 
 
@@ -114,8 +114,8 @@ class MoE(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1 or mesh.manual_axes:
             return local(*arguments, split="expert" in mesh.manual_axes)
-        rows = sharding.divisible(x_BTD.shape, ("batch", "length", None), mesh)
-        split = sharding.axes_size(mesh, rows[0]) > 1
+        rows = sharding.divisible_spec(x_BTD.shape, ("batch", "length", None), mesh)
+        split = sharding.num_parts(mesh, rows[0]) > 1
         layouts = {name: sharding.spec(names, mesh) for name, names in axes.items()}
         return jax.shard_map(
             functools.partial(local, split=split),
@@ -137,7 +137,7 @@ def balance(probabilities_BTE, chosen_BTK, real_BT) -> dict[str, tuple[jax.Array
     real_BT = real_BT.astype(jnp.float32)
     here = jnp.sum(real_BT)
     chose_E = jnp.einsum("btke,bt->e", jax.nn.one_hot(chosen_BTK, num_experts), real_BT)
-    tokens, chose_E, mass_E = sharding.sum_over_rows(
+    tokens, chose_E, mass_E = collectives.psum_rows(
         (here, chose_E, jnp.einsum("bte,bt->e", probabilities_BTE, real_BT))
     )
     tokens = jnp.maximum(tokens, 1.0)
@@ -215,7 +215,9 @@ def _grouped(logical_axes, dtype, x_MA, weight_EAB, sizes_E):
 
 
 def _grouped_forward(logical_axes, dtype, x_MA, weight_EAB, sizes_E):
-    gathered_EAB = checkpoint_name(sharding.gather(weight_EAB, logical_axes, dtype), "weights")
+    gathered_EAB = checkpoint_name(
+        collectives.gather_weight(weight_EAB, logical_axes, dtype), "weights"
+    )
     x_cast = x_MA.astype(dtype)
     return grouped_rows(x_cast, gathered_EAB, sizes_E, x_MA.dtype), (
         x_cast,
@@ -231,7 +233,7 @@ def _grouped_backward(logical_axes, dtype, saved, g_MB):
     x_grad = grouped_rows(g, gathered_EAB, sizes_E, g_MB.dtype, transposed=True)
     return (
         x_grad,
-        sharding.scatter(grouped_weights(x_MA, g, sizes_E), logical_axes, like.dtype),
+        collectives.scatter_grad(grouped_weights(x_MA, g, sizes_E), logical_axes, like.dtype),
         None,
     )
 

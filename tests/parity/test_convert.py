@@ -14,7 +14,7 @@ import torch
 import transformers
 from etils import epath
 
-from lm import build, convert, train
+from lm import build, convert, evaluate, train
 from lm.data import pack
 from lm.data import tokenizer as lm_tokenizers
 from tests.parity import references
@@ -142,19 +142,19 @@ def test_a_run_starts_from_a_directory(tiny, tmp_path):
         config.model.param_dtype = "float32"
         config.optimizer.learning_rate = 1e-5
         config.evals.validation = dict(
-            type="lm.evals.perplexity.Evaluator",
+            type="lm.evals.perplexity.Perplexity",
             every=0,
             batch_size=8,
             split="validation",
             max_documents=0,
         )
-    adopted = build.adopt(config)
+    adopted = build.apply_hf_config(config)
     assert (
         adopted.model.window == 7 and adopted.model.num_kv_heads == 2 and config.model.window == 0
     )
     texts = [document.text for document in build.documents(config, "validation")]
     wanted = their_loss(source, texts, config.data.length)
-    found = train.evaluate(config, epath.Path(tmp_path / "eval"), jax.devices()[:1])[
+    found = evaluate.evaluate(config, epath.Path(tmp_path / "eval"), jax.devices()[:1])[
         "eval/validation/loss"
     ]
     assert found == pytest.approx(wanted, abs=1e-4)
@@ -203,7 +203,7 @@ def test_pydocs_is_exported(tmp_path):
     config.mesh.fsdp = 1
     config.evals = dict(
         part=dict(
-            type="lm.evals.perplexity.Evaluator",
+            type="lm.evals.perplexity.Perplexity",
             every=0,
             batch_size=16,
             split="validation",

@@ -11,9 +11,10 @@ import transformers
 from flax import nnx
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from lm import checkpoint, sharding
 from lm import config as config_lib
-from lm import decode, sharding
-from lm.hf import checkpoint
+from lm.decoding.generator import Generator
+from lm.decoding.sampling import Sampling, row_keys
 from lm.models.transformer import Config, Transformer
 from lm.objectives import causal
 from tests.parity import references
@@ -103,16 +104,16 @@ def test_greedy_text_is_theirs(name, tmp_path):
     _, graphdef, params = loaded(tmp_path)
     config = nnx.merge(graphdef, params).config
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    made = decode.Generator(
+    made = Generator(
         config,
         graphdef,
         params,
         mesh,
-        decode.Sampling(temperature=0.0),
+        Sampling(temperature=0.0),
         stop_ids=[-1],
         vocab_size=96,
     )
-    for prompt, ours in zip(PROMPTS, made.generate(PROMPTS, 64, seeds=[0, 0, 0])):
+    for prompt, ours in zip(PROMPTS, made.generate(PROMPTS, 64, keys_B=row_keys([0, 0, 0]))):
         ids = torch.tensor([prompt])
         out = reference.generate(
             ids,

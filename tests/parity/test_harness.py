@@ -16,14 +16,16 @@ from etils import epath
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm import build, decode, step, train
+from lm import build, step
 from lm import config as config_lib
 from lm.data import pack
 from lm.data import tokenizer as tokenizers
-from lm.evals import choice, classification, common, comparison, harness
-from lm.evals.common import PredictFns
-from lm.hf import checkpoint as hf
+from lm.decoding.generator import Generator
+from lm.evals import choice, classification, entries, harness, predict
+from lm.evals.predict import PredictFns
+from lm.hf import directory as hf
 from lm.objectives import causal
+from lm.reports import comparison
 from tests.parity import references
 from tests.parity.test_convert import write_tokenizer
 
@@ -151,7 +153,7 @@ def ours(directory, batch_size, sizes):
     config = config_lib.default()
     config.init_from = str(directory)
     config.model.param_dtype = "float32"
-    config = build.adopt(config.lock()).copy_and_resolve_references().unlock()
+    config = build.apply_hf_config(config.lock()).copy_and_resolve_references().unlock()
     config.mesh.update({"fsdp": 1, **sizes})
     tokenizer = tokenizers.load(directory)
     made = build.weights(
@@ -166,7 +168,7 @@ def ours(directory, batch_size, sizes):
         tree_logprobs=step.make_tree_logprobs(made.graphdef),
         make_generate=None,
         check_stop=lambda: None,
-        make_generator=lambda params, sampling: decode.Generator(
+        make_generator=lambda params, sampling: Generator(
             made.model_config,
             made.graphdef,
             params,
@@ -176,7 +178,7 @@ def ours(directory, batch_size, sizes):
             vocab_size=tokenizer.vocab_size,
         ),
     )
-    return harness.Model(fns, params, tokenizer), made.mesh
+    return harness.HarnessModel(fns, params, tokenizer), made.mesh
 
 
 def evaluate(model, tasks, folder):
@@ -238,13 +240,13 @@ def test_as_an_entry_of_the_configuration(checkpoint, tiny, tmp_path):
         config.model.param_dtype = "float32"
         config.data.length = LENGTH
         config.evals.local = dict(
-            type="lm.evals.harness.Evaluator",
+            type="lm.evals.harness.Harness",
             every=0,
             batch_size=8,
             tasks=("local_choice", "local_texts"),
             include_path=str(tmp_path),
         )
-    found = train.evaluate(config, epath.Path(tmp_path / "run"), jax.devices()[:1])
+    found = evaluate.evaluate(config, epath.Path(tmp_path / "run"), jax.devices()[:1])
     assert {
         "eval/local/local_choice/acc",
         "eval/local/local_choice/acc_norm",
@@ -271,14 +273,16 @@ def test_as_an_entry_of_the_configuration(checkpoint, tiny, tmp_path):
     with config.unlocked():
         config.evals.local.tasks = ("local_choice", "nothing")
     with pytest.raises(ValueError, match=r"lm_eval has no tasks \['nothing'\] in .*: there are \["):
-        train.evaluate(config, epath.Path(tmp_path / "other"), jax.devices()[:1])
+        evaluate.evaluate(config, epath.Path(tmp_path / "other"), jax.devices()[:1])
 
 
 def test_many_continuations_of_one_context(checkpoint, monkeypatch):
     """BLiMP's thousands all follow nothing: they don't become one row."""
     model, mesh = ours(checkpoint, 4, dict(fsdp=1))
-    rows, real = [], common.join
-    monkeypatch.setattr(common, "join", lambda trees, most: rows.extend(real(trees, most)) or rows)
+    rows, real = [], predict.merge_trees
+    monkeypatch.setattr(
+        predict, "merge_trees", lambda trees, most: rows.extend(real(trees, most)) or rows
+    )
     ids = [np.random.default_rng(i).integers(0, 50, 5).tolist() for i in range(100)]
     with jax.set_mesh(mesh):
         together = model._loglikelihood_tokens([(("", ""), [1], one) for one in ids])
@@ -302,7 +306,7 @@ def test_longer_than_the_model_takes(checkpoint):
 
 def task_arguments(folder, kind, **changes):
     (folder / "ours.toml").write_text(f'type = "lm.evals.{kind}.Task"')
-    made = config_lib.task(
+    made = entries.task(
         str(folder / "ours.toml"),
         source=dict(path=str(folder / "{split}.jsonl"), split="test", shots_split="train"),
         **changes,
@@ -381,7 +385,7 @@ def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
     words = (tuple((label, (label,)) for label in labels),)
     tasks = dict(
         classification=(
-            classification.Task,
+            classification.PromptClassification,
             task_arguments(
                 tmp_path,
                 "classification",
@@ -390,7 +394,7 @@ def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
             ),
         ),
         choice=(
-            choice.Task,
+            choice.MultipleChoice,
             task_arguments(
                 tmp_path,
                 "choice",
@@ -401,7 +405,7 @@ def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
             ),
         ),
         last=(
-            choice.Task,
+            choice.MultipleChoice,
             task_arguments(
                 tmp_path,
                 "choice",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.evals import statistics
+from lm.evals.scores import statistics
 
 
 class Score(NamedTuple):

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 from etils import epath
 
-from lm.evals import calibration, statistics
+from lm.evals.scores import calibration, statistics
 
 LEAST = 10  # examples, fewer can't be resampled
 

@@ -8,8 +8,7 @@
   query's target; whether no token is likelier predict_fns.states(params, prompts)        -> f32
   [prompts, D]                what the head sees after each predict_fns.head_rows(params, ids)
   -> f32 [ids, D]                    what it multiplies that with for these tokens
-  predict_fns.generate(params, prompts)      -> list of id lists                continuations
-  predict_fns.make_generator(params, sampling) -> lm.decode.Generator           continuations token
+  predict_fns.make_generator(params, sampling) -> lm.Generator           continuations token
   by token
 
 Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly
@@ -30,8 +29,7 @@ from jax.sharding import Mesh
 from lm import sharding
 from lm.data import pack
 from lm.data.loader import evaluation_batches
-from lm.data.sources import Document, Documents
-from lm.evals.tree import Tree, grow, join
+from lm.evals.tree import Tree, build_tree, merge_trees
 
 
 class Artifact(NamedTuple):
@@ -69,7 +67,6 @@ class PredictFns:
         length: int,
         token_logprobs: Callable,
         tree_logprobs: Callable,
-        make_generate: Callable,
         check_stop: Callable[[], None],
         make_generator: Callable | None = None,
         tree_states: Callable | None = None,
@@ -85,7 +82,6 @@ class PredictFns:
         self._tree_logprobs = compiled(tree_logprobs)
         self._tree_states = compiled(lambda *args: (tree_states(*args),))
         self._head_rows = jax.jit(lambda params, ids: head_rows(params, ids), out_shardings=whole)
-        self._make_generate, self._generate = make_generate, {}
 
     def _batches(self, rows):
         yield from evaluation_batches(
@@ -105,7 +101,7 @@ class PredictFns:
 
     def states(self, params, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         found = self._of_trees(
-            self._tree_states, params, [grow(prompt, [[0]]) for prompt in prompts]
+            self._tree_states, params, [build_tree(prompt, [[0]]) for prompt in prompts]
         )
         return np.stack([states[0] for (states,) in found])
 
@@ -120,7 +116,7 @@ class PredictFns:
         many tokens as one of `token_logprobs`, all of a few sizes, so that little is padding and
         few programs are compiled.
         """
-        joined = join(trees, self.length)
+        joined = merge_trees(trees, self.length)
         groups = collections.defaultdict(list)
         for row in joined:
             groups[_bucket(len(row.tree.tokens))].append(row)
@@ -167,36 +163,6 @@ class PredictFns:
                 )
         return room
 
-    def generate(
-        self,
-        params,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int,
-        seed: int,
-    ) -> list[list[int]]:
-        """Continuations in one batch, up to EOS."""
-        self.check_stop()
-        room = self.check_prompts(prompts, max_new_tokens)
-        options = (max_new_tokens, temperature, top_k)
-        if options not in self._generate:
-            self._generate[options] = jax.jit(
-                self._make_generate(
-                    max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k
-                ),
-                out_shardings=sharding.replicated(self._mesh),
-            )
-        padded = np.zeros((len(prompts), room), np.int32)
-        for row, ids in zip(padded, prompts):
-            row[: len(ids)] = ids
-        lengths = np.array([len(ids) for ids in prompts], np.int32)
-        out, ended = jax.device_get(
-            self._generate[options](params, padded, lengths, jax.random.key(seed))
-        )
-        return [ids[:n].tolist() for ids, n in zip(out, ended)]
-
 
 def _bucket(size: int, least: int = 32) -> int:
     """The next of the sizes that are compiled: eight to each doubling, of `least` and more."""
@@ -227,23 +193,3 @@ def _pack(trees: Sequence[Tree], size: int, length: int, num_places: int, num_qu
 
 def _fetch(arrays) -> np.ndarray:
     return np.concatenate([np.asarray(a) for a in arrays])
-
-
-def take(documents: Documents, max_documents: int) -> Iterator[Document]:
-    """All documents, or `max_documents` of them, evenly out of the split; 0: all."""
-    return (documents[i] for i in taken(len(documents), max_documents))
-
-
-def taken(size: int, most: int) -> list[int]:
-    """`most` numbers evenly out of `size`; 0: all."""
-    count = min(size, most or size)
-    return [i * size // count for i in range(count)]
-
-
-def png(figure) -> bytes:
-    """A matplotlib figure as PNG."""
-    import io
-
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=100)
-    return data.getvalue()

@@ -6,30 +6,24 @@ collectives and kernels are its facts; times are models of them (lm/hlo.py), giv
 """
 
 import collections
-import functools
-import json
-import logging
 import math
 import os
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from flax import nnx
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from lm import build, command_line, decode, hlo, metrics, search, sharding, step
+from lm import build, flops, sharding, step
+from lm.decoding.generator import decode_step, prefill
+from lm.plan import hlo
 
 PROGRAMS = ("train", "eval", "prefill", "decode")
-CARDS = Path(__file__).parent.parent / "configs" / "cards"
-# What a card holds still, and how far it may move (a share) before --check fails.
-TOLERANCES = {"memory_gib": 0.02, "executed_tflops": 0.005, "model_tflops": 1e-6, "wire_gb": 0.02}
 
 
 class DoesNotFit(MemoryError):
@@ -118,12 +112,12 @@ def compile_text(jitted, *arguments) -> tuple[jax.stages.Compiled, str, list[str
                 raise MemoryError(str(error)) from None
             if "option" in str(error) or "FAILED_PRECONDITION" in str(error):
                 raise ValueError(
-                    f"libtpu {_libtpu_version()} refuses an option of lm/startup.py's "
+                    f"libtpu {libtpu_version()} refuses an option of lm/startup.py's "
                     f"COMPILER_OPTIONS: {str(error).splitlines()[0]}. constraints.txt has the "
                     "version that they were chosen for"
                 ) from None
             raise ValueError(
-                f"libtpu {_libtpu_version()}'s compiler fails on this program: "
+                f"libtpu {libtpu_version()}'s compiler fails on this program: "
                 f"{str(error).splitlines()[0]}. Another mesh, remat or number of microbatches may "
                 "do"
             ) from error
@@ -146,7 +140,7 @@ def measure(
     with jax.set_mesh(program.mesh):
         compiled, text, largest, seconds = compile_text(jitted, *arguments)
     devices, chip = list(program.mesh.devices.flat), hlo.CHIPS[program.devices[0].device_kind]
-    module = hlo.Program(
+    module = hlo.HloModule(
         text,
         chip,
         [(getattr(d, "slice_index", 0), *d.coords) for d in devices],
@@ -171,7 +165,7 @@ def measure(
                 ("exposed_ms", c.exposed * 1e3),
             ):
                 row[key] += c.count * value
-    per_chip = {name: flops / len(devices) for name, flops in model_flops.items()}
+    per_chip = {name: total / len(devices) for name, total in model_flops.items()}
     return {
         "memory_gib": memory.peak_memory_in_bytes / 2**30,
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
@@ -224,11 +218,11 @@ def plan(
     tokens = total_tokens(c)
     steps = math.ceil(tokens / (c.data.batch_size * c.data.length)) if tokens else 10**6
     program = build.program(c, devices, c.model.vocab_size, steps)
-    flops = lambda batch, length, share: {
+    model_flops = lambda batch, length, share: {
         name: share
         * batch
         * length
-        * metrics.model_flops_per_token(program.model_config, length, causal=name == "causal")
+        * flops.model_flops_per_token(program.model_config, length, causal=name == "causal")
         for name in ("causal", "full")
     }
     params = program.abstract_state.params
@@ -240,23 +234,27 @@ def plan(
             return (
                 program.train_step,
                 (program.abstract_state, program.abstract_batch(c.data.batch_size)),
-                flops(c.data.batch_size, c.data.length, 1),
+                model_flops(c.data.batch_size, c.data.length, 1),
             )
         if name == "eval":
             return (
                 jax.jit(step.make_token_logprobs(program.graphdef, objective.token_logprobs)),
                 (params, program.abstract_batch(c.data.batch_size)),
-                flops(c.data.batch_size, c.data.length, 1 / 3),
+                model_flops(c.data.batch_size, c.data.length, 1 / 3),
             )
         ids = lambda *shape: jax.ShapeDtypeStruct(
             shape, jnp.int32, sharding=sharding.batch_sharding(program.mesh, len(shape))
         )
         if name == "prefill":
-            run = lambda params, *arguments: decode.prefill(
+            run = lambda params, *arguments: prefill(
                 nnx.merge(program.graphdef, params), *arguments, c.data.length
             )
-            return jax.jit(run), (params, ids(*prompts), ids(prompts[0])), flops(*prompts, 1 / 3)
-        run = lambda params, token, position, cache: decode.decode_step(
+            return (
+                jax.jit(run),
+                (params, ids(*prompts), ids(prompts[0])),
+                model_flops(*prompts, 1 / 3),
+            )
+        run = lambda params, token, position, cache: decode_step(
             nnx.merge(program.graphdef, params), token, position, cache
         )
         cache = jax.eval_shape(
@@ -274,7 +272,7 @@ def plan(
         return (
             jax.jit(run, donate_argnums=3),
             (params, ids(prompts[0]), ids(prompts[0]), cache),
-            flops(prompts[0], 1, 1 / 3),
+            model_flops(prompts[0], 1, 1 / 3),
         )
 
     per_device = lambda tree: (
@@ -293,7 +291,7 @@ def plan(
         "batch": [c.data.batch_size, c.data.length],
         "parameters_gib": per_device(params),
         "optimizer_gib": per_device(program.abstract_state.opt_state),
-        "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
+        "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
     }
     for name in programs:
         progress(f"compiling the {name} program for {len(devices)} x {devices[0].device_kind}")
@@ -320,7 +318,7 @@ def plan(
     return report
 
 
-def _libtpu_version() -> str:
+def libtpu_version() -> str:
     from importlib import metadata
 
     return metadata.version("libtpu")
@@ -396,246 +394,3 @@ def in_words(config: ConfigDict, train: dict) -> str:
     else:
         said.append("It is bound by the matrix units, as it should be.")
     return " ".join(said)
-
-
-def table(report: dict) -> str:
-    """The report for people."""
-    lines = [
-        f"{report['parameters'] / 1e9:.2f}B parameters on {report['chips']} chips "
-        f"({report['topology']}"
-        f"{' x ' + str(report['slices']) + ' slices' if report['slices'] > 1 else ''}), mesh "
-        f"{report['mesh'] or 'one device'}, batch {report['batch'][0]} x {report['batch'][1]}; "
-        f"jax {report['versions']['jax']}, libtpu {report['versions']['libtpu']}",
-        f"parameters {report['parameters_gib']:.2f} GiB, optimizer {report['optimizer_gib']:.2f} "
-        "GiB a chip",
-    ]
-    spread = lambda values, form: " | ".join(
-        f"{form.format(values[m])} ({m})" for m in ("roofline", "calibrated", "compiler")
-    )
-    for name in PROGRAMS:
-        if name not in report:
-            continue
-        r = report[name]
-        lines += [
-            f"\n{name}: memory {r['memory_gib']:.2f} of {r['limit_gib']:.1f} GiB: fits (arguments "
-            f"{r['arguments_gib']:.2f}, temporaries {r['temporaries_gib']:.2f}; in the host's "
-            f"memory {r['host_gib']:.2f}); compiled in {r['compile_seconds']:.0f} s",
-            "  largest: " + "; ".join(r["largest_buffers"][:4]),
-            f"  TFLOP a chip: model {r['model_tflops']:.1f} (full attention "
-            f"{r['model_tflops_full_attention']:.1f}), executed {r['executed_tflops']:.1f}; HBM "
-            f"{r['hbm_gb']:.1f} GB; on the wire {r['wire_gb']:.2f} GB",
-            "  time, modelled: " + spread(r["step_ms"], "{:,.1f} ms"),
-            "  MFU, modelled: " + spread(r["mfu"], "{:.1%}"),
-            "  of it: "
-            + ", ".join(f"{k} {v:,.1f} ms" for k, v in r["breakdown_ms"].items() if v >= 0.05),
-            "  kernels: " + (", ".join(f"{k} x{n}" for k, n in r["kernels"].items()) or "none"),
-        ]
-        lines += [
-            f"  {k}: {v['count']} x, {v['wire_gb']:.2f} GB, {v['ms']:.1f} ms, exposed "
-            f"{v['exposed_ms']:.1f} ms"
-            for k, v in r["collectives"].items()
-        ]
-        lines += [
-            "  not modelled: contention for memory, stalls of the "
-            f"input{''.join(', ' + note for note in r['not_timed'])}"
-        ]
-    if "tokens_per_second_per_chip" in report:
-        lines.append(
-            "\ntokens/s a chip: " + spread(report["tokens_per_second_per_chip"], "{:,.0f}")
-        )
-    if "days" in report:
-        lines.append(
-            f"{report['tokens']:.3g} tokens: "
-            + spread(report["days"], "{:,.1f} days")
-            + "; chip-hours: "
-            + spread(report["chip_hours"], "{:,.0f}")
-        )
-    return "\n".join([*lines, report.get("in_words", "")])
-
-
-def differences(card: dict, report: dict) -> list[str]:
-    """What of a card's figures moved beyond `TOLERANCES`, or in kind."""
-    found = []
-    old, new = card["train"], report["train"]
-    for key, tolerance in TOLERANCES.items():
-        if abs(new[key] - old[key]) > tolerance * abs(old[key]):
-            found.append(f"{key}: {old[key]:.4g} on the card, {new[key]:.4g} now")
-    if old["kernels"] != new["kernels"]:
-        found.append(f"kernels: {old['kernels']} on the card, {new['kernels']} now")
-    kinds = lambda r: {
-        name.split(",")[0] for name, row in r["collectives"].items() if row["wire_gb"] > 0.05
-    }
-    if kinds(old) != kinds(new):
-        found.append(
-            f"collectives: gone {sorted(kinds(old) - kinds(new))}, new "
-            f"{sorted(kinds(new) - kinds(old))}"
-        )
-    return found
-
-
-def check(names: list[str], load, progress=print) -> list[str]:
-    """Compiles the cards' configurations again. Returns the failures.
-
-    Args:
-      names: of cards, without .json; [] for all.
-      load: (config file, size) -> config.
-
-    Raises:
-      ValueError: no such card.
-    """
-    cards = {path.stem: path for path in sorted(CARDS.glob("*.json"))}
-    if unknown := sorted(set(names) - set(cards)):
-        raise ValueError(f"no cards {unknown} in {CARDS}; there are {sorted(cards)}")
-    failures = []
-    for number, name in enumerate(names or cards):
-        card = json.loads(cards[name].read_text())
-        report = plan(load(*card["config"]), card["topology"], card["slices"])
-        moved = differences(card, report)
-        failures += [f"{name}: {line}" for line in moved]
-        progress(
-            f"{number + 1}/{len(names or cards)} {name}: {'; '.join(moved) or 'as on the card'} "
-            f"({report['train']['compile_seconds']:.0f} s)"
-        )
-    return failures
-
-
-def run_search(
-    config: ConfigDict, topology: str, slices: int, *, minutes: float, out: Path, say
-) -> str:
-    """Looks for faster settings (lm/search.py), writes those of the fastest to `out` as flags, and
-    returns the ranking.
-    """
-    evaluate = search.remembered(
-        functools.partial(plan, topology=topology, slices=slices),
-        Path("~/.cache/lm/plan").expanduser(),
-        topology,
-        str(slices),
-        jax.__version__,
-        _libtpu_version(),
-    )
-    devices = describe(topology, slices)
-    tried = search.search(
-        config,
-        len(devices),
-        hlo.CHIPS[devices[0].device_kind].memory / 2**30,
-        evaluate,
-        minutes=minutes,
-        say=say,
-    )
-    base = search.settings_of(config, len(devices))
-    changes = search.overrides(tried[0].settings, base)
-    metrics.write_whole(out, "\n".join(changes) + "\n" if changes else "")
-    return (
-        f"{search.table(tried, base)}\n\nfastest: "
-        f"{' '.join(changes) or 'the configuration as given'}\nwritten to {out}: python -m "
-        f"lm.main --config=... $(cat {out})"
-    )
-
-
-def _nearest(config: ConfigDict, topology: str, slices: int, error: DoesNotFit, say) -> str:
-    """A change that makes a train step fit, found by compiling; "" if none was."""
-    devices = describe(topology, slices)
-    limit = hlo.CHIPS[devices[0].device_kind].memory / 2**30
-    found = search.nearest_that_fits(
-        config,
-        len(devices),
-        functools.partial(plan, topology=topology, slices=slices),
-        needed_gib=error.needed_gib,
-        limit_gib=limit,
-        say=say,
-    )
-    if not found:
-        return ""
-    changes = search.overrides(found.settings, search.settings_of(config, len(devices)))
-    return (
-        f" The nearest change that fits: {' '.join(changes)} "
-        f"({found.report['train']['memory_gib']:.1f} GiB)."
-    )
-
-
-def load_config(path: str, size: str) -> ConfigDict:
-    import runpy
-
-    return runpy.run_path(path)["get_config"](*([size] if size else [])).lock()
-
-
-def main(argv: list[str]) -> int:
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
-    )
-    jax.config.update("jax_platforms", "cpu")
-    say = lambda text: print(text, file=sys.stderr, flush=True)
-    try:
-        if _CHECK.value:
-            failures = check(argv[1:], load_config, say)
-            print("\n".join(failures) or "all cards hold")
-            return 1 if failures else 0
-        config = command_line.CONFIG.value
-        if config is None:
-            raise ValueError(
-                "--config is missing, such as --config=configs/pods.py:llama2_7b-v5p-4x4x4"
-            )
-        topology = _TOPOLOGY.value
-        if _SEARCH.value:
-            if _JSON.value or _CARD.value or _PROGRAMS.value != ["train"]:
-                raise ValueError(
-                    "--search ranks settings of the train step in a table; --json, --card and "
-                    "--programs go without it"
-                )
-            print(
-                run_search(
-                    config,
-                    topology,
-                    _SLICES.value,
-                    minutes=_MINUTES.value,
-                    out=Path(_OVERRIDES.value),
-                    say=say,
-                )
-            )
-            return 0
-        try:
-            report = plan(
-                config, topology, _SLICES.value, programs=tuple(_PROGRAMS.value), progress=say
-            )
-        except DoesNotFit as error:
-            raise MemoryError(
-                f"{error}{_nearest(config, topology, _SLICES.value, error, say) if error.needed_gib else ''}"  # noqa: E501
-            ) from None
-    except (ValueError, MemoryError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=1) if _JSON.value else table(report))
-    if _CARD.value:
-        path, _, size = next(
-            a.split("=", 1)[1] for a in sys.argv if a.lstrip("-").startswith("config=")
-        ).partition(":")
-        metrics.write_whole(
-            CARDS / f"{_CARD.value}.json",
-            json.dumps({"config": [path, size]} | report, indent=1) + "\n",
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    _TOPOLOGY = flags.DEFINE_string(
-        "topology", "", "Chips of the pod, such as v5p:4x4x8 or v5e:16x16."
-    )
-    _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
-    _PROGRAMS = flags.DEFINE_list("programs", ["train"], f"Of {', '.join(PROGRAMS)}.")
-    _JSON = flags.DEFINE_boolean("json", False, "Print the report as JSON.")
-    _SEARCH = flags.DEFINE_boolean(
-        "search", False, "Look for faster settings: mesh, remat, microbatches, chunks of the loss."
-    )
-    _MINUTES = flags.DEFINE_float("search_minutes", 27.0, "How long to look.")
-    _OVERRIDES = flags.DEFINE_string(
-        "overrides",
-        "overrides.txt",
-        "Where --search writes the fastest settings, as flags of lm.main.",
-    )
-    _CARD = flags.DEFINE_string("card", "", "Write the report to configs/cards/CARD.json.")
-    _CHECK = flags.DEFINE_boolean(
-        "check",
-        False,
-        "Compile the cards named (all by default) again, and fail where figures moved.",
-    )
-    app.run(main, flags_parser=command_line.parse)

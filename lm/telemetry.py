@@ -1,6 +1,8 @@
 """Sums and counts, the files they are written to, and speed: tokens/s, FLOPs, MFU."""
 
+import contextlib
 import json
+import logging
 import math
 import sys
 import time
@@ -10,24 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-# Dense bf16 FLOP/s of one jax device, from the vendors' data sheets. On v2 and v3 a device is one
-# of a chip's two cores, on tpu7x too.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from lm import files, flops
 
 
 def accumulate(total: dict, terms: Mapping) -> None:
@@ -40,41 +25,6 @@ def accumulate(total: dict, terms: Mapping) -> None:
 def means(total: Mapping) -> dict[str, float]:
     """{name: sum / count}."""
     return {name: value / count if count else math.nan for name, (value, count) in total.items()}
-
-
-def model_flops_per_token(config, length: int, *, causal: bool = True) -> float:
-    """Model FLOPs of one token in training (forward and backward), by the matmuls that the model
-    needs, recomputation not counted.
-
-    6 per weight of a matmul that the token meets (of the experts, those of one token; 2 forward, 4
-    backward; Kaplan et al. 2020, arXiv 2001.08361, section 2.1; the head is one, the embedding
-    look-up is none), and 12 N H per layer for each key that a query sees (scores and values;
-    Chowdhery et al. 2022, arXiv 2204.02311, appendix B): `length` keys, or half with `causal`,
-    since the masked half need not be computed.
-
-    Args:
-      config: of lm.models.transformer.
-      length: tokens a row. Packed documents count as one sequence of that length.
-    """
-    c = config
-    attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    experts = c.experts_per_token if c.num_experts else 1
-    mlp = c.embed_dim * (experts * c.mlp_dim + c.shared_mlp_dim) * (3 if c.gated_mlp else 2)
-    router = c.embed_dim * (c.num_experts + (1 if c.shared_mlp_dim else 0))
-    table_dim = c.table_dim or c.embed_dim
-    projections = 2 * table_dim * c.embed_dim if table_dim != c.embed_dim else 0
-    weights = c.num_layers * (attention + mlp + router) + c.vocab_size * table_dim + projections
-    window = min(c.window or length, length)
-    keys = window - window**2 / (2 * length) if causal else length
-    return 6.0 * weights + 12.0 * c.num_layers * c.num_heads * c.head_dim * keys
-
-
-def mfu(flops_per_second: float, devices) -> float | None:
-    """Model FLOPs utilisation: a share of the devices' peak; None on hardware that is not in
-    `PEAK_FLOPS`.
-    """
-    peak = PEAK_FLOPS.get(devices[0].device_kind)
-    return flops_per_second / (peak * len(devices)) if peak else None
 
 
 class Writer:
@@ -94,14 +44,14 @@ class Writer:
         self._path, self._lines = workdir / "metrics.jsonl", []
         if not self.active:
             return
-        self._lines = [line for line in read_jsonl(self._path) if line["step"] <= step]
+        self._lines = [line for line in files.read_jsonl_log(self._path) if line["step"] <= step]
         self._rewrite()
         from tensorboardX import SummaryWriter
 
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def _rewrite(self) -> None:
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        files.write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def lines(self) -> list[dict]:
         """All that was written, by the runs before too."""
@@ -130,24 +80,6 @@ class Writer:
         self.flush()
         if self.active:
             self._events.close()
-
-
-def write_whole(path: epath.Path, content: bytes | str) -> None:
-    """Writes a file so that a full disk or a kill leaves the old one, not half of the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    temporary.replace(path)
-
-
-def read_jsonl(path: epath.Path) -> list[dict]:
-    """The whole lines of a JSONL file; [] if there is none. A last line that a killed run left
-    half-written is dropped.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 class Progress:
@@ -232,3 +164,101 @@ def plot_curves(lines: list[dict]) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=90)
     return png.getvalue()
+
+
+class Timer:
+    """Where the time goes: tokens/s and MFU of the steps since the last line, evals and checkpoints
+    left out, and the goodput since the start.
+    """
+
+    def __init__(self, experiment):
+        c = experiment.config.data
+        self._tokens = c.batch_size * c.length
+        self._devices = experiment.devices
+        self._flops = {
+            "train/mfu": flops.model_flops_per_token(experiment.model_config, c.length),
+            "train/mfu_full_attention": flops.model_flops_per_token(
+                experiment.model_config, c.length, causal=False
+            ),
+        }
+        self._began = self._mark = time.monotonic()
+        self._pauses, self._step = 0.0, None
+        self._lost = dict.fromkeys(("first_step", "data", "evals", "checkpoints"), 0.0)
+
+    def first_step(self, state) -> None:
+        """Waits for the first step, which compiles, and starts counting after it."""
+        if not self._lost["first_step"]:
+            jax.block_until_ready(state)
+            self._lost["first_step"] = time.monotonic() - self._began - self._pauses
+            logging.info(
+                "first step after %.1f s, compilation included", time.monotonic() - self._began
+            )
+            self._mark, self._pauses = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self, what: str):
+        """Time that isn't the steps'."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._pauses += time.monotonic() - began
+            self._lost[what] += time.monotonic() - began
+
+    def waited_for_data(self, seconds: float) -> None:
+        """The devices had nothing to do while the loader made a batch. It counts in tokens/s all
+        the same.
+        """
+        if self._lost["first_step"]:
+            self._lost["data"] += seconds
+
+    def line(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        seconds = max(now - self._mark - self._pauses, 1e-9)
+        steps = step - self._step if self._step is not None else None
+        self._mark, self._pauses, self._step = now, 0.0, step
+        lost = {f"train/seconds_{what}": value for what, value in self._lost.items()}
+        goodput = {
+            "train/goodput": 1 - sum(self._lost.values()) / max(now - self._began, 1e-9)
+        } | lost
+        if not steps:  # the first line has the first step in it, whose time was compilation
+            return {"train/tokens_per_second": 0.0} | goodput
+        speed = self._tokens * steps / seconds
+        values = {
+            name: flops.mfu(per_token * speed, self._devices)
+            for name, per_token in self._flops.items()
+        }
+        return (
+            {"train/tokens_per_second": speed}
+            | {name: value for name, value in values.items() if value is not None}
+            | goodput
+        )
+
+    def total(self) -> float:
+        return time.monotonic() - self._began
+
+
+class Profile:
+    """An xprof trace of the steps from `steps[0]` to before `steps[1]`, in workdir/profile; none
+    for None.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, workdir: epath.Path):
+        self._steps, self._workdir, self._on = steps, workdir, False
+
+    def before(self, step: int) -> None:
+        """`step` is the number of the one that comes next, from 1."""
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._workdir / "profile"))
+            self._on = True
+
+    def after(self, step: int, state) -> None:
+        if self._on and step + 1 >= self._steps[1]:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+            logging.info("trace written to %s/profile", self._workdir)

@@ -1,9 +1,8 @@
 """Tokens from a model: prefill a cache with the prompts, then one token at a time."""
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,86 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lm import sharding
+from lm.decoding.sampling import Sampling, sample
 from lm.models import transformer
 from lm.nn.attention import SPLASH, Cache
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. What is not among the kept ones is never drawn; the filters
-    apply in this order, each on what is left.
-
-    Raises:
-      ValueError: a value out of its range.
-    """
-
-    # what the logits of tokens seen are divided by if positive, else multiplied (Keskar et al.
-    # 2019, section 4.1)
-    repetition_penalty: float = 1.0
-    temperature: float = 1.0  # of the softmax; 0: the best token
-    top_k: int = 0  # keep so many best tokens; 0: all
-    # keep the fewest best tokens that together have this share (Holtzman et al. 2020, section 3.1)
-    top_p: float = 1.0
-    # keep those with this share of the best one's probability (Nguyen et al. 2024, section 3)
-    min_p: float = 0.0
-
-    def __post_init__(self):
-        for name, good, wanted in (
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("temperature", self.temperature >= 0, "0 or above"),
-            ("top_k", self.top_k >= 0, "0 or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-        ):
-            if not good:
-                raise ValueError(f"{name} = {getattr(self, name)}; wanted {wanted}")
-
-
-def sample(
-    keys_B: jax.Array,
-    logits_BV: jax.Array,
-    sampling: Sampling,
-    *,
-    vocab_size: int,
-    seen_BV: jax.Array | None = None,
-) -> jax.Array:
-    """One id a row, never at or above vocab_size.
-
-    Args:
-      seen_BV: True for the tokens that the repetition penalty is for.
-    """
-    c = sampling
-    if seen_BV is not None:
-        logits_BV = jnp.where(
-            seen_BV,
-            jnp.where(
-                logits_BV > 0, logits_BV / c.repetition_penalty, logits_BV * c.repetition_penalty
-            ),
-            logits_BV,
-        )
-    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, -jnp.inf)
-    if c.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1)
-    logits_BV = logits_BV / c.temperature
-    if c.top_k or c.top_p < 1:
-        best_BV = -jnp.sort(-logits_BV, axis=-1)
-        if c.top_k:
-            best_BV = best_BV[:, : min(c.top_k, vocab_size)]
-            logits_BV = jnp.where(logits_BV < best_BV[:, -1:], -jnp.inf, logits_BV)
-        if c.top_p < 1:
-            shares_BV = jax.nn.softmax(best_BV, axis=-1)
-            before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
-            least_B1 = jnp.min(
-                jnp.where(before_BV < c.top_p, best_BV, jnp.inf), axis=-1, keepdims=True
-            )
-            logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    if c.min_p:
-        logits_BV = jnp.where(
-            logits_BV < jnp.max(logits_BV, axis=-1, keepdims=True) + np.log(np.float32(c.min_p)),
-            -jnp.inf,
-            logits_BV,
-        )
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
 
 def prefill(
@@ -213,34 +135,6 @@ def advance(
     ), token_B
 
 
-def make_generate(
-    graphdef, *, max_new_tokens: int, temperature: float, top_k: int, eos_id: int, vocab_size: int
-) -> Callable:
-    """Returns `generate(params, prompts_BT, lengths_B, key) -> (tokens [B, max_new_tokens], number
-    of them before EOS [B])`. Prompts are padded on the right.
-    """
-    sampling = Sampling(temperature=temperature, top_k=top_k)
-
-    def generate(params, prompts_BT, lengths_B, key):
-        state = start(
-            graphdef,
-            params,
-            prompts_BT,
-            lengths_B,
-            jax.random.split(key, len(lengths_B)),
-            sampling=sampling,
-            cache_length=prompts_BT.shape[1] + max_new_tokens,
-        )
-        body = lambda state, _: advance(
-            graphdef, params, state, sampling=sampling, stop_ids=(eos_id,), vocab_size=vocab_size
-        )
-        tokens_TB = jax.lax.scan(body, state, length=max_new_tokens)[1]
-        ended_TB = jnp.cumsum(tokens_TB == eos_id, axis=0) > 0
-        return tokens_TB.T, jnp.sum(~ended_TB, axis=0)
-
-    return generate
-
-
 class Generator:
     """Continues prompts, handing out each token as it is there. Compiles once for prompts whose
     longest, and whose longest with its continuation, lie between the same powers of two, and the
@@ -271,13 +165,13 @@ class Generator:
             tuple(stop_ids),
         )
 
-        def begin(params, prompts_BT, lengths_B, seeds_B, **sizes):
+        def begin(params, prompts_BT, lengths_B, key_data_B2, **sizes):
             return start(
                 graphdef,
                 params,
                 prompts_BT,
                 lengths_B,
-                jax.vmap(jax.random.key)(seeds_B),
+                jax.random.wrap_key_data(key_data_B2),
                 sampling=sampling,
                 **sizes,
             )
@@ -306,13 +200,13 @@ class Generator:
                 )
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keys_B: jax.Array
     ) -> Iterator[np.ndarray]:
         """Yields [B] ids, up to `max_new_tokens` times; -1 for rows that have ended (their stop
         token is the last one that is yielded).
 
         Args:
-          seeds: of each row's draws. A row's continuation is the same in any batch.
+          keys_B: of each row's draws, see `row_keys`. A row's continuation is the same in any batch.
 
         Raises:
           ValueError: see `check`.
@@ -344,7 +238,7 @@ class Generator:
                 self._params,
                 put(padded),
                 put(lengths),
-                put(np.asarray(seeds, np.uint32)),
+                put(np.asarray(jax.random.key_data(keys_B))),
                 cache_length=bucket(longest + max_new_tokens),
                 copies=copies,
             )
@@ -362,11 +256,11 @@ class Generator:
                     return
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keys_B: jax.Array
     ) -> list[list[int]]:
         """The continuations, their stop tokens left out."""
         rows: list[list[int]] = [[] for _ in prompts]
-        for token in self.stream(prompts, max_new_tokens, seeds):
+        for token in self.stream(prompts, max_new_tokens, keys_B):
             for row, one in zip(rows, token.tolist()):
                 if one >= 0 and one not in self._stop_ids:
                     row.append(one)

@@ -224,7 +224,7 @@ class Cost:
         return sum(self.time.values())
 
 
-class Program:
+class HloModule:
     """An optimized HLO module on a mesh.
 
     Args:
