@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
-# Installs lm on a Cloud TPU VM and checks its devices.
+# Installs lm on a Cloud TPU VM and checks the devices.
 #
-#   ./tpu_setup.sh                              on the VM itself, from the repository's root
-#   ./tpu_setup.sh NAME ZONE [PROJECT]          from your own machine: on every worker of the TPU VM or pod slice NAME
+# On the VM itself, from the repository's root:
+#   ./tpu_setup.sh
 #
-# Then one run on all workers (every worker runs the same command; they find each other):
+# From your own machine, on every worker of the TPU VM or pod slice NAME:
+#   ./tpu_setup.sh NAME ZONE [PROJECT]
+#
+# To start a run afterwards, give every worker the same command. The workers find each other:
 #
 #   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='cd lm && . .venv/bin/activate && \
 #     python -m lm.main --config=configs/c4.py:gpt2 --workdir=gs://BUCKET/RUN --config.data.source_args.data_dir=gs://BUCKET/tfds'
 set -euo pipefail
 cd "$(dirname "$0")"
 
+# With arguments: copy the repository to every worker, and run this script there.
 if [ $# -ge 2 ]; then
   name=$1 zone=$2
   where=(--zone="$zone" ${3:+--project="$3"} --worker=all)
   archive=$(mktemp -d)/lm.tar.gz
-  git archive --format=tar.gz --prefix=lm/ -o "$archive" HEAD  # what is committed, the same on every worker
+  git archive --format=tar.gz --prefix=lm/ -o "$archive" HEAD  # every worker gets the same committed files
   gcloud compute tpus tpu-vm scp "$archive" "$name:lm.tar.gz" "${where[@]}"
   gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --command='tar xzf lm.tar.gz && bash lm/tpu_setup.sh'
   exit
 fi
 
+# Take the newest Python that lm supports.
 python=python3
 for candidate in python3.13 python3.12 python3.11; do
   if command -v "$candidate" >/dev/null; then python=$candidate; break; fi
@@ -31,7 +36,7 @@ done
 .venv/bin/pip install --quiet --upgrade pip
 .venv/bin/pip install --quiet -c constraints.txt -e '.[tpu,gcs]'
 
-# On a worker of a pod this waits for the other workers: run it on all of them.
+# On a pod, each worker waits here for the others. Run the script on all of them.
 .venv/bin/python - <<'PY'
 import logging
 logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -140,7 +140,7 @@ def main():
     from lm import config as config_lib
     from lm.data import tokenizer as tokenizers
     from lm.data.pack import Encoder
-    from lm.evals import calibration, classification, common, harness
+    from lm.evals import calibration, classification, common, harness, label_results
     from lm.evals.predict import PredictFns
     from lm.hf import directory as hf
     from lm.objectives import causal
@@ -150,7 +150,7 @@ def main():
         checkpoint = folder / "checkpoint"
         checkpoint.mkdir()
         make(checkpoint)
-        source, tokenizer = hf.Source(checkpoint), tokenizers.load(checkpoint)
+        source, tokenizer = hf.Checkpoint(checkpoint), tokenizers.load(checkpoint)
         config = config_lib.default()
         config.model.update(
             source.fields
@@ -160,7 +160,7 @@ def main():
                 scan_unroll=SIZES["num_hidden_layers"],
             )
         )
-        made = build.weights(config, jax.devices()[:1], tokenizer.vocab_size)
+        made = build.abstract_model(config, jax.devices()[:1], tokenizer.vocab_size)
         fns = PredictFns(
             made.mesh,
             batch_size=8,
@@ -217,9 +217,9 @@ def main():
                     encoder=Encoder(tokenizer, ""),
                     **ours,  # noqa: B023
                 )
-                (found,) = classification.score_prompts(fns, params, evaluator.questions)
+                (found,) = label_results.score_prompts(fns, params, evaluator.prompt_set)
                 sums = found.examples.tokens.sum(axis=2)
-                calibration.ece(calibration.softmax(sums), evaluator.questions.gold)
+                calibration.ece(calibration.softmax(sums), evaluator.prompt_set.gold)
                 return sums
 
             answers = {

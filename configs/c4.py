@@ -5,7 +5,7 @@ accelerators; the batch is its paper's.
 
 Reads a copy of TFDS's c4/en that was prepared as ArrayRecord; the error that comes without one
 gives the command.
-"""
+"""  # noqa: E501
 
 from ml_collections import ConfigDict
 
@@ -13,8 +13,8 @@ from lm import config as config_lib
 from lm.evals import entries
 from lm.models import presets
 
-# preset -> (learning rate, tokens a batch, tokens in all): GPT-3's table 2.1, Llama 2's table 1;
-# GPT-2's as GPT-3's of its size.
+# preset -> (learning rate, tokens a batch, tokens in all): GPT-3's table 2.1, Llama 2's table 1.
+# GPT-2's are those of the GPT-3 of its size.
 SIZES = {
     "gpt2": (6e-4, 0.5e6, 300e9),
     "gpt2_medium": (3e-4, 0.5e6, 300e9),
@@ -36,31 +36,33 @@ SIZES = {
 
 def get_config(size: str = "gpt2") -> ConfigDict:
     c = config_lib.default()
-    learning_rate, batch_tokens, tokens = config_lib.sized(SIZES, size)
+    learning_rate, batch_tokens, total_tokens = config_lib.sized(SIZES, size)
+
     c.model.update(presets.get(size))
+    c.model.vocab_size = -(-c.model.vocab_size // 128) * 128  # so that a mesh can divide it
+    c.model.remat = "full"
+
     c.data.source = "lm.data.sources.tfds"
     c.data.source_args = dict(name="c4/en", data_dir="", text_key="text", label_key="")
     c.data.length = c.model.context_length
+    # A multiple of the streams, which a pod's hosts divide among them.
     c.data.batch_size = max(64, round(batch_tokens / c.data.length / 64) * 64)
     c.data.streams = 64
     c.tokenizer.vocab_size = min(c.model.vocab_size, 32000)
     c.tokenizer.max_documents = 200_000
-    c.model.vocab_size = -(-c.model.vocab_size // 128) * 128  # so that a mesh can divide it
-    c.model.remat = "full"
-    c.optimizer.update(
-        dict(
-            name="adamw",
-            learning_rate=learning_rate,
-            schedule="cosine",
-            warmup_steps=2000,
-            b2=0.95,
-            weight_decay=0.1,
-        )
-    )
-    c.train.length = f"{tokens:.0f} tokens"
+
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = learning_rate
+    c.optimizer.schedule = "cosine"
+    c.optimizer.warmup_steps = 2000
+    c.optimizer.b2 = 0.95
+    c.optimizer.weight_decay = 0.1
+
+    c.train.length = f"{total_tokens:.0f} tokens"
     c.train.log_every = 20
     c.checkpoint.every = 1000
     c.checkpoint.best = "eval/validation/loss"
+
     c.evals.validation = entries.perplexity(
         every=1000, batch_size=c.data.batch_size, max_documents=5000
     )

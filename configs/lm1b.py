@@ -16,21 +16,29 @@ from lm.models import presets
 
 def get_config(size: str = "gpt2") -> ConfigDict:
     c = config_lib.default()
-    c.model.update(presets.get(size) | dict(vocab_size=0))
+    c.model.update(presets.get(size))
+    c.model.vocab_size = 0  # the tokenizer's
+
     c.data.source = "lm.data.sources.tfds"
     c.data.source_args = dict(name="lm1b", data_dir="", text_key="text", label_key="")
-    c.data.update(dict(length=min(256, c.model.context_length), batch_size=512, streams=64))
+    c.data.length = min(256, c.model.context_length)
+    c.data.batch_size = 512
+    c.data.streams = 64
     c.tokenizer.vocab_size = 32000
     c.tokenizer.max_documents = 1_000_000
-    c.optimizer.update(
-        dict(
-            name="adamw", learning_rate=6e-4, schedule="cosine", warmup_steps=1000, weight_decay=0.1
-        )
-    )
+
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 6e-4
+    c.optimizer.schedule = "cosine"
+    c.optimizer.warmup_steps = 1000
+    c.optimizer.weight_decay = 0.1
+
     c.train.length = "100000 steps"
     c.train.log_every = 20
     c.checkpoint.every = 1000
     c.checkpoint.best = "eval/validation/loss"
+
+    # The benchmark has no validation split of its own.
     c.evals.validation = entries.perplexity(
         every=1000, split="test", batch_size=512, max_documents=20_000
     )

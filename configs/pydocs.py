@@ -16,7 +16,6 @@ from lm.models import presets
 VERBALIZER = {"python": (" python",), "numpy": (" numpy",), "scipy": (" scipy",), "jax": (" jax",)}
 PROMPTS = ("Return the ", "Compute the eigenvalues of ", "Raise an exception if ")
 
-
 # size -> (length, steps between the evals of a part of the validation split)
 SIZES = {"micro": ("200 steps", 50), "mini": ("500 steps", 100), "small": ("1300 steps", 200)}
 
@@ -24,21 +23,29 @@ SIZES = {"micro": ("200 steps", 50), "mini": ("500 steps", 100), "small": ("1300
 def get_config(size: str = "mini") -> ConfigDict:
     c = config_lib.default()
     length, every = config_lib.sized(SIZES, size)
+
+    c.model.update(presets.get(size))
+    c.model.vocab_size = 0  # the tokenizer's
     # bf16 matmuls are 1.4 times as fast as f32 on a CPU that has them (AVX512-BF16), slower on
     # those before.
-    c.model.update(presets.get(size) | dict(vocab_size=0, compute_dtype="bfloat16"))
+    c.model.compute_dtype = "bfloat16"
     c.model.scan_unroll = c.model.num_layers
+
     c.data.label_prompt = "\n\nLibrary:"
     c.data.length = min(256, c.model.context_length)
     c.data.batch_size = 16
+
     c.optimizer.name = "muon"
     c.optimizer.learning_rate = 5e-3
     c.optimizer.schedule = "linear"
     c.optimizer.final_learning_rate = 0.0
     c.optimizer.weight_decay = 0.05
+
     c.train.length = length
     c.checkpoint.every = every
     c.checkpoint.best = "eval/part/loss"
+
+    # The whole split, the library and the samples come at the end only.
     c.evals.part = entries.perplexity(every=every, max_documents=120)
     c.evals.validation = entries.perplexity(every=0)
     c.evals.library = entries.classification(VERBALIZER, every=0)

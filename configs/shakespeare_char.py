@@ -17,30 +17,35 @@ from lm.models import presets
 
 def get_config() -> ConfigDict:
     c = config_lib.default()
-    c.model.update(presets.get("nanogpt_cpu") | dict(vocab_size=0, param_dtype="bfloat16"))
+    c.model.update(presets.get("nanogpt_cpu"))
+    c.model.vocab_size = 0  # the tokenizer's
+    c.model.param_dtype = "bfloat16"
     c.model.scan_unroll = c.model.num_layers
+
     c.tokenizer.kind = "bytes"
     c.data.source = "lm.data.sources.text"
     c.data.source_args = dict(path="", held_out=0.1, separator="", document_chars=4096)
-    # rows of several documents in mixed order
-    c.data.update(dict(length=64, batch_size=12, streams=12, packing_bins=256))
-    c.optimizer.update(
-        dict(
-            name="adamw",
-            learning_rate=1e-3,
-            schedule="cosine",
-            final_learning_rate=0.1,
-            warmup_steps=100,
-            b1=0.9,
-            b2=0.99,
-            weight_decay=0.1,
-            clip_norm=1.0,
-        )
-    )
+    c.data.length = 64
+    c.data.batch_size = 12
+    # Rows of several documents in mixed order.
+    c.data.streams = 12
+    c.data.packing_bins = 256
+
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.schedule = "cosine"
+    c.optimizer.final_learning_rate = 0.1
+    c.optimizer.warmup_steps = 100
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.99
+    c.optimizer.weight_decay = 0.1
+    c.optimizer.clip_norm = 1.0
+
     c.train.length = "2000 steps"
     c.train.log_every = 50
     c.checkpoint.every = 500
     c.checkpoint.best = "eval/validation/loss"
+
     c.evals.validation = entries.perplexity(every=500, batch_size=64)
     c.evals.samples = entries.samples(("ROMEO:",), every=1000, max_new_tokens=50)
     return c

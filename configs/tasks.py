@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lm import config as config_lib
 from lm.evals import entries
 
+# list -> tasks
 SIZES = {
     "zero_shot": "sst2,boolq,rte,piqa,hellaswag,lambada",
     "label_words": "sst2,ag_news,trec,imdb,cola,rte,mnli,boolq,banking77",
@@ -21,8 +22,11 @@ SIZES = {
 
 def get_config(tasks: str = "zero_shot") -> ConfigDict:
     c = config_lib.default()
-    # the longest prompt with its answer; init_from brings the model's own context
-    c.data.length = c.model.context_length = 1024
+
+    # The longest prompt with its answer. init_from brings the model's own context.
+    c.data.length = 1024
+    c.model.context_length = 1024
+
     for name in SIZES.get(tasks, tasks).split(","):
         c.evals[name] = entries.task(name)
     return c

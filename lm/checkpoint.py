@@ -1,17 +1,22 @@
-"""Checkpoints: Orbax, asynchronous, with a manifest that tells a whole one from a damaged one.
+"""Checkpoints: Orbax, asynchronous, with a manifest that tells an intact one from a damaged one.
 
-A checkpoint holds the train state as a flat dict of arrays (path -> array), and a JSON object:
-stream states, metrics under way, the configuration, the tokenizer's files and the fingerprints.
+A checkpoint holds the train state as a flat dict of arrays (path -> array), and a JSON object, its
+meta: stream states, metrics under way, the configuration, the tokenizer's files and the
+fingerprints.
+
+Several processes make the same calls in the same order. The first one alone looks for damage and
+renames folders, and the others wait for it.
 """
 
 import base64
+import contextlib
 import json
 import logging
 import math
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,100 +35,128 @@ MANIFEST = "MANIFEST.json"
 _UNCHECKED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
+# --- trees as flat dicts ---
+
+
 def flatten(tree) -> dict[str, Any]:
-    """{path: leaf}."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    """Returns {path: leaf}, the keys of a path joined by "/"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_path_name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(flat: dict[str, Any], like):
-    """The tree of `like`'s structure with the leaves of `flat`."""
+    """Returns the tree of `like`'s structure with the leaves of `flat`."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree_util.tree_unflatten(
-        treedef, [flat[jax.tree_util.keystr(path, simple=True, separator="/")] for path, _ in paths]
-    )
+    leaves = [flat[_path_name(path)] for path, _ in paths]
+    return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
-def _absolute(path: epath.Path) -> epath.Path:
-    """Orbax writes to absolute paths only."""
-    return path if "://" in str(path) else path.resolve()
+def _path_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _scan(directory: epath.Path) -> dict[str, list[int]]:
-    """{file: [bytes, crc32]} of all files under a checkpoint."""
-    found, files = {}, []
-    folders = [directory]  # epath's rglob doesn't work on gs://
-    while folders:
-        for path in folders.pop().iterdir():
-            (folders if path.is_dir() else files).append(path)
-    for path in files:
-        name = str(path.relative_to(directory))
-        if name in _UNCHECKED:
-            continue
-        crc, size = 0, 0
-        with path.open("rb") as file:
-            while piece := file.read(1 << 22):
-                crc, size = zlib.crc32(piece, crc), size + len(piece)
-        found[name] = [size, crc]
-    return found
-
-
-def problems(directory: epath.Path) -> list[str]:
-    """What is wrong with a finished checkpoint: files missing, changed, or a manifest that isn't
-    there. [] if it is whole.
-    """
-    manifest = directory / MANIFEST
-    try:
-        wanted = json.loads(manifest.read_text())
-    except (OSError, ValueError):
-        return [f"{MANIFEST} is missing or unreadable"]
-    found = _scan(directory)
-    return [
-        f"{name}: "
-        f"{'missing' if name not in found else 'changed' if name in wanted else 'not in the manifest'}"  # noqa: E501
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
+# --- directories of checkpoints ---
 
 
 def steps(directory: epath.Path) -> list[int]:
-    """Steps of the finished checkpoints in a directory, whole or not."""
-    return (
-        sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
-        if directory.exists()
-        else []
-    )
+    """Returns the steps of the finished checkpoints in a directory, intact or not, in order."""
+    if not directory.exists():
+        return []
+    # Orbax's temporary folders, and those set aside here, have names that are no numbers.
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
-def newest_whole(
-    directory: epath.Path, among: Sequence[int] | None = None
+def problems(directory: epath.Path) -> list[str]:
+    """Returns what is wrong with a finished checkpoint; [] if it is intact.
+
+    Files may be missing, changed or not in the manifest, or there is no manifest.
+    """
+    try:
+        wanted = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return [f"{MANIFEST} is missing or unreadable"]
+
+    actual = _checksums(directory)
+    messages = []
+    for name in sorted(wanted.keys() | actual.keys()):
+        if name not in actual:
+            messages.append(f"{name}: missing")
+        elif name not in wanted:
+            messages.append(f"{name}: not in the manifest")
+        elif wanted[name] != actual[name]:
+            messages.append(f"{name}: changed")
+    return messages
+
+
+def _checksums(directory: epath.Path) -> dict[str, list[int]]:
+    """{file: [bytes, crc32]} of all files under a checkpoint, as the manifest has them."""
+    # epath's rglob doesn't work on gs://.
+    folders = [directory]
+    files = []
+    while folders:
+        for path in folders.pop().iterdir():
+            if path.is_dir():
+                folders.append(path)
+            else:
+                files.append(path)
+
+    checksums = {}
+    for path in files:
+        name = str(path.relative_to(directory))
+        if name not in _UNCHECKED:
+            checksums[name] = _checksum(path)
+    return checksums
+
+
+def _checksum(path: epath.Path) -> list[int]:
+    """[bytes, crc32] of a file."""
+    size = 0
+    crc = 0
+    with path.open("rb") as file:
+        # In pieces of 4 MiB: a file may be larger than memory.
+        while piece := file.read(1 << 22):
+            size += len(piece)
+            crc = zlib.crc32(piece, crc)
+    return [size, crc]
+
+
+def _newest_intact(
+    directory: epath.Path, candidates: Sequence[int] | None = None
 ) -> tuple[int | None, dict[int, list[str]]]:
-    """(step of the newest checkpoint that is whole, or None; {step: what is wrong} of those after
-    it). The first process looks, which means reading a whole checkpoint, and the others wait for
-    its word.
+    """Finds the newest checkpoint that is intact.
 
     Args:
-      among: the steps to look at; None: all.
+      candidates: the steps to look at, in order; None: all.
+
+    Returns:
+      Its step, or None, and {step: problems} of the damaged ones after it. The latter is empty on
+      all processes but the first.
     """
-    damaged, whole = {}, -1
-    for step in (
-        reversed(steps(directory) if among is None else among) if jax.process_index() == 0 else ()
-    ):
-        damaged[step] = problems(directory / str(step))
-        if not damaged[step]:
-            whole = step
-            break
-    whole = int(multihost_utils.broadcast_one_to_all(np.int32(whole)))
-    return whole if whole >= 0 else None, {step: wrong for step, wrong in damaged.items() if wrong}
+    # -1 is none: arrays can be broadcast, None can't.
+    newest = -1
+    damaged = {}
+
+    # Looking means reading whole checkpoints: the first process does, the others wait for its word.
+    if jax.process_index() == 0:
+        for step in reversed(steps(directory) if candidates is None else candidates):
+            messages = problems(directory / str(step))
+            if not messages:
+                newest = step
+                break
+            damaged[step] = messages
+
+    newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    return newest if newest >= 0 else None, damaged
 
 
-def _settle_replaced(directory: epath.Path) -> None:
-    """Puts back a checkpoint that was set aside for a newer one of its step, or removes it if the
-    newer one is whole.
+def _recover_replaced(directory: epath.Path) -> None:
+    """Decides between a checkpoint that was set aside and the newer one of its step.
+
+    The newer one stays if it is intact; else the old one goes back to its place.
     """
-    for old in directory.glob("replaced-*") if jax.process_index() == 0 else ():
+    if jax.process_index() != 0:
+        return
+    for old in directory.glob("replaced-*"):
         new = directory / old.name.removeprefix("replaced-")
         if new.exists() and not problems(new):
             old.rmtree()
@@ -133,80 +166,91 @@ def _settle_replaced(directory: epath.Path) -> None:
             old.rename(new)
 
 
-def _handlers():
-    return ocp.handlers.create_default_handler_registry(
-        state=ocp.PyTreeCheckpointHandler(use_compression=False), meta=ocp.JsonCheckpointHandler()
-    )
+def _set_damaged_aside(directory: epath.Path) -> None:
+    """Renames damaged checkpoints after the newest intact one to damaged-STEP.
+
+    Raises:
+      ValueError: there are checkpoints, but none is intact.
+    """
+    intact, damaged = _newest_intact(directory)
+    if intact is None:
+        existing = steps(directory)
+        if not existing:
+            return
+        first_problem = damaged.get(existing[-1], ["see process 0"])[0]
+        raise ValueError(
+            f"{directory} has checkpoints {existing}, but none can be read ({first_problem}). "
+            "Not starting over at step 0: restore them from a copy, or take another --workdir."
+        )
+
+    for step, messages in damaged.items():
+        logging.warning(
+            "checkpoint %d is damaged (%s); going back to %d", step, "; ".join(messages[:3]), intact
+        )
+        aside = directory / f"damaged-{step}"
+        if aside.exists():
+            aside.rmtree()
+        (directory / str(step)).rename(aside)
 
 
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        """Never: the run's loop asks. Orbax would ask again, from a thread and for the step that it
-        saves, and jax's agreement on a step takes the last one that it was asked about for where
-        the process stands.
-        """
-        return False
+def _absolute(path: epath.Path) -> epath.Path:
+    """The path as Orbax wants it: it writes to absolute ones only."""
+    return path if "://" in str(path) else path.resolve()
+
+
+# --- a run's own checkpoints ---
 
 
 class Checkpointer:
     """Saves and restores the checkpoints of a run: the newest `keep`, and the one with the lowest
     `best` metric.
 
-    When it is made, damaged checkpoints after the newest whole one are moved aside (to
+    When it is made, damaged checkpoints after the newest intact one are moved aside (to
     damaged-STEP). With several processes the first looks, and the others wait for it.
 
     Raises:
-      ValueError: there are checkpoints, but none is whole: starting over would overwrite the run.
+      ValueError: there are checkpoints, but none is intact: starting over would overwrite the run.
     """
 
     def __init__(self, directory: epath.Path, *, keep: int, best: str = ""):
-        directory = _absolute(directory)
-        self._directory, self._best, self._saving = directory, best, None
-        directory.mkdir(parents=True, exist_ok=True)
-        _settle_replaced(directory)
-        whole, damaged = newest_whole(directory)
-        if whole is None and (found := steps(directory)):
-            raise ValueError(
-                f"{directory} has checkpoints {found}, but none can be read "
-                f"({damaged.get(found[-1], ['see process 0'])[0]}). Not starting over at step 0: "
-                "restore them from a copy, or take another --workdir."
-            )
-        for step, wrong in damaged.items():
-            logging.warning(
-                "checkpoint %d is damaged (%s); going back to %d", step, "; ".join(wrong[:3]), whole
-            )
-            aside = directory / f"damaged-{step}"
-            if aside.exists():
-                aside.rmtree()
-            (directory / str(step)).rename(aside)
+        self._directory = _absolute(directory)
+        self._best = best
+        self._saving = None  # the step of the last save
+
+        # A kill may have left anything: the directory is put in order before Orbax reads it.
+        self._directory.mkdir(parents=True, exist_ok=True)
+        _recover_replaced(self._directory)
+        _set_damaged_aside(self._directory)
         multihost_utils.sync_global_devices("checkpoints looked through")
-        policies = [checkpoint_managers.LatestN(keep)]
-        # one of another metric, from before the config changed, is no rival
-        measured = lambda metrics: metrics.get(best, math.inf)
-        if best:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=measured,
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        logging.getLogger("absl").addFilter(
-            lambda record: "tracked_metric" not in record.getMessage()
-        )
+
+        logging.getLogger("absl").addFilter(_is_not_about_metrics)
         self._manager = _Manager(
-            directory,
-            handler_registry=_handlers(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                # without it Orbax forgets metrics at a restart
-                best_fn=measured if best else None,
-                best_mode="min",
-                cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-            ),
+            self._directory, handler_registry=_handlers(), options=self._options(keep)
         )
+
+    def _options(self, keep: int) -> ocp.CheckpointManagerOptions:
+        policies = [checkpoint_managers.LatestN(keep)]
+        if self._best:
+            best_one = checkpoint_managers.BestN(
+                get_metric_fn=self._metric,
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best_one)
+
+        return ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            # Without best_fn Orbax forgets metrics at a restart.
+            best_fn=self._metric if self._best else None,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        )
+
+    def _metric(self, metrics: dict[str, float]) -> float:
+        # A checkpoint with another metric, from before the config changed, is no rival.
+        return metrics.get(self._best, math.inf)
 
     def _write_manifest(self) -> None:
         """Runs in Orbax's thread, after the last file and before the rename that commits: manifest
@@ -214,43 +258,47 @@ class Checkpointer:
         """
         if jax.process_index() == 0:
             for path in self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                (path / MANIFEST).write_text(json.dumps(_scan(path)))
+                (path / MANIFEST).write_text(json.dumps(_checksums(path)))
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """Returns the newest intact checkpoint's step."""
         return self._manager.latest_step()
 
     def save(self, step: int, state, meta: dict, metrics: dict[str, float]) -> None:
-        """Starts saving; arrays may be donated right after. An error of an earlier save is raised
-        here or in `wait`.
+        """Starts saving; arrays may be donated right after.
 
         Args:
           meta: JSON-able.
           metrics: the newest values; the checkpoint competes as the best one if `best` is among
             them, and finite.
+
+        Raises:
+          OSError: an earlier save failed, see `wait`.
         """
         self.wait()
         if step in self._manager.all_steps():
             self._set_aside(step)
+
         value = metrics.get(self._best, math.nan)
         self._saving = step
-        arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(flatten(state)), meta=ocp.args.JsonSave(meta)
-        )
         self._manager.save(
             step,
-            args=arguments,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(flatten(state)), meta=ocp.args.JsonSave(meta)
+            ),
             metrics={self._best: float(value)} if math.isfinite(value) else None,
+            # When to save is the run's decision, not Orbax's.
             force=True,
         )
 
     def _set_aside(self, step: int) -> None:
         """Makes room for a checkpoint that is saved again: the old one goes when the new one is
-        whole.
+        intact.
         """
         if jax.process_index() == 0:
             (self._directory / str(step)).rename(self._directory / f"replaced-{step}")
         multihost_utils.sync_global_devices(f"set aside {step}")
+        # Orbax keeps a list of its own, and would refuse a step that is on it.
         self._manager.reload()
 
     def wait(self) -> None:
@@ -261,23 +309,23 @@ class Checkpointer:
         """
         try:
             self._manager.wait_until_finished()
-            _settle_replaced(self._directory)
+            _recover_replaced(self._directory)
         except Exception as error:
+            # What was half written may hold the very space that is missing.
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                # it holds space that may be what is missing
                 shutil.rmtree(path, ignore_errors=True)
-            _settle_replaced(self._directory)
+            _recover_replaced(self._directory)
             self._manager.reload()
-            kept = self._manager.latest_step()
+
+            latest = self._manager.latest_step()
+            outcome = "No checkpoint is" if latest is None else f"Checkpoint {latest} is whole and"
             raise OSError(
                 f"checkpoint {self._saving} could not be written to {self._directory}: "
-                f"{str(error).splitlines()[0]}. "
-                f"{'No checkpoint is' if kept is None else f'Checkpoint {kept} is whole and'} "
-                "kept; free space and start again."
+                f"{str(error).splitlines()[0]}. {outcome} kept; free space and start again."
             ) from error
 
     def restore(self, step: int, abstract) -> tuple[Any, dict]:
-        """(state, meta) of a checkpoint.
+        """Returns (state, meta) of a checkpoint.
 
         Args:
           abstract: ShapeDtypeStructs with the shardings wanted, of any mesh.
@@ -289,18 +337,45 @@ class Checkpointer:
         return state, self.meta(step)
 
     def meta(self, step: int) -> dict:
-        return self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
+        """Returns the JSON object of a checkpoint."""
+        return _restore_meta(self._manager, step)
 
     def close(self) -> None:
+        """Waits for the last save, and ends Orbax's threads."""
         self.wait()
         self._manager.close()
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: the run's loop asks. Orbax would ask again, from a thread and for the step that it
+        saves, and jax's agreement on a step takes the last one that it was asked about for where
+        the process stands.
+        """
+        return False
+
+
+def _handlers():
+    return ocp.handlers.create_default_handler_registry(
+        state=ocp.PyTreeCheckpointHandler(use_compression=False), meta=ocp.JsonCheckpointHandler()
+    )
+
+
+def _is_not_about_metrics(record: logging.LogRecord) -> bool:
+    """Drops Orbax's warning at each checkpoint that was saved without the best metric."""
+    return "tracked_metric" not in record.getMessage()
+
+
+def _restore_meta(manager: ocp.CheckpointManager, step: int) -> dict:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
 def _restore_arrays(manager: ocp.CheckpointManager, step: int, abstract, what: str):
-    """The arrays of a checkpoint that `abstract` (a tree, or part of one) names, after checking
-    that they are there and fit.
+    """The arrays of a checkpoint that `abstract` (a tree, or part of one) names.
+
+    Raises:
+      ValueError: they are not in the checkpoint, or have other shapes or dtypes; `what` is what the
+        message calls `abstract`.
     """
     wanted = flatten(abstract)
     stored = manager.item_metadata(step).state.tree
@@ -310,12 +385,15 @@ def _restore_arrays(manager: ocp.CheckpointManager, step: int, abstract, what: s
                 f"checkpoint {step} in {manager.directory} has no {path!r}; it has "
                 f"{sorted(stored)[:20]}"
             )
-        if tuple(stored[path].shape) != tuple(leaf.shape) or stored[path].dtype != leaf.dtype:
+        shape = tuple(stored[path].shape)
+        dtype = stored[path].dtype
+        if shape != tuple(leaf.shape) or dtype != leaf.dtype:
             raise ValueError(
                 f"checkpoint {step} in {manager.directory}: {path} is "
-                f"{stored[path].dtype}{list(stored[path].shape)} there, and this {what} has "
+                f"{dtype}{list(shape)} there, and this {what} has "
                 f"{leaf.dtype}{list(leaf.shape)}"
             )
+
     arguments = ocp.args.PyTreeRestore(
         wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -326,76 +404,121 @@ def _restore_arrays(manager: ocp.CheckpointManager, step: int, abstract, what: s
     return unflatten(restored, abstract)
 
 
-def restore_weights(
-    workdir: epath.Path, wanted: Callable[[dict], Any], *, averaged: bool, step: int | None = None
-) -> tuple[Any, int]:
-    """(parameters, step) of the newest whole checkpoint of a run, or that of `step`. The run is
-    left as it is.
+# --- reading a checkpoint of any run ---
 
-    Args:
-      wanted: called with the checkpoint's meta before anything else is read; gives the abstract
-        parameters, or raises.
-      averaged: take the moving average where the run kept one.
+
+class SavedCheckpoint:
+    """A checkpoint of a run that is only read.
+
+    Attributes:
+      step: of the run.
+      meta: its JSON object.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager, step: int):
+        self.step = step
+        self.meta = _restore_meta(manager, step)
+        self._manager = manager
+
+    def restore_params(self, abstract_params, *, averaged: bool):
+        """Returns the model's parameters.
+
+        Args:
+          abstract_params: ShapeDtypeStructs with the shardings wanted, of any mesh.
+          averaged: take the moving average where the run kept one.
+
+        Raises:
+          ValueError: other parameters, shapes or dtypes than the checkpoint's.
+        """
+        stored = self._manager.item_metadata(self.step).state.tree
+        has_average = any(path.startswith("opt_state/ema/") for path in stored)
+        if not (averaged and has_average):
+            abstract = {"params": abstract_params}
+            return _restore_arrays(self._manager, self.step, abstract, "model")["params"]
+
+        # The average is kept in f32, whatever the dtype of the parameters.
+        abstract_average = jax.tree.map(_as_float32, abstract_params)
+        abstract = {"opt_state": {"ema": abstract_average}}
+        restored = _restore_arrays(self._manager, self.step, abstract, "model")
+        average = restored["opt_state"]["ema"]
+        return jax.tree.map(lambda mean, p: mean.astype(p.dtype), average, abstract_params)
+
+
+@contextlib.contextmanager
+def open_run(workdir: epath.Path, step: int | None = None) -> Iterator[SavedCheckpoint]:
+    """Opens the newest intact checkpoint of a run, or that of `step`. The run is left as it is.
 
     Raises:
-      ValueError: there is none, or it is damaged, its parameters don't fit, or a kill left a newer
-        one set aside.
+      ValueError: there is none, or it is damaged, or a kill left a newer one set aside.
     """
     directory = _absolute(workdir / "checkpoints")
-    whole, damaged = newest_whole(
-        directory, None if step is None else [step] if step in steps(directory) else []
-    )
-    if step is not None and whole is None:
-        why = "; ".join(damaged.get(step, []))[:200] or f"there are {steps(directory)}"
-        raise ValueError(f"{workdir} has no checkpoint of step {step} that can be read ({why})")
-    aside = max(
-        (int(p.name.removeprefix("replaced-")) for p in directory.glob("replaced-*")), default=-1
-    )
-    if step is None and aside > (-1 if whole is None else whole):
+    if step is None:
+        step = _readable_newest(workdir, directory)
+    else:
+        _check_readable(workdir, directory, step)
+
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(directory, handler_registry=_handlers(), options=options) as manager:
+        yield SavedCheckpoint(manager, step)
+
+
+def _check_readable(workdir: epath.Path, directory: epath.Path, step: int) -> None:
+    """Raises ValueError if a run has no intact checkpoint of `step`."""
+    existing = steps(directory)
+    intact, damaged = _newest_intact(directory, [step] if step in existing else [])
+    if intact is None:
+        reason = "; ".join(damaged.get(step, []))[:200] or f"there are {existing}"
+        raise ValueError(f"{workdir} has no checkpoint of step {step} that can be read ({reason})")
+
+
+def _readable_newest(workdir: epath.Path, directory: epath.Path) -> int:
+    """The step of a run's newest checkpoint.
+
+    Raises:
+      ValueError: none is intact, or a newer one lies aside.
+    """
+    intact, _ = _newest_intact(directory)
+
+    # While a checkpoint is saved again its old copy lies aside, and may be the newest one. Then an
+    # older one must not pass for it.
+    aside = [int(path.name.removeprefix("replaced-")) for path in directory.glob("replaced-*")]
+    newest_aside = max(aside, default=-1)
+    if newest_aside > (-1 if intact is None else intact):
         raise ValueError(
-            f"{workdir} is saving checkpoint {aside} again, or was when it was killed: wait, or "
-            "start that run again, which puts it back"
+            f"{workdir} is saving checkpoint {newest_aside} again, or was when it was killed: "
+            "wait, or start that run again, which puts it back"
         )
-    if whole is None:
+
+    if intact is None:
         raise ValueError(
             f"{workdir} has no checkpoint that can be read; wanted a run directory with "
             "checkpoints/ in it"
         )
-    with ocp.CheckpointManager(
-        directory,
-        handler_registry=_handlers(),
-        options=ocp.CheckpointManagerOptions(read_only=True),
-    ) as manager:
-        abstract_params = wanted(
-            manager.restore(whole, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        )
-        stored = manager.item_metadata(whole).state.tree
-        if not averaged or not any(path.startswith("opt_state/ema/") for path in stored):
-            return _restore_arrays(manager, whole, {"params": abstract_params}, "model")[
-                "params"
-            ], whole
-        f32 = jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding),
-            abstract_params,
-        )
-        average = _restore_arrays(manager, whole, {"opt_state": {"ema": f32}}, "model")[
-            "opt_state"
-        ]["ema"]
-        return jax.tree.map(lambda e, p: e.astype(p.dtype), average, abstract_params), whole
+    return intact
 
 
-def pack_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
-    """The tokenizer's files as base64, for a checkpoint's meta."""
+def _as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+
+
+# --- the tokenizer in a checkpoint ---
+
+
+def tokenizer_to_meta(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """Returns the tokenizer's files as {name: base64}, for a checkpoint's meta."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(epath.Path(folder))
+        folder = epath.Path(folder)
+        tokenizer.save(folder)
         return {
-            p.name: base64.b64encode(p.read_bytes()).decode() for p in epath.Path(folder).iterdir()
+            path.name: base64.b64encode(path.read_bytes()).decode() for path in folder.iterdir()
         }
 
 
-def unpack_tokenizer(files: dict[str, str]) -> tokenizers.Tokenizer:
-    """The tokenizer out of a checkpoint's meta."""
+def tokenizer_from_meta(files: dict[str, str]) -> tokenizers.Tokenizer:
+    """Returns the tokenizer out of a checkpoint's meta."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (epath.Path(folder) / epath.Path(name).name).write_bytes(base64.b64decode(data))
+        folder = epath.Path(folder)
+        for name, content in files.items():
+            # The last part of a name only: a checkpoint of unknown origin must not write elsewhere.
+            (folder / epath.Path(name).name).write_bytes(base64.b64decode(content))
         return tokenizers.load(folder)

@@ -85,7 +85,7 @@ def shard_map_gradient(
 
 
 def _fsdp_dim(logical_axes: Sequence[str | None], mesh) -> tuple[int, tuple[str, ...]]:
-    """Returns (the dim of a weight that FSDP splits, the mesh axes that do it); (0, ()) for none."""
+    """(The dim of a weight that FSDP splits, the mesh axes that do it); (0, ()) for none."""
     for dim, entry in enumerate(spec(logical_axes, mesh)):
         axes = tuple(axis for axis in mesh_axes_of(entry) if axis in FSDP_AXES)
         if axes:

@@ -1,16 +1,21 @@
-"""The flags that every command shares: --config, its overrides, and errors that say what to
+"""What every command shares: --config and its overrides, logging, and errors that say what to
 change.
 """
 
 import difflib
+import functools
+import logging
 import os
 import runpy
 import sys
+import traceback
+from collections.abc import Callable
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from lm import config as config_lib
+from lm import startup, stopping
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -19,6 +24,75 @@ CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 
+# Errors whose message is meant for the user; others are shown with their traceback.
+EXPLAINED = (ValueError, OSError, MemoryError, stopping.RunFailed)
+
+
+def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
+    """Makes a function of the arguments left over a command.
+
+    It logs to stderr. An error ends it with "error: ..." and exit status 1, a run that was asked to
+    stop with 0.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str]) -> int:
+        logging.basicConfig(
+            level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
+        )
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS tell every move
+        try:
+            return main(argv) or 0
+        except stopping.Stopped as stopped:
+            logging.warning("%s", stopped)
+            return 0
+        except app.UsageError:
+            raise
+        except Exception as error:
+            if not isinstance(error, EXPLAINED):
+                traceback.print_exc()
+            print(f"\nerror: {error}", file=sys.stderr)
+            startup.leave(1)
+            return 1
+
+    return run
+
+
+def no_arguments(argv: list[str]) -> None:
+    """Raises app.UsageError for arguments that are no flags."""
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE"
+        )
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses flags as absl does, after checks whose errors say what to change."""
+    try:
+        for choice in _config_choices(argv):
+            path, _, size = choice.partition(":")
+            if not os.path.exists(path):
+                raise ValueError(f"no configuration file {path!r} (run from the repository's root)")
+            config = runpy.run_path(path)["get_config"](*([size] if size else []))
+            if error := unknown_key(argv[1:], list(config_lib.flatten(config))):
+                raise ValueError(error)
+        return flags.FLAGS(argv)
+    # What config_flags raises for bad overrides.
+    except (ValueError, TypeError, KeyError, AttributeError, flags.Error) as error:
+        sys.exit(f"error: {error}")
+
+
+def _config_choices(argv: list[str]) -> list[str]:
+    """What --config is given, in both of its spellings: --config=FILE and --config FILE."""
+    choices = []
+    for argument in argv:
+        if argument.lstrip("-").startswith("config="):
+            choices.append(argument.split("=", 1)[1])
+    for argument, following in zip(argv, argv[1:]):
+        if argument in ("--config", "-config"):
+            choices.append(following)
+    return choices
+
 
 def unknown_key(argv: list[str], known: list[str]) -> str | None:
     """An error message if an override in `argv` names no configuration key, with the nearest ones;
@@ -26,30 +100,11 @@ def unknown_key(argv: list[str], known: list[str]) -> str | None:
     """
     for argument in argv:
         key = argument.lstrip("-").split("=")[0].removeprefix("no")  # --noconfig.x is absl's False
-        if key.startswith("config.") and (key := key.removeprefix("config.")) not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-            return f"no configuration key {key!r}; " + (
-                f"did you mean {', '.join(near)}?" if near else "lm/config.py has them all"
-            )
+        if not key.startswith("config."):
+            continue
+        key = key.removeprefix("config.")
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else "lm/config.py has them all"
+            return f"no configuration key {key!r}; {hint}"
     return None
-
-
-def parse(argv: list[str]) -> list[str]:
-    """absl's parser, after checks whose errors say what to change."""
-    chosen = [
-        argument.split("=", 1)[1] for argument in argv if argument.lstrip("-").startswith("config=")
-    ]
-    chosen += [
-        argv[i + 1] for i, argument in enumerate(argv[:-1]) if argument in ("--config", "-config")
-    ]
-    try:
-        for path, _, size in (choice.partition(":") for choice in chosen):
-            if not os.path.exists(path):
-                raise ValueError(f"no configuration file {path!r} (run from the repository's root)")
-            config = runpy.run_path(path)["get_config"](*([size] if size else []))
-            if error := unknown_key(argv[1:], list(config_lib.flatten(config))):
-                raise ValueError(error)
-        return flags.FLAGS(argv)
-    # what config_flags raises for bad overrides
-    except (ValueError, TypeError, KeyError, AttributeError, flags.Error) as error:
-        sys.exit(f"error: {error}")

@@ -5,6 +5,11 @@ The configuration is locked before it is used: a key that is not here is an erro
 what it ran with, complete, to config.json.
 """
 
+import dataclasses
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
 from ml_collections import ConfigDict
 
 # What a run may change when it goes on from its checkpoints. Everything else is the experiment:
@@ -30,7 +35,63 @@ RESUMABLE = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelFields:
+    """config.model: the fields of `lm.models.transformer.Config`, which checks them."""
+
+    vocab_size: int = 0  # 0: the tokenizer's
+    # longest sequence; the size of the position table when positions are learned
+    context_length: int = 256
+    num_layers: int = 4
+    embed_dim: int = 256
+    mlp_dim: int = 1024  # of each expert, where there are experts
+    num_heads: int = 2
+    num_kv_heads: int = 2
+    head_dim: int = 128
+    norm: str = "rmsnorm"  # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys
+    # pre_norm | post_norm (of the sum; no norm at the end) | parallel (attention and MLP both on
+    # the layer's input)
+    residual: str = "pre_norm"
+    activation: str = "relu_squared"  # gelu | gelu_tanh | relu | silu | relu_squared
+    gated_mlp: bool = False
+    num_experts: int = 0  # of every layer, in the MLP's place, see lm.nn.moe; 0: none
+    experts_per_token: int = 2
+    normalize_router: bool = True  # the probabilities of a token's experts sum to 1
+    shared_mlp_dim: int = 0  # of an expert that takes every token; 0: none
+    positions: str = "rope"  # learned | rope
+    position_offset: int = 0  # learned: rows of the table before that of position 0
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0  # of a head's dims that turn
+    rope_interleaved: bool = False  # the pairs that turn are (2i, 2i + 1), not (i, i + half)
+    # or Llama 3.1's (factor, low_frequency_factor, high_frequency_factor, original context)
+    rope_scaling: tuple[float, ...] = ()
+    window: int = 0  # positions that a query sees, itself included; 0: all before it
+    # where there are biases, with commas between them: qkv, out (of attention), mlp, norm
+    # (layernorm)
+    bias: str = ""
+    tie_embeddings: bool = True
+    # of the embedding and the head, with a projection between them and the layers; 0: embed_dim
+    table_dim: int = 0
+    # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
+    init_std: float = 0.02
+
+    # What follows is how the model is executed.
+    param_dtype: str = "bfloat16"  # bfloat16 | float32; norms are always float32
+    compute_dtype: str = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
+    # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
+    attention: str = "xla"
+    # What the backward pass computes again: none | dots (all but the matmuls) | full (all) | all
+    # but the results named, of query, key, value, attention (splash), out, up, gate, down:
+    # "query,attention,out"; "up:host" saves one in the host's memory.
+    remat: str = "none"
+    # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
+    scan_unroll: int = 1
+
+
 def default() -> ConfigDict:
+    """All keys with their defaults. configs/*.py start from here."""
     c = ConfigDict()
     c.seed = 0
     c.platform = ""  # tpu | gpu | cpu; "": TPU if there is one, else GPU, else CPU
@@ -64,7 +125,8 @@ def default() -> ConfigDict:
     c.tokenizer.vocab_size = 2048  # of a tokenizer that is trained
     c.tokenizer.max_documents = 0  # that it is trained on, evenly out of the split; 0: all
 
-    c.model = _model()
+    # dotted path of a module with Config and a class named Transformer
+    c.model = ConfigDict(dict(type="lm.models.transformer") | dataclasses.asdict(ModelFields()))
 
     c.objective = ConfigDict()
     # dotted path of a module with make_loss(**the rest) and token_logprobs
@@ -123,55 +185,6 @@ def default() -> ConfigDict:
     return c
 
 
-def _model() -> ConfigDict:
-    c = ConfigDict()
-    # dotted path of a module with Config and a class named Transformer
-    c.type = "lm.models.transformer"
-    c.vocab_size = 0  # 0: the tokenizer's
-    c.context_length = 256
-    c.num_layers = 4
-    c.embed_dim = 256
-    c.mlp_dim = 1024
-    c.num_heads = 2
-    c.num_kv_heads = 2
-    c.head_dim = 128
-    c.norm = "rmsnorm"  # layernorm | rmsnorm
-    c.norm_eps = 1e-5
-    c.qk_norm = False  # RMSNorm of each head's queries and keys
-    c.residual = "pre_norm"  # pre_norm | post_norm | parallel
-    c.activation = "relu_squared"  # gelu | gelu_tanh | relu | silu | relu_squared
-    c.gated_mlp = False
-    c.num_experts = 0  # a mixture of experts of mlp_dim in the MLP's place; 0: none
-    c.experts_per_token = 2
-    c.normalize_router = True  # the weights of a token's experts sum to 1
-    c.shared_mlp_dim = 0  # of an expert that takes every token; 0: none
-    c.positions = "rope"  # learned | rope
-    c.position_offset = 0  # learned: rows of the table before that of position 0
-    c.rope_theta = 10000.0
-    c.rope_fraction = 1.0  # of a head's dims that turn
-    c.rope_interleaved = False  # the pairs that turn are (2i, 2i + 1), not (i, i + half)
-    # or Llama 3.1's (factor, low_frequency_factor, high_frequency_factor, original context)
-    c.rope_scaling = ()
-    c.window = 0  # positions that a query sees, itself included; 0: all before it
-    # where there are biases, with commas between them: qkv, out (of attention), mlp, norm
-    # (layernorm)
-    c.bias = ""
-    c.tie_embeddings = True
-    c.table_dim = 0  # of the embedding and the head, if it isn't embed_dim: they are projected
-    c.init_std = 0.02
-    c.param_dtype = "bfloat16"  # bfloat16 | float32; norms are always float32
-    c.compute_dtype = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
-    # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
-    c.attention = "xla"
-    # What the backward pass computes again: none | dots (all but the matmuls) | full (all) | all
-    # but the results named, of query, key, value, attention (splash), out, up, gate, down:
-    # "query,attention,out"; "up:host" keeps one in the host's memory.
-    c.remat = "none"
-    # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
-    c.scan_unroll = 1
-    return c
-
-
 def sized(sizes: dict, size: str):
     """The entry of `sizes`, a configuration's table of its sizes. Raises ValueError, listing them,
     for another size.
@@ -216,3 +229,31 @@ def check_resumable(old: dict, new: ConfigDict, where: str) -> None:
             f"{where} holds a run of another configuration:\n{lines}\nTake another --workdir, or "
             f"the old values. A run that goes on may change only {', '.join(RESUMABLE)}."
         )
+
+
+def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], int]) -> int:
+    """Steps of a run whose config.train.length is `length`, rounded up.
+
+    Args:
+      length: "N steps", "N tokens" or "X epochs" (of the corpus's targets).
+      batch_tokens: of each step.
+      epoch_tokens: gives the targets of one epoch; called where the length needs it.
+
+    Raises:
+      ValueError: anything else.
+    """
+    number, _, unit = length.partition(" ")
+    try:
+        amount = Fraction(number.replace("_", "").replace(",", ""))
+        if amount <= 0 or unit not in ("steps", "tokens", "epochs"):
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f'config.train.length = {length!r}; wanted "N steps", "N tokens" or "X epochs", such '
+            'as "2e6 tokens"'
+        ) from None
+
+    if unit == "steps":
+        return math.ceil(amount)
+    tokens = amount if unit == "tokens" else amount * epoch_tokens()
+    return math.ceil(tokens / batch_tokens)

@@ -1,17 +1,24 @@
-"""Checkpoints from and to Hugging Face's format:
+"""Checkpoints from and to Hugging Face's format.
 
-    python -m lm.convert import --from=DIR --workdir=RUN      a checkpoint directory becomes a run's checkpoint
-    python -m lm.convert export --workdir=RUN --to=DIR        the newest checkpoint of a run becomes one that transformers loads
+A checkpoint directory becomes a run's checkpoint:
+
+    python -m lm.convert import --from=DIR --workdir=RUN
+
+The newest checkpoint of a run becomes a directory that transformers loads:
+
+    python -m lm.convert export --workdir=RUN --to=DIR
 
 Nothing is downloaded, and no code of a checkpoint's is run. `config.init_from=DIR` starts from such
-a directory without this.
-"""  # noqa: E501
+a directory without an import.
+"""
 
 import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -27,96 +34,145 @@ from lm.hf import families
 COMMANDS = ("import", "export")
 
 
+# --- import ---
+
+
 def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: str = "") -> None:
     """Writes a run directory whose checkpoint, at step 0, is that of `source`.
 
     Args:
-      param_dtype: "": the source's own.
+      param_dtype: of the parameters; "": the source's own.
 
     Raises:
-      ValueError: what can't be read, see `lm.hf.checkpoint.Source`; a workdir in use.
+      ValueError: the source can't be read, see `lm.hf.directory.Checkpoint`, or the workdir is in
+        use.
     """
     if (workdir / "config.json").exists():
         raise ValueError(f"{workdir} is in use; take another --workdir")
-    found = hf.Source(source)
+
+    hf_checkpoint = hf.Checkpoint(source)
     config = config_lib.default()
-    config.model.update(found.fields)
-    config.model.param_dtype = param_dtype or found.dtype()
+    config.model.update(hf_checkpoint.fields)
+    config.model.param_dtype = param_dtype or hf_checkpoint.dtype()
     config.data.length = min(config.data.length, config.model.context_length)
+
     tokenizer = tokenizers.load(source)
-    params = found.load(
-        build.weights(config, devices, tokenizer.vocab_size).params,
-        hf.progress_line(f"import {source}"),
-    )
+    abstract_params = build.abstract_model(config, devices, tokenizer.vocab_size).params
+    params = hf_checkpoint.load(abstract_params, hf.progress_line(f"import {source}"))
+
     meta = {
         "config": config.to_dict(),
-        "hf": found.record(),
+        "hf": hf_checkpoint.record(),
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
-            "files": checkpoint.pack_tokenizer(tokenizer),
+            "files": checkpoint.tokenizer_to_meta(tokenizer),
         },
     }
+    # As JSON has it: lists for tuples.
+    meta = json.loads(json.dumps(meta))
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=1)
-    checkpointer.save(0, {"params": params}, json.loads(json.dumps(meta)), {})
+    checkpointer.save(0, {"params": params}, meta, {})
     checkpointer.close()
+
+    # config.json comes last: a workdir with one is in use.
     if jax.process_index() == 0:
         (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / "tokenizer")
         files.write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 
+# --- export ---
+
+
 def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = "") -> str:
     """Writes the newest checkpoint of a run (its moving average, where it has one) as a directory
-    that transformers loads. One that was imported and not changed becomes what it was. Returns the
-    family's name.
+    that transformers loads. A checkpoint that was imported and not changed becomes what it was.
+
+    Args:
+      family: name of the family to write; "": the one that it came from, or the first that has such
+        models.
+
+    Returns:
+      The family's name.
 
     Raises:
-      ValueError: no such checkpoint, no such family, or none that has this model; a target in use.
+      ValueError: no such checkpoint or family, no family that has this model, or a target in use.
     """
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; take another --to")
     if family and family not in families.FAMILIES:
         raise ValueError(f"--family={family}; valid: {sorted(families.FAMILIES)}")
-    saved: dict = {}
 
-    def wanted(meta):
-        """The parameters that the checkpoint has, after making sure that they can be written."""
-        config = config_lib.default()
-        config.model = ConfigDict(meta["config"]["model"])
-        config.model.vocab_size = config.model.vocab_size or meta["tokenizer"]["vocab_size"]
-        fields = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in config.model.to_dict().items()
-        }
-        original = None if family else meta.get("hf")
-        if original:
-            table = families.family_of(original["config"])
-        else:
-            table = families.FAMILIES[family] if family else families.fitting(fields)
-            families.write_config(table, fields)
-        saved.update(
-            fields=fields,
-            original=original,
-            table=table,
-            tokenizer=checkpoint.unpack_tokenizer(meta["tokenizer"]["files"]),
-        )
-        return build.weights(config, devices, meta["tokenizer"]["vocab_size"]).params
+    with checkpoint.open_run(workdir) as saved:
+        config = _model_config(saved.meta)
+        fields = _fields(config)
 
-    params, step = checkpoint.restore_weights(workdir, wanted, averaged=True)
-    fields, original, table, tokenizer = (
-        saved[name] for name in ("fields", "original", "table", "tokenizer")
-    )
-    logging.info("step %d of %s is a %s", step, workdir, table.name)
+        # The model is checked before its arrays are read.
+        original = None if family else saved.meta.get("hf")
+        target_family = _family_to_write(fields, original, family)
+
+        tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"]["files"])
+        vocab_size = saved.meta["tokenizer"]["vocab_size"]
+        abstract_params = build.abstract_model(config, devices, vocab_size).params
+        params = saved.restore_params(abstract_params, averaged=True)
+    logging.info("step %d of %s is a %s", saved.step, workdir, target_family.name)
+
     progress = hf.progress_line(f"export {target}")
     if original:
         hf.save_as(target, original, fields, params, progress=progress)
     else:
-        ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=None)
-        hf.save(target, table, fields, params, token_ids=ids, progress=progress)
+        token_ids = dict(
+            bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=None
+        )
+        hf.save(target, target_family, fields, params, token_ids=token_ids, progress=progress)
+
     tokenizer.save(epath.Path(target))
+    # A file of ours, which transformers has no use for.
     (target / tokenizers.SPECIAL_IDS).unlink(missing_ok=True)
-    return table.name
+    return target_family.name
+
+
+def _model_config(meta: Mapping[str, Any]) -> ConfigDict:
+    """The default configuration with a checkpoint's model."""
+    config = config_lib.default()
+    config.model = ConfigDict(meta["config"]["model"])
+    # 0 is the tokenizer's.
+    config.model.vocab_size = config.model.vocab_size or meta["tokenizer"]["vocab_size"]
+    return config
+
+
+def _fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of config.model, with tuples where JSON made lists of them."""
+    fields = {}
+    for name, value in config.model.to_dict().items():
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return fields
+
+
+def _family_to_write(
+    fields: Mapping[str, Any], original: Mapping[str, Any] | None, name: str
+) -> families.Family:
+    """The family that this model is written as.
+
+    Args:
+      original: `hf.Checkpoint.record()` of a checkpoint that was imported, or None.
+      name: of the family that is asked for, or "".
+
+    Raises:
+      ValueError: the family has no such model, or none has.
+    """
+    if original:
+        return families.family_of_config(original["config"])
+    if not name:
+        return families.family_of_fields(fields)
+
+    family = families.FAMILIES[name]
+    families.write_config(family, fields)
+    return family
+
+
+# --- the command ---
 
 
 def main(argv: list[str]) -> int:
@@ -124,34 +180,38 @@ def main(argv: list[str]) -> int:
         level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("absl").setLevel(logging.WARNING)
+
     try:
-        if len(argv) != 2 or argv[1] not in COMMANDS:
-            raise ValueError(
-                f"wanted one of {list(COMMANDS)}, such as python -m lm.convert import --from=DIR "
-                f"--workdir=RUN; got {argv[1:]}"
-            )
-        other = _FROM if argv[1] == "import" else _TO
-        if not other.value or not _WORKDIR.value:
-            raise ValueError(f"{argv[1]} needs --{other.name}=DIR and --workdir=RUN")
-        directory, workdir = (
-            Path(os.path.expanduser(other.value)),
-            epath.Path(os.path.expanduser(_WORKDIR.value)),
-        )
-        devices = startup.start(_PLATFORM.value)
-        if argv[1] == "import":
-            import_checkpoint(directory, workdir, devices, _PARAM_DTYPE.value)
-            print(
-                f"{directory} is the checkpoint at step 0 of {workdir}: "
-                f"--config.init_from={workdir} starts from it, where config.model is the same"
-            )
-        else:
-            print(
-                f"{directory} is a {export_checkpoint(workdir, directory, devices, _FAMILY.value)}"
-            )
+        _convert_from_flags(argv)
     except (ValueError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _convert_from_flags(argv: list[str]) -> None:
+    if len(argv) != 2 or argv[1] not in COMMANDS:
+        raise ValueError(
+            f"wanted one of {list(COMMANDS)}, such as python -m lm.convert import --from=DIR "
+            f"--workdir=RUN; got {argv[1:]}"
+        )
+    command = argv[1]
+    directory_flag = _FROM if command == "import" else _TO
+    if not directory_flag.value or not _WORKDIR.value:
+        raise ValueError(f"{command} needs --{directory_flag.name}=DIR and --workdir=RUN")
+
+    directory = Path(os.path.expanduser(directory_flag.value))
+    workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
+    devices = startup.start(_PLATFORM.value)
+    if command == "import":
+        import_checkpoint(directory, workdir, devices, _PARAM_DTYPE.value)
+        print(
+            f"{directory} is the checkpoint at step 0 of {workdir}: "
+            f"--config.init_from={workdir} starts from it, where config.model is the same"
+        )
+    else:
+        family = export_checkpoint(workdir, directory, devices, _FAMILY.value)
+        print(f"{directory} is a {family}")
 
 
 if __name__ == "__main__":

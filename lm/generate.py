@@ -1,15 +1,18 @@
-"""Text from a checkpoint: python -m lm.generate --workdir=RUN --prompt="Once upon a time". Also
-from a Hugging Face checkpoint (--from=DIR), for a file of prompts (--prompts=FILE), and in
+"""Text from a checkpoint: python -m lm.generate --workdir=RUN --prompt="Once upon a time".
+
+Also from a Hugging Face checkpoint (--from=DIR), for a file of prompts (--prompts=FILE), and in
 conversation (--interactive).
 """
 
+import dataclasses
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from absl import app, flags
 from etils import epath
@@ -19,80 +22,121 @@ from lm import build, checkpoint, startup
 from lm import config as config_lib
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
+from lm.data.tokenizer import Tokenizer
+from lm.decoding import stop_strings
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
-from lm.decoding.stop_strings import stream
 from lm.hf import directory as hf
+
+# The platform of an attention implementation that doesn't run everywhere.
+ATTENTION_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationOptions:
+    """How long the texts get, and what is drawn."""
+
+    max_new_tokens: int
+    seed: int = 0  # of every row, so that a prompt's text is the same in any batch
+    stop: Sequence[str] = ()  # strings that a text ends before
+
+
+# --- loading ---
 
 
 def load(
-    source: epath.Path, devices, sampling: Sampling, mesh: dict[str, int] | None = None
-) -> tuple[Generator, tokenizers.Tokenizer]:
-    """A run's newest checkpoint (its moving average, where it has one), or a Hugging Face
-    checkpoint, ready to continue texts.
+    source: epath.Path, devices, sampling: Sampling, mesh: Mapping[str, int] | None = None
+) -> tuple[Generator, Tokenizer]:
+    """Loads a model that is ready to continue texts.
 
     Args:
+      source: a run, whose newest checkpoint is taken (its moving average, where it has one), or the
+        directory of a Hugging Face checkpoint.
       mesh: axis -> size; by default heads are split over as many devices as they can be, and the
         weights over the rest.
 
     Raises:
       ValueError: no such checkpoint, or devices that it can't be laid out on.
     """
-
-    def weights(model: dict, tokenizer: tokenizers.Tokenizer) -> build.Weights:
-        config = config_lib.default()
-        config.model = ConfigDict(model)
-        if devices[0].platform != {"splash": "tpu", "cudnn": "gpu"}.get(
-            config.model.attention, devices[0].platform
-        ):
-            logging.info(
-                "trained with %s attention, which isn't for %s: continuing with xla's",
-                config.model.attention,
-                devices[0].platform,
-            )
-            config.model.attention = "xla"
-        config.mesh.update(
-            mesh or dict(tensor=math.gcd(len(devices), config.model.num_kv_heads), fsdp=-1)
-        )
-        return build.weights(config, devices, tokenizer.vocab_size)
-
-    if hf.is_checkpoint(source):
-        found = hf.Source(source)
-        tokenizer = tokenizers.load(source)
-        made = weights(
-            config_lib.default().model.to_dict() | found.fields | dict(param_dtype=found.dtype()),
-            tokenizer,
-        )
-        params = found.load(made.params, hf.progress_line(str(source)))
-    else:
-        kept: dict = {}
-
-        def wanted(meta):
-            kept["tokenizer"] = checkpoint.unpack_tokenizer(meta["tokenizer"]["files"])
-            kept["made"] = weights(meta["config"]["model"], kept["tokenizer"])
-            return kept["made"].params
-
-        params, step = checkpoint.restore_weights(source, wanted, averaged=True)
-        logging.info("step %d of %s", step, source)
-        tokenizer, made = kept["tokenizer"], kept["made"]
-    return Generator(
-        made.model_config,
-        made.graphdef,
+    load_checkpoint = load_hf_directory if hf.is_checkpoint(source) else load_run
+    model, params, tokenizer = load_checkpoint(source, devices, mesh)
+    generator = Generator(
+        model.model_config,
+        model.graphdef,
         params,
-        made.mesh,
+        model.mesh,
         sampling,
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
-    ), tokenizer
+    )
+    return generator, tokenizer
+
+
+def load_run(
+    workdir: epath.Path, devices, mesh: Mapping[str, int] | None
+) -> tuple[build.AbstractModel, Any, Tokenizer]:
+    """(model, parameters, tokenizer) of a run's newest checkpoint; see `load`."""
+    with checkpoint.open_run(workdir) as saved:
+        tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"]["files"])
+        model = _abstract_model(saved.meta["config"]["model"], tokenizer, devices, mesh)
+        params = saved.restore_params(model.params, averaged=True)
+    logging.info("step %d of %s", saved.step, workdir)
+    return model, params, tokenizer
+
+
+def load_hf_directory(
+    directory: epath.Path, devices, mesh: Mapping[str, int] | None
+) -> tuple[build.AbstractModel, Any, Tokenizer]:
+    """(model, parameters, tokenizer) of a Hugging Face checkpoint; see `load`."""
+    source = hf.Checkpoint(directory)
+    tokenizer = tokenizers.load(directory)
+
+    # How it is executed is config.model's default; what it computes is the checkpoint's.
+    fields = config_lib.default().model.to_dict()
+    fields |= source.fields
+    fields |= dict(param_dtype=source.dtype())
+
+    model = _abstract_model(fields, tokenizer, devices, mesh)
+    params = source.load(model.params, hf.progress_line(str(directory)))
+    return model, params, tokenizer
+
+
+def _abstract_model(
+    fields: Mapping[str, Any], tokenizer: Tokenizer, devices, mesh: Mapping[str, int] | None
+) -> build.AbstractModel:
+    """The model of these config.model fields on the devices, without its parameters' values."""
+    config = config_lib.default()
+    config.model = ConfigDict(fields)
+
+    # A model trained on one platform can generate on another: only the kernel differs.
+    platform = devices[0].platform
+    if ATTENTION_PLATFORMS.get(config.model.attention, platform) != platform:
+        logging.info(
+            "trained with %s attention, which isn't for %s: continuing with xla's",
+            config.model.attention,
+            platform,
+        )
+        config.model.attention = "xla"
+
+    if mesh is None:
+        mesh = dict(tensor=math.gcd(len(devices), config.model.num_kv_heads), fsdp=-1)
+    config.mesh.update(mesh)
+    return build.abstract_model(config, devices, tokenizer.vocab_size)
+
+
+# --- prompts ---
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A prompt a line; of a .jsonl file, each object's "prompt". Raises ValueError for anything
-    else.
+    """The prompts of a file: one a line, or the "prompt" of each object of a .jsonl file.
+
+    Raises:
+      ValueError: a line of a .jsonl file is anything else.
     """
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     if path.suffix != ".jsonl":
         return lines
+
     try:
         prompts = [json.loads(line)["prompt"] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
@@ -104,67 +148,125 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def converse(generator, tokenizer, options, lines: Iterator[str], out) -> None:
-    """Answers each line until there are no more, in the checkpoint's chat template; without one,
-    the text so far is continued.
+# --- generating ---
+
+
+def continue_prompts(
+    prompts: Sequence[str],
+    generator: Generator,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    options: GenerationOptions,
+    out: TextIO,
+) -> None:
+    """Continues prompts. The text of a single one is written as it comes; those of several as a
+    JSON object a line.
     """
-    template, tokens = chat.template(tokenizer), chat.special_tokens(tokenizer)
+    prompt_ids = [tokenizer.prompt(prompt) for prompt in prompts]
+
+    # A prompt that is too long is an error now, not after the batches before it.
+    generator.check(prompt_ids, options.max_new_tokens)
+
+    if len(prompts) == 1:
+        _write_continuation(prompt_ids[0], generator, tokenizer, options, out)
+        return
+
+    for start in range(0, len(prompts), batch_size):
+        batch_ids = prompt_ids[start : start + batch_size]
+        texts = [""] * len(batch_ids)
+        for pieces in _stream(batch_ids, generator, tokenizer, options):
+            texts = [text + piece for text, piece in zip(texts, pieces)]
+
+        for prompt, text in zip(prompts[start:], texts):
+            record = {"prompt": prompt, "text": text}
+            print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
+
+
+def converse(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    options: GenerationOptions,
+    lines: Iterable[str],
+    out: TextIO,
+) -> None:
+    """Answers each line, in the checkpoint's chat template. Without a template the text so far is
+    continued.
+    """
+    template = chat.template(tokenizer)
+    special_tokens = chat.special_tokens(tokenizer)
+
     messages: list[dict[str, str]] = []
-    plain = ""
+    text = ""
     for line in lines:
         if template:
             messages.append(dict(role="user", content=line))
-            # the template has its own BOS
-            ids = tokenizer.encode(chat.render(template, messages, tokens=tokens)) or [
-                tokenizer.bos_id
-            ]
+            # The template writes BOS itself, where the model wants one.
+            rendered = chat.render(template, messages, tokens=special_tokens)
+            ids = tokenizer.encode(rendered) or [tokenizer.bos_id]
         else:
-            plain += line
-            ids = tokenizer.prompt(plain)
-        answer = ""
-        for (new,) in stream(generator, tokenizer, [ids], **options):
-            answer += new
-            print(new, end="", file=out, flush=True)
-        print(file=out, flush=True)
+            text += line
+            ids = tokenizer.prompt(text)
+
+        answer = _write_continuation(ids, generator, tokenizer, options, out)
+
         messages.append(dict(role="assistant", content=answer))
-        plain += answer
+        text += answer
 
 
-def run(prompts: Sequence[str], generator, tokenizer, batch_size: int, options: dict, out) -> None:
-    """Continues all prompts: a single one is streamed, several are a JSON object a line."""
-    ids = [tokenizer.prompt(prompt) for prompt in prompts]
-    generator.check(ids, options["max_new_tokens"])  # all, before the first is continued
-    for start in range(0, len(ids), batch_size):
-        rows = ids[start : start + batch_size]
-        texts = [""] * len(rows)
-        for new in stream(
-            generator, tokenizer, rows, **options | dict(seeds=[options["seeds"][0]] * len(rows))
-        ):
-            texts = [text + more for text, more in zip(texts, new)]
-            if len(prompts) == 1:
-                print(new[0], end="", file=out, flush=True)
-        if len(prompts) > 1:
-            for prompt, text in zip(prompts[start:], texts):
-                print(
-                    json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False),
-                    file=out,
-                    flush=True,
-                )
-    if len(prompts) == 1:
-        print(file=out)
+def _write_continuation(
+    ids: Sequence[int],
+    generator: Generator,
+    tokenizer: Tokenizer,
+    options: GenerationOptions,
+    out: TextIO,
+) -> str:
+    """Writes the continuation of one prompt as it comes, and returns it."""
+    text = ""
+    for (piece,) in _stream([ids], generator, tokenizer, options):
+        text += piece
+        print(piece, end="", file=out, flush=True)
+    print(file=out, flush=True)
+    return text
+
+
+def _stream(
+    prompt_ids: Sequence[Sequence[int]],
+    generator: Generator,
+    tokenizer: Tokenizer,
+    options: GenerationOptions,
+) -> Iterator[list[str]]:
+    return stop_strings.stream(
+        generator,
+        tokenizer,
+        prompt_ids,
+        max_new_tokens=options.max_new_tokens,
+        seeds=[options.seed] * len(prompt_ids),
+        stop=options.stop,
+    )
+
+
+# --- the command ---
 
 
 def parse_mesh(text: str) -> dict[str, int] | None:
+    """{axis: size} of "AXIS=SIZE,AXIS=SIZE"; None for an empty text.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if not text:
+        return None
+
+    sizes = {}
     try:
-        return (
-            {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
-            if text
-            else None
-        )
+        for part in text.split(","):
+            axis, size = part.split("=")
+            sizes[axis] = int(size)
     except ValueError:
         raise ValueError(
             f"--mesh={text}; wanted AXIS=SIZE with commas between them, such as tensor=4,data=2"
         ) from None
+    return sizes
 
 
 def main(argv: list[str]) -> int:
@@ -172,43 +274,58 @@ def main(argv: list[str]) -> int:
         level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("absl").setLevel(logging.WARNING)
+
     try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected arguments {argv[1:]}")
-        if (
-            bool(_WORKDIR.value) == bool(_FROM.value)
-            or bool(_PROMPT.value) + bool(_PROMPTS.value) + _INTERACTIVE.value != 1
-        ):
-            raise ValueError(
-                "wanted --workdir=RUN or --from=DIR, and one of --prompt=TEXT, --prompts=FILE, "
-                "--interactive"
-            )
-        source = epath.Path(os.path.expanduser(_WORKDIR.value or _FROM.value))
-        if _FROM.value and not hf.is_checkpoint(source):
-            raise ValueError(
-                f"--from={_FROM.value} is not the directory of a Hugging Face checkpoint: no "
-                "config.json with a model_type in it"
-            )
-        sampling = Sampling(
-            _PENALTY.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value
-        )
-        prompts = _PROMPT.value or (
-            read_prompts(Path(os.path.expanduser(_PROMPTS.value))) if _PROMPTS.value else []
-        )
-        generator, tokenizer = load(
-            source, startup.start(_PLATFORM.value), sampling, parse_mesh(_MESH.value)
-        )
-        options = dict(max_new_tokens=_NEW.value, seeds=[_SEED.value], stop=_STOP.value)
-        if _INTERACTIVE.value:
-            converse(
-                generator, tokenizer, options, (line.rstrip("\n") for line in sys.stdin), sys.stdout
-            )
-        else:
-            run(prompts, generator, tokenizer, _BATCH.value, options, sys.stdout)
+        _generate_from_flags(argv)
     except (ValueError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _generate_from_flags(argv: list[str]) -> None:
+    """Raises ValueError for flags that make no sense, before anything is loaded."""
+    _check_flags(argv)
+    source = epath.Path(os.path.expanduser(_WORKDIR.value or _FROM.value))
+    if _FROM.value and not hf.is_checkpoint(source):
+        raise ValueError(
+            f"--from={_FROM.value} is not the directory of a Hugging Face checkpoint: no "
+            "config.json with a model_type in it"
+        )
+
+    sampling = Sampling(
+        repetition_penalty=_PENALTY.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+    )
+    options = GenerationOptions(_NEW.value, seed=_SEED.value, stop=_STOP.value)
+    prompts = _PROMPT.value
+    if _PROMPTS.value:
+        prompts = read_prompts(Path(os.path.expanduser(_PROMPTS.value)))
+
+    devices = startup.start(_PLATFORM.value)
+    generator, tokenizer = load(source, devices, sampling, parse_mesh(_MESH.value))
+    if _INTERACTIVE.value:
+        lines = (line.rstrip("\n") for line in sys.stdin)
+        converse(generator, tokenizer, options, lines, sys.stdout)
+    else:
+        continue_prompts(prompts, generator, tokenizer, _BATCH.value, options, sys.stdout)
+
+
+def _check_flags(argv: list[str]) -> None:
+    """Raises ValueError unless there is one source and one kind of prompts."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}")
+
+    num_sources = bool(_WORKDIR.value) + bool(_FROM.value)
+    num_inputs = bool(_PROMPT.value) + bool(_PROMPTS.value) + _INTERACTIVE.value
+    if num_sources != 1 or num_inputs != 1:
+        raise ValueError(
+            "wanted --workdir=RUN or --from=DIR, and one of --prompt=TEXT, --prompts=FILE, "
+            "--interactive"
+        )
 
 
 if __name__ == "__main__":

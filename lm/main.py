@@ -3,16 +3,13 @@ run is lm/train.py.
 """
 
 import json
-import logging
 import os
-import sys
-import traceback
 
 import jax
 from absl import app, flags
 from etils import epath
 
-from lm import command_line, evaluate, files, startup, stopping, train
+from lm import command_line, evaluate, files, startup, train
 from lm.reports import comparison, tables
 
 _WORKDIR = flags.DEFINE_string(
@@ -53,22 +50,24 @@ _MODE = flags.DEFINE_enum(
 )
 
 
-def table(values: dict) -> str:
-    """The end of a run as a table: its evals, and the training loss."""
-    rows = [
-        (key.removeprefix("eval/"), value)
-        for key, value in sorted(values.items())
-        if isinstance(value, (int, float))
-        and (
-            key.startswith("eval/") or key in ("train/loss", "train/seconds", "train/updates_lost")
-        )
+def report(values: dict, workdir: epath.Path, mode: str) -> str:
+    """What a run prints at its end: the evals, the training loss, and where the rest is."""
+    training = [
+        f"{key} {tables.cell(values[key])}"
+        for key in ("train/loss", "train/seconds")
+        if key in values
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {tables.cell(value):>12}" for name, value in rows)
+    metrics_file = "metrics.jsonl" if mode == "train" else "eval-STEP.md"
+    rest = (
+        f"all metrics are in {workdir / metrics_file}, each example's results in "
+        f"{workdir / 'predictions'}"
+    )
+    parts = [tables.headline(values), ", ".join(training), rest]
+    return "\n\n".join(part for part in parts if part)
 
 
-def steps_of(text: str) -> tuple[int, int] | None:
-    """--profile_steps. Raises ValueError if it isn't FIRST:LAST."""
+def parse_profile_steps(text: str) -> tuple[int, int] | None:
+    """The steps of --profile_steps. Raises ValueError if it isn't FIRST:LAST."""
     first, colon, last = text.partition(":")
     if text and not (colon and first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
         raise ValueError(
@@ -77,62 +76,41 @@ def steps_of(text: str) -> tuple[int, int] | None:
     return (int(first), int(last)) if text else None
 
 
-def main(argv: list[str]) -> int:
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
-    )
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS tell every move
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE"
-        )
-    config = command_line.CONFIG.value
+@command_line.command
+def main(argv: list[str]) -> None:
+    command_line.no_arguments(argv)
+    profile_steps = parse_profile_steps(_PROFILE.value)
+    for flag in (_COMPARE, _STEPS):
+        if flag.value and _MODE.value != "eval":
+            raise ValueError(f"--{flag.name}={flag.value} needs --mode=eval")
     workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
-    try:
-        profile_steps = steps_of(_PROFILE.value)
-        for flag in (_COMPARE, _STEPS):
-            if flag.value and _MODE.value != "eval":
-                raise ValueError(f"--{flag.name}={flag.value} needs --mode=eval")
-        other = epath.Path(os.path.expanduser(_COMPARE.value))
-        if _COMPARE.value and not comparison.newest_predictions(other):
-            raise ValueError(
-                f"--compare_to={_COMPARE.value} has no predictions/: evaluate it first, with the "
-                "same config.evals"
-            )
-        devices = startup.start(
-            config.platform,
-            (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-            if _COORDINATOR.value
-            else None,
+    compare_to = epath.Path(os.path.expanduser(_COMPARE.value)) if _COMPARE.value else None
+    if compare_to and not comparison.newest_predictions(compare_to):
+        raise ValueError(
+            f"--compare_to={_COMPARE.value} has no predictions/: evaluate it first, with the "
+            "same config.evals"
         )
-        values = (
-            train.train(config, workdir, devices, profile_steps)
-            if _MODE.value == "train"
-            else evaluate.evaluate(config, workdir, devices, _STEPS.value)
-        )
-        compared = (
-            comparison.compare_runs(workdir, other)
-            if _COMPARE.value and jax.process_index() == 0
-            else {}
-        )
-    except stopping.Stopped as stopped:
-        logging.warning("%s", stopped)
-        return 0
-    except Exception as error:
-        if not isinstance(error, (ValueError, OSError, train.NonFinite, train.ProcessLost)):
-            traceback.print_exc()
-        print(f"\nerror: {error}", file=sys.stderr)
-        startup.leave(1)
-        return 1
+
+    config = command_line.CONFIG.value
+    processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    devices = startup.start(config.platform, processes if _COORDINATOR.value else None)
+    if _MODE.value == "train":
+        values = train.train(config, workdir, devices, profile_steps)
+    else:
+        values = evaluate.evaluate(config, workdir, devices, _STEPS.value)
+
     if jax.process_index() == 0:
-        print(f"\n{workdir}\n{table(values)}")
-    if compared:
-        files.write_whole(
-            workdir / "comparison.json",
-            json.dumps({"to": _COMPARE.value} | compared, indent=2) + "\n",
-        )
-        print(f"\nbeside {_COMPARE.value}\n{comparison.table(compared)}")
-    return 0
+        print(f"\n{report(values, workdir, _MODE.value)}")
+        if compare_to:
+            compare(workdir, compare_to)
+
+
+def compare(workdir: epath.Path, other: epath.Path) -> None:
+    """Writes and prints the comparison of two runs, example by example."""
+    compared = comparison.compare_runs(workdir, other)
+    content = json.dumps({"to": _COMPARE.value} | compared, indent=2) + "\n"
+    files.write_whole(workdir / "comparison.json", content)
+    print(f"\nbeside {_COMPARE.value}\n{comparison.table(compared)}")
 
 
 def cli() -> None:

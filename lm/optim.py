@@ -17,13 +17,16 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 ROUNDINGS = ("stochastic", "nearest", "master")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+
+
+# Schedules.
 
 
 def make_schedule(
     name: str, *, peak: float, total_steps: int, warmup_steps: int, decay_steps: int, final: float
 ) -> Callable:
-    """step -> learning rate. All warm up linearly from 0 over `warmup_steps`; `final` is a share of
-    `peak`.
+    """Makes step -> learning rate. All warm up linearly from 0 over `warmup_steps`.
 
     cosine and linear fall from the peak to final * peak at `total_steps`; wsd (warm-up, stable,
     decay; Hu et al. 2024, arXiv 2404.06395) keeps the peak and falls linearly over the last
@@ -35,65 +38,77 @@ def make_schedule(
     rest = total_steps - warmup_steps
     if rest < 1:
         raise ValueError(
-            f"config.optimizer.warmup_steps = {warmup_steps} must be below the run's "
-            f"{total_steps} steps"
+            f"config.optimizer.warmup_steps = {warmup_steps} must be below the run's {total_steps} "
+            "steps"
         )
     if name == "wsd" and not 0 < decay_steps <= rest:
         raise ValueError(
             f"config.optimizer.decay_steps = {decay_steps}: wsd needs between 1 and {rest} (total "
             "- warm-up) steps"
         )
-    schedules = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final),
-        "linear": lambda: optax.linear_schedule(peak, final * peak, rest),
-        "wsd": lambda: optax.linear_schedule(
-            peak, final * peak, decay_steps, transition_begin=rest - decay_steps
-        ),
-    }
-    if name not in schedules:
-        raise ValueError(f"config.optimizer.schedule = {name!r}; valid: {sorted(schedules)}")
-    # The first update has step 0: (step + 1) / warmup_steps makes it count.
-    warmup = lambda step: peak * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
-    return optax.join_schedules([warmup, schedules[name]()], [warmup_steps])
+
+    if name == "constant":
+        after_warmup = optax.constant_schedule(peak)
+    elif name == "cosine":
+        after_warmup = optax.cosine_decay_schedule(peak, rest, alpha=final)
+    elif name == "linear":
+        after_warmup = optax.linear_schedule(peak, final * peak, rest)
+    elif name == "wsd":
+        stable = rest - decay_steps
+        after_warmup = optax.linear_schedule(
+            peak, final * peak, decay_steps, transition_begin=stable
+        )
+    else:
+        raise ValueError(f"config.optimizer.schedule = {name!r}; valid: {list(SCHEDULES)}")
+
+    def warmup(step):
+        # The first update has step 0: (step + 1) / warmup_steps makes it count.
+        return peak * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+
+    return optax.join_schedules([warmup, after_warmup], [warmup_steps])
 
 
-def _matrix_dims(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
-    """How a weight multiplies: (input dims, output dims) by its logical axes, heads merged; None if
-    it isn't a hidden matrix. Layers and experts are each a matrix of their own; a router's outputs
-    are choices, and Adam's, as a head's are.
-    """
-    dims = [i for i, name in enumerate(axes) if name not in ("layers", "expert")]
-    names = tuple(axes[i] for i in dims)
-    if (
-        len(names) < 2
-        or "vocab" in names
-        or "position" in names
-        or "router" in names
-        or "embed" not in names
-    ):
-        return None
-    embed = [i for i in dims if axes[i] == "embed"]
-    other = [i for i in dims if axes[i] != "embed"]
-    reduction, output = (embed, other) if names[0] == "embed" else (other, embed)
-    return MuonDimensionNumbers(tuple(reduction), tuple(output))
+# Optimizers, from the logical axes of the parameters.
+
+
+def _is_axes(x) -> bool:
+    """Whether a node of a tree is the logical axes of a parameter."""
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
 
 
 def decay_mask(axes) -> Any:
     """True for the parameters that weight decay applies to: matrices and tables, not norms and
     biases.
     """
-    return jax.tree.map(
-        lambda names: (
-            len([n for n in names if n not in ("layers", "head_dim", "head_dim_bias")]) > 1
-        ),
-        axes,
-        is_leaf=_is_axes,
+
+    def has_two_dims(names):
+        return len([n for n in names if n not in ("layers", "head_dim", "head_dim_bias")]) > 1
+
+    return jax.tree.map(has_two_dims, axes, is_leaf=_is_axes)
+
+
+def _adamw(axes, c) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980); weight decay is added outside."""
+    del axes
+    return optax.scale_by_adam(c.b1, c.b2, c.eps)
+
+
+def _lion(axes, c) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, arXiv 2302.06675)."""
+    del axes
+    return optax.scale_by_lion(c.b1, c.b2)
+
+
+def _adafactor(axes, c) -> optax.GradientTransformation:
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235): relative step sizes, factored second
+    moment, update clipping; each layer by itself.
+    """
+    transform = optax.chain(
+        optax.scale_by_factored_rms(decay_rate=c.adafactor_decay),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
     )
-
-
-def _is_axes(x) -> bool:
-    return isinstance(x, tuple) and all(isinstance(n, str) for n in x)
+    return _per_layer(transform, axes)
 
 
 def _per_layer(tx: optax.GradientTransformation, axes) -> optax.GradientTransformation:
@@ -103,23 +118,23 @@ def _per_layer(tx: optax.GradientTransformation, axes) -> optax.GradientTransfor
     Stacks and other parameters get a state each, of their own trees; the stacks' has a leading
     layers dim.
     """
-    stacked = {
-        name
-        for name, tree in axes.items()
-        if all(names[0] == "layers" for names in jax.tree.leaves(tree, is_leaf=_is_axes))
-    }
+    stacked = set()
+    for name, tree in axes.items():
+        if all(names[0] == "layers" for names in jax.tree.leaves(tree, is_leaf=_is_axes)):
+            stacked.add(name)
 
     def split(tree):
-        return {k: v for k, v in tree.items() if k in stacked}, {
-            k: v for k, v in tree.items() if k not in stacked
-        }
+        layers = {name: value for name, value in tree.items() if name in stacked}
+        return layers, {name: value for name, value in tree.items() if name not in stacked}
 
     def init(params):
         layers, rest = split(params)
         return {"stacks": jax.vmap(tx.init)(layers) if layers else (), "rest": tx.init(rest)}
 
     def update(updates, state, params=None):
-        (layers, rest), (layer_params, rest_params), stacks = split(updates), split(params), ()
+        layers, rest = split(updates)
+        layer_params, rest_params = split(params)
+        stacks = ()
         if layers:
             layers, stacks = jax.vmap(tx.update)(layers, state["stacks"], layer_params)
         rest, rest_state = tx.update(rest, state["rest"], rest_params)
@@ -128,70 +143,87 @@ def _per_layer(tx: optax.GradientTransformation, axes) -> optax.GradientTransfor
     return optax.GradientTransformation(init, update)
 
 
+def _matrix_dims(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
+    """How a weight multiplies: (input dims, output dims) by its logical axes, heads merged.
+
+    None if it isn't a hidden matrix. Layers and experts are each a matrix of their own. A router's
+    outputs are choices, and Adam's, as a head's are.
+    """
+    dims = [i for i, name in enumerate(axes) if name not in ("layers", "expert")]
+    names = [axes[i] for i in dims]
+    if len(names) < 2 or "embed" not in names or {"vocab", "position", "router"} & set(names):
+        return None
+
+    embed = tuple(i for i in dims if axes[i] == "embed")
+    others = tuple(i for i in dims if axes[i] != "embed")
+    if names[0] == "embed":
+        return MuonDimensionNumbers(embed, others)
+    return MuonDimensionNumbers(others, embed)
+
+
+def _is_masked(x) -> bool:
+    """Whether `optax.partition` left a parameter to another transform."""
+    return isinstance(x, optax.MaskedNode)
+
+
 def _muon(axes, c) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the hidden matrices, Adam for the rest, whose updates are
     scaled by `muon_adam_ratio`.
     """
     dims = jax.tree.map(_matrix_dims, axes, is_leaf=_is_axes)
-    labels = jax.tree.map(
-        lambda names: "adam" if _matrix_dims(names) is None else "muon", axes, is_leaf=_is_axes
-    )
-    is_dims = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
 
-    def muon_dims(updates):  # what `partition` masks is masked here too
-        return jax.tree.map(
-            lambda d, u: optax.MaskedNode() if isinstance(u, optax.MaskedNode) else d,
-            dims,
-            updates,
-            is_leaf=lambda x: is_dims(x) or isinstance(x, optax.MaskedNode),
-        )
+    def label(names):
+        return "adam" if _matrix_dims(names) is None else "muon"
+
+    labels = jax.tree.map(label, axes, is_leaf=_is_axes)
+
+    def is_dims(x):
+        return x is None or isinstance(x, MuonDimensionNumbers) or _is_masked(x)
+
+    def muon_dims(updates):
+        # What `partition` masks is masked here too.
+        def mask(dims, update):
+            return optax.MaskedNode() if _is_masked(update) else dims
+
+        return jax.tree.map(mask, dims, updates, is_leaf=is_dims)
 
     def match_adam_rms(updates, state, params=None):
         # Scales the orthogonal update to Adam's usual RMS, 0.2 (Liu et al. 2025, arXiv 2502.16982,
         # eq. 4).
         del params
 
-        def scale(u, d):
-            if isinstance(u, optax.MaskedNode):
-                return u
-            size = lambda dims: math.prod(u.shape[i] for i in dims)
-            return u * (0.2 * max(size(d.reduction_axis), size(d.output_axis)) ** 0.5)
+        def scale(update, dims):
+            if _is_masked(update):
+                return update
+            rows = math.prod(update.shape[i] for i in dims.reduction_axis)
+            columns = math.prod(update.shape[i] for i in dims.output_axis)
+            return update * (0.2 * max(rows, columns) ** 0.5)
 
-        return jax.tree.map(
-            scale, updates, muon_dims(updates), is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-        ), state
+        return jax.tree.map(scale, updates, muon_dims(updates), is_leaf=_is_masked), state
+
+    def no_state(params):
+        del params
+        return optax.EmptyState()
 
     muon = optax.chain(
         scale_by_muon(beta=c.momentum, weight_dimension_numbers=muon_dims),
-        optax.GradientTransformation(lambda params: optax.EmptyState(), match_adam_rms),
+        optax.GradientTransformation(no_state, match_adam_rms),
     )
     adam = optax.chain(optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale(c.muon_adam_ratio))
     return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
-OPTIMIZERS = {
-    "adamw": lambda axes, c: optax.scale_by_adam(c.b1, c.b2, c.eps),
-    "lion": lambda axes, c: optax.scale_by_lion(c.b1, c.b2),
-    # Shazeer and Stern 2018, arXiv 1804.04235: relative step sizes, factored second moment, update
-    # clipping; each layer by itself.
-    "adafactor": lambda axes, c: _per_layer(
-        optax.chain(
-            optax.scale_by_factored_rms(decay_rate=c.adafactor_decay),
-            optax.clip_by_block_rms(1.0),
-            optax.scale_by_param_block_rms(),
-        ),
-        axes,
-    ),
-    "muon": _muon,
-}
+OPTIMIZERS = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor, "muon": _muon}
+
+
+# How an update reaches bfloat16 parameters.
 
 
 def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
-    """f32 -> bf16, up or down with the probability that makes the expectation x (values must be
-    finite).
+    """Rounds f32 to bf16, up or down with the probability that makes the expectation x.
 
-    bf16 is the upper half of an f32: adding 16 random bits to the lower half carries into the upper
-    half that often.
+    Values must be finite. bf16 is the upper half of an f32: adding 16 random bits to the lower half
+    carries into the upper half that often.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = bits + (jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32))
@@ -204,6 +236,20 @@ def path_key(key: jax.Array, path) -> jax.Array:
     parameters there are.
     """
     return jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+
+
+def _f32(tree):
+    return jax.tree.map(lambda p: p.astype(jnp.float32), tree)
+
+
+def _copy(tree):
+    """A tree in buffers of its own."""
+    return jax.tree.map(lambda p: p + 0.0, tree)
+
+
+def _count(tree) -> jax.Array:
+    """How many elements of boolean arrays are True."""
+    return sum(jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,18 +270,18 @@ class Optimizer:
     ema_decay: float
 
     def init(self, params) -> dict:
-        # `+ 0` everywhere: the state must not share buffers with the parameters, both are donated.
-        f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        copy = lambda tree: jax.tree.map(lambda p: p + 0.0, tree)
+        """The state before the first update."""
+        # The state must not share buffers with the parameters: both are donated.
+        f32 = _f32(params)
         state = {"transform": self.transform.init(f32)}
         if self.rounding == "master":
-            state["master"] = copy(f32)
+            state["master"] = _copy(f32)
         if self.ema_decay:
-            state["ema"] = copy(f32)
+            state["ema"] = _copy(f32)
         return state
 
     def update(self, grads, state: dict, params, step: jax.Array, key: jax.Array):
-        """One update.
+        """Makes one update.
 
         Args:
           grads: f32, the mean gradient.
@@ -244,16 +290,11 @@ class Optimizer:
 
         Returns:
           The new parameters, the new state, and {name: scalar}. `updates_lost` is the share of
-          nonzero f32 updates that leave
-          no trace: the stored weight is unchanged and, where more than bf16 is kept (master) or
-            reached in expectation
-          (stochastic), the f32 sum is unchanged too.
+          nonzero f32 updates that leave no trace: the stored weight is unchanged and, where more
+          than bf16 is kept (master) or reached in expectation (stochastic), the f32 sum is
+          unchanged too.
         """
-        old = (
-            state["master"]
-            if "master" in state
-            else jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        )
+        old = state["master"] if "master" in state else _f32(params)
         with jax.numpy_dtype_promotion("standard"):  # optax adds its integer counters to floats
             learning_rate = self.schedule(step)
             updates, transform = self.transform.update(grads, state["transform"], old)
@@ -270,23 +311,21 @@ class Optimizer:
         if "master" in state:
             new_state["master"] = new
         if "ema" in state:
-            new_state["ema"] = jax.tree.map(
-                lambda e, p: self.ema_decay * e + (1 - self.ema_decay) * p, state["ema"], new
-            )
-        kept = (
-            jax.tree.map(lambda p: p.astype(jnp.float32), new_params)
-            if self.rounding == "nearest"
-            else new
-        )
-        count = lambda tree: sum(jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree))
+            new_state["ema"] = jax.tree.map(self._average, state["ema"], new)
+
+        # What is left of the f32 sum after the step.
+        remembered = _f32(new_params) if self.rounding == "nearest" else new
         nonzero = jax.tree.map(lambda u: u != 0, updates)
-        lost = count(jax.tree.map(lambda n, k, o: n & (k == o), nonzero, kept, old))
+        lost = _count(jax.tree.map(lambda n, r, o: n & (r == o), nonzero, remembered, old))
         metrics = {
             "learning_rate": learning_rate,
             "update_norm": optax.global_norm(updates),
-            "updates_lost": lost / jnp.maximum(count(nonzero), 1.0),
+            "updates_lost": lost / jnp.maximum(_count(nonzero), 1.0),
         }
         return new_params, new_state, metrics
+
+    def _average(self, average, value):
+        return self.ema_decay * average + (1 - self.ema_decay) * value
 
     def eval_params(self, params, state: dict):
         """The parameters to evaluate: the moving average where there is one, in the parameters'
@@ -294,7 +333,7 @@ class Optimizer:
         """
         if "ema" not in state:
             return params
-        return jax.tree.map(lambda e, p: e.astype(p.dtype), state["ema"], params)
+        return jax.tree.map(lambda average, p: average.astype(p.dtype), state["ema"], params)
 
 
 def make_optimizer(config, axes, total_steps: int) -> Optimizer:
@@ -309,10 +348,14 @@ def make_optimizer(config, axes, total_steps: int) -> Optimizer:
         raise ValueError(f"config.optimizer.name = {c.name!r}; valid: {sorted(OPTIMIZERS)}")
     if c.rounding not in ROUNDINGS:
         raise ValueError(f"config.optimizer.rounding = {c.rounding!r}; valid: {list(ROUNDINGS)}")
-    transforms = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
+
+    transforms = []
+    if c.clip_norm:
+        transforms.append(optax.clip_by_global_norm(c.clip_norm))
     transforms.append(OPTIMIZERS[c.name](axes, c))
     if c.weight_decay:
         transforms.append(optax.add_decayed_weights(c.weight_decay, decay_mask(axes)))
+
     schedule = make_schedule(
         c.schedule,
         peak=c.learning_rate,

@@ -1,5 +1,5 @@
 """Start-up that every command shares: which devices, several processes or one, the compilation
-cache.
+cache. Also the compiler's options, by device.
 """
 
 import importlib.metadata
@@ -20,45 +20,43 @@ PLATFORMS = ("", "tpu", "gpu", "cpu")
 HEARTBEAT_SECONDS = 30  # how long a process may be silent before the others are stopped
 
 
-# Options of the compiler for the train step, by device kind ("gpu": any), each with its reason.
-# "TPU v5" is v5p, "lite" are the e models.
-# on few chips it turns gather + matmul into slow loops
+# Options of the compiler for the train step, each with its reason.
+
+# On few chips it turns gather + matmul into slow loops.
 _NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
-_SPARSECORE = {  # gathers and scatters run on the SparseCores, beside the matmuls
+# Gathers and scatters run on the SparseCores, beside the matmuls.
+_SPARSECORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     # the other way to overlap them, which excludes this one
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
     "xla_tpu_use_tc_device_shape_on_sc": True,  # else they are not offloaded from a megacore chip
 }
+_V5P_SPARSECORE = _SPARSECORE | {"xla_sc_disable_megacore_partitioning": True}  # v5p is megacore
 # Larger tiles, so that matmuls wait less for memory; twice as much gains 1% and compiles in twice
 # the time.
 _MORE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": 32768}
+# Gathers and scatters run beside the matmuls; NVIDIA sets it in its JAX images.
+_GPU = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+# By device kind ("gpu": any). "TPU v5" is v5p, "lite" are the e models.
 COMPILER_OPTIONS = {
     "TPU v4": _NO_WINDOWED_EINSUM,
     "TPU v5 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM,
-    # it is one
-    "TPU v5": _NO_WINDOWED_EINSUM
-    | _MORE_VMEM
-    | _SPARSECORE
-    | {"xla_sc_disable_megacore_partitioning": True},
+    "TPU v5": _NO_WINDOWED_EINSUM | _MORE_VMEM | _V5P_SPARSECORE,
     "TPU v6 lite": _NO_WINDOWED_EINSUM | _MORE_VMEM | _SPARSECORE,
-    # gathers and scatters run beside the matmuls; NVIDIA sets it in its JAX images
-    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "gpu": _GPU,
 }
 
 
 def versions(devices: Sequence[jax.Device]) -> dict[str, str]:
     """What a result was computed with."""
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
-    return (
-        {"lm": lm.__version__}
-        | found
-        | {
-            "python": platform_module.python_version(),
-            "devices": f"{len(devices)} x {devices[0].device_kind}",
-        }
-    )
+    packages = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")
+    }
+    python = platform_module.python_version()
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    return {"lm": lm.__version__} | packages | {"python": python, "devices": kind}
 
 
 def compiler_options(device: jax.Device) -> dict | None:
@@ -85,6 +83,7 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     _join_processes(processes)
+
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -92,10 +91,10 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
             f"config.platform = {platform!r}, but it can't be used: {str(error).splitlines()[0]}. "
             f"{_missing()}"
         ) from None
-    found = devices[0].platform
+    kind = devices[0].platform
     if platform:
         why = "config.platform asks for it"
-    elif found == "cpu":
+    elif kind == "cpu":
         why = _missing()
     else:
         why = "the first of TPU, GPU, CPU that is here"
@@ -103,14 +102,17 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
         "running on %d x %s (%s), %d process(es): %s",
         len(devices),
         devices[0].device_kind,
-        found,
+        kind,
         jax.process_count(),
         why,
     )
     if jax.process_index():
         logging.getLogger().setLevel(logging.WARNING)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path("~/.cache/lm/xla").expanduser())
-    if found != "cpu":  # CPU executables are bound to the machine's exact instruction set
+
+    # Not on CPUs, whose executables are bound to the machine's exact instruction set.
+    if kind != "cpu":
+        default = str(Path("~/.cache/lm/xla").expanduser())
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
         jax.config.update("jax_compilation_cache_dir", cache)
     return devices
 
@@ -128,28 +130,32 @@ def leave(code: int) -> None:
 
 
 def _missing() -> str:
-    tpu = (
-        "libtpu finds none"
-        if importlib.util.find_spec("libtpu")
-        else "no TPU support installed (pip install 'lm[tpu]')"
-    )
-    cuda = importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec(
-        "jax_cuda12_plugin"
-    )
-    gpu = "CUDA finds none" if cuda else "no GPU support installed (pip install 'lm[cuda]')"
+    """Why neither TPU nor GPU is used."""
+    if importlib.util.find_spec("libtpu"):
+        tpu = "libtpu finds none"
+    else:
+        tpu = "no TPU support installed (pip install 'lm[tpu]')"
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    if any(importlib.util.find_spec(plugin) for plugin in plugins):
+        gpu = "CUDA finds none"
+    else:
+        gpu = "no GPU support installed (pip install 'lm[cuda]')"
     return f"TPU: {tpu}; GPU: {gpu}"
 
 
 def _join_processes(processes: tuple[str, int, int] | None) -> None:
-    """jax.distributed, where there are several processes: on Cloud TPU, GKE and Slurm the
-    environment says so.
+    """Starts jax.distributed where there are several processes.
+
+    On Cloud TPU, GKE and Slurm the environment says so. Elsewhere `processes` does, or three
+    variables: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
     """
-    env = os.environ
     if processes and not 0 <= processes[2] < processes[1]:
         raise ValueError(
             f"--coordinator={processes[0]} needs --num_processes and a --process_id from 0 to "
             f"below it; got {processes[1]} and {processes[2]}"
         )
+
+    env = os.environ
     several = (
         bool(processes)
         or len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
@@ -158,22 +164,18 @@ def _join_processes(processes: tuple[str, int, int] | None) -> None:
         or int(env.get("SLURM_NTASKS", "1")) > 1
     )
     on_tpu_vm = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
-    if jax.distributed.is_initialized() or not (
-        several or (on_tpu_vm and importlib.util.find_spec("libtpu"))
-    ):
+    on_tpu = on_tpu_vm and importlib.util.find_spec("libtpu")
+    if jax.distributed.is_initialized() or not (several or on_tpu):
         return
-    # TPU pods and Slurm say who is who; elsewhere these three variables do:
-    # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+    explicit = {}
     if processes:
-        explicit = dict(
-            coordinator_address=processes[0], num_processes=processes[1], process_id=processes[2]
-        )
-    else:
-        explicit = (
-            dict(num_processes=int(env["JAX_NUM_PROCESSES"]), process_id=int(env["JAX_PROCESS_ID"]))
-            if "JAX_NUM_PROCESSES" in env
-            else {}
-        )
+        names = ("coordinator_address", "num_processes", "process_id")
+        explicit = dict(zip(names, processes))
+    elif "JAX_NUM_PROCESSES" in env:
+        explicit["num_processes"] = int(env["JAX_NUM_PROCESSES"])
+        explicit["process_id"] = int(env["JAX_PROCESS_ID"])
+
     # On CPU, programs dispatched one after the other may overlap, and their messages to another
     # process get mixed up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -1,5 +1,6 @@
-"""The train step and the eval step: pure functions of pytrees, no I/O. They can be traced, compiled
-ahead of time, and donated.
+"""The train step and the eval steps: pure functions of pytrees, without I/O.
+
+They can be traced, compiled ahead of time, and donated.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lm import sharding
 from lm.optim import Optimizer
 
 NONFINITE = ("halt", "skip")
@@ -25,6 +28,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(params, optimizer: Optimizer) -> TrainState:
+    """The state before the first step."""
     return TrainState(
         jnp.zeros((), jnp.int32),
         params,
@@ -32,6 +36,50 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
         jnp.zeros((), bool),
         jnp.zeros((), jnp.int32),
     )
+
+
+def abstract_state(abstract_params: dict, axes: dict, optimizer: Optimizer, mesh: Mesh):
+    """The train state as ShapeDtypeStructs with shardings.
+
+    What the optimizer keeps in a parameter's shape, or in that less one dim (Adafactor's factors),
+    lies as the parameter does. Counters are replicated.
+
+    Args:
+      axes: the parameters' logical axes.
+
+    Raises:
+      ValueError: see `lm.sharding.shardings`.
+    """
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), abstract_params)
+    layouts = jax.tree.leaves(sharding.shardings(params, axes, mesh))
+    by_path = {}
+    for (path, leaf), layout in zip(jax.tree_util.tree_leaves_with_path(params), layouts):
+        by_path[jax.tree_util.keystr(path)] = (leaf.shape, layout)
+
+    def place(path, leaf):
+        layout = _layout_of(jax.tree_util.keystr(path), leaf.shape, by_path)
+        layout = layout or sharding.replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _layout_of(path: str, shape: tuple[int, ...], by_path: dict) -> NamedSharding | None:
+    """The layout of a leaf of the state whose path ends like a parameter's; None for others."""
+    for name, (param_shape, layout) in by_path.items():
+        if not path.endswith(name):
+            continue
+        if shape == param_shape:
+            return layout
+
+        rank = len(param_shape)
+        entries = (*layout.spec, *([None] * (rank - len(layout.spec))))
+        for dim in range(rank):
+            if shape == param_shape[:dim] + param_shape[dim + 1 :]:
+                without_dim = PartitionSpec(*entries[:dim], *entries[dim + 1 :])
+                return NamedSharding(layout.mesh, without_dim)
+    return None
 
 
 def make_train_step(
@@ -42,7 +90,7 @@ def make_train_step(
     seed: int,
     accumulation: int,
     nonfinite: str,
-    by_hand: Callable | None = None,
+    wrap_gradient: Callable | None = None,
 ) -> Callable:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
@@ -52,61 +100,37 @@ def make_train_step(
       seed: of every random number in the step, folded with its purpose and the step.
       accumulation: number of microbatches that the batch's rows are dealt into; the gradient is
         that of the whole batch.
-      by_hand: wraps the gradient of a microbatch with FSDP written out (`lm.collectives.shard_map_gradient`);
-        None leaves it to the partitioner.
       nonfinite: "halt" stops at the first non-finite loss, gradient or update, "skip" leaves that
         update out and goes on.
+      wrap_gradient: makes the gradient of a microbatch manual, with FSDP's collectives written out
+        (`lm.collectives.shard_map_gradient`); None leaves it to GSPMD.
 
     metrics: {name: (sum, count)} of the loss's terms, and scalars from the optimizer.
+
+    Raises:
+      ValueError: another `nonfinite`.
     """
     if nonfinite not in NONFINITE:
         raise ValueError(f"config.train.nonfinite = {nonfinite!r}; valid: {list(NONFINITE)}")
     root = jax.random.key(seed)
-
-    def gradient(params, batch, key):
-        """Sums over one microbatch: gradient (f32), count, terms."""
-
-        def loss_sum(params):
-            value, count, terms = loss(nnx.merge(graphdef, params), batch, key)
-            return value, (count, terms)
-
-        grads, (count, terms) = jax.grad(loss_sum, has_aux=True)(params)
-        return grads, count, terms
-
-    gradient = by_hand(gradient) if by_hand else gradient
-
-    def accumulated(params, batch, key):
-        # With respect to an f32 view of the parameters, so that gradients are accumulated in f32.
-        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        if accumulation == 1:
-            return gradient(params, batch, key)
-        # Rows are dealt, not cut into blocks: every device keeps a share of each microbatch.
-        micro = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(
-                0, 1
-            ),
-            batch,
-        )
-        first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
-
-        def body(total, inputs):
-            index, rows = inputs
-            return jax.tree.map(
-                jnp.add, total, gradient(params, rows, jax.random.fold_in(key, index))
-            ), None
-
-        return jax.lax.scan(body, zeros, (jnp.arange(accumulation), micro))[0]
+    gradient = make_gradient(graphdef, loss)
+    if wrap_gradient:
+        gradient = wrap_gradient(gradient)
 
     def train_step(state: TrainState, batch):
-        loss_key, rounding_key = (
-            jax.random.fold_in(jax.random.fold_in(root, purpose), state.step) for purpose in (1, 2)
+        loss_key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
+        rounding_key = jax.random.fold_in(jax.random.fold_in(root, 2), state.step)
+
+        # The gradient of the mean loss, from sums.
+        grads, count, terms = accumulate_gradient(
+            gradient, state.params, batch, loss_key, accumulation
         )
-        grads, count, terms = accumulated(state.params, batch, loss_key)
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
         params, opt_state, scalars = optimizer.update(
             grads, state.opt_state, state.params, state.step, rounding_key
         )
+
+        # The old state stays where anything is not finite, or was before.
         grad_norm = optax.global_norm(grads)
         finite = (
             jnp.isfinite(terms["loss"][0])
@@ -120,47 +144,91 @@ def make_train_step(
             (state.params, state.opt_state),
         )
         if nonfinite == "halt":
-            halted, skipped, step = ~good, state.skipped, state.step + good.astype(jnp.int32)
+            halted = ~good
+            skipped = state.skipped
+            step = state.step + good.astype(jnp.int32)
         else:
-            halted, skipped, step = (
-                state.halted,
-                state.skipped + (~finite).astype(jnp.int32),
-                state.step + 1,
-            )
-        metrics = (
-            terms
-            | scalars
-            | {"grad_norm": grad_norm, "tokens": count, "halted": halted, "skipped_steps": skipped}
-        )
+            halted = state.halted
+            skipped = state.skipped + (~finite).astype(jnp.int32)
+            step = state.step + 1
+
+        metrics = terms | scalars
+        metrics |= {"grad_norm": grad_norm, "tokens": count}
+        metrics |= {"halted": halted, "skipped_steps": skipped}
         return TrainState(step, params, opt_state, halted, skipped), metrics
 
     return train_step
 
 
+def make_gradient(graphdef, loss: Callable) -> Callable:
+    """Returns `gradient(params, batch, key) -> (grads, count, terms)`: sums over a microbatch."""
+
+    def gradient(params, batch, key):
+        def loss_sum(params):
+            value, count, terms = loss(nnx.merge(graphdef, params), batch, key)
+            return value, (count, terms)
+
+        grads, (count, terms) = jax.grad(loss_sum, has_aux=True)(params)
+        return grads, count, terms
+
+    return gradient
+
+
+def accumulate_gradient(gradient: Callable, params, batch, key, accumulation: int):
+    """The sums of `gradient` over the microbatches of a batch; gradients in f32."""
+    # With respect to an f32 view of the parameters, so that gradients are accumulated in f32.
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    if accumulation == 1:
+        return gradient(params, batch, key)
+
+    # Rows are dealt, not cut into blocks: every device keeps a share of each microbatch.
+    def deal(x):
+        rows = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
+        return rows.swapaxes(0, 1)
+
+    microbatches = jax.tree.map(deal, batch)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shapes = jax.eval_shape(gradient, params, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total, inputs):
+        index, rows = inputs
+        sums = gradient(params, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, sums), None
+
+    return jax.lax.scan(body, zeros, (jnp.arange(accumulation), microbatches))[0]
+
+
 def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:
     """Returns `eval_step(params, batch) -> [B, T]` f32: the log-probability of each target."""
-    return lambda params, batch: token_logprobs(nnx.merge(graphdef, params), batch)[0]
+
+    def eval_step(params, batch):
+        return token_logprobs(nnx.merge(graphdef, params), batch)[0]
+
+    return eval_step
 
 
 def make_tree_logprobs(graphdef) -> Callable:
-    """Returns `eval_step(params, batch, after_BP, which_BQ) -> ([B, Q] f32, [B, Q] bool)`: the
-    log-probability of each query's target, and whether no other id is likelier. The head sees the
-    positions that are asked after, not all, and each once.
+    """Returns `eval_step(params, batch, after_BP, which_BQ) -> ([B, Q] f32, [B, Q] bool)`.
+
+    Those are the log-probability of each query's target, and whether no other id is likelier. The
+    head sees the positions that are asked after, not all, and each once.
 
     batch: tokens, positions, segments, until [B, T]; targets [B, Q].
-    after_BP: places of the row after which is asked; which_BQ: which of them a query is about.
+    after_BP: places of the row after which is asked. which_BQ: which of them a query is about.
     """
 
     def tree_logprobs(params, batch, after_BP, which_BQ):
         model = nnx.merge(graphdef, params)
-        hidden_BTD = model(
-            batch["tokens"], batch["positions"], batch["segments"], until_BT=batch["until"]
-        ).hidden
+        hidden_BTD = _tree_hidden(model, batch)
         logits_BPV = model.logits(jnp.take_along_axis(hidden_BTD, after_BP[:, :, None], axis=1))
         rows_B1 = jnp.arange(len(which_BQ))[:, None]
-        log_z_BP, most_BP = jax.nn.logsumexp(logits_BPV, axis=-1), jnp.max(logits_BPV, axis=-1)
+
+        log_z_BP = jax.nn.logsumexp(logits_BPV, axis=-1)
+        max_BP = jnp.max(logits_BPV, axis=-1)
         logits_BQ = logits_BPV[rows_B1, which_BQ, batch["targets"]]
-        return logits_BQ - log_z_BP[rows_B1, which_BQ], logits_BQ == most_BP[rows_B1, which_BQ]
+        logprobs_BQ = logits_BQ - log_z_BP[rows_B1, which_BQ]
+        return logprobs_BQ, logits_BQ == max_BP[rows_B1, which_BQ]
 
     return tree_logprobs
 
@@ -171,17 +239,25 @@ def make_tree_states(graphdef) -> Callable:
     """
 
     def tree_states(params, batch, after_BP, which_BQ):
-        hidden_BTD = nnx.merge(graphdef, params)(
-            batch["tokens"], batch["positions"], batch["segments"], until_BT=batch["until"]
-        ).hidden
+        hidden_BTD = _tree_hidden(nnx.merge(graphdef, params), batch)
         after_BQ = jnp.take_along_axis(after_BP, which_BQ, axis=1)
         return jnp.take_along_axis(hidden_BTD, after_BQ[:, :, None], axis=1).astype(jnp.float32)
 
     return tree_states
 
 
+def _tree_hidden(model, batch) -> jax.Array:
+    """The hidden states [B, T, D] of rows in which sequences branch."""
+    output = model(batch["tokens"], batch["positions"], batch["segments"], until_BT=batch["until"])
+    return output.hidden
+
+
 def make_head_rows(graphdef) -> Callable:
     """Returns `rows(params, ids [N]) -> [N, D] f32`: what the head multiplies a state with for
     these tokens.
     """
-    return lambda params, ids: nnx.merge(graphdef, params).head_table[ids].astype(jnp.float32)
+
+    def head_rows(params, ids):
+        return nnx.merge(graphdef, params).head_table[ids].astype(jnp.float32)
+
+    return head_rows

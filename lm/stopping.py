@@ -1,4 +1,4 @@
-"""How a run is asked to stop: signals, agreed on by all processes."""
+"""How a run ends before its time: by a signal, on which all processes agree, or by a failure."""
 
 import signal
 import threading
@@ -7,28 +7,35 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class RunFailed(RuntimeError):
+    """A run can't go on; the message says why, and what to do."""
+
+
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM, SIGINT); it saved, and goes on at the next start."""
 
 
 class StopSignal:
-    """Notices SIGTERM and SIGINT (a second SIGINT interrupts at once), on all processes at the same
-    step.
+    """Notices SIGTERM and SIGINT, on all processes at the same step.
+
+    A second SIGINT interrupts at once.
     """
 
     def __init__(self):
         self._asked = threading.Event()
-        self._old = {}
+        self._old_handlers = {}
 
     def __enter__(self):
         # With several processes jax.distributed has its own handler of SIGTERM, which lets all of
-        # them agree on a step.
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        # them agree on a step. Handlers can be set in the main thread only.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *unused):
-        for number, handler in self._old.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
@@ -38,13 +45,15 @@ class StopSignal:
         self._asked.set()
 
     def at_step(self, step: int) -> bool:
+        """Whether to stop before the step after this one."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked.is_set()
 
     def check(self) -> None:
-        """Raises Stopped within an evaluation; with several processes it is left to the next step,
-        for all to agree.
+        """Raises Stopped within an evaluation.
+
+        With several processes it is left to the next step, for all to agree.
         """
         if jax.process_count() == 1 and self._asked.is_set():
             raise Stopped

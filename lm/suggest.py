@@ -1,10 +1,13 @@
-"""Candidates for the label words of a verbalizer:
+"""Suggests label words for a verbalizer:
 
     python -m lm.suggest --config=configs/mine.py --workdir=RUN --eval=NAME
 
-NAME is an entry of config.evals made by `lm.config.task`, with label words to begin with. Prints,
-for each label, the words that a checkpoint itself holds likely after prompts of that label and not
-after others, and those whose rows of the head lie nearest to its present words.
+NAME is an entry of config.evals made by `lm.evals.entries.task`, with label words to begin with.
+Prints two lists of words for each label. The first has the words that a checkpoint holds likely
+after prompts of that label and not after others. The second has the words whose rows of the head
+are nearest to those of the label's present words.
+
+Letters in shapes: P prompts, V vocabulary, D size of a state, K labels.
 """
 
 import logging
@@ -20,101 +23,165 @@ from etils import epath
 from lm import build, command_line, startup, weights
 from lm.evals import classification
 
-
-def candidates(tokenizer, vocab_size: int) -> list[int]:
-    """Ids of single tokens that are whole words: a space, then letters."""
-    anchor = tokenizer.encode("a")
-    texts = ((i, tokenizer.decode([*anchor, i]).removeprefix("a")) for i in range(vocab_size))
-    return [i for i, text in texts if len(text) > 2 and text[0] == " " and text[1:].isalpha()]
-
-
-def likelihood_ratio(
-    logprobs: np.ndarray, gold: np.ndarray, num_labels: int, most: int = 1000
-) -> np.ndarray:
-    """[K, V] PETAL's score of a word for a label: its log odds after prompts of the label, less
-    those after others, the label's prompts weighing as much as all others together; -inf for words
-    that aren't among the likeliest after the label's prompts (Schick, Schmid and Schuetze 2020,
-    arXiv 2010.13641, section 4).
-
-    Args:
-      logprobs: [n, V] after each prompt.
-      most: how many are.
-    """
-    likely = np.stack([logprobs[gold == k].sum(axis=0) for k in range(num_labels)])
-    least = -np.sort(-likely, axis=1)[:, min(most, likely.shape[1]) - 1 :][:, :1]
-    odds = logprobs - np.log1p(-np.minimum(np.exp(logprobs), 1 - 1e-7))
-    score = lambda of: odds[of].sum(axis=0) * ((~of).sum() / of.sum()) - odds[~of].sum(axis=0)
-    return np.where(
-        likely >= least, np.stack([score(gold == k) for k in range(num_labels)]), -np.inf
-    )
-
-
-def nearest(rows: np.ndarray, words: Sequence[Sequence[int]]) -> np.ndarray:
-    """[K, V] cosine of each token's row with the mean row of a label's words, given the numbers of
-    their first tokens' rows.
-    """
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
-    rows = unit(rows)
-    return np.stack([rows @ unit(rows[list(of)].mean(axis=0)) for of in words])
+PROMPT_EVAL = "lm.evals.classification.PromptClassification"
 
 
 def suggest(
-    config, workdir: epath.Path, devices, name: str, examples: int, count: int
+    config, workdir: epath.Path, devices, name: str, num_prompts: int, num_words: int
 ) -> dict[str, dict[str, list[str]]]:
-    """Label -> {"likelihood ratio": words, "nearest": words}, the best first.
+    """Suggests label words for the entry config.evals.NAME.
+
+    Args:
+      workdir: the run whose newest checkpoint is asked, unless there is config.init_from.
+      num_prompts: how many records of the eval's shots_split to ask about. They are the eval's
+        `temperature_examples`: under that name errors say that there are too few.
+      num_words: how many words to suggest for each label.
+
+    Returns:
+      label -> {"likelihood ratio": words, "nearest": words}, the best first
 
     Raises:
-      ValueError: no such eval; see `lm.evals.classification.PromptClassification`.
+      ValueError: no such eval; a label without prompts; a tokenizer without whole words; see
+        `lm.evals.classification.PromptClassification`.
     """
-    config = build.apply_hf_config(config)
-    if (
-        name not in config.evals
-        or config.evals[name].type != "lm.evals.classification.PromptClassification"
-    ):
-        raise ValueError(
-            f"--eval={name}: wanted one of "
-            f"{[key for key, e in config.evals.items() if e.type == 'lm.evals.classification.PromptClassification']}, "  # noqa: E501
-            "the evals of this configuration that ask by templates"
-        )
-    with config.unlocked():
-        config.evals = {name: config.evals[name]}
-        config.evals[name].update(dict(temperature_examples=examples, priors=(), max_documents=1))
+    config = single_eval(build.apply_hf_config(config), name, num_prompts)
     experiment = build.build(config, devices, training=False)
     source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
-    with jax.set_mesh(experiment.mesh):
+
+    # All that needs the model: states after the prompts, and rows of the head.
+    with jax.set_mesh(experiment.program.mesh):
         task = experiment.make_evaluators()[name]
         assert isinstance(task, classification.PromptClassification)
         params, step = weights.load_weights(experiment, source, averaged=True)
-        logging.info("%s, step %d: %d prompts", source, step, examples)
-        q, way, tokenizer = task.questions, task.questions.ways[0], experiment.tokenizer
-        if missing := [label for k, label in enumerate(q.labels) if k not in q.held_gold]:
-            raise ValueError(
-                f"--examples={examples}: none of them has the label {missing[0]!r}; take more"
-            )
-        states = task.predict_fns.states(params, [tree.prompt for tree in way.held])
-        rows = task.predict_fns.head_rows(params, np.arange(tokenizer.vocab_size))
-    logits = (states @ rows.T).astype(np.float64)
-    logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    ids = candidates(tokenizer, tokenizer.vocab_size)
-    if not ids:
+        logging.info("%s, step %d: %d prompts", source, step, num_prompts)
+
+        labels = task.prompt_set.labels
+        gold = task.prompt_set.calibration_gold
+        variant = task.prompt_set.variants[0]
+        for k, label in enumerate(labels):
+            if k not in gold:
+                raise ValueError(
+                    f"--examples={num_prompts}: none of them has the label {label!r}; take more"
+                )
+        prompts = [tree.prompt for tree in variant.calibration_trees]
+        states_PD = task.predict_fns.states(params, prompts)
+        rows_VD = task.predict_fns.head_rows(params, np.arange(experiment.tokenizer.vocab_size))
+
+    # What the head would do with these states.
+    logits_PV = (states_PD @ rows_VD.T).astype(np.float64)
+    logprobs_PV = logits_PV - np.logaddexp.reduce(logits_PV, axis=1, keepdims=True)
+
+    words = candidates(experiment.tokenizer, experiment.tokenizer.vocab_size)
+    if not words:
         raise ValueError(
             "the tokenizer has no token that is a whole word: there is nothing to suggest"
         )
-    first = [
-        [token for (k, _), token in zip(way.words, way.first_tokens()) if k == label]
-        for label in range(len(q.labels))
-    ]
-    found = {
-        "likelihood ratio": likelihood_ratio(logprobs[:, ids], q.held_gold, len(q.labels)),
-        "nearest": nearest(rows, first)[:, ids],
+    ids = list(words)
+
+    present_ids: list[list[int]] = [[] for _ in labels]
+    # The head's row of a word is that of its first token, which is what follows a prompt.
+    for word, token in zip(variant.words, variant.first_tokens()):
+        present_ids[word.label].append(token)
+
+    scores = {
+        "likelihood ratio": likelihood_ratio(logprobs_PV[:, ids], gold, len(labels)),
+        "nearest": nearest(rows_VD, present_ids)[:, ids],
     }
-    best = lambda scores: [
-        tokenizer.decode([*tokenizer.encode("a"), ids[i]])[1:] for i in np.argsort(-scores)[:count]
-    ]
-    return {
-        label: {kind: best(scores[k]) for kind, scores in found.items()}
-        for k, label in enumerate(q.labels)
-    }
+    suggestions = {}
+    for k, label in enumerate(labels):
+        suggestions[label] = {}
+        for method, scores_KV in scores.items():
+            best = np.argsort(-scores_KV[k])[:num_words]
+            suggestions[label][method] = [words[ids[i]] for i in best]
+    return suggestions
+
+
+def single_eval(config, name: str, num_prompts: int):
+    """The configuration with a single eval, made cheap but for the records that are asked about.
+
+    Raises:
+      ValueError: config.evals has no such entry, or it doesn't ask by templates.
+    """
+    valid = [key for key, entry in config.evals.items() if entry.type == PROMPT_EVAL]
+    if name not in valid:
+        raise ValueError(
+            f"--eval={name}: wanted one of {valid}, the evals of this configuration that ask by "
+            "templates"
+        )
+
+    with config.unlocked():
+        config.evals = {name: config.evals[name]}
+        # Records that a temperature would be fitted on are drawn from shots_split, as many of each
+        # label, and none that is evaluated: these are the prompts wanted here.
+        config.evals[name].temperature_examples = num_prompts
+        config.evals[name].priors = ()
+        config.evals[name].max_documents = 1
+    return config
+
+
+def candidates(tokenizer, vocab_size: int) -> dict[int, str]:
+    """Id -> text of the single tokens that are whole words: a space, then two letters or more."""
+    # Decoded after another token: some tokenizers drop the space at the beginning of a text.
+    anchor = tokenizer.encode("a")
+    words = {}
+    for i in range(vocab_size):
+        text = tokenizer.decode([*anchor, i]).removeprefix("a")
+        if len(text) > 2 and text[0] == " " and text[1:].isalpha():
+            words[i] = text
+    return words
+
+
+def likelihood_ratio(
+    logprobs: np.ndarray, gold: np.ndarray, num_labels: int, num_likely: int = 1000
+) -> np.ndarray:
+    """PETAL's score of each word for each label (Schick, Schmid and Schuetze 2020, arXiv
+    2010.13641, section 4): its log odds after prompts of the label, less its log odds after others,
+    where the label's prompts weigh as much as all others together.
+
+    Args:
+      logprobs: [prompts, V], log-probabilities after each prompt.
+      gold: [prompts], index of the right label.
+      num_likely: how many words are considered for a label, those that are likeliest after its
+        prompts.
+
+    Returns:
+      [K, V]; -inf for words that are not considered
+    """
+    likely_KV = np.stack([logprobs[gold == k].sum(axis=0) for k in range(num_labels)])
+    last = min(num_likely, likely_KV.shape[1]) - 1
+    threshold_K1 = -np.sort(-likely_KV, axis=1)[:, last : last + 1]
+
+    # log(p / (1 - p)), with p kept below 1.
+    odds = logprobs - np.log1p(-np.minimum(np.exp(logprobs), 1 - 1e-7))
+    scores = []
+    for k in range(num_labels):
+        positive = gold == k
+        weight = (~positive).sum() / positive.sum()
+        scores.append(odds[positive].sum(axis=0) * weight - odds[~positive].sum(axis=0))
+    return np.where(likely_KV >= threshold_K1, np.stack(scores), -np.inf)
+
+
+def nearest(rows: np.ndarray, word_rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Cosine of each token's row of the head with the mean row of each label's words.
+
+    Args:
+      rows: [V, D], of unequal lengths; they are compared as unit vectors.
+      word_rows: for each label, the rows of its words' first tokens.
+
+    Returns:
+      [K, V]
+    """
+    units_VD = _unit(rows)
+    cosines = []
+    for indices in word_rows:
+        mean_D = units_VD[list(indices)].mean(axis=0)
+        cosines.append(units_VD @ _unit(mean_D))
+    return np.stack(cosines)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Vectors [..., D], scaled to length 1."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
 
 
 def main(argv: list[str]) -> int:
@@ -126,10 +193,11 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(
             f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE"
         )
+
     config = command_line.CONFIG.value
     try:
         devices = startup.start(config.platform)
-        found = suggest(
+        suggestions = suggest(
             config,
             epath.Path(os.path.expanduser(_WORKDIR.value)),
             devices,
@@ -140,10 +208,11 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    for label, kinds in found.items():
+
+    for label, words_by_method in suggestions.items():
         print(label)
-        for kind, words in kinds.items():
-            print(f"  {kind}: {', '.join(map(repr, words))}")
+        for method, words in words_by_method.items():
+            print(f"  {method}: {', '.join(map(repr, words))}")
     return 0
 
 

@@ -1,12 +1,13 @@
-"""Sums and counts, the files they are written to, and speed: tokens/s, FLOPs, MFU."""
+"""What a run measures of itself: sums and counts, metrics.jsonl, the terminal, time, and curves."""
 
 import contextlib
+import io
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -18,8 +19,8 @@ from lm import files, flops
 def accumulate(total: dict, terms: Mapping) -> None:
     """Adds {name: (sum, count)} to a running total, in float64."""
     for name, (value, count) in terms.items():
-        old = total.get(name, (0.0, 0.0))
-        total[name] = (old[0] + float(value), old[1] + float(count))
+        old_value, old_count = total.get(name, (0.0, 0.0))
+        total[name] = (old_value + float(value), old_count + float(count))
 
 
 def means(total: Mapping) -> dict[str, float]:
@@ -28,11 +29,10 @@ def means(total: Mapping) -> dict[str, float]:
 
 
 class Writer:
-    """metrics.jsonl, TensorBoard events and the progress line. Only process 0 writes; nothing here
-    is collective.
+    """Writes metrics.jsonl and TensorBoard events. Only process 0 writes; nothing is collective.
 
-    Objects on gs:// can't be appended to, so metrics.jsonl is written locally and copied whole by
-    `flush`.
+    Objects on gs:// can't be appended to, so metrics.jsonl is kept in memory and written whole by
+    `flush` there.
 
     Args:
       workdir: the run directory.
@@ -41,9 +41,12 @@ class Writer:
 
     def __init__(self, workdir: epath.Path, step: int):
         self.active = jax.process_index() == 0
-        self._path, self._lines = workdir / "metrics.jsonl", []
+        self._path = workdir / "metrics.jsonl"
+        self._appends = "://" not in str(self._path)
+        self._lines: list[dict] = []
         if not self.active:
             return
+
         self._lines = [line for line in files.read_jsonl_log(self._path) if line["step"] <= step]
         self._rewrite()
         from tensorboardX import SummaryWriter
@@ -51,18 +54,20 @@ class Writer:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def _rewrite(self) -> None:
-        files.write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        text = "".join(json.dumps(line) + "\n" for line in self._lines)
+        files.write_whole(self._path, text)
 
     def lines(self) -> list[dict]:
         """All that was written, by the runs before too."""
         return list(self._lines)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Adds a line of metrics; numbers go to TensorBoard too."""
         if not self.active or not values:
             return
         line = {"step": step, **values}
         self._lines.append(line)
-        if "://" not in str(self._path):
+        if self._appends:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         for name, value in values.items():
@@ -72,7 +77,7 @@ class Writer:
     def flush(self) -> None:
         if not self.active:
             return
-        if "://" in str(self._path):
+        if not self._appends:
             self._rewrite()
         self._events.flush()
 
@@ -83,8 +88,8 @@ class Writer:
 
 
 class Progress:
-    """A line on the terminal that is written over; one line every `seconds` where there is no
-    terminal.
+    """Shows where a run is: a line on the terminal that is written over, or, without a terminal,
+    one line every `seconds`.
     """
 
     def __init__(self, total_steps: int, start_step: int, seconds: float = 15.0):
@@ -95,146 +100,112 @@ class Progress:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if not self._active or (
-            not self._terminal and now - self._last < self._seconds and step < self._total
-        ):
+        too_soon = now - self._last < self._seconds and step < self._total
+        if not self._active or (too_soon and not self._terminal):
             return
         self._last = now
-        left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
-        text = (
-            f"step {step}/{self._total} | loss {values.get('train/loss', math.nan):.3f} | "
-            f"{values['train/tokens_per_second']:,.0f} tokens/s"
-        )
-        text += f" | MFU {values['train/mfu']:.1%}" if "train/mfu" in values else ""
-        text += f" | {int(left) // 60}:{int(left) % 60:02d} left"
-        print(
-            f"\r{text}\033[K" if self._terminal else text,
-            end="" if self._terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+
+        parts = [
+            f"step {step}/{self._total}",
+            f"loss {values.get('train/loss', math.nan):.3f}",
+            f"{values['train/tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "train/mfu" in values:
+            parts.append(f"MFU {values['train/mfu']:.1%}")
+        seconds_a_step = (now - self._began) / max(step - self._start, 1)
+        minutes, seconds = divmod(int(seconds_a_step * (self._total - step)), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+
+        text = " | ".join(parts)
+        if self._terminal:
+            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
+        """Shows a line that stays."""
         if self._active:
             print(("\n" if self._terminal else "") + text, file=sys.stderr, flush=True)
 
 
-CURVES = (
-    "train/loss",
-    "/bits_per_byte",
-    "/accuracy",
-    "train/grad_norm",
-    "train/learning_rate",
-    "train/tokens_per_second",
-)
-
-
-def plot_curves(lines: list[dict]) -> bytes:
-    """A PNG with the curves of metrics.jsonl: the loss, bits per byte and accuracy of every eval,
-    gradient norm, speed.
-    """
-    import io
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    for axis, wanted in zip(figure.subplots(2, 3).flat, CURVES):
-        names = sorted(
-            {
-                name
-                for line in lines
-                for name in line
-                if name == wanted or (wanted[0] == "/" and name.endswith(wanted))
-            }
-        )
-        for name in names:
-            points = np.array(
-                [(line["step"], line[name]) for line in lines if name in line], dtype=float
-            )
-            axis.plot(
-                points[:, 0],
-                points[:, 1],
-                label=name.removeprefix("eval/"),
-                marker="." if len(points) < 30 else None,
-            )
-        axis.set(title=wanted.removeprefix("train/").lstrip("/").replace("_", " "), xlabel="step")
-        axis.grid(alpha=0.3)
-        if wanted[0] == "/" and names:
-            axis.legend(fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=90)
-    return png.getvalue()
-
-
 class Timer:
-    """Where the time goes: tokens/s and MFU of the steps since the last line, evals and checkpoints
-    left out, and the goodput since the start.
+    """Where the time goes.
+
+    Tokens/s and MFU are of the steps since the last line, evals and checkpoints left out. Goodput
+    is the share of the time since the start that was not lost: to the first step, with its
+    compilation, to waiting for data while the devices are idle, to evals, to checkpoints.
+
+    Args:
+      model_config: of the model, for its FLOPs.
+      batch_size, length: of a step's batch.
     """
 
-    def __init__(self, experiment):
-        c = experiment.config.data
-        self._tokens = c.batch_size * c.length
-        self._devices = experiment.devices
-        self._flops = {
-            "train/mfu": flops.model_flops_per_token(experiment.model_config, c.length),
-            "train/mfu_full_attention": flops.model_flops_per_token(
-                experiment.model_config, c.length, causal=False
-            ),
+    def __init__(
+        self, model_config, devices: Sequence[jax.Device], *, batch_size: int, length: int
+    ):
+        self._batch_tokens = batch_size * length
+        self._devices = devices
+        whole = flops.model_flops_per_token(model_config, length, causal=False)
+        self._flops_per_token = {
+            "train/mfu": flops.model_flops_per_token(model_config, length),
+            "train/mfu_full_attention": whole,
         }
-        self._began = self._mark = time.monotonic()
-        self._pauses, self._step = 0.0, None
+        self._began = time.monotonic()
         self._lost = dict.fromkeys(("first_step", "data", "evals", "checkpoints"), 0.0)
+        # Since the last line.
+        self._line_step: int | None = None
+        self._line_time = self._began
+        self._paused_seconds = 0.0
 
     def first_step(self, state) -> None:
         """Waits for the first step, which compiles, and starts counting after it."""
-        if not self._lost["first_step"]:
-            jax.block_until_ready(state)
-            self._lost["first_step"] = time.monotonic() - self._began - self._pauses
-            logging.info(
-                "first step after %.1f s, compilation included", time.monotonic() - self._began
-            )
-            self._mark, self._pauses = time.monotonic(), 0.0
+        if self._lost["first_step"]:
+            return
+        jax.block_until_ready(state)
+        self._lost["first_step"] = time.monotonic() - self._began - self._paused_seconds
+        logging.info(
+            "first step after %.1f s, compilation included", time.monotonic() - self._began
+        )
+        self._line_time, self._paused_seconds = time.monotonic(), 0.0
 
     @contextlib.contextmanager
     def paused(self, what: str):
-        """Time that isn't the steps'."""
+        """Counts time that isn't the steps'."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self._pauses += time.monotonic() - began
+            self._paused_seconds += time.monotonic() - began
             self._lost[what] += time.monotonic() - began
 
     def waited_for_data(self, seconds: float) -> None:
-        """The devices had nothing to do while the loader made a batch. It counts in tokens/s all
-        the same.
-        """
+        """Counts time in which the devices waited for a batch; tokens/s includes it too."""
         if self._lost["first_step"]:
             self._lost["data"] += seconds
 
     def line(self, step: int) -> dict[str, float]:
+        """The figures of metrics.jsonl at `step`."""
         now = time.monotonic()
-        seconds = max(now - self._mark - self._pauses, 1e-9)
-        steps = step - self._step if self._step is not None else None
-        self._mark, self._pauses, self._step = now, 0.0, step
-        lost = {f"train/seconds_{what}": value for what, value in self._lost.items()}
-        goodput = {
-            "train/goodput": 1 - sum(self._lost.values()) / max(now - self._began, 1e-9)
-        } | lost
-        if not steps:  # the first line has the first step in it, whose time was compilation
-            return {"train/tokens_per_second": 0.0} | goodput
-        speed = self._tokens * steps / seconds
-        values = {
-            name: flops.mfu(per_token * speed, self._devices)
-            for name, per_token in self._flops.items()
-        }
-        return (
-            {"train/tokens_per_second": speed}
-            | {name: value for name, value in values.items() if value is not None}
-            | goodput
-        )
+        seconds = max(now - self._line_time - self._paused_seconds, 1e-9)
+        steps = step - self._line_step if self._line_step is not None else None
+        self._line_step, self._line_time, self._paused_seconds = step, now, 0.0
+
+        # The first line has the first step in it, whose time was compilation.
+        speed = self._batch_tokens * steps / seconds if steps else 0.0
+        values = {"train/tokens_per_second": speed}
+        if steps:
+            for name, per_token in self._flops_per_token.items():
+                share = flops.mfu(per_token * speed, self._devices)
+                if share is not None:
+                    values[name] = share
+
+        values["train/goodput"] = 1 - sum(self._lost.values()) / max(now - self._began, 1e-9)
+        for what, lost in self._lost.items():
+            values[f"train/seconds_{what}"] = lost
+        return values
 
     def total(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self._began
 
 
@@ -253,6 +224,7 @@ class Profile:
             self._on = True
 
     def after(self, step: int, state) -> None:
+        """`step` is the number of the one that was dispatched last."""
         if self._on and step + 1 >= self._steps[1]:
             jax.block_until_ready(state)
             self.close()
@@ -262,3 +234,40 @@ class Profile:
             jax.profiler.stop_trace()
             self._on = False
             logging.info("trace written to %s/profile", self._workdir)
+
+
+# A metric, or with a slash in front the end of its name: of each eval that has it.
+CURVES = (
+    "train/loss",
+    "/bits_per_byte",
+    "/accuracy",
+    "train/grad_norm",
+    "train/learning_rate",
+    "train/tokens_per_second",
+)
+
+
+def plot_curves(lines: list[dict]) -> bytes:
+    """Draws the curves of metrics.jsonl as a PNG: `CURVES`, a panel each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    all_names = sorted({name for line in lines for name in line})
+    for axis, curve in zip(figure.subplots(2, 3).flat, CURVES):
+        of_evals = curve.startswith("/")
+        names = [n for n in all_names if n == curve or (of_evals and n.endswith(curve))]
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            steps, values = np.array(points, dtype=float).T
+            marker = "." if len(points) < 30 else None
+            axis.plot(steps, values, label=name.removeprefix("eval/"), marker=marker)
+
+        title = curve.removeprefix("train/").lstrip("/").replace("_", " ")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if of_evals and names:
+            axis.legend(fontsize=8)
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=90)
+    return png.getvalue()

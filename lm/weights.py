@@ -6,33 +6,34 @@ from lm import build, checkpoint
 from lm.hf import directory as hf
 
 
-def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path) -> None:
-    """Raises ValueError if a checkpoint's tokenizer is not the experiment's."""
-    theirs, ours = meta["tokenizer"], experiment.tokenizer
-    if theirs["fingerprint"] != ours.fingerprint:
-        raise ValueError(
-            f"{where} was trained with the tokenizer {theirs['fingerprint']} "
-            f"({theirs['vocab_size']} ids), config.tokenizer gives {ours.fingerprint} "
-            f"({ours.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)"
-        )
-
-
 def load_weights(
-    experiment: build.Experiment, source: epath.Path, *, averaged: bool, at: int | None = None
+    experiment: build.Experiment, source: epath.Path, *, averaged: bool, step: int | None = None
 ):
-    """(parameters, step) of a run directory's newest checkpoint, or of that of step `at`, or of a
-    Hugging Face checkpoint.
+    """Returns (parameters, step).
+
+    Args:
+      source: a run directory, or a Hugging Face checkpoint, whose step is 0.
+      averaged: take the moving average where the run kept one.
+      step: of a run's checkpoint; None: the newest.
 
     Raises:
       ValueError: there is none, or it is another model's, or another tokenizer's.
     """
+    abstract_params = experiment.program.abstract_state.params
     if hf.is_checkpoint(source):
-        return hf.Source(source).load(
-            experiment.abstract_state.params, hf.progress_line(str(source))
-        ), 0
+        return hf.Checkpoint(source).load(abstract_params, hf.progress_line(str(source))), 0
 
-    def wanted(meta):
-        check_tokenizer(experiment, meta, source)
-        return experiment.abstract_state.params
+    with checkpoint.open_run(source, step) as saved:
+        check_tokenizer(experiment, saved.meta, source)
+        return saved.restore_params(abstract_params, averaged=averaged), saved.step
 
-    return checkpoint.restore_weights(source, wanted, averaged=averaged, step=at)
+
+def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path) -> None:
+    """Raises ValueError if a checkpoint's tokenizer is not the experiment's."""
+    saved, wanted = meta["tokenizer"], experiment.tokenizer
+    if saved["fingerprint"] != wanted.fingerprint:
+        raise ValueError(
+            f"{where} was trained with the tokenizer {saved['fingerprint']} "
+            f"({saved['vocab_size']} ids), config.tokenizer gives {wanted.fingerprint} "
+            f"({wanted.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)"
+        )

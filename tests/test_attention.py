@@ -1,5 +1,5 @@
-"""Attention: who sees whom, positions, shared heads, and the cache against the whole sequence at
-once.
+"""Attention: who sees whom, positions, shared heads, kernels against the plain formula, and the
+cache against the whole sequence at once.
 """
 
 import functools
@@ -10,29 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm import config as config_lib
 from lm import sharding
-from lm.models.transformer import Config, Transformer
-from lm.nn.attention import (
-    blocked_attention,
-    cache_mask,
-    cache_slots,
-    causal_mask,
-    splash_attention,
-)
-from lm.nn.positions import frequencies, rope, turn_by_matmul, turn_pairs
-
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
+from lm.nn.kernels.attention import blocked_attention, splash_attention
+from lm.nn.kernels.rotary import rotate, rotate_by_matmul
+from lm.nn.masks import cache_mask, cache_slots, causal_mask
+from lm.nn.positions import frequencies, rope
+from tests.helpers import model_config, random_model, slow
 
 # Two documents, and padding at the end of the row.
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]], np.int32)
-# each once, so that a row of the table is a position
+# Each id once, so that a row of the embedding table stands for a position.
 TOKENS = np.array([[7, 3, 9, 1, 12, 0, 5, 8, 2, 11, 4, 10]], np.int32)
 
 
@@ -41,36 +29,11 @@ def make(**changes):
     """(graphdef, params) of a small model whose weights are large enough for attention to choose,
     and whose biases are not 0.
     """
-    fields = (
-        config_lib.default().model.to_dict()
-        | dict(
-            vocab_size=13,
-            context_length=16,
-            num_layers=2,
-            embed_dim=32,
-            mlp_dim=48,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
-            gated_mlp=True,
-            bias="qkv,out,mlp,norm",
-            tie_embeddings=False,
-            param_dtype="float32",
-            compute_dtype="float32",
-        )
-        | changes
-    )
-    del fields["type"]
-    graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: Transformer(Config(**fields), jax.random.key(0))), nnx.Param
-    )
-    rng = np.random.default_rng(0)
-    draw = lambda path, p: (
-        rng.normal(0, 0.3, p.shape) + ("scale" in jax.tree_util.keystr(path))
-    ).astype(np.float32)
-    return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(params))
+    fields = dict(vocab_size=13, gated_mlp=True, bias="qkv,out,mlp,norm") | changes
+    return random_model(model_config(**fields), seed=0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef, params, tokens, positions, segments):
     """(hidden, logits)."""
     model = nnx.merge(graphdef, params)
@@ -78,26 +41,37 @@ def forward(graphdef, params, tokens, positions, segments):
     return hidden, model.logits(hidden)
 
 
-def run(model, tokens, positions, segments):
-    return jax.device_get(
-        jit(functools.partial(forward, model[0]))(model[1], tokens, positions, segments)
-    )
+@functools.partial(jax.jit, static_argnums=0, static_argnames="decode")
+def cached_forward(graphdef, params, cache, tokens, positions, *, decode):
+    """(hidden, logits, cache) of tokens that are all valid; `decode`: one of each row."""
+    model = nnx.merge(graphdef, params)
+    output = model(tokens, positions, jnp.ones_like(tokens), cache=cache, decode=decode)
+    return output.hidden, model.logits(output.hidden), output.cache
+
+
+def draw_qkv(rng, length, kv_heads, dtype=np.float32):
+    """Queries of 4 heads, and keys and values of `kv_heads`, for 2 rows and a head size of 16."""
+    q = rng.normal(size=(2, length, 4, 16)).astype(np.float32).astype(dtype)
+    k = rng.normal(size=(2, length, kv_heads, 16)).astype(np.float32).astype(dtype)
+    v = rng.normal(size=(2, length, kv_heads, 16)).astype(np.float32).astype(dtype)
+    return q, k, v
+
+
+# Masks, and which tokens reach which.
 
 
 def test_masks():
     segments = np.array([[1, 1, 2, 0, 0], [1, 2, 2, 2, 2]], np.int32)
-    allowed = [
-        [[s <= t and row[s] == row[t] for s in range(5)] for t in range(5)] for row in segments
-    ]
-    np.testing.assert_array_equal(causal_mask(segments), allowed)
+    same_segment = segments[:, :, None] == segments[:, None, :]
+    np.testing.assert_array_equal(causal_mask(segments), np.tril(same_segment))
+
     positions = np.array([[0, 2], [3, 1]], np.int32)
-    np.testing.assert_array_equal(
-        cache_mask(positions, 4), [[[s <= p for s in range(4)] for p in row] for row in positions]
-    )
+    not_later = np.arange(4) <= positions[..., None]
+    np.testing.assert_array_equal(cache_mask(positions, 4), not_later)
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
-@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("output", [0, 1], ids=["hidden", "logits"])
 def test_gradients_reach_exactly_the_earlier_tokens_of_the_same_document(positions, output):
     """Zero, not small, with respect to later tokens, other documents and padding; nonzero with
     respect to all others.
@@ -105,145 +79,176 @@ def test_gradients_reach_exactly_the_earlier_tokens_of_the_same_document(positio
     graphdef, params = make(positions=positions)
     weights = jax.random.normal(jax.random.key(1), (32 if output == 0 else 13,))
 
-    def outputs(table):
-        return (
-            forward(graphdef, params | {"embed": {"table": table}}, TOKENS, POSITIONS, SEGMENTS)[
-                output
-            ][0]
-            @ weights
-        )
+    @jax.jit
+    @jax.jacrev
+    def jacobian(table):
+        with_table = params | {"embed": {"table": table}}
+        outputs = forward(graphdef, with_table, TOKENS, POSITIONS, SEGMENTS)
+        return outputs[output][0] @ weights
 
-    jacobian = jit(jax.jacrev(outputs))(params["embed"]["table"])[:, TOKENS[0]]
-    reached = np.abs(np.asarray(jacobian)).max(axis=-1)
-    allowed = np.tril(SEGMENTS[0][:, None] == SEGMENTS[0][None, :])
-    assert (reached[allowed] > 1e-4).all()
-    assert (reached[~allowed] == 0).all()
+    # [position of the output, position of the token]: each id is in the row once.
+    jacobian_TTD = jacobian(params["embed"]["table"])[:, TOKENS[0]]
+    largest_TT = np.abs(np.asarray(jacobian_TTD)).max(axis=-1)
+
+    allowed_TT = np.tril(SEGMENTS[0][:, None] == SEGMENTS[0][None, :])
+    assert (largest_TT[allowed_TT] > 1e-4).all()
+    assert (largest_TT[~allowed_TT] == 0).all()
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_packed_documents_are_as_alone(positions):
     model = make(positions=positions)
-    packed = run(model, TOKENS, POSITIONS, SEGMENTS)
+    packed = forward(*model, TOKENS, POSITIONS, SEGMENTS)
+
     for part in (slice(0, 5), slice(5, 9)):
         tokens = TOKENS[:, part]
-        alone = run(
-            model, tokens, np.arange(tokens.shape[1], dtype=np.int32)[None], np.ones_like(tokens)
-        )
+        from_0 = np.arange(tokens.shape[1], dtype=np.int32)[None]
+        alone = forward(*model, tokens, from_0, np.ones_like(tokens))
         for got, wanted in zip(alone, packed):
             np.testing.assert_allclose(got, wanted[:, part], rtol=1e-4, atol=1e-5)
-    # as one document it is another text
-    joined = run(model, TOKENS, POSITIONS, np.minimum(SEGMENTS, 1))
+
+    # As one document it is another text, or the test would prove nothing.
+    joined = forward(*model, TOKENS, POSITIONS, np.minimum(SEGMENTS, 1))
     assert np.abs(joined[1][:, 5:9] - packed[1][:, 5:9]).max() > 0.1
 
 
 def test_padding_and_the_other_rows_change_nothing():
     model = make()
-    tokens, positions, segments = (np.repeat(x, 2, axis=0) for x in (TOKENS, POSITIONS, SEGMENTS))
-    before = run(model, tokens, positions, segments)
-    tokens[0, 9:], positions[0, 9:], tokens[1] = [0, 1, 2], [5, 6, 7], 1
-    after = run(model, tokens, positions, segments)
+    tokens = np.repeat(TOKENS, 2, axis=0)
+    positions = np.repeat(POSITIONS, 2, axis=0)
+    segments = np.repeat(SEGMENTS, 2, axis=0)
+    before = jax.device_get(forward(*model, tokens, positions, segments))
+
+    # Other ids and positions in the first row's padding, and another second row.
+    tokens[0, 9:] = [0, 1, 2]
+    positions[0, 9:] = [5, 6, 7]
+    tokens[1] = 1
+    after = jax.device_get(forward(*model, tokens, positions, segments))
+
     for x, y in zip(before, after):
         np.testing.assert_array_equal(x[0, :9], y[0, :9])
-        assert (x[0, 9:] != y[0, 9:]).any() and np.isfinite(y).all()
+        assert (x[0, 9:] != y[0, 9:]).any()
+        assert np.isfinite(y).all()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_shared_heads_are_repeated_heads(kv_heads):
     """Query heads n of 4 attend to kv head n // (4 / K)."""
     graphdef, params = make(num_kv_heads=kv_heads)
-    whole_graphdef, whole = make(num_kv_heads=4)
+    unshared_graphdef, _ = make(num_kv_heads=4)
     attention = params["layers"]["attention"]
-    repeated = {
-        name: np.repeat(attention[name], 4 // kv_heads, axis=-2)
-        for name in ("key", "value", "key_bias", "value_bias")
-    }
-    whole = params | {"layers": params["layers"] | {"attention": attention | repeated}}
-    shared = run((graphdef, params), TOKENS, POSITIONS, SEGMENTS)
-    for got, wanted in zip(shared, run((whole_graphdef, whole), TOKENS, POSITIONS, SEGMENTS)):
+
+    def run_unshared(spread):
+        """The outputs of a model with 4 kv heads, which `spread` makes of the shared ones."""
+        names = ("key", "value", "key_bias", "value_bias")
+        heads = attention | {name: spread(attention[name]) for name in names}
+        unshared = params | {"layers": params["layers"] | {"attention": heads}}
+        return forward(unshared_graphdef, unshared, TOKENS, POSITIONS, SEGMENTS)
+
+    shared = forward(graphdef, params, TOKENS, POSITIONS, SEGMENTS)
+    repeated = run_unshared(lambda heads: np.repeat(heads, 4 // kv_heads, axis=-2))
+    for got, wanted in zip(shared, repeated):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
-    if kv_heads == 2:  # and not kv head n % K
-        tiled = {name: np.concatenate([attention[name]] * 2, axis=-2) for name in repeated}
-        whole["layers"]["attention"] = attention | tiled
-        assert (
-            np.abs(run((whole_graphdef, whole), TOKENS, POSITIONS, SEGMENTS)[1] - shared[1]).max()
-            > 0.1
-        )
+
+    # And not kv head n % K.
+    if kv_heads == 2:
+        tiled = run_unshared(lambda heads: np.concatenate([heads] * 2, axis=-2))
+        assert np.abs(tiled[1] - shared[1]).max() > 0.1
+
+
+# Positions.
 
 
 def test_rope_turns_pairs_by_the_angles_of_its_paper():
+    """Su et al. 2021: pair i of R / 2 turns by position * theta^(-2i / R), a product of complex
+    numbers.
+    """
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
     positions = np.array([[0, 1, 2, 3, 4], [7, 0, 900, 3, 1]], np.int32)
+
     angles = positions[:, :, None, None] * 500.0 ** (-np.arange(4) / 4)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
-    np.testing.assert_allclose(
-        rope(x, positions, 500.0), np.concatenate([turned.real, turned.imag], axis=-1), atol=2e-4
-    )
+    wanted = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(rope(x, positions, 500.0), wanted, atol=2e-4)
     np.testing.assert_array_equal(rope(x, positions, 500.0)[0, 0], x[0, 0])
+
+    # The angles are f32 in any dtype.
     low = x.astype(jnp.bfloat16)
-    np.testing.assert_array_equal(
-        rope(low, positions, 500.0),
-        rope(low.astype(np.float32), positions, 500.0).astype(jnp.bfloat16),
-    )
+    rounded = rope(low.astype(np.float32), positions, 500.0).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(rope(low, positions, 500.0), rounded)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("turning", [8, 6])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_rope_on_a_tpu_and_its_gradient(interleaved, turning, dtype):
-    """The way of the matrix units gives the same bits, and a rotation back is the gradient."""
+    """The matrix units' variant gives the same bits, and a rotation back is the gradient."""
     rng = np.random.default_rng(0)
-    x, g = (jnp.asarray(rng.normal(size=(2, 7, 3, 8)), dtype) for _ in range(2))
+    x = jnp.asarray(rng.normal(size=(2, 7, 3, 8)), dtype)
+    cotangent = jnp.asarray(rng.normal(size=(2, 7, 3, 8)), dtype)
     positions = np.tile(np.arange(7, dtype=np.int32) * 31, (2, 1))
     angles = positions[:, :, None, None] * frequencies(turning, 500.0)
-    ways = [
-        functools.partial(way, interleaved, sin_BT1R=jnp.sin(angles), cos_BT1R=jnp.cos(angles))
-        for way in (turn_by_matmul, turn_pairs)
-    ]
-    np.testing.assert_array_equal(*(jit(way)(x) for way in ways))
-    ours = functools.partial(
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+
+    plain = functools.partial(rotate, interleaved, sin_BT1R=sin, cos_BT1R=cos)
+    by_matmul = functools.partial(rotate_by_matmul, interleaved, sin_BT1R=sin, cos_BT1R=cos)
+    np.testing.assert_array_equal(jax.jit(by_matmul)(x), jax.jit(plain)(x))
+
+    with_own_gradient = functools.partial(
         rope, positions_BT=positions, theta=500.0, fraction=turning / 8, interleaved=interleaved
     )
-    np.testing.assert_array_equal(ours(x), ways[1](x))
-    grads = (jax.vjp(f, x)[1](g)[0].astype(np.float32) for f in (ours, ways[1]))
-    np.testing.assert_allclose(*grads, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-3)
-
-
-def test_cache_slots():
-    """The last positions that fit, no slot twice (which write would win?); padding and what comes
-    too early go nowhere.
-    """
-    positions = np.tile(np.arange(10), (3, 1))
-    segments = (positions < np.array([[9], [2], [4]])).astype(np.int32)
-    slots = cache_slots(positions, segments, 4)
-    np.testing.assert_array_equal(
-        slots, [[4] * 5 + [1, 2, 3, 0] + [4], [0, 1] + [4] * 8, [0, 1, 2, 3] + [4] * 6]
+    np.testing.assert_array_equal(with_own_gradient(x), plain(x))
+    (grad,) = jax.vjp(with_own_gradient, x)[1](cotangent)
+    (wanted,) = jax.vjp(plain, x)[1](cotangent)
+    rtol = 1e-2 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(
+        grad.astype(np.float32), wanted.astype(np.float32), rtol=rtol, atol=1e-3
     )
-    # one more token
-    np.testing.assert_array_equal(cache_slots(np.array([[6]]), np.array([[1]]), 4), [[2]])
 
 
 def test_rope_scores_depend_on_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
-    score = lambda t, s: float(
-        jnp.vdot(rope(q, np.array([[t]]), 100.0), rope(k, np.array([[s]]), 100.0))
-    )
-    assert (
-        score(5, 3)
-        == pytest.approx(score(105, 103), abs=1e-3)
-        == pytest.approx(score(2, 0), abs=1e-3)
-    )
-    assert abs(score(5, 3) - score(3, 5)) > 0.1 and abs(score(5, 3) - score(5, 2)) > 0.1
+
+    def score(query_position, key_position):
+        turned_q = rope(q, np.array([[query_position]]), 100.0)
+        turned_k = rope(k, np.array([[key_position]]), 100.0)
+        return float(jnp.vdot(turned_q, turned_k))
+
+    assert score(105, 103) == pytest.approx(score(5, 3), abs=1e-3)
+    assert score(2, 0) == pytest.approx(score(5, 3), abs=1e-3)
+    assert abs(score(5, 3) - score(3, 5)) > 0.1
+    assert abs(score(5, 3) - score(5, 2)) > 0.1
 
 
 @pytest.mark.parametrize("positions, same", [("rope", True), ("learned", False)])
 def test_a_document_that_starts_elsewhere(positions, same):
     model = make(positions=positions)
-    arguments = TOKENS[:, :5], POSITIONS[:, :5], SEGMENTS[:, :5]
-    here, there = (
-        run(model, *arguments)[1],
-        run(model, arguments[0], arguments[1] + 9, arguments[2])[1],
-    )
-    assert (np.abs(here - there).max() < 1e-3) == same
+    tokens, place, segments = TOKENS[:, :5], POSITIONS[:, :5], SEGMENTS[:, :5]
+
+    from_0 = forward(*model, tokens, place, segments)[1]
+    from_9 = forward(*model, tokens, place + 9, segments)[1]
+    assert (np.abs(from_0 - from_9).max() < 1e-3) == same
+
+
+# The cache.
+
+
+def test_cache_slots():
+    """The last positions that fit, no slot twice (which write would win?); padding and what comes
+    too early go nowhere, which is the slot after the last.
+    """
+    positions = np.tile(np.arange(10), (3, 1))
+    segments = (positions < np.array([[9], [2], [4]])).astype(np.int32)
+    slots = cache_slots(positions, segments, 4)
+    wanted = [
+        [4] * 5 + [1, 2, 3, 0] + [4],
+        [0, 1] + [4] * 8,
+        [0, 1, 2, 3] + [4] * 6,
+    ]
+    np.testing.assert_array_equal(slots, wanted)
+
+    one_more_token = cache_slots(np.array([[6]]), np.array([[1]]), 4)
+    np.testing.assert_array_equal(one_more_token, [[2]])
 
 
 @pytest.mark.parametrize(
@@ -252,20 +257,17 @@ def test_a_document_that_starts_elsewhere(positions, same):
 def test_one_token_at_a_time_is_the_whole_at_once(changes):
     graphdef, params = make(**changes)
     tokens = np.stack([TOKENS[0], TOKENS[0][::-1]])
-    place = np.tile(np.arange(12, dtype=np.int32), (2, 1))
-    whole = run((graphdef, params), tokens, place, np.ones_like(tokens))
+    positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+    whole = forward(graphdef, params, tokens, positions, np.ones_like(tokens))
 
-    @jit
-    def decode(params, cache, tokens, place):
-        model = nnx.merge(graphdef, params)
-        output = model(tokens, place, jnp.ones_like(tokens), cache=cache)
-        return output.hidden, model.logits(output.hidden), output.cache
-
+    # [L, B, K, slots, H]: a window needs no more slots than it is wide.
     cache = nnx.merge(graphdef, params).init_cache(2, 14)
     assert jax.tree.leaves(cache)[0].shape == (2, 2, 2, changes.get("window", 14), 8)
+
     for t in range(12):
-        *got, cache = decode(params, cache, tokens[:, t : t + 1], place[:, t : t + 1])
-        for x, y in zip(got, whole):
+        token, position = tokens[:, t : t + 1], positions[:, t : t + 1]
+        *outputs, cache = cached_forward(graphdef, params, cache, token, position, decode=True)
+        for x, y in zip(outputs, whole):
             np.testing.assert_allclose(x[:, 0], y[:, t], rtol=1e-4, atol=1e-5, err_msg=f"token {t}")
 
 
@@ -278,29 +280,24 @@ def test_prefill_of_unequal_prompts_then_one_token_at_a_time(positions):
     tokens = np.stack([TOKENS[0], TOKENS[0][::-1], np.roll(TOKENS[0], 4)])
     lengths = np.array([7, 3, 1])
     place = np.tile(np.arange(12, dtype=np.int32), (3, 1))
-    whole = run((graphdef, params), tokens, place, np.ones_like(tokens))[1]
-
-    @jit
-    def step(params, cache, tokens, place):
-        model = nnx.merge(graphdef, params)
-        output = model(tokens, place, jnp.ones_like(tokens), cache=cache)
-        return model.logits(output.hidden), output.cache
+    whole = jax.device_get(forward(graphdef, params, tokens, place, np.ones_like(tokens))[1])
 
     prompts = np.where(place < lengths[:, None], tokens, 6)[:, :7]
-    logits, cache = step(
-        params, nnx.merge(graphdef, params).init_cache(3, 12), prompts, place[:, :7]
-    )
+    cache = nnx.merge(graphdef, params).init_cache(3, 12)
+    model = (graphdef, params)
+    _, logits, cache = cached_forward(*model, cache, prompts, place[:, :7], decode=False)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(logits[row, :length], whole[row, :length], rtol=1e-4, atol=1e-5)
+
+    # Each row goes on after its own prompt, and writes over its padding's keys.
     for t in range(5):
-        at = (lengths + t)[:, None].astype(np.int32)
-        logits, cache = step(params, cache, np.take_along_axis(tokens, at, axis=1), at)
+        position = (lengths + t)[:, None].astype(np.int32)
+        next_tokens = np.take_along_axis(tokens, position, axis=1)
+        _, logits, cache = cached_forward(*model, cache, next_tokens, position, decode=True)
+
+        wanted = np.take_along_axis(whole, position[..., None], axis=1)
         np.testing.assert_allclose(
-            logits[:, 0],
-            np.take_along_axis(whole, at[..., None], axis=1)[:, 0],
-            rtol=1e-4,
-            atol=1e-5,
-            err_msg=f"token {t}",
+            logits[:, 0], wanted[:, 0], rtol=1e-4, atol=1e-5, err_msg=f"token {t}"
         )
 
 
@@ -308,11 +305,17 @@ def test_the_model_has_no_hidden_state():
     """Two calls with the same arguments give the same bits, whatever was called between."""
     graphdef, params = make()
     model = nnx.merge(graphdef, params)
-    call = lambda tokens: np.asarray(model(tokens, POSITIONS, SEGMENTS).hidden)
+
+    def call(tokens):
+        return np.asarray(model(tokens, POSITIONS, SEGMENTS).hidden)
+
     first = call(TOKENS)
     assert (call(TOKENS[:, ::-1]) != first).any()
     np.testing.assert_array_equal(call(TOKENS), first)
     assert jax.tree.leaves(nnx.split(model, nnx.Param, ...)[2]) == []
+
+
+# Kernels.
 
 
 @pytest.mark.parametrize(
@@ -324,75 +327,69 @@ def test_blocks_are_the_whole(kv_heads, dtype, tolerance):
     JAX's attention under the same mask.
     """
     rng = np.random.default_rng(0)
-    for length, block, most in ((48, 16, 8), (50, 16, 8), (50, 4, 3), (20, 128, 8)):
-        q, k, v = (
-            rng.normal(size=(2, length, heads, 16)).astype(np.float32).astype(dtype)
-            for heads in (4, kv_heads, kv_heads)
-        )
+    for length, block, max_blocks in ((48, 16, 8), (50, 16, 8), (50, 4, 3), (20, 128, 8)):
+        q, k, v = draw_qkv(rng, length, kv_heads, dtype)
         segments = np.sort(rng.integers(0, 4, (2, length)), axis=1).astype(np.int32)
-        weights = rng.normal(size=q.shape).astype(np.float32)
         mask = causal_mask(segments)
-        value = lambda attend: jax.jit(
-            jax.value_and_grad(
-                lambda *qkv: jnp.sum(weights * attend(*qkv).astype(jnp.float32)),  # noqa: B023
-                argnums=(0, 1, 2),
-            )
-        )(q, k, v)  # noqa: B023
+        weights = rng.normal(size=q.shape).astype(np.float32)
+
+        plain = functools.partial(
+            jax.nn.dot_product_attention, mask=mask[:, None], implementation="xla"
+        )
+        blocked = functools.partial(
+            blocked_attention, mask_BTT=mask, block=block, max_blocks=max_blocks
+        )
+        # JAX's attention promotes bfloat16 by itself.
         with jax.numpy_dtype_promotion("standard"):
-            wanted = value(
-                lambda *qkv: jax.nn.dot_product_attention(
-                    *qkv,
-                    mask=mask[:, None],  # noqa: B023
-                    implementation="xla",
-                )
-            )
-        found = value(functools.partial(blocked_attention, mask_BTT=mask, block=block, most=most))
-        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
-            ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-            assert np.linalg.norm(ours - theirs) <= tolerance * max(np.linalg.norm(theirs), 1), (
-                length,
-                block,
-            )
+            wanted = weighted_value_and_grads(plain, weights, q, k, v)
+        got = weighted_value_and_grads(blocked, weights, q, k, v)
+
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+            x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+            error = np.linalg.norm(x - y)
+            assert error <= tolerance * max(np.linalg.norm(y), 1), (length, block)
 
 
-@pytest.mark.parametrize("kv_heads, window", [(4, 0), (2, 0), (1, 0), (2, 100)])
+def weighted_value_and_grads(attend, weights, q, k, v):
+    """The weighted sum of `attend(q, k, v)`, and its gradients with respect to all three."""
+
+    def weighted_sum(q, k, v):
+        return jnp.sum(weights * attend(q, k, v).astype(jnp.float32))
+
+    return jax.jit(jax.value_and_grad(weighted_sum, argnums=(0, 1, 2)))(q, k, v)
+
+
+@pytest.mark.parametrize("kv_heads, window", [(2, 100), slow(2, 0), slow(1, 0), slow(4, 0)])
 def test_splash_is_xla(kv_heads, window):
     """The TPU kernel's program, interpreted: values and gradients of packed rows of two tiles,
     under no mesh and on one.
     """
     rng = np.random.default_rng(0)
-    q, k, v = (
-        rng.normal(size=(2, 256, heads, 16)).astype(np.float32) for heads in (4, kv_heads, kv_heads)
-    )
+    q, k, v = draw_qkv(rng, 256, kv_heads)
     segments = np.repeat(np.array([[1, 1, 2, 0], [1, 2, 2, 3]], np.int32), 64, axis=1)
+    # What padding attends to has no meaning.
     weights = rng.normal(size=q.shape).astype(np.float32) * (segments > 0)[:, :, None, None]
 
-    def xla(q, k, v):
-        return jnp.sum(
-            weights
-            * jax.nn.dot_product_attention(q, k, v, mask=causal_mask(segments, window)[:, None])
-        )
+    mask = causal_mask(segments, window)[:, None]
+    plain = functools.partial(jax.nn.dot_product_attention, mask=mask)
+    wanted = weighted_value_and_grads(plain, weights, q, k, v)
 
-    def ours(q, k, v):
-        return jnp.sum(
-            weights * splash_attention(q, k, v, segments, window=window, block=128, interpret=True)
-        )
-
-    wanted = jax.value_and_grad(xla, argnums=(0, 1, 2))(q, k, v)
+    # Rows are split, then heads too, by fewer or by as many devices as there are kv heads.
     meshes = [
         {},
         dict(fsdp=2),
         dict(fsdp=2, sequence=min(kv_heads, 2)),
         dict(tensor=min(kv_heads, 2), sequence=max(kv_heads // 2, 1)),
     ]
+    splash = functools.partial(
+        splash_attention, segments_BT=segments, window=window, block=128, interpret=True
+    )
     for sizes in meshes:
-        mesh = sharding.make_mesh(
-            sizes, jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))]
-        )
-        with jax.set_mesh(mesh):
-            found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(q, k, v)
+        num_devices = int(np.prod(list(sizes.values()), dtype=int))
+        with jax.set_mesh(sharding.make_mesh(sizes, jax.devices()[:num_devices])):
+            got = weighted_value_and_grads(splash, weights, q, k, v)
         jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), found, wanted
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), got, wanted
         )
 
 

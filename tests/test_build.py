@@ -2,6 +2,8 @@
 anything is computed or written.
 """
 
+import functools
+import itertools
 import math
 import sys
 from fractions import Fraction
@@ -9,31 +11,37 @@ from fractions import Fraction
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from lm import build
+from lm import config as config_lib
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from lm.evals import entries, perplexity
+from tests.helpers import VERBALIZER
 
 
 def changed(config, overrides):
-    """A copy of `config` with {"a.b": value} in it."""
+    """A copy of `config` with {"a.b": value} in it, keys that were not there among them."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         for key, value in overrides.items():
             *path, last = key.split(".")
-            node = config
-            for part in path:
-                node = node[part]
-            node[last] = value
+            section = config
+            for name in path:
+                section = section[name]
+            section[last] = value
     return config
 
 
 def verbalizer(**changes):
-    words = {"red": (" red",), "green": (" green",), "blue": (" blue",)} | changes
-    return entries.classification({k: v for k, v in words.items() if v is not None}, every=0)
+    """An entry of config.evals with a word for each colour, or other words, or none."""
+    words = VERBALIZER | changes
+    words = {label: label_words for label, label_words in words.items() if label_words is not None}
+    return entries.classification(words, every=0)
 
 
+# Overrides, on how many devices, and what the error must say.
 BAD = [
     # The mesh and the batch.
     ({"mesh.data": 3}, 1, "config.mesh asks for.*there are 1"),
@@ -82,9 +90,10 @@ BAD = [
     ({"data.source": "lm.none.text"}, 1, "config.data.source = 'lm.none.text'"),
     ({"data.source": "text"}, 1, "config.data.source = 'text'.*dotted path"),
     ({"data.source": ""}, 1, "config.data.source = ''"),
-    # the other source's arguments are still there
+    # The other source's arguments are still there.
     ({"data.source": "lm.data.sources.text"}, 1, "config.data.source_args|label_key"),
-    ({"data.source": "lm.data.sources"}, 1, "config.data.source"),  # a module, not a function
+    # A module, not a function.
+    ({"data.source": "lm.data.sources"}, 1, "config.data.source"),
     # The tokenizer.
     (
         {"tokenizer.kind": "words"},
@@ -161,13 +170,17 @@ def test_bad_input(tiny, tmp_path, overrides, devices, message):
         experiment = build.build(changed(tiny, overrides), jax.devices()[:devices])
         experiment.make_evaluators()
         experiment.make_loader()
-    assert sorted(tmp_path.rglob("*")) == before  # nothing written
+    # Nothing was written.
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_empty_corpus(tiny, tmp_path):
     (tmp_path / "corpus.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="corpus.jsonl has no documents"):
         build.build(tiny, jax.devices()[:1])
+
+
+# How long a run is.
 
 
 @pytest.mark.parametrize(
@@ -184,6 +197,7 @@ def test_empty_corpus(tiny, tmp_path):
         ("1025 tokens", 5),
         ("1 tokens", 1),
         ("2.5e3 tokens", 10),
+        # 750 tokens are 2.93 steps of 256.
         ("1 epochs", 3),
         ("2 epochs", 6),
         ("0.5 epochs", 2),
@@ -192,28 +206,27 @@ def test_empty_corpus(tiny, tmp_path):
     ],
 )
 def test_total_steps(length, steps):
-    # 2.93 steps an epoch
-    assert build.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750) == steps
+    got = config_lib.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750)
+    assert got == steps
 
 
-def test_total_steps_is_exact():
-    # Whole numbers of batches take that many steps, whatever 1 / batch_tokens is in binary.
-    wrong = [
-        (steps, batch)
-        for batch in range(1, 400, 2)
-        for steps in range(1, 40)
-        if build.total_steps(f"{steps * batch} tokens", batch_tokens=batch, epoch_tokens=None)
-        != steps
-    ]
-    wrong += [
-        (epochs, epoch, batch)
-        for batch in (96, 100, 4096, 7)
-        for epoch in range(100, 130)
-        for epochs in (1, 3, 6, 7)
-        if build.total_steps(f"{epochs} epochs", batch_tokens=batch, epoch_tokens=lambda e=epoch: e)
-        != math.ceil(Fraction(epochs * epoch, batch))
-    ]
-    assert not wrong
+def test_total_steps_of_tokens_is_exact():
+    """Whole numbers of batches take that many steps, whatever 1 / batch_tokens is in binary."""
+    for batch in range(1, 400, 2):
+        for steps in range(1, 40):
+            length = f"{steps * batch} tokens"
+            got = config_lib.total_steps(length, batch_tokens=batch, epoch_tokens=None)
+            assert got == steps, (length, batch)
+
+
+@pytest.mark.parametrize("batch", [96, 100, 4096, 7])
+def test_total_steps_of_epochs_is_exact(batch):
+    for epoch, epochs in itertools.product(range(100, 130), (1, 3, 6, 7)):
+        count_tokens = functools.partial(int, epoch)
+        got = config_lib.total_steps(
+            f"{epochs} epochs", batch_tokens=batch, epoch_tokens=count_tokens
+        )
+        assert got == math.ceil(Fraction(epochs * epoch, batch)), (epochs, epoch)
 
 
 @pytest.mark.parametrize(
@@ -236,97 +249,120 @@ def test_total_steps_is_exact():
     ],
 )
 def test_length_that_is_none(length):
-    with pytest.raises(
-        ValueError, match='config.train.length = .*"N steps", "N tokens" or "X epochs"'
-    ):
-        build.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750)
+    message = 'config.train.length = .*"N steps", "N tokens" or "X epochs"'
+    with pytest.raises(ValueError, match=message):
+        config_lib.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750)
 
 
 def test_epochs_are_counted_on_the_corpus(tiny, one_device):
-    with tiny.unlocked():
-        tiny.train.length = "2 epochs"
-    experiment = build.build(tiny, one_device)
-    targets = sum(
-        len(d.text.encode()) + len(f"\n= {d.label}") + 1 for d in experiment.train_documents
-    )
-    assert experiment.total_steps == math.ceil(2 * targets / (8 * 32))
+    config = changed(tiny, {"train.length": "2 epochs"})
+    experiment = build.build(config, one_device)
+
+    # Targets of a document are its bytes, its label's with the prompt, and the end.
+    num_targets = 0
+    for document in experiment.train_documents:
+        num_targets += len(document.text.encode()) + len(f"\n= {document.label}") + 1
+    assert experiment.total_steps == math.ceil(2 * num_targets / (8 * 32))
+
+
+# What is built.
 
 
 def test_build_computes_and_writes_nothing(tiny, tmp_path, one_device):
     before = sorted(tmp_path.rglob("*"))
     experiment = build.build(tiny, one_device)
-    leaves = jax.tree.leaves(experiment.abstract_state)
-    assert (
-        leaves
-        and all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-        and sorted(tmp_path.rglob("*")) == before
-    )
+    leaves = jax.tree.leaves(experiment.program.abstract_state)
+    assert leaves
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_resolve(tmp_path, monkeypatch):
-    # Someone's own file plugs in by its dotted path.
+    """Someone's own file plugs in by its dotted path."""
     (tmp_path / "my_plugin.py").write_text("def source(split):\n    return split * 2\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert build.resolve("my_plugin.source", "x")("a") == "aa"
     assert build.resolve("my_plugin", "x") is sys.modules["my_plugin"]
     assert build.resolve("lm.evals.perplexity.Perplexity", "x") is perplexity.Perplexity
+
     with pytest.raises(ValueError, match="config.x = 'my_plugin.none' can't be imported"):
         build.resolve("my_plugin.none", "config.x")
 
 
-def test_tokenizer_of_the_configuration(tiny, tmp_path):
-    corpus = Documents(
-        [Document("the quick brown fox jumps\nover the lazy dog " * 3, "n", "red")] * 5, "abc"
-    )
-    assert isinstance(build.tokenizer(tiny, lambda: 1 / 0), ByteTokenizer)  # bytes need no corpus
-    trained = lambda **overrides: build.tokenizer(
-        changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 300} | overrides),
-        lambda: corpus,
-    )
-    one = trained()
-    assert (
-        isinstance(one, SentencePieceTokenizer)
-        and one.vocab_size == 300
-        and one.fingerprint == trained().fingerprint
-    )
-    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
+def no_corpus():
+    raise AssertionError("the corpus was read")
+
+
+def test_bytes_need_no_corpus(tiny):
+    assert isinstance(build.tokenizer(tiny, no_corpus), ByteTokenizer)
+
+
+def test_trained_tokenizers_are_cached(tiny, tmp_path):
+    text = "the quick brown fox jumps\nover the lazy dog " * 3
+    corpus = Documents([Document(text, "n", "red")] * 5, "abc")
+    cache = tmp_path / "cache" / "tokenizers"
+
+    def train_tokenizer(**overrides):
+        base = {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 300}
+        return build.tokenizer(changed(tiny, base | overrides), lambda: corpus)
+
+    trained = train_tokenizer()
+    assert isinstance(trained, SentencePieceTokenizer)
+    assert trained.vocab_size == 300
+    assert trained.fingerprint == train_tokenizer().fingerprint
+    assert len(list(cache.iterdir())) == 1
+
     # A label prompt is part of what it is trained on, so another prompt is another tokenizer; so is
     # another size.
     others = [
-        trained(**{"data.label_prompt": ""}),
-        trained(**{"data.label_prompt": "\n?"}),
-        trained(**{"tokenizer.vocab_size": 310}),
+        train_tokenizer(**{"data.label_prompt": ""}),
+        train_tokenizer(**{"data.label_prompt": "\n?"}),
+        train_tokenizer(**{"tokenizer.vocab_size": 310}),
     ]
-    assert (
-        len({t.fingerprint for t in [one, *others]})
-        == len(list((tmp_path / "cache" / "tokenizers").iterdir()))
-        == 4
-    )
+    assert len({t.fingerprint for t in [trained, *others]}) == 4
+    assert len(list(cache.iterdir())) == 4
+
     # A given model is loaded; it needs no corpus.
-    (tmp_path / "saved").mkdir()
-    one.save(build.epath.Path(tmp_path / "saved"))
-    given = changed(
-        tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.path": str(tmp_path / "saved")}
-    )
-    assert build.tokenizer(given, lambda: 1 / 0).fingerprint == one.fingerprint
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    trained.save(epath.Path(saved))
+    given = changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.path": str(saved)})
+    assert build.tokenizer(given, no_corpus).fingerprint == trained.fingerprint
 
 
 def test_a_long_label_prompt(tiny):
-    # Longer than a file name may be: the trained tokenizer has to be kept under some name of it all
-    # the same.
+    """Longer than a file name may be: the trained tokenizer has to be kept under some name of it
+    all the same.
+    """
     prompt = (
         "\nWhich of these colours is the text above about? Answer with one word, red, green or "
         "blue, and with nothing else at all. Colour:"
     )
-    config = changed(
-        tiny,
-        {
-            "tokenizer.kind": "sentencepiece",
-            "tokenizer.vocab_size": 300,
-            "data.label_prompt": prompt,
-        },
-    )
+    overrides = {
+        "tokenizer.kind": "sentencepiece",
+        "tokenizer.vocab_size": 300,
+        "data.label_prompt": prompt,
+    }
+    config = changed(tiny, overrides)
     assert build.tokenizer(config, lambda: build.documents(config, "train")).vocab_size == 300
+
+
+@pytest.mark.parametrize("max_documents", [0, 1, 4, 7, 9, 10, 100])
+def test_the_tokenizer_is_trained_on_so_many_documents(tiny, monkeypatch, max_documents):
+    corpus = Documents([Document(f"text {i}", "n", "") for i in range(10)], "abc")
+
+    def return_texts(texts, size, cache):
+        return list(texts)
+
+    monkeypatch.setattr(build.tokenizers, "train_sentencepiece", return_texts)
+    overrides = {"tokenizer.kind": "sentencepiece", "tokenizer.max_documents": max_documents}
+    texts = build.tokenizer(changed(tiny, overrides), lambda: corpus)
+    assert len(texts) == len(set(texts)) == min(max_documents or 10, 10)
+
+    # Evenly out of all of it.
+    numbers = [int(text.split()[1]) for text in texts]
+    assert numbers[0] == 0
+    assert max(np.diff([*numbers, 10])) <= math.ceil(10 / len(texts))
 
 
 def test_evaluators_are_given_what_they_ask_for(tiny, one_device):
@@ -338,35 +374,22 @@ def test_evaluators_are_given_what_they_ask_for(tiny, one_device):
     }
     evaluators = build.build(changed(tiny, overrides), one_device).make_evaluators()
     assert list(evaluators) == ["a", "b", "c", "d"]
-    assert evaluators["a"]._counts["documents"] == 16 and evaluators["d"]._counts["documents"] == 3
+    assert evaluators["a"].about["examples"] == 16
+    assert evaluators["d"].about["examples"] == 3
 
 
 def test_batches_come_from_the_training_split(tiny, one_device):
     experiment = build.build(tiny, one_device)
     loader = experiment.make_loader()
     batch, _ = next(loader)
-    assert batch["tokens"].shape == (8, 32) and loader.state().keys() == {"0", "1", "2", "3"}
-    texts = [
-        experiment.tokenizer.decode(experiment.encoder.training(d))
-        for d in experiment.train_documents
-    ]
-    row = {k: np.asarray(v[0]) for k, v in batch.items()}
-    first = experiment.tokenizer.decode(row["targets"][row["segments"] == 1])
-    assert any(first in text for text in texts)
+    assert batch["tokens"].shape == (8, 32)
+    assert loader.state().keys() == {"0", "1", "2", "3"}
     loader.close()
 
-
-@pytest.mark.parametrize("most", [0, 1, 4, 7, 9, 10, 100])
-def test_the_tokenizer_is_trained_on_so_many_documents(tiny, monkeypatch, most):
-    corpus = Documents([Document(f"text {i}", "n", "") for i in range(10)], "abc")
-    monkeypatch.setattr(
-        build.tokenizers, "train_sentencepiece", lambda texts, size, cache: list(texts)
-    )
-    texts = build.tokenizer(
-        changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.max_documents": most}),
-        lambda: corpus,
-    )
-    assert len(texts) == min(most or 10, 10) == len(set(texts))
-    numbers = np.array([int(t.split()[1]) for t in texts])
-    # evenly out of all of it
-    assert max(np.diff([*numbers, 10])) <= math.ceil(10 / len(texts)) and numbers[0] == 0
+    # The first segment of the first row is a part of some document.
+    targets, segments = np.asarray(batch["targets"][0]), np.asarray(batch["segments"][0])
+    first = experiment.tokenizer.decode(targets[segments == 1])
+    texts = []
+    for document in experiment.train_documents:
+        texts.append(experiment.tokenizer.decode(experiment.encoder.training(document)))
+    assert any(first in text for text in texts)

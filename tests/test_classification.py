@@ -11,20 +11,23 @@ import pytest
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
-from lm.evals import classification
+from lm.evals import classification, label_results
 from lm.evals.predict import Artifact
 from lm.evals.scores import calibration
-from lm.evals.verbalizer import word_scores
+from lm.evals.scores.label_scores import word_scores
 from lm.reports import pictures
 
 PROMPT = "\n?"
 LABELS = ("red", "green", "blue")
+VERBALIZER = [("red", (" red",)), ("green", (" green",)), ("blue", (" blue",))]
+BOS = 256  # of ByteTokenizer
+VOCAB_SIZE = 512
 
 
 class WordTokenizer:
-    """A token a character of a label word's alphabet; whole words in `words` are one token."""
+    """A token for each byte of a text, but a single token for the texts in `words`."""
 
-    vocab_size, bos_id, eos_id, fingerprint = 512, 256, 257, "words"
+    vocab_size, bos_id, eos_id, fingerprint = VOCAB_SIZE, BOS, 257, "words"
 
     def __init__(self, words=()):
         self.words = {word: 300 + i for i, word in enumerate(words)}
@@ -34,190 +37,216 @@ class WordTokenizer:
 
 
 class Model:
-    """PredictFns of a language model given as `distribution(prefix) -> log-probabilities of what
-    follows`, prefix a tuple of ids.
+    """The PredictFns of a language model that is given as a function: from the ids that a token
+    sees, a tuple, to the log-probabilities of what follows.
     """
 
     def __init__(self, distribution, length=64):
-        self.length, self._distribution, self.trees = length, distribution, []
+        self.length = length
+        self.trees = []  # all that were asked about
+        self._distribution = distribution
 
     def tree_logprobs(self, params, trees):
         self.trees += trees
-        out = []
-        for tree in trees:
-            above = lambda t: [k for k in range(t + 1) if tree.until[k] > t]  # noqa: B023
-            prefixes = [tuple(tree.tokens[above(t)].tolist()) for t in range(len(tree.tokens))]
-            for t, prefix in enumerate(prefixes):
-                assert tree.positions[t] == len(prefix) - 1 < self.length
-            said = np.array(
-                [
-                    self._distribution(prefixes[t])[target]
-                    for t, target in zip(tree.at, tree.target)
-                ],
-                np.float32,
-            )
-            out.append((said, said > -1))
-        return out
+        return [self._answer(tree) for tree in trees]
+
+    def _answer(self, tree):
+        # What a token sees follows from `until` alone, as in the model's mask.
+        prefixes = []
+        for t in range(len(tree.tokens)):
+            seen = [k for k in range(t + 1) if tree.until[k] > t]
+            prefix = tuple(tree.tokens[seen].tolist())
+            assert tree.positions[t] == len(prefix) - 1 < self.length
+            prefixes.append(prefix)
+
+        logprobs = []
+        for parent, target in zip(tree.query_parents, tree.query_targets):
+            logprobs.append(self._distribution(prefixes[parent])[target])
+        logprobs = np.array(logprobs, np.float32)
+        return logprobs, logprobs > -1
 
 
 def random_distribution(prefix):
-    # of integers: the same in each process
+    # The hash of integers is the same in each process.
     rng = np.random.default_rng(abs(hash(prefix)) % 2**32)
-    logits = rng.normal(0, 2, 512)
+    logits = rng.normal(0, 2, VOCAB_SIZE)
     return logits - np.log(np.exp(logits).sum())
 
 
 def uniform_distribution(prefix):
-    return np.full(512, -math.log(512))
+    return np.full(VOCAB_SIZE, -math.log(VOCAB_SIZE))
+
+
+def chain_rule(ids, continuation):
+    """The log-probability of a continuation's ids under `random_distribution`."""
+    ids = list(ids)
+    total = 0.0
+    for token in continuation:
+        total += random_distribution(tuple(ids))[token]
+        ids.append(token)
+    return total
 
 
 def make_documents(num=9, labels=LABELS):
-    return Documents(
-        [Document(f"text {i}", f"d{i}", labels[i % len(labels)]) for i in range(num)], "fingerprint"
-    )
+    documents = []
+    for i in range(num):
+        documents.append(Document(f"text {i}", f"d{i}", labels[i % len(labels)]))
+    return Documents(documents, "fingerprint")
 
 
-def make(
-    fns, verbalizer=None, documents=None, tokenizer=None, max_documents=0, prompt=PROMPT, **options
-):
-    verbalizer = verbalizer or [(label, (f" {label}",)) for label in LABELS]
-    documents = make_documents() if documents is None else documents
+def make(fns, verbalizer=VERBALIZER, documents=None, tokenizer=None, prompt=PROMPT, **options):
     return classification.DocumentClassification(
         fns,
         name="colours",
-        documents=documents,
+        documents=make_documents() if documents is None else documents,
         encoder=Encoder(tokenizer or ByteTokenizer(), prompt),
         verbalizer=verbalizer,
-        max_documents=max_documents,
-        **options,
+        **dict(max_documents=0) | options,
     )
 
 
-def asked(evaluator):
-    """The log-probabilities of its only way of asking."""
-    return classification.score_prompts(evaluator._predict_fns, None, evaluator.questions)[
-        0
-    ].examples
+def example_logprobs(evaluator):
+    """The log-probabilities of the words after each example, of its only variant."""
+    (variant,) = label_results.score_prompts(evaluator.predict_fns, None, evaluator.prompt_set)
+    return variant.examples
 
 
 def run(*args, **kwargs):
     """(metrics, predictions, artifacts)"""
-    values = dict(make(*args, **kwargs).run(None))
-    artifacts = {k: v for k, v in values.items() if isinstance(v, Artifact)}
-    predictions = [json.loads(line) for line in artifacts["predictions"].content.splitlines()]
-    return {k: v for k, v in values.items() if k not in artifacts}, predictions, artifacts
+    metrics = {}
+    artifacts = {}
+    for key, value in make(*args, **kwargs).run(None):
+        if isinstance(value, Artifact):
+            artifacts[key] = value
+        else:
+            metrics[key] = value
+    predictions = list(map(json.loads, artifacts["predictions"].content.splitlines()))
+    return metrics, predictions, artifacts
+
+
+def distributions(predictions, labels=LABELS):
+    """[n, K], the label distributions of the lines of predictions/."""
+    rows = []
+    for line in predictions:
+        rows.append([line["distribution"][label] for label in labels])
+    return np.array(rows)
+
+
+def gold_labels(predictions, labels=LABELS):
+    """[n], the index of the right label in the lines of predictions/."""
+    return np.array([labels.index(line["label"]) for line in predictions])
 
 
 def test_word_logprobs_are_the_chain_rule():
-    fns = Model(random_distribution)
-    evaluator = make(fns)
-    found = word_scores(asked(evaluator))
+    scores = word_scores(example_logprobs(make(Model(random_distribution))))
+
     for i, document in enumerate(make_documents()):
+        ids = [BOS, *(document.text + PROMPT).encode()]
         for j, label in enumerate(LABELS):
-            ids = [256, *(document.text + PROMPT).encode()]
-            expected = 0.0
-            for token in f" {label}".encode():
-                expected += random_distribution(tuple(ids))[token]
-                ids.append(token)
-            assert found[i, j] == pytest.approx(expected, abs=1e-4)
-    assert found.dtype == np.float64
+            expected = chain_rule(ids, f" {label}".encode())
+            assert scores[i, j] == pytest.approx(expected, abs=1e-4)
+    assert scores.dtype == np.float64
 
 
 def test_a_prompt_is_computed_once():
-    """However many words there are; single tokens add nothing to it, and what words share is there
-    once.
+    """However many words there are: single tokens add nothing to the prompt, and what words share
+    is in the row once.
     """
     fns = Model(random_distribution)
-    prompt = 1 + len("text 0" + PROMPT)
-    asked(make(fns, tokenizer=WordTokenizer([" red", " green", " blue"])))
-    assert len(fns.trees) == 9 + 3 and all(
-        len(tree.tokens) == prompt and len(tree.at) == 3 for tree in fns.trees[:9]
-    )
+    prompt_length = 1 + len("text 0" + PROMPT)
+
+    example_logprobs(make(fns, tokenizer=WordTokenizer([" red", " green", " blue"])))
+    assert len(fns.trees) == 9 + len(classification.CONTENT_FREE)
+    for tree in fns.trees[:9]:
+        assert len(tree.tokens) == prompt_length
+        assert len(tree.query_targets) == 3
+
     fns.trees.clear()
-    asked(make(fns, [("red", (" abc",)), ("green", (" abd",)), ("blue", (" x",))]))
-    assert all(
-        len(tree.tokens) == prompt + len(" ab") and len(tree.at) == len(" abcdx")
-        for tree in fns.trees[:9]
-    )
+    example_logprobs(make(fns, [("red", (" abc",)), ("green", (" abd",)), ("blue", (" x",))]))
+    for tree in fns.trees[:9]:
+        assert len(tree.tokens) == prompt_length + len(" ab")
+        assert len(tree.query_targets) == len(" abcdx")
 
 
 def test_an_oracle_is_right_and_sure():
     documents = make_documents()
 
-    def distribution(prefix):
-        asked = bytes(t for t in prefix[1:]).decode()
-        logp = np.full(512, -30.0)
-        for d in documents:
-            said = asked.removeprefix(d.text + PROMPT)
-            if said != asked and f" {d.label}".startswith(said):
-                logp[ord(f" {d.label}."[len(said)])] = 0.0
-        return logp
+    def oracle(prefix):
+        # The next byte of the right word, if the text is one of the documents and its word so far.
+        logprobs = np.full(VOCAB_SIZE, -30.0)
+        text = bytes(prefix[1:]).decode()
+        for document in documents:
+            word = f" {document.label}"
+            word_so_far = text.removeprefix(document.text + PROMPT)
+            if word_so_far != text and word.startswith(word_so_far):
+                logprobs[ord(f"{word}."[len(word_so_far)])] = 0.0
+        return logprobs
 
-    metrics, predictions, _ = run(Model(distribution))
-    assert (
-        metrics["accuracy"] == metrics["macro_f1"] == 1.0
-        and metrics["nll"] < 1e-6
-        and metrics["brier"] < 1e-6
-        and metrics["ece"] < 1e-6
-    )
-    assert metrics["label_mass"] == pytest.approx(1.0, abs=1e-6) and metrics["accuracy_high"] <= 1.0
-    assert all(p["prediction"] == p["label"] for p in predictions)
+    metrics, predictions, _ = run(Model(oracle))
+    assert metrics["accuracy"] == metrics["macro_f1"] == 1.0
+    assert metrics["accuracy_high"] <= 1.0
+    assert metrics["nll"] < 1e-6
+    assert metrics["brier"] < 1e-6
+    assert metrics["ece"] < 1e-6
+    assert metrics["label_mass"] == pytest.approx(1.0, abs=1e-6)
+    for line in predictions:
+        assert line["prediction"] == line["label"]
 
+    # The same model is always wrong about data with other labels.
     wrong = {"red": "green", "green": "blue", "blue": "red"}
-    shifted = Documents([d._replace(label=wrong[d.label]) for d in documents], "")
-    assert run(Model(distribution), documents=shifted)[0]["accuracy"] == 0.0
+    shifted = [document._replace(label=wrong[document.label]) for document in documents]
+    metrics, _, _ = run(Model(oracle), documents=Documents(shifted, ""))
+    assert metrics["accuracy"] == 0.0
 
 
-@pytest.mark.parametrize("labels", [("aaa", "bbb"), ("aaa", "bbb", "ccc", "ddd", "eee")])
-def test_a_uniform_model_scores_chance(labels):
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_uniform_model_scores_chance(k):
+    labels = ("aaa", "bbb", "ccc", "ddd", "eee")[:k]
+    verbalizer = [(label, (f" {label}",)) for label in labels]
     metrics, predictions, _ = run(
-        Model(uniform_distribution),
-        [(label, (f" {label}",)) for label in labels],
-        make_documents(10, labels),
+        Model(uniform_distribution), verbalizer, make_documents(10, labels)
     )
-    k = len(labels)
-    assert metrics["nll"] == pytest.approx(math.log(k), rel=1e-6) and metrics[
-        "brier"
-    ] == pytest.approx(1 - 1 / k, rel=1e-6)
-    assert metrics["label_mass"] == pytest.approx(k / 512**4, rel=1e-4)
-    assert all(
-        p["distribution"][label] == pytest.approx(1 / k, rel=1e-6)
-        for p in predictions
-        for label in labels
-    )
+
+    assert metrics["nll"] == pytest.approx(math.log(k), rel=1e-6)
+    assert metrics["brier"] == pytest.approx(1 - 1 / k, rel=1e-6)
+    # Each word has four tokens.
+    assert metrics["label_mass"] == pytest.approx(k / VOCAB_SIZE**4, rel=1e-4)
+    np.testing.assert_allclose(distributions(predictions, labels), 1 / k, rtol=1e-6)
 
 
 def test_permuting_the_verbalizer_permutes_the_result():
-    verbalizer = [(label, (f" {label}",)) for label in LABELS]
-    metrics, predictions, _ = run(Model(random_distribution), verbalizer)
+    metrics, predictions, _ = run(Model(random_distribution))
+
     for order in ([2, 0, 1], [1, 0, 2]):
-        other, permuted, _ = run(Model(random_distribution), [verbalizer[i] for i in order])
-        assert other == pytest.approx(metrics, rel=1e-9)
-        assert permuted == [
-            p
-            | {
-                "distribution": pytest.approx(p["distribution"], rel=1e-9),
-                "label_mass": pytest.approx(p["label_mass"], rel=1e-9),
-            }
-            for p in predictions
-        ]
+        permuted_verbalizer = [VERBALIZER[i] for i in order]
+        permuted_metrics, permuted, _ = run(Model(random_distribution), permuted_verbalizer)
+        assert permuted_metrics == pytest.approx(metrics, rel=1e-9)
+        assert len(permuted) == len(predictions)
+        for line, original in zip(permuted, predictions):
+            # These are sums, in another order.
+            expected = dict(original)
+            for key in ("distribution", "label_mass"):
+                expected[key] = pytest.approx(original[key], rel=1e-9)
+            assert line == expected
 
 
 def test_metrics_are_those_of_the_predictions():
     metrics, predictions, _ = run(Model(random_distribution), documents=make_documents(25))
-    P = np.array([[p["distribution"][label] for label in LABELS] for p in predictions])
-    y = np.array([LABELS.index(p["label"]) for p in predictions])
-    right = P.argmax(1) == y
-    assert [p["prediction"] for p in predictions] == [LABELS[i] for i in P.argmax(1)]
-    assert metrics["accuracy"] == right.mean() and metrics["examples"] == 25
-    assert metrics["nll"] == pytest.approx(-np.log(P[np.arange(25), y]).mean(), rel=1e-9)
-    assert metrics["label_mass"] == pytest.approx(
-        np.mean([p["label_mass"] for p in predictions]), rel=1e-9
-    )
-    assert (
-        metrics["majority_accuracy"] == 9 / 25
-        and metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"]
-    )
+
+    P = distributions(predictions)
+    gold = gold_labels(predictions)
+    predicted = P.argmax(axis=1)
+    for line, k in zip(predictions, predicted, strict=True):
+        assert line["prediction"] == LABELS[k]
+    assert metrics["examples"] == 25
+    assert metrics["accuracy"] == (predicted == gold).mean()
+    assert metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"]
+    assert metrics["majority_accuracy"] == 9 / 25
+    assert metrics["nll"] == pytest.approx(-np.log(P[np.arange(25), gold]).mean(), rel=1e-9)
+
+    # The mean over examples, of which the file has each.
+    masses = [line["label_mass"] for line in predictions]
+    assert metrics["label_mass"] == pytest.approx(np.mean(masses), rel=1e-9)
 
 
 def test_several_words_add_up():
@@ -227,57 +256,50 @@ def test_several_words_add_up():
         ("blue", (" blue", " navy", " azure")),
     ]
     fns = Model(random_distribution)
-    scores = word_scores(asked(make(fns, verbalizer)))
+    scores = word_scores(example_logprobs(make(fns, verbalizer)))
     _, predictions, _ = run(fns, verbalizer)
-    for row, p in zip(scores, predictions):
-        mass = np.exp(
-            [
-                np.logaddexp(row[0], row[1]),
-                row[2],
-                np.logaddexp(np.logaddexp(row[3], row[4]), row[5]),
-            ]
-        )
-        np.testing.assert_allclose(
-            [p["distribution"][label] for label in LABELS], mass / mass.sum(), rtol=1e-9
-        )
-        assert p["label_mass"] == pytest.approx(mass.sum(), rel=1e-9)
-        assert [
-            sum(tokens) for words in p["word_logprobs"][0].values() for tokens in words.values()
-        ] == pytest.approx(row.tolist())
+
+    P = distributions(predictions)
+    for i, line in enumerate(predictions):
+        words = np.exp(scores[i])
+        labels = np.array([words[:2].sum(), words[2], words[3:].sum()])
+        np.testing.assert_allclose(P[i], labels / labels.sum(), rtol=1e-9)
+        assert line["label_mass"] == pytest.approx(labels.sum(), rel=1e-9)
+
+        # The file has the log-probabilities that the scores are sums of.
+        sums = []
+        for by_word in line["word_logprobs"][0].values():
+            sums += map(sum, by_word.values())
+        assert sums == pytest.approx(scores[i].tolist())
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WordTokenizer([" red", " green", " blue"])])
 def test_long_documents_keep_their_end_and_the_question(tokenizer):
-    documents = Documents(
-        [
-            Document("x" * n + f"END{i % 10}", f"d{i}", LABELS[i % 3])
-            for i, n in enumerate(range(0, 60))
-        ],
-        "",
-    )
+    documents = []
+    for i in range(60):
+        documents.append(Document("x" * i + f"END{i % 10}", f"d{i}", LABELS[i % 3]))
     fns = Model(random_distribution, length=32)
-    evaluator = make(fns, documents=documents, tokenizer=tokenizer)
-    found = word_scores(asked(evaluator))
-    longest = max(len(tokenizer.encode(f" {label}")) for label in LABELS)
+    evaluator = make(fns, documents=Documents(documents, ""), tokenizer=tokenizer)
+    scores = word_scores(example_logprobs(evaluator))
+
+    words = list(map(tokenizer.encode, (" red", " green", " blue")))
+    longest = max(map(len, words))
     for i, document in enumerate(documents):
         # All words of an example follow the same prompt, the longest whose longest word still fits.
-        prompt = [256, *(document.text + PROMPT).encode()][-(32 - longest + 1) :]
-        assert bytes(prompt[-6:]).decode().endswith(PROMPT) and len(prompt) + longest - 1 <= 32
-        for j, label in enumerate(LABELS):
-            ids, expected = list(prompt), 0.0
-            for token in tokenizer.encode(f" {label}"):
-                expected += random_distribution(tuple(ids))[token]
-                ids.append(token)
-            assert found[i, j] == pytest.approx(expected, abs=1e-4)
-    assert max(tree.positions.max() for tree in fns.trees) >= 30  # the room is used
+        prompt = [BOS, *(document.text + PROMPT).encode()][-(32 - longest + 1) :]
+        assert bytes(prompt[-6:]).decode().endswith(PROMPT)
+        assert len(prompt) + longest - 1 <= 32
+        for j, word in enumerate(words):
+            assert scores[i, j] == pytest.approx(chain_rule(prompt, word), abs=1e-4)
+
+    # The room is used.
+    assert max(tree.positions.max() for tree in fns.trees) >= 30
 
 
 def test_a_question_that_does_not_fit():
-    # Neither the question nor a word may be cut: a score of half a word is no score.
-    for verbalizer, prompt in (
-        ([("red", (" " + "r" * 40,)), ("green", (" g",)), ("blue", (" b",))], PROMPT),
-        (None, "?" * 40),
-    ):
+    """Neither the question nor a word may be cut: a score of half a word is no score."""
+    long_word = [("red", (" " + "r" * 40,)), ("green", (" g",)), ("blue", (" b",))]
+    for verbalizer, prompt in ((long_word, PROMPT), (VERBALIZER, "?" * 40)):
         with pytest.raises(ValueError, match="32|length|context"):
             make(Model(uniform_distribution, length=32), verbalizer, prompt=prompt)
 
@@ -312,110 +334,112 @@ def test_verbalizers_that_cannot_work(verbalizer, message):
         make(Model(uniform_distribution), verbalizer)
 
 
-def test_compile_verbalizer_wants_the_data_s_labels():
+def test_compile_verbalizer_wants_the_labels_of_the_data():
     tokenizer = ByteTokenizer()
-    assert classification.compile_verbalizer(
-        [("a", (" x", " y")), ("b", (" z",))], tokenizer, {"a", "b"}
-    ) == [(0, " x", [32, 120]), (0, " y", [32, 121]), (1, " z", [32, 122])]
-    for labels in ({"a", "b", "c"}, {"a", "c"}):
+    verbalizer = [("a", (" x", " y")), ("b", (" z",))]
+
+    words, word_ids = classification.compile_verbalizer(verbalizer, tokenizer, {"a", "b"})
+    assert words == [(0, " x"), (0, " y"), (1, " z")]
+    assert word_ids == [[32, 120], [32, 121], [32, 122]]
+
+    for data_labels in ({"a", "b", "c"}, {"a", "c"}):
         with pytest.raises(ValueError, match="the data's labels are"):
-            classification.compile_verbalizer([("a", (" x",)), ("b", (" z",))], tokenizer, labels)
+            classification.compile_verbalizer(verbalizer, tokenizer, data_labels)
 
 
 def test_unlabelled_data():
     unlabelled = Documents([Document("a", "a", "red"), Document("b", "b", "")], "")
     with pytest.raises(ValueError, match="'colours' needs labelled documents"):
         make(Model(uniform_distribution), documents=unlabelled)
+    with pytest.raises(ValueError, match="'colours' needs labelled documents"):
+        make(Model(uniform_distribution), documents=Documents([], ""))
     with pytest.raises(ValueError, match="config.data.label_prompt"):
         make(Model(uniform_distribution), prompt="")
 
 
-def test_some_of_the_documents():
+def test_max_documents_are_evenly_spaced():
     metrics, predictions, _ = run(Model(random_distribution), max_documents=4)
-    # evenly out of nine
-    assert metrics["examples"] == 4 and [p["name"] for p in predictions] == ["d0", "d2", "d4", "d6"]
+    assert metrics["examples"] == 4
+    # Out of nine.
+    assert [line["name"] for line in predictions] == ["d0", "d2", "d4", "d6"]
 
 
 def test_artifacts():
-    odd = Documents(
-        [
-            Document("a", 'name "quoted"\n\u2028', "red"),
-            Document("b", "é", "green"),
-            Document("c", "c", "blue"),
-        ],
-        "",
-    )
-    _, _, artifacts = run(Model(random_distribution), documents=odd)
-    predictions, confusion = artifacts["predictions"], artifacts["confusion"]
-    assert (
-        predictions.path == "predictions/colours-{step}.jsonl"
-        and predictions.content.endswith("\n")
-        and not predictions.append
-    )
-    lines = [json.loads(line) for line in predictions.content.rstrip("\n").split("\n")]
-    assert [line["name"] for line in lines] == [d.name for d in odd] and [
-        line["label"] for line in lines
-    ] == list(LABELS)
+    # A line separator in a name must not break a line of predictions/.
+    names = ['name "quoted"\n\u2028', "é", "c"]
+    documents = []
+    for name, text, label in zip(names, "abc", LABELS):
+        documents.append(Document(text, name, label))
+    _, _, artifacts = run(Model(random_distribution), documents=Documents(documents, ""))
+
+    predictions = artifacts["predictions"]
+    assert predictions.path == "predictions/colours-{step}.jsonl"
+    assert predictions.content.endswith("\n")
+    assert not predictions.append
+
+    # Not splitlines(), which splits at other separators too.
+    lines = list(map(json.loads, predictions.content.rstrip("\n").split("\n")))
+    assert [line["name"] for line in lines] == names
+    assert [line["label"] for line in lines] == list(LABELS)
     for line in lines:
-        assert set(line["distribution"]) == set(LABELS) and sum(
-            line["distribution"].values()
-        ) == pytest.approx(1, abs=1e-12)
-        said = line["word_logprobs"][0]
-        assert {label: set(words) for label, words in said.items()} == {
-            label: {f" {label}"} for label in LABELS
-        }
-        assert all(
-            len(tokens) == len(word) and max(tokens) < 0
-            for words in said.values()
-            for word, tokens in words.items()
-        )
-    for picture in (confusion, artifacts["reliability"]):
-        assert (
-            picture.path.endswith(".png")
-            and picture.content.startswith(b"\x89PNG\r\n\x1a\n")
-            and picture.content.rstrip().endswith(b"IEND\xaeB`\x82")
-        )
+        assert line["distribution"].keys() == set(LABELS)
+        assert sum(line["distribution"].values()) == pytest.approx(1, abs=1e-12)
+
+        by_label = line["word_logprobs"][0]
+        assert by_label.keys() == set(LABELS)
+        for label, by_word in by_label.items():
+            assert by_word.keys() == {f" {label}"}
+            (tokens,) = by_word.values()
+            assert len(tokens) == len(f" {label}")
+            assert max(tokens) < 0
+
+    for key in ("confusion", "reliability"):
+        assert artifacts[key].path == f"{key}-colours.png"
+        assert artifacts[key].content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert artifacts[key].content.rstrip().endswith(b"IEND\xaeB`\x82")
 
 
 def test_certainty_is_finite():
-    # Probabilities of zero and one, and words so improbable that exp() of their score is 0.
-    def distribution(prefix):
-        logp = np.full(512, -2000.0)
-        logp[ord("r")] = 0.0
-        return logp
+    """Probabilities of zero and one, and words so improbable that exp() of their score is 0."""
 
-    metrics, predictions, _ = run(
-        Model(distribution), [("red", ("r",)), ("green", ("gg",)), ("blue", ("bb",))]
-    )
-    assert all(math.isfinite(v) for v in metrics.values()) and metrics["accuracy"] == pytest.approx(
-        1 / 3
-    )
-    assert all(p["distribution"] == {"red": 1.0, "green": 0.0, "blue": 0.0} for p in predictions)
+    def certain_distribution(prefix):
+        logprobs = np.full(VOCAB_SIZE, -2000.0)
+        logprobs[ord("r")] = 0.0
+        return logprobs
+
+    verbalizer = [("red", ("r",)), ("green", ("gg",)), ("blue", ("bb",))]
+    metrics, predictions, _ = run(Model(certain_distribution), verbalizer)
+    assert all(map(math.isfinite, metrics.values()))
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    for line in predictions:
+        assert line["distribution"] == {"red": 1.0, "green": 0.0, "blue": 0.0}
 
 
-def test_corrected_distributions():
-    """By what follows documents that say nothing, and by the mean: a bias towards a label, whatever
-    the document, goes.
-    """
+def test_prior_correction_removes_a_bias():
+    """A preference for a label, whatever the document, goes by either prior."""
     documents = make_documents(30)
+    gold = {document.text + PROMPT: document.label for document in documents}
 
-    def distribution(prefix):
-        text = bytes(t for t in prefix[1:]).decode()
-        logits = np.zeros(512)
-        for number, label in enumerate(LABELS):
-            logits[ord(label[0])] = 3.0 * (number == 2) + 1.0 * any(
-                text == f"{d.text}{PROMPT}" and d.label == label for d in documents
-            )
+    def biased_distribution(prefix):
+        # One logit more for the right label, three for the last one.
+        logits = np.zeros(VOCAB_SIZE)
+        logits[ord(LABELS[2][0])] += 3.0
+        text = bytes(prefix[1:]).decode()
+        if text in gold:
+            logits[ord(gold[text][0])] += 1.0
         return logits - np.log(np.exp(logits).sum())
 
-    metrics, _, _ = run(Model(distribution), [(label, (label[0],)) for label in LABELS], documents)
-    assert metrics["accuracy"] == metrics["content_free_accuracy"] == 1 / 3  # always the third
+    # Words of a single byte: the model above answers with the first letter.
+    verbalizer = [("red", ("r",)), ("green", ("g",)), ("blue", ("b",))]
+    metrics, _, _ = run(Model(biased_distribution), verbalizer, documents)
+
+    # Without a correction it is always the last label.
+    assert metrics["accuracy"] == metrics["content_free_accuracy"] == 1 / 3
     assert metrics["accuracy_content_free"] == metrics["accuracy_batch"] == 1.0
-    assert (
-        metrics["nll_content_free"] == pytest.approx(math.log(1 + 2 / math.e))
-        and metrics["nll_content_free"] < metrics["nll"]
-    )
-    assert metrics["ece_content_free"] == pytest.approx(1 - 1 / (1 + 2 / math.e))
+    right_probability = 1 / (1 + 2 / math.e)
+    assert metrics["nll_content_free"] == pytest.approx(-math.log(right_probability))
+    assert metrics["nll_content_free"] < metrics["nll"]
+    assert metrics["ece_content_free"] == pytest.approx(1 - right_probability)
 
 
 @pytest.mark.parametrize(
@@ -428,50 +452,63 @@ def test_corrected_distributions():
         dict(length_norm="byte"),
     ],
 )
-def test_other_scores(options):
+def test_scoring_options(options):
     """They change label distributions; predictions/ keeps what all of them are made of."""
-    words = [("red", (" red", " x")), ("green", (" g",)), ("blue", (" blue",))]
-    (_, plain, _), (_, other, _) = (
-        run(Model(random_distribution), words),
-        run(Model(random_distribution), words, **options),
-    )
-    assert [p["word_logprobs"] for p in plain] == [p["word_logprobs"] for p in other]
-    assert [p["distribution"] for p in plain] != [p["distribution"] for p in other]
+    verbalizer = [("red", (" red", " x")), ("green", (" g",)), ("blue", (" blue",))]
+    _, default, _ = run(Model(random_distribution), verbalizer)
+    _, changed, _ = run(Model(random_distribution), verbalizer, **options)
+
+    for default_line, changed_line in zip(default, changed):
+        assert default_line["word_logprobs"] == changed_line["word_logprobs"]
+    assert not np.array_equal(distributions(default), distributions(changed))
 
 
-def test_what_is_counted_and_refused():
-    long = Documents(
-        [Document("x" * 60, "d", "red"), Document("x", "e", "green"), Document("x", "f", "blue")],
-        "",
-    )
-    assert run(Model(uniform_distribution), documents=long)[0]["cut"] == 1
+def test_truncated_documents_are_counted():
+    documents = [
+        Document("x" * 60, "d", "red"),
+        Document("x", "e", "green"),
+        Document("x", "f", "blue"),
+    ]
+    # Only the first one is longer than the 64 tokens of a row.
+    metrics, _, _ = run(Model(uniform_distribution), documents=Documents(documents, ""))
+    assert metrics["cut"] == 1
+
+
+def test_invalid_options():
     with pytest.raises(
         ValueError,
-        match=r"config.evals.colours.aggregate = 'median'; valid: \['sum', 'mean', 'max', 'logmeanexp'\]",  # noqa: E501
+        match=(
+            r"config.evals.colours.aggregate = 'median'; "
+            r"valid: \['sum', 'mean', 'max', 'logmeanexp'\]"
+        ),
     ):
         make(Model(uniform_distribution), aggregate="median")
     with pytest.raises(ValueError, match="length_norm = 'words'; valid"):
         make(Model(uniform_distribution), length_norm="words")
-    with pytest.raises(ValueError, match="needs labelled documents"):
-        make(Model(uniform_distribution), documents=Documents([], ""))
-    with pytest.raises(ValueError, match="not finite for 9 of 9 examples"):
-        run(Model(lambda prefix: np.full(512, np.nan)))
+
+    blank_word = [("red", (" ",)), ("green", ("g",)), ("blue", ("b",))]
     with pytest.raises(
         ValueError, match=r"length_norm = 'char': the words \[' '\] have no characters"
     ):
-        make(
-            Model(uniform_distribution),
-            [("red", (" ",)), ("green", ("g",)), ("blue", ("b",))],
-            length_norm="char",
-        )
-    same = Documents([Document("a", "a", "red"), Document("b", "b", "red")], "")
-    metrics, _, _ = run(Model(uniform_distribution), documents=same)  # one label only
-    assert "auroc" not in metrics and all(math.isfinite(v) for v in metrics.values())
+        make(Model(uniform_distribution), blank_word, length_norm="char")
+
+
+def test_not_finite():
+    with pytest.raises(ValueError, match="not finite for 9 of 9 examples"):
+        run(Model(lambda prefix: np.full(VOCAB_SIZE, np.nan)))
+
+
+def test_data_with_a_single_label():
+    documents = Documents([Document("a", "a", "red"), Document("b", "b", "red")], "")
+    metrics, _, _ = run(Model(uniform_distribution), documents=documents)
+    # Left out, rather than not finite.
+    assert "auroc" not in metrics
+    assert all(map(math.isfinite, metrics.values()))
 
 
 def test_pictures_have_many_labels():
     P = np.random.default_rng(0).dirichlet(np.ones(20), 50)
-    assert pictures.plot_reliability(
-        P, np.arange(50) % 20, [f"label {i}" for i in range(20)], "many"
-    ).startswith(b"\x89PNG")
-    assert calibration.ece(P, np.arange(50) % 20) > 0
+    gold = np.arange(50) % 20
+    labels = [f"label {k}" for k in range(20)]
+    assert pictures.plot_reliability(P, gold, labels, "many").startswith(b"\x89PNG")
+    assert calibration.ece(P, gold) > 0

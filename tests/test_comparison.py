@@ -12,144 +12,169 @@ from lm.reports import comparison
 LABELS = ("a", "b", "c")
 
 
-def lines(seed, skill, n=200):
-    """Predictions of a model that knows a share of the answers, always the same ones for the same
-    skill.
+def make_lines(seed, skill, n=200):
+    """Predictions of a model that knows a share `skill` of the answers: always the same ones for
+    the same skill, and those of a lower skill too. The rest is drawn by `seed`.
     """
     rng = np.random.default_rng(0)
-    y, hard, P = (
-        rng.integers(0, 3, n),
-        rng.random(n),
-        np.random.default_rng(seed).dirichlet(np.ones(3), n),
-    )
-    P[hard < skill] = 0.1 + 0.7 * np.eye(3)[y[hard < skill]]
-    return [
-        dict(
+    y = rng.integers(0, 3, n)
+    is_known = rng.random(n) < skill
+    P = np.random.default_rng(seed).dirichlet(np.ones(3), n)
+    P[is_known] = 0.1 + 0.7 * np.eye(3)[y[is_known]]
+
+    lines = []
+    for i in range(n):
+        line = dict(
             name=f"d{i}",
-            label=LABELS[k],
-            prediction=LABELS[p.argmax()],
-            distribution=dict(zip(LABELS, p.tolist())),
+            label=LABELS[y[i]],
+            prediction=LABELS[P[i].argmax()],
+            distribution=dict(zip(LABELS, P[i].tolist())),
         )
-        for i, (k, p) in enumerate(zip(y, P))
-    ]
+        lines.append(line)
+    return lines
 
 
-def write(folder, evals):
-    for name, found in evals.items():
+GOOD = make_lines(1, skill=0.8)
+BAD = make_lines(2, skill=0.5)
+
+
+def make_score_lines(period, n=40):
+    """Answers of which every `period`-th is right."""
+    lines = []
+    for i in range(n):
+        lines.append(dict(name=str(i), references=["a"], scores=dict(f1=float(i % period == 0))))
+    return lines
+
+
+def write_run(folder, evals):
+    """A run directory with predictions/ of NAME-STEP -> lines."""
+    for name, lines in evals.items():
         path = folder / "predictions" / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(map(json.dumps, found)) + "\n")
+        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     return epath.Path(folder)
 
 
+def is_right(lines):
+    return np.array([line["prediction"] == line["label"] for line in lines])
+
+
 def test_compare():
-    good, bad = lines(1, 0.8), lines(2, 0.5)
-    found, back = comparison.compare(good, bad), comparison.compare(bad, good)
-    right = [
-        np.array([line["prediction"] == line["label"] for line in model]) for model in (good, bad)
-    ]
-    assert (
-        found["accuracy"] == right[0].mean()
-        and found["accuracy_other"] == right[1].mean()
-        and found["examples"] == 200
-    )
-    assert (
-        found["mcnemar_p"] == statistics.mcnemar(*right).p < 0.01
-        and found["accuracy_p"] < 0.05
-        and found["accuracy_low"] > 0
-    )
-    assert (
-        found["nll_difference"] < 0 and found["nll_high"] < 0 and found["macro_f1_difference"] > 0
-    )
+    result = comparison.compare(GOOD, BAD)
+
+    assert result["examples"] == 200
+    assert result["accuracy"] == is_right(GOOD).mean()
+    assert result["accuracy_other"] == is_right(BAD).mean()
+    assert result["accuracy_low"] > 0 and result["accuracy_p"] < 0.05
+    assert result["mcnemar_p"] == statistics.mcnemar_p(is_right(GOOD), is_right(BAD)) < 0.01
+    assert result["macro_f1_difference"] > 0
+    assert result["nll_difference"] < 0 and result["nll_high"] < 0
+
+
+def test_the_other_way_round_is_the_negative():
+    result = comparison.compare(GOOD, BAD)
+    swapped = comparison.compare(BAD, GOOD)
+
     for name in ("accuracy", "macro_f1", "nll"):
-        assert back[f"{name}_difference"] == pytest.approx(-found[f"{name}_difference"]) and back[
-            f"{name}_low"
-        ] == pytest.approx(-found[f"{name}_high"])
-    same = comparison.compare(good, good)
-    assert (
-        same["accuracy_difference"] == same["nll_difference"] == 0
-        and same["mcnemar_p"] == same["nll_p"] == 1
-        and "smallest_difference" not in same
-    )
+        assert swapped[f"{name}_difference"] == pytest.approx(-result[f"{name}_difference"])
+        assert swapped[f"{name}_low"] == pytest.approx(-result[f"{name}_high"])
+
+
+def test_a_model_does_not_differ_from_itself():
+    result = comparison.compare(GOOD, GOOD)
+
+    assert result["accuracy_difference"] == result["nll_difference"] == 0
+    assert result["mcnemar_p"] == result["nll_p"] == 1
+    assert "smallest_difference" not in result
+
+
+def test_too_few_examples():
     with pytest.raises(ValueError, match="x: 9 examples; wanted 10 or more"):
-        comparison.compare(good[:9], good[:9], "x")
+        comparison.compare(GOOD[:9], GOOD[:9], "x")
 
 
 def test_what_cant_be_paired_is_no_comparison(tmp_path, caplog):
     """Neither for Holm's correction: a corpus's BLEU, a handful of examples."""
-    empty = [dict(name=f"d{i}", references=["a"], scores={}) for i in range(20)]
-    one = write(
-        tmp_path / "one", {"x-1": lines(1, 0.8), "bleu-1": empty, "few-1": lines(1, 0.8)[:5]}
+    without_scores = [dict(name=f"d{i}", references=["a"], scores={}) for i in range(20)]
+    run = write_run(tmp_path / "run", {"x-1": GOOD, "bleu-1": without_scores, "few-1": GOOD[:5]})
+    other = write_run(
+        tmp_path / "other",
+        {"x-1": BAD, "bleu-1": without_scores, "few-1": make_lines(2, skill=0.8)[:5]},
     )
-    other = write(
-        tmp_path / "other", {"x-1": lines(2, 0.5), "bleu-1": empty, "few-1": lines(2, 0.8)[:5]}
-    )
-    found = comparison.compare_runs(one, other)
-    assert list(found) == ["x"] and found["x"]["p_holm"] == found["x"]["mcnemar_p"]
-    assert (
-        "bleu has no score of single examples" in caplog.text
-        and "few has 5 examples, too few to compare" in caplog.text
-    )
+
+    comparisons = comparison.compare_runs(run, other)
+
+    assert list(comparisons) == ["x"]
+    assert comparisons["x"]["p_holm"] == comparisons["x"]["mcnemar_p"]
+    assert "bleu has no score of single examples" in caplog.text
+    assert "few has 5 examples, too few to compare" in caplog.text
 
 
 def test_scores_of_answers():
-    first, second = (
-        [dict(name=str(i), references=["a"], scores=dict(f1=float(i % k == 0))) for i in range(40)]
-        for k in (2, 4)
-    )
-    found = comparison.compare(first, second)
-    assert (
-        (found["f1"], found["f1_other"], found["f1_difference"]) == (0.5, 0.25, 0.25)
-        and found["f1_low"] > 0
-        and "accuracy" not in found
-    )
+    first = make_score_lines(2)
+    second = make_score_lines(4)
+
+    result = comparison.compare(first, second)
+
+    assert (result["f1"], result["f1_other"], result["f1_difference"]) == (0.5, 0.25, 0.25)
+    assert result["f1_low"] > 0
+    assert "accuracy" not in result
+    other_references = [line | dict(references=["b"]) for line in second]
     with pytest.raises(ValueError, match="evaluated on other examples"):
-        comparison.compare(first, [line | dict(references=["b"]) for line in second])
+        comparison.compare(first, other_references)
 
 
 def test_runs(tmp_path):
-    """The newest step of the evals that both have; several are corrected for."""
-    one = write(
-        tmp_path / "one",
+    """The newest step of the evals that both have; p-values are corrected for several evals."""
+    run = write_run(
+        tmp_path / "run",
         {
-            "x-y-5": lines(9, 0.1),
-            "x-y-20": lines(1, 0.8),
-            "z-20": lines(3, 0.6),
-            "only-20": lines(4, 0.5),
+            "x-y-5": make_lines(9, skill=0.1),
+            "x-y-20": GOOD,
+            "z-20": make_lines(3, skill=0.6),
+            "only-20": make_lines(4, skill=0.5),
         },
     )
-    other = write(tmp_path / "other", {"x-y-100": lines(2, 0.5), "z-3": lines(5, 0.55)})
-    found = comparison.compare_runs(one, other)
-    assert (
-        list(found) == ["x-y", "z"]
-        and found["x-y"]["accuracy"] == comparison.compare(lines(1, 0.8), lines(2, 0.5))["accuracy"]
+    other = write_run(tmp_path / "other", {"x-y-100": BAD, "z-3": make_lines(5, skill=0.55)})
+
+    comparisons = comparison.compare_runs(run, other)
+
+    assert list(comparisons) == ["x-y", "z"]
+    x_y, z = comparisons.values()
+    assert x_y["accuracy"] == comparison.compare(GOOD, BAD)["accuracy"]
+    assert (x_y["step"], x_y["step_other"]) == (20, 100)
+    corrected = statistics.holm([x_y["mcnemar_p"], z["mcnemar_p"]])
+    assert [x_y["p_holm"], z["p_holm"]] == corrected
+
+    text = comparison.table(comparisons)
+    assert "x-y, 200 examples, step 20 and step 100" in text
+    assert "for 2 eval(s) (Holm)" in text
+
+
+def test_a_run_without_predictions(tmp_path):
+    run = write_run(tmp_path / "run", {"x-20": GOOD, "only-20": GOOD})
+
+    message = (
+        r"no eval has predictions/ in both: .*run has \['only', 'x'\], "
+        r".*nowhere \[\]. Evaluate both"
     )
-    assert [found[name]["p_holm"] for name in found] == statistics.holm(
-        [found[name]["mcnemar_p"] for name in found]
-    )
-    assert (found["x-y"]["step"], found["x-y"]["step_other"]) == (20, 100)
-    assert "x-y, 200 examples, step 20 and step 100" in comparison.table(
-        found
-    ) and "for 2 eval(s) (Holm)" in comparison.table(found)
-    with pytest.raises(
-        ValueError,
-        match=r"no eval has predictions/ in both: .*one has \['only', 'x-y', 'z'\], .*nowhere \[\]. Evaluate both",  # noqa: E501
-    ):
-        comparison.compare_runs(one, epath.Path(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=message):
+        comparison.compare_runs(run, epath.Path(tmp_path / "nowhere"))
 
 
 def test_other_examples():
-    good = lines(1, 0.8)
     with pytest.raises(
         ValueError, match=r"x: the two runs were evaluated on other examples \(200 and 199\)"
     ):
-        comparison.compare(good, good[1:], "x")
-    renamed = [
-        line | dict(distribution={name + "!": p for name, p in line["distribution"].items()})
-        for line in good
-    ]
-    with pytest.raises(
-        ValueError,
-        match=r"the labels are \['a', 'b', 'c'\] in one run and \['a!', 'b!', 'c!'\] in the other",
-    ):
-        comparison.compare(good, renamed)
+        comparison.compare(GOOD, GOOD[1:], "x")
+
+
+def test_other_labels():
+    renamed = []
+    for line in GOOD:
+        probs = line["distribution"].values()
+        renamed.append(line | dict(distribution=dict(zip(("a!", "b!", "c!"), probs))))
+
+    message = r"the labels are \['a', 'b', 'c'\] in one run and \['a!', 'b!', 'c!'\] in the other"
+    with pytest.raises(ValueError, match=message):
+        comparison.compare(GOOD, renamed)

@@ -35,8 +35,10 @@ PARAMETERS = {
 
 
 def sizes(path):
-    """The arguments that a configuration takes: those in its SIZES, else all presets; () alone
-    where it takes none.
+    """The arguments that a configuration takes, as tuples for its get_config.
+
+    () is its default size. Besides, there are those in its SIZES, or all presets if it has none;
+    nothing where get_config takes no argument.
     """
     module = runpy.run_path(str(path))
     if not inspect.signature(module["get_config"]).parameters:
@@ -44,59 +46,73 @@ def sizes(path):
     return [()] + [(size,) for size in module.get("SIZES", presets.PRESETS)]
 
 
+def configurations():
+    """A pytest parameter for each configuration and size."""
+    parameters = []
+    for path in CONFIGS:
+        for size in sizes(path):
+            parameters.append(pytest.param(path, size, id=":".join((path.stem, *size))))
+    return parameters
+
+
 def abstract_model(config, vocab_size):
     """(its Config, abstract parameters)."""
     model_config, make_model = build.model(config, vocab_size, "tpu")
-    return model_config, nnx.split(
-        nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param
-    )[1]
+    model = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
+    _, params = nnx.split(model, nnx.Param)
+    return model_config, params
+
+
+def all_keys(config):
+    return set(config_lib.flatten(config))
 
 
 def test_there_are_configurations():
     assert CONFIGS
 
 
-@pytest.mark.parametrize(
-    "path, size",
-    [
-        pytest.param(path, size, id=":".join((path.stem, *size)))
-        for path in CONFIGS
-        for size in sizes(path)
-    ],
-)
+@pytest.mark.parametrize("path, size", configurations())
 def test_every_configuration_builds(path, size):
     """All that needs no data: the model for the tokenizer and the rows, the optimizer, objective,
-    source, length and evals.
+    source and length.
     """
     module = runpy.run_path(str(path))
     c = module["get_config"](*size).lock()
-    assert module["__doc__"] and "--config=configs/" in module["__doc__"], (
-        "say what it is and how it is run"
-    )
-    assert set(config_lib.flatten(config_lib.default())) - set(config_lib.flatten(c)) <= {
-        "data.source_args.data_dir"
-    }
+    doc = module["__doc__"]
+    assert doc and "--config=configs/" in doc, "say what it is and how it is run"
+    missing = all_keys(config_lib.default()) - all_keys(c)
+    assert missing <= {"data.source_args.data_dir"}
+
+    # The model, the optimizer and the objective.
     vocab_size = 258 if c.tokenizer.kind == "bytes" else c.tokenizer.vocab_size
     _, abstract = abstract_model(c, vocab_size)
-    steps = build.total_steps(
-        c.train.length, batch_tokens=c.data.batch_size * c.data.length, epoch_tokens=lambda: 10**7
+    batch_tokens = c.data.batch_size * c.data.length
+    steps = config_lib.total_steps(
+        c.train.length, batch_tokens=batch_tokens, epoch_tokens=lambda: 10**7
     )
     optim.make_optimizer(c.optimizer, sharding.logical_axes(abstract), steps)
     arguments = c.objective.to_dict()
-    build.resolve(arguments.pop("type"), "config.objective.type").make_loss(**arguments)
-    inspect.signature(build.resolve(c.data.source, "config.data.source")).bind(
-        c.data.split, **c.data.source_args
-    )
-    assert c.data.batch_size % c.data.streams == 0 and c.data.batch_size % c.train.accumulation == 0
+    objective = build.resolve(arguments.pop("type"), "config.objective.type")
+    objective.make_loss(**arguments)
+
+    # The source would read its corpus, so only its arguments are checked.
+    source = build.resolve(c.data.source, "config.data.source")
+    inspect.signature(source).bind(c.data.split, **c.data.source_args)
+    assert c.data.batch_size % c.data.streams == 0
+    assert c.data.batch_size % c.train.accumulation == 0
+
+
+@pytest.mark.parametrize("path, size", configurations())
+def test_every_configuration_has_evals_that_take_their_arguments(path, size):
+    c = runpy.run_path(str(path))["get_config"](*size).lock()
     for name, entry in c.evals.items():
         arguments = entry.to_dict()
         evaluator = build.resolve(arguments.pop("type"), f"config.evals.{name}.type")
-        assert arguments.pop("every") >= 0 and arguments.pop("batch_size") > 0
+        assert arguments.pop("every") >= 0
+        assert arguments.pop("batch_size") > 0
         if "split" in arguments:
             arguments["documents"] = arguments.pop("split")
-        if "name" in inspect.signature(evaluator).parameters:
-            arguments["name"] = name
-        inspect.signature(evaluator).bind(None, encoder=None, **arguments)
+        inspect.signature(evaluator).bind(None, name=name, encoder=None, **arguments)
     if c.checkpoint.best:
         assert c.checkpoint.best.split("/")[1] in c.evals
 
@@ -110,79 +126,91 @@ def test_another_size_is_refused(path):
 @pytest.mark.parametrize("preset", sorted(presets.PRESETS))
 def test_presets_have_their_published_sizes(preset):
     c = config_lib.default()
-    c.model.update(presets.get(preset))
+    fields = presets.get(preset)
+    c.model.update(fields)
     c.data.length = c.model.context_length
     model_config, abstract = abstract_model(c, 0)
-    count = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.to_pure_dict(abstract)))
-    assert (
-        set(presets.get(preset)) < {f for f in c.model.keys()}
-        and model_config.vocab_size == presets.get(preset)["vocab_size"]
-    )
+
+    assert set(fields) < set(c.model.keys())
+    assert model_config.vocab_size == fields["vocab_size"]
     if preset in PARAMETERS:
-        assert count == pytest.approx(
-            PARAMETERS[preset], rel=0.015 if preset == "gpt3_175b" else 0.01
-        )
+        count = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.to_pure_dict(abstract)))
+        tolerance = 0.015 if preset == "gpt3_175b" else 0.01
+        assert count == pytest.approx(PARAMETERS[preset], rel=tolerance)
 
 
 def test_resumable_keys_exist():
     """A misspelt one would forbid for ever what it should allow. Arguments of sources are those of
     any of them.
     """
-    all_sources = (sources.text, sources.jsonl, sources.tfds, pydocs.pydocs)
-    known = {
-        f"data.source_args.{name}"
-        for source in all_sources
-        for name in inspect.signature(source).parameters
-    }
+    known = set()
+    for source in (sources.text, sources.jsonl, sources.tfds, pydocs.pydocs):
+        for name in inspect.signature(source).parameters:
+            known.add(f"data.source_args.{name}")
     for key in config_lib.flatten(config_lib.default()):
-        known |= {key, key.rpartition(".")[0]}
-    assert set(config_lib.RESUMABLE) - {"evals"} <= known and "evals" in config_lib.default()
+        section, _, _ = key.rpartition(".")
+        known |= {key, section}
+
+    # The default configuration has no evals, so no key of theirs.
+    assert set(config_lib.RESUMABLE) - {"evals"} <= known
+    assert "evals" in config_lib.default()
 
 
-# sections that are taken whole, by to_dict
-KWARGS = ("model", "mesh", "objective", "evals.", "data.source_args")
+# Sections whose reading is by to_dict: all of their keys go to a constructor.
+READ_WHOLE = ("model", "mesh", "objective", "evals.", "data.source_args")
 
 
-def record_reads(monkeypatch, config, read):
-    """Adds every leaf of `config` that is read from now on to `read`, by its path. Whole copies
-    (for config.json) don't count.
+class ReadRecorder:
+    """Records the keys of a configuration that are read.
+
+    Copies of the whole configuration (for config.json) don't count.
     """
-    names, muted = {}, []
 
-    def name(section, prefix):
-        names[id(section)] = prefix
+    def __init__(self, config):
+        self.read = set()
+        self._muted = False
+        self._prefixes = {}  # id of a section -> "section.", the start of its keys' names
+        self._add_section(config, "")
+
+    def _add_section(self, section, prefix):
+        self._prefixes[id(section)] = prefix
         for key in section:
             if isinstance(section[key], ConfigDict):
-                name(section[key], f"{prefix}{key}.")
+                self._add_section(section[key], f"{prefix}{key}.")
 
-    name(config, "")
-    getitem, to_dict, items = ConfigDict.__getitem__, ConfigDict.to_dict, ConfigDict.items
+    def patch(self, monkeypatch):
+        """Replaces the methods of ConfigDict that read."""
+        getitem = ConfigDict.__getitem__
+        to_dict = ConfigDict.to_dict
+        items = ConfigDict.items
 
-    def recording_getitem(self, key):
-        value = getitem(self, key)
-        if id(self) in names and not muted and not isinstance(value, ConfigDict):
-            read.add(names[id(self)] + key)
-        return value
+        def recording_getitem(section, key):
+            value = getitem(section, key)
+            is_leaf = not isinstance(value, ConfigDict)
+            if id(section) in self._prefixes and is_leaf and not self._muted:
+                self.read.add(self._prefixes[id(section)] + key)
+            return value
 
-    def quiet(function, loud=lambda self: False):
-        def wrapped(self, *args, **kwargs):
-            if loud(self) and not muted:
-                return function(self, *args, **kwargs)
-            muted.append(1)
-            try:
-                return function(self, *args, **kwargs)
-            finally:
-                muted.pop()
+        def recording_to_dict(section, *args, **kwargs):
+            if self._prefixes.get(id(section), "").startswith(READ_WHOLE):
+                return to_dict(section, *args, **kwargs)
+            return self._mute(to_dict, section, *args, **kwargs)
 
-        return wrapped
+        def muted_items(section, *args, **kwargs):
+            return self._mute(items, section, *args, **kwargs)
 
-    monkeypatch.setattr(ConfigDict, "__getitem__", recording_getitem)
-    monkeypatch.setattr(
-        ConfigDict,
-        "to_dict",
-        quiet(to_dict, lambda self: names.get(id(self), "").startswith(KWARGS)),
-    )
-    monkeypatch.setattr(ConfigDict, "items", quiet(items))
+        monkeypatch.setattr(ConfigDict, "__getitem__", recording_getitem)
+        monkeypatch.setattr(ConfigDict, "to_dict", recording_to_dict)
+        monkeypatch.setattr(ConfigDict, "items", muted_items)
+
+    def _mute(self, method, *args, **kwargs):
+        """Calls a method without recording what it reads."""
+        muted_before = self._muted
+        self._muted = True
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self._muted = muted_before
 
 
 @pytest.fixture
@@ -192,43 +220,48 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def run_command(config, workdir, patch):
+    """Runs lm.main with this configuration on one device."""
+    start = startup.start
+    patch.setattr(startup, "start", lambda platform, processes: start(platform)[:1])
+    patch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=config))
+    flags = dict(
+        _WORKDIR=str(workdir), _MODE="train", _PROFILE="", _COORDINATOR="", _COMPARE="", _STEPS=""
+    )
+    for flag, value in flags.items():
+        patch.setattr(main, flag, types.SimpleNamespace(value=value))
+    assert main.main(["lm.main"]) == 0
+
+
 @pytest.mark.usefixtures("quick_compile")
 def test_every_key_is_read(tiny, tmp_path, monkeypatch):
     """By a run of two steps with evals, as the command makes it; keys of other optimizers and of
     the other tokenizer, by building those.
     """
-    read = set()
     c = tiny.copy_and_resolve_references().unlock()
     c.train.length = "2 steps"
     c.evals.text = entries.perplexity(every=1, batch_size=4)
     c.evals.samples = entries.samples(("ab", "cde f"), every=0, max_new_tokens=4)
     c.optimizer.warmup_steps = 0
+    recorder = ReadRecorder(c)
     with monkeypatch.context() as patch:
-        record_reads(patch, c, read)
-        start = startup.start
-        patch.setattr(startup, "start", lambda platform, processes: start(platform)[:1])
-        patch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=c))
-        for flag, value in dict(
-            _WORKDIR=str(tmp_path / "run"),
-            _MODE="train",
-            _PROFILE="",
-            _COORDINATOR="",
-            _COMPARE="",
-            _STEPS="",
-        ).items():
-            patch.setattr(main, flag, types.SimpleNamespace(value=value))
-        assert main.main(["lm.main"]) == 0
-    for changes in (dict(name="muon"), dict(name="adafactor")):
+        recorder.patch(patch)
+        run_command(c, tmp_path / "run", patch)
+    read = recorder.read
+
+    for optimizer in ("muon", "adafactor"):
         other = tiny.copy_and_resolve_references()
-        other.optimizer.update(changes)
+        other.optimizer.name = optimizer
         other.tokenizer.update(dict(kind="sentencepiece", vocab_size=280))
+        recorder = ReadRecorder(other)
         with monkeypatch.context() as patch:
-            record_reads(patch, other, read)
+            recorder.patch(patch)
             build.build(other, jax.devices()[:1])
-    assert set(config_lib.flatten(config_lib.default())) - {"data.source_args.data_dir"} <= set(
-        config_lib.flatten(c)
-    )
-    unread = set(config_lib.flatten(c)) - read
+        read |= recorder.read
+
+    assert all_keys(config_lib.default()) - {"data.source_args.data_dir"} <= all_keys(c)
+    unread = all_keys(c) - read
     assert not unread, f"no code reads {sorted(unread)}"
-    # it did run
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("eval/text/loss") == 2
+    # It did run, and evaluated after each step.
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert metrics.count("eval/text/loss") == 2

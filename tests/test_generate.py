@@ -15,28 +15,38 @@ from etils import epath
 from lm import generate, train
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
-from lm.decoding.sampling import Sampling
+from lm.decoding.sampling import Sampling, row_keys
 from lm.decoding.stop_strings import TextStream, stream
+from lm.generate import GenerationOptions
 
 ROOT = Path(__file__).parent.parent
 BYTES = tokenizers.ByteTokenizer()
 
 
-def shown(text, prompt="p", stop=()):
-    """What each byte of a text settles, and the whole."""
-    made = TextStream(BYTES, BYTES.prompt(prompt), stop)
-    pieces = [made.push(byte) for byte in text.encode()] + [made.close()]
-    assert "".join(pieces) == made.text
-    return pieces, made
+# --- text as its tokens come ---
+
+
+def push_text(text, prompt="p", stop=()):
+    """(what each byte of a text settles and then its end, the stream)."""
+    text_stream = TextStream(BYTES, BYTES.prompt(prompt), stop)
+    pieces = [text_stream.push(byte) for byte in text.encode()]
+    pieces.append(text_stream.close())
+    assert "".join(pieces) == text_stream.text
+    return pieces, text_stream
 
 
 def test_characters_are_shown_whole():
-    pieces, made = shown("aé漢😀!", prompt="ü")
-    assert (
-        pieces == ["a", "", "é", "", "", "漢", "", "", "", "😀", "!", ""] and made.text == "aé漢😀!"
-    )
-    cut = TextStream(BYTES, BYTES.prompt("p"))
-    assert [cut.push(byte) for byte in "é".encode()[:1]] + [cut.close()] == ["", "�"]
+    pieces, text_stream = push_text("aé漢😀!", prompt="ü")
+
+    assert pieces == ["a", "", "é", "", "", "漢", "", "", "", "😀", "!", ""]
+    assert text_stream.text == "aé漢😀!"
+
+
+def test_an_unfinished_character_is_shown_in_the_end():
+    text_stream = TextStream(BYTES, BYTES.prompt("p"))
+
+    assert text_stream.push("é".encode()[0]) == ""
+    assert text_stream.close() == "�"
 
 
 @pytest.mark.parametrize(
@@ -54,13 +64,16 @@ def test_characters_are_shown_whole():
         ("xyz", ("yz", "xyz"), ""),
     ],
 )
-def test_stop_strings(text, stop, wanted):
-    """That span tokens (here bytes): nothing of them is ever shown, and what only began as one is,
-    in the end.
+def test_stop_strings_that_span_tokens(text, stop, wanted):
+    """Tokens are bytes here. Nothing of a stop string is ever shown; what only began as one is, in
+    the end.
     """
-    pieces, made = shown(text, stop=stop)
-    assert made.text == wanted and made.ended == any(s in text for s in stop)
-    assert pieces[-1] == "" or not made.ended
+    pieces, text_stream = push_text(text, stop=stop)
+
+    assert text_stream.text == wanted
+    assert text_stream.ended == any(s in text for s in stop)
+    # Nothing is left to show after a stop string.
+    assert pieces[-1] == "" or not text_stream.ended
 
 
 def test_an_empty_stop_string():
@@ -68,117 +81,189 @@ def test_an_empty_stop_string():
         TextStream(BYTES, [1], ("",))
 
 
-class Scripted:
-    """A generator that says given texts, byte by byte."""
+# --- a generator that is told what to say ---
+
+
+class ScriptedGenerator:
+    """A generator that gives the prompts these texts, byte by byte.
+
+    Attributes:
+      num_steps: tokens asked for so far.
+      calls: (prompts, keys) of each call.
+    """
 
     def __init__(self, *texts, end=257):
-        self.texts, self.steps, self.asked = [list(text.encode()) + [end] for text in texts], 0, []
+        self.texts = [[*text.encode(), end] for text in texts]
+        self.num_steps = 0
+        self.calls = []
 
     def check(self, prompts, max_new_tokens):
         assert max_new_tokens == 50
 
-    def stream(self, prompts, max_new_tokens, seeds):
-        self.asked.append((prompts, seeds))
+    def stream(self, prompts, max_new_tokens, keys_B):
+        self.calls.append((prompts, keys_B))
+        # As a Generator: -1 for rows that have ended, until the last one ends.
         rows = [self.texts.pop(0) for _ in prompts]
         for step in range(max(map(len, rows))):
-            self.steps += 1
+            self.num_steps += 1
             yield np.array([row[step] if step < len(row) else -1 for row in rows])
 
 
+OPTIONS = GenerationOptions(max_new_tokens=50, seed=5)
+
+
+def assert_same_keys(actual, expected):
+    np.testing.assert_array_equal(jax.random.key_data(actual), jax.random.key_data(expected))
+
+
 def test_rows_are_followed_until_the_last_ends():
-    scripted = Scripted("one|two", "a longer one| and more", "end")
-    new = list(
-        stream(scripted, BYTES, [[1], [2], [3]], max_new_tokens=50, seeds=[0] * 3, stop=("|",))
+    generator = ScriptedGenerator("one|two", "a longer one| and more", "end")
+
+    steps = list(
+        stream(generator, BYTES, [[1], [2], [3]], max_new_tokens=50, seeds=[4, 5, 6], stop=("|",))
     )
-    assert ["".join(row) for row in zip(*new)] == ["one", "a longer one", "end"]
-    assert scripted.steps == len("a longer one|")  # not to the end
+
+    texts = ["".join(pieces) for pieces in zip(*steps)]
+    assert texts == ["one", "a longer one", "end"]
+    assert generator.num_steps == len("a longer one|")  # not to the end
+    assert_same_keys(generator.calls[0][1], row_keys([4, 5, 6]))
 
 
 def test_a_file_of_prompts_goes_in_batches():
-    scripted, out = Scripted("1", "22", "333"), io.StringIO()
-    generate.run(
-        ["a", "b", "c"], scripted, BYTES, 2, dict(max_new_tokens=50, seeds=[5], stop=()), out
-    )
-    assert [json.loads(line) for line in out.getvalue().splitlines()] == [
-        dict(prompt=p, text=t) for p, t in zip("abc", ("1", "22", "333"))
+    generator = ScriptedGenerator("1", "22", "333")
+    out = io.StringIO()
+
+    generate.continue_prompts(["a", "b", "c"], generator, BYTES, 2, OPTIONS, out)
+
+    records = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert records == [
+        dict(prompt="a", text="1"),
+        dict(prompt="b", text="22"),
+        dict(prompt="c", text="333"),
     ]
-    assert [(len(prompts), seeds) for prompts, seeds in scripted.asked] == [(2, [5, 5]), (1, [5])]
+    (first_prompts, first_keys), (second_prompts, second_keys) = generator.calls
+    assert len(first_prompts) == 2
+    assert len(second_prompts) == 1
+    # Every row has the same seed.
+    assert_same_keys(first_keys, row_keys([5, 5]))
+    assert_same_keys(second_keys, row_keys([5]))
+
+
+def test_a_single_prompt_is_continued_as_plain_text():
+    generator = ScriptedGenerator("one|two")
+    out = io.StringIO()
+    options = GenerationOptions(max_new_tokens=50, seed=5, stop=("|",))
+
+    generate.continue_prompts(["a"], generator, BYTES, 2, options, out)
+
+    assert out.getvalue() == "one\n"
 
 
 def test_reading_prompts(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\ntwo words\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb", "other": 1}\n{"prompt": ""}\n')
+
     assert generate.read_prompts(tmp_path / "p.txt") == ["one", "two words"]
     assert generate.read_prompts(tmp_path / "p.jsonl") == ["a\nb", ""]
-    for bad, message in (
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
         ("{", "wanted a JSON object"),
         ('{"text": "a"}', "KeyError: 'prompt'; wanted"),
         ('{"prompt": 1}', "a prompt is not a string"),
-    ):
-        (tmp_path / "p.jsonl").write_text(bad)
-        with pytest.raises(ValueError, match=message):
-            generate.read_prompts(tmp_path / "p.jsonl")
+    ],
+)
+def test_prompts_that_cannot_be_read(tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_text(line)
+
+    with pytest.raises(ValueError, match=message):
+        generate.read_prompts(tmp_path / "p.jsonl")
+
+
+# --- conversations ---
 
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if "
-    "add_generation_prompt %}[assistant]{% endif %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 
-class Chatty(tokenizers.ByteTokenizer):
-    files = {
-        "tokenizer_config.json": json.dumps(
-            dict(chat_template=TEMPLATE, bos_token=dict(content="<s>"))
-        ).encode()
-    }
+class ChatTokenizer(tokenizers.ByteTokenizer):
+    """Bytes, with files of its own."""
+
+    def __init__(self, **tokenizer_config):
+        super().__init__()
+        self.files = {"tokenizer_config.json": json.dumps(tokenizer_config).encode()}
 
 
-def test_conversation():
-    """Each turn sees all before it, in the template; without one, the text goes on."""
-    scripted, out = Scripted("hello", "bye"), io.StringIO()
-    generate.converse(
-        scripted, Chatty(), dict(max_new_tokens=50, seeds=[0], stop=()), iter(["hi", "more"]), out
-    )
+def chat_tokenizer():
+    return ChatTokenizer(chat_template=TEMPLATE, bos_token=dict(content="<s>"))
+
+
+def test_each_turn_of_a_conversation_sees_all_before_it():
+    generator = ScriptedGenerator("hello", "bye")
+    out = io.StringIO()
+
+    generate.converse(generator, chat_tokenizer(), OPTIONS, ["hi", "more"], out)
+
     assert out.getvalue() == "hello\nbye\n"
-    assert [bytes(prompts[0]).decode() for prompts, _ in scripted.asked] == [
+    prompts = [bytes(ids).decode() for (ids,), _ in generator.calls]
+    assert prompts == [
         "<s>[user]hi[assistant]",
         "<s>[user]hi[assistant]hello[user]more[assistant]",
     ]
-    scripted = Scripted("hello", "bye")
-    generate.converse(
-        scripted,
-        BYTES,
-        dict(max_new_tokens=50, seeds=[0], stop=()),
-        iter(["hi", "more"]),
-        io.StringIO(),
-    )
-    assert [BYTES.decode(prompts[0]) for prompts, _ in scripted.asked] == ["hi", "hihellomore"]
 
 
-def test_templates():
-    assert chat.template(BYTES) is None and chat.template(Chatty()) == TEMPLATE
+def test_a_conversation_without_a_template_goes_on_as_one_text():
+    generator = ScriptedGenerator("hello", "bye")
+
+    generate.converse(generator, BYTES, OPTIONS, ["hi", "more"], io.StringIO())
+
+    prompts = [BYTES.decode(ids) for (ids,), _ in generator.calls]
+    assert prompts == ["hi", "hihellomore"]
+
+
+def test_where_templates_are_found():
+    assert chat.template(BYTES) is None
+    assert chat.template(chat_tokenizer()) == TEMPLATE
+
     named = [dict(name="tools", template="t"), dict(name="default", template="d")]
-    several = type(
-        "",
-        (),
-        dict(files={"tokenizer_config.json": json.dumps(dict(chat_template=named)).encode()}),
-    )()
-    assert chat.template(several) == "d"
-    several.files["chat_template.jinja"] = b"j"
-    assert chat.template(several) == "j"
-    user = [dict(role="user", content="<é>")]
-    assert (
-        chat.render("{%- if true %}\n{{ messages[0] | tojson }}\n{% endif %}", user, tokens={})
-        == '{"role": "user", "content": "<é>"}\n'
-    )
-    for bad, message in (
+    tokenizer = ChatTokenizer(chat_template=named)
+    assert chat.template(tokenizer) == "d"
+
+    # A file of its own comes first.
+    tokenizer.files["chat_template.jinja"] = b"j"
+    assert chat.template(tokenizer) == "j"
+
+
+USER = [dict(role="user", content="<é>")]
+
+
+def test_templates_do_not_escape_characters():
+    source = "{%- if true %}\n{{ messages[0] | tojson }}\n{% endif %}"
+
+    rendered = chat.render(source, USER, tokens={})
+
+    assert rendered == '{"role": "user", "content": "<é>"}\n'
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
         ("{{", "the chat template fails"),
         ("{{ raise_exception('no system') }}", "the chat template fails: no system"),
         ("{{ ''.__class__.__mro__ }}", "the chat template fails: access to attribute '__class__'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            chat.render(bad, user, tokens={})
+    ],
+)
+def test_templates_that_fail(source, message):
+    with pytest.raises(ValueError, match=message):
+        chat.render(source, USER, tokens={})
+
+
+# --- the command ---
 
 
 @pytest.fixture
@@ -190,32 +275,35 @@ def run(tiny, tmp_path):
     return tmp_path / "run"
 
 
+def command(*arguments):
+    """(stdout, stderr) of lm.generate with four devices."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "lm.generate", *arguments],
+        env=dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return finished.stdout, finished.stderr
+
+
 def test_the_command(run, tmp_path):
-    """Greedy text of a run's average, alone, in a batch, and split over a mesh; and what is wrong
-    with a command.
+    """Greedy text of a run's average, alone and in a batch that is split over a mesh; and what is
+    wrong with a command.
     """
-    options = dict(cwd=ROOT, capture_output=True, text=True)
-    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-
-    def command(*arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", "lm.generate", *arguments], env=environment, **options
-        )
-        return done.stdout, done.stderr
-
-    common = f"--workdir={run}", "--max_new_tokens=12", "--temperature=0"
-    alone, errors = command(*common, "--prompt=ab cde")
-    assert "step 6 of" in errors
+    common = (f"--workdir={run}", "--max_new_tokens=12", "--temperature=0")
     (tmp_path / "p.txt").write_text("ab cde\nre\n")
-    lines = [
-        json.loads(line)
-        for line in command(*common, f"--prompts={tmp_path}/p.txt", "--mesh=data=2,fsdp=2")[
-            0
-        ].splitlines()
-    ]
-    assert [line["prompt"] for line in lines] == ["ab cde", "re"] and lines[0][
-        "text"
-    ] + "\n" == alone
+
+    alone, log = command(*common, "--prompt=ab cde")
+    batch, _ = command(*common, f"--prompts={tmp_path}/p.txt", "--mesh=data=2,fsdp=2")
+
+    assert "step 6 of" in log
+    # One JSON object a prompt, in order; a single prompt's text is as it is.
+    first, second = [json.loads(line) for line in batch.splitlines()]
+    assert first["prompt"] == "ab cde"
+    assert second["prompt"] == "re"
+    assert first["text"] + "\n" == alone
+
     for arguments, message in (
         (("--prompt=a",), "wanted --workdir=RUN or --from=DIR, and one of"),
         (common, "and one of --prompt=TEXT"),
@@ -225,13 +313,16 @@ def test_the_command(run, tmp_path):
         ((f"--from={run}", "--prompt=a"), "is not the directory of a Hugging Face checkpoint"),
         ((f"--workdir={tmp_path}/none", "--prompt=a"), "has no checkpoint that can be read"),
     ):
-        assert message in command(*arguments)[1]
+        _, log = command(*arguments)
+        assert message in log
 
 
 def test_a_run_continues_with_its_average(run):
     generator, tokenizer = generate.load(
         epath.Path(run), jax.devices()[:1], Sampling(temperature=0.0)
     )
-    assert tokenizer.fingerprint == BYTES.fingerprint and generator.generate(
-        [[256]], 5, [0]
-    ) == generator.generate([[256]], 5, [1])
+
+    assert tokenizer.fingerprint == BYTES.fingerprint
+    # Greedy: the key doesn't matter.
+    continuation = generator.generate([[256]], 5, row_keys([0]))
+    assert continuation == generator.generate([[256]], 5, row_keys([1]))

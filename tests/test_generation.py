@@ -1,4 +1,4 @@
-"""Samples: the artifact, prompts that can't work, and that only the model changes them."""
+"""Evals that generate text: samples of fixed prompts, and answers that are scored."""
 
 import json
 from functools import cache
@@ -12,33 +12,22 @@ from lm import build, sharding, step
 from lm import config as config_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
+from lm.decoding.generator import Generator
+from lm.decoding.sampling import Sampling
 from lm.evals import entries, generation
-from lm.evals.predict import Artifact, PredictFns
+from lm.evals.predict import Artifact, ModelFns, PredictFns
 from lm.evals.tree import build_tree
 
 LENGTH = 24
 ENCODER = Encoder(ByteTokenizer(), "")
-
-
-class Parrot:
-    """PredictFns whose model says the prompt again, backwards."""
-
-    length = LENGTH
-
-    def __init__(self):
-        self.calls = []
-
-    def check_prompts(self, prompts, max_new_tokens):
-        pass
-
-    def generate(self, params, prompts, **options):
-        self.calls.append((prompts, options))
-        return [ids[:0:-1] for ids in prompts]
+BOS, EOS, VOCAB = 256, 257, 258  # of ByteTokenizer
 
 
 @cache
 def model():
-    """(graphdef, parameters) of a small Transformer with weights large enough to have opinions."""
+    """(its Config, graphdef, parameters) of a small Transformer with weights large enough to have
+    opinions.
+    """
     c = config_lib.default()
     c.data.length = LENGTH
     c.model.update(
@@ -57,149 +46,228 @@ def model():
             compute_dtype="float32",
         )
     )
-    _, make_model = build.model(c, 258, "cpu")
+    model_config, make_model = build.model(c, VOCAB, "cpu")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
     rng = np.random.default_rng(1)
-    fill = lambda path, p: (
-        (1.0 if path[-1].key == "scale" else 0.0) + rng.normal(0, 0.4, p.shape).astype(p.dtype)
-    )
-    return graphdef, jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(abstract))
+
+    def draw(path, p):
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return mean + rng.normal(0, 0.4, p.shape).astype(p.dtype)
+
+    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
+    return model_config, graphdef, params
 
 
-def make_fns(make_generate=None):
+def make_generator(params, sampling, stop_ids=(EOS,)):
+    model_config, graphdef, _ = model()
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    make_generate = make_generate or (
-        lambda **kwargs: make_generate(model()[0], eos_id=257, vocab_size=258, **kwargs)
-    )
-    return PredictFns(
-        mesh,
-        batch_size=2,
-        length=LENGTH,
-        token_logprobs=len,
-        tree_logprobs=step.make_tree_logprobs(model()[0]),
-        make_generate=make_generate,
-        check_stop=lambda: None,
+    return Generator(
+        model_config, graphdef, params, mesh, sampling, stop_ids=stop_ids, vocab_size=VOCAB
     )
 
 
 @cache
-def real_fns():
-    return make_fns()
+def model_fns():
+    """PredictFns of the small Transformer, compiled once."""
+    _, graphdef, _ = model()
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    functions = ModelFns(
+        token_logprobs=len,
+        tree_logprobs=step.make_tree_logprobs(graphdef),
+        tree_states=len,
+        head_rows=len,
+        make_generator=make_generator,
+    )
+    return PredictFns(mesh, functions, batch_size=2, length=LENGTH, check_stop=lambda: None)
 
 
-def samples(fns, prompts=("ab", "é"), max_new_tokens=6, temperature=0.8, top_k=50):
+def make_samples(fns, prompts=("ab", "é"), max_new_tokens=6):
     return generation.Samples(
         fns,
+        name="samples",
         encoder=ENCODER,
         prompts=prompts,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
+        temperature=0.8,
+        top_k=50,
     )
+
+
+# --- samples ---
+
+
+class Parrot:
+    """PredictFns whose model says the prompt again, backwards, without its first token."""
+
+    length = LENGTH
+
+    def __init__(self):
+        self.calls = []
+
+    def check_stop(self):
+        pass
+
+    def make_generator(self, params, sampling):
+        self.sampling = sampling
+        return self
+
+    def generate(self, prompts, max_new_tokens, keys_B):
+        self.calls.append((prompts, max_new_tokens, keys_B))
+        return [ids[:0:-1] for ids in prompts]
 
 
 def test_artifact():
-    fns = Parrot()
-    values = dict(samples(fns, prompts=("abc", "two\nlines", "")).run(None))
+    parrot = Parrot()
+
+    values = dict(make_samples(parrot, prompts=("abc", "two\nlines", "")).run(None))
+
     artifact = values["samples"]
-    assert (
-        list(values) == ["samples"]
-        and isinstance(artifact, Artifact)
-        and artifact.path == "samples.md"
-        and artifact.append
-    )
+    assert list(values) == ["samples"]
+    assert isinstance(artifact, Artifact)
+    assert artifact.path == "samples.md" and artifact.append
     assert artifact.content.startswith("```\n")  # the heading with the step is the trainer's
     blocks = artifact.content.split("```\n")[1::2]
     assert blocks == ["abc⟫cba\n", "two\nlines⟫senil\nowt\n", "⟫\n"]
-    prompts, options = fns.calls[0]
-    assert prompts[0] == [256, *b"abc"] and prompts[2] == [256]  # as a document begins
-    assert options == dict(max_new_tokens=6, temperature=0.8, top_k=50, seed=0)
 
 
-def test_samples_are_the_model_s():
-    _, params = model()
-    first, again = (dict(samples(real_fns()).run(params))["samples"] for _ in range(2))
+def test_samples_are_drawn_with_a_fixed_seed():
+    parrot = Parrot()
+
+    dict(make_samples(parrot, prompts=("abc", "")).run(None))
+
+    ((prompts, max_new_tokens, keys_B),) = parrot.calls
+    assert prompts == [[BOS, *b"abc"], [BOS]]  # as a document begins
+    assert max_new_tokens == 6
+    assert parrot.sampling == Sampling(temperature=0.8, top_k=50)
+    # A key of its own for each row, from seed 0.
+    assert (keys_B == jax.random.split(jax.random.key(0), 2)).all()
+
+
+def test_samples_are_the_models():
+    _, _, params = model()
+    sampling = Sampling(temperature=0.8, top_k=50)
+    prompts = [[BOS, *b"ab"], [BOS, *"é".encode()]]
+
+    first = dict(make_samples(model_fns()).run(params))["samples"]
+    again = dict(make_samples(model_fns()).run(params))["samples"]
+    generator = model_fns().make_generator(params, sampling)
+    continuations = generator.generate(prompts, 6, jax.random.split(jax.random.key(0), 2))
+    other_seed = generator.generate(prompts, 6, jax.random.split(jax.random.key(1), 2))
+
     assert first == again
-    drawn = [
-        real_fns().generate(
-            params,
-            [[256, 97, 98], [256, *"é".encode()]],
-            max_new_tokens=6,
-            temperature=0.8,
-            top_k=50,
-            seed=s,
-        )
-        for s in (0, 1)
-    ]
-    assert drawn[0] != drawn[1] and all(
-        ENCODER.tokenizer.decode(ids) in first.content for ids in drawn[0]
-    )
-    other = jax.tree.map(lambda p: p[..., ::-1].copy(), params)
-    assert dict(samples(real_fns()).run(other))["samples"] != first
+    assert continuations != other_seed
+    for ids in continuations:
+        assert ENCODER.tokenizer.decode(ids) in first.content
 
-
-def test_greedy_is_the_best_token_each_time():
-    # The cache, the padding of prompts of several lengths, and the positions: against a whole pass
-    # for each token.
-    fns = real_fns()
-    _, params = model()
-    prompts = [[256], [256, 97, 98, 99, 100, 101], [256, 120]]
-    found = fns.generate(params, prompts, max_new_tokens=8, temperature=0, top_k=0, seed=0)
-    for ids, continuation in zip(prompts, found):
-        expected, ids = [], list(ids)
-        while len(expected) < 8:
-            best = int(
-                np.argmax(
-                    fns.tree_logprobs(params, [build_tree(ids, [[token] for token in range(258)])])[
-                        0
-                    ][0]
-                )
-            )
-            if best == 257:
-                break
-            expected.append(best)
-            ids.append(best)
-        assert continuation == expected
-
-
-def test_what_follows_eos_is_dropped():
-    def make_generate(**options):
-        return lambda params, prompts, lengths, key: (
-            jax.numpy.tile(jax.numpy.arange(6), (2, 1)),
-            jax.numpy.array([0, 4]),
-        )
-
-    fns = make_fns(make_generate)
-    assert fns.generate({}, [[256], [256]], max_new_tokens=6, temperature=0, top_k=0, seed=0) == [
-        [],
-        [0, 1, 2, 3],
-    ]
-
-
-def test_prompts_that_do_not_fit():
-    fns = real_fns()
-    options = dict(max_new_tokens=6, temperature=0.0, top_k=0, seed=0)
-    for ids, found in (([256] * 19, 19), ([], 0)):
-        with pytest.raises(ValueError, match=f"a prompt has {found} tokens; wanted 1 to 18"):
-            fns.generate({}, [[256], ids], **options)
-    with pytest.raises(ValueError, match="wanted 1 to"):
-        fns.generate({}, [[256]], **options | dict(max_new_tokens=LENGTH))
+    other_params = jax.tree.map(lambda p: p[..., ::-1].copy(), params)
+    assert dict(make_samples(model_fns()).run(other_params))["samples"] != first
 
 
 def test_prompts_are_checked_before_training():
-    # Not by the first evaluation, which may come after hours.
-    with pytest.raises(ValueError, match="a prompt has 19 tokens; wanted 1 to 18"):
-        samples(real_fns(), prompts=("ab", "x" * 18))
-    assert samples(real_fns(), prompts=("", "x" * 17))
+    """Not by the first evaluation, which may come after hours."""
+    with pytest.raises(
+        ValueError, match="the eval 'samples': a prompt has 19 tokens; wanted 1 to 18: config.data"
+    ):
+        make_samples(model_fns(), prompts=("ab", "x" * 18))
+    with pytest.raises(ValueError, match="wanted 1 to 0"):
+        make_samples(model_fns(), prompts=("",), max_new_tokens=LENGTH)
+    assert make_samples(model_fns(), prompts=("", "x" * 17))
 
 
-# Answers to prompts
+# --- the generator that evals are given ---
+
+
+def greedy(prompts, max_new_tokens, stop_ids=(EOS,)):
+    """The model's best continuations."""
+    _, _, params = model()
+    generator = make_generator(params, Sampling(temperature=0), stop_ids)
+    keys_B = jax.random.split(jax.random.key(0), len(prompts))
+    return generator.generate(prompts, max_new_tokens, keys_B)
+
+
+def test_greedy_is_the_best_token_each_time():
+    """The cache, the padding of prompts of several lengths, and the positions: against a whole
+    forward pass for each token.
+    """
+    _, _, params = model()
+    all_tokens = [[token] for token in range(VOCAB)]
+    prompts = [[BOS], [BOS, 97, 98, 99, 100, 101], [BOS, 120]]
+
+    for prompt, continuation in zip(prompts, greedy(prompts, 8)):
+        expected = []
+        while len(expected) < 8:
+            tree = build_tree(prompt + expected, all_tokens)
+            ((logprobs, _),) = model_fns().tree_logprobs(params, [tree])
+            best = int(np.argmax(logprobs))
+            if best == EOS:
+                break
+            expected.append(best)
+        assert continuation == expected
+
+
+def test_prompts_that_do_not_fit():
+    for ids in ([BOS] * 19, []):
+        with pytest.raises(ValueError, match=f"prompt 1 has {len(ids)} tokens; wanted 1 to 18"):
+            greedy([[BOS], ids], 6)
+    with pytest.raises(ValueError, match="wanted 1 to 0"):
+        greedy([[BOS]], LENGTH)
+
+
+def test_a_continuation_ends_before_its_stop_token():
+    """Rows end on their own: the other one goes on."""
+    prompts = [[BOS], [BOS, 97, 98, 99, 100, 101]]
+    unstopped = greedy(prompts, 8)
+    stop_token = unstopped[0][4]
+
+    stopped = greedy(prompts, 8, stop_ids=(EOS, stop_token))
+
+    assert len(stopped[0]) <= 4 and len(stopped[0]) != len(stopped[1])
+    for ids, all_ids in zip(stopped, unstopped):
+        end = all_ids.index(stop_token) if stop_token in all_ids else len(all_ids)
+        assert ids == all_ids[:end]
+
+
+class Script:
+    """PredictFns whose model says the given ids, a list for each row, whatever the prompts."""
+
+    def __init__(self, ids):
+        self.batch_size = len(ids)
+        self._ids = ids
+
+    def check_stop(self):
+        pass
+
+    def make_generator(self, params, sampling):
+        return self
+
+    def stream(self, prompts, max_new_tokens, keys_B):
+        for i in range(max_new_tokens):
+            yield np.array([ids[i] for ids in self._ids])
+
+
+def test_what_follows_eos_is_dropped():
+    texts = generation.generate(
+        Script([[EOS, *b"abcde"], [*b"abcd", EOS, *b"e"]]),
+        None,
+        ENCODER.tokenizer,
+        [[BOS], [BOS]],
+        max_new_tokens=6,
+        stop=(),
+        sampling=Sampling(),
+        seeds=(0, 1),
+    )
+
+    assert texts == ["", "abcd"]
+
+
+# --- answers to prompts ---
 
 
 class Reader:
     """PredictFns whose model says, of a question "WORD N?", " WORD" N times and then EOS."""
 
-    length, batch_size = 64, 4
+    length = 64
+    batch_size = 4
 
     def __init__(self):
         self.prompts = []
@@ -211,42 +279,43 @@ class Reader:
         assert sampling.temperature == 0
         return self
 
-    def stream(self, prompts, max_new_tokens, seeds):
+    def stream(self, prompts, max_new_tokens, keys_B):
         assert len(prompts) == self.batch_size
         self.prompts += prompts
-        texts = [
-            bytes(ids[1:]).decode().split("\n")[-1].removesuffix("?").split() for ids in prompts
-        ]
-        said = [[*(f" {word}" * int(count)).encode(), 257] for word, count in texts]
+        answers = []
+        for ids in prompts:
+            question = bytes(ids[1:]).decode().split("\n")[-1]
+            word, count = question.removesuffix("?").split()
+            answers.append([*(f" {word}" * int(count)).encode(), EOS])
+
         for i in range(max_new_tokens):
-            yield np.array([ids[i] if i < len(ids) else -1 for ids in said])
+            yield np.array([ids[i] if i < len(ids) else -1 for ids in answers])
 
 
-def write_task(folder, rows, **changes):
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "train.jsonl").write_text(
-        "".join(json.dumps(dict(q=f"ex {i}", a=["ex"])) + "\n" for i in range(5))
-    )
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_arguments(folder, records, **changes):
+    """Those of a TextGeneration of records, which are written to `folder`."""
+    write_jsonl(folder / "test.jsonl", records)
+    write_jsonl(folder / "train.jsonl", [dict(q=f"ex {i}", a=["ex"]) for i in range(5)])
     (folder / "g.toml").write_text('type = "lm.evals.generation.TextGeneration"')
-    options = (
-        dict(
-            source=dict(path=str(folder / "{split}.jsonl"), shots_split="train"),
-            prompt=dict(template="{q}?"),
-            target=" {a[0]}",
-            references="{a}",
-            scores=("exact_match", "f1"),
-            output=dict(max_new_tokens=20),
-        )
-        | changes
+    options = dict(
+        source=dict(path=str(folder / "{split}.jsonl"), shots_split="train"),
+        prompt=dict(template="{q}?"),
+        target=" {a[0]}",
+        references="{a}",
+        scores=("exact_match", "f1"),
+        output=dict(max_new_tokens=20),
     )
-    return {
-        key: value
-        for key, value in entries.task(str(folder / "g.toml"), **options).to_dict().items()
-        if key not in ("type", "every", "batch_size")
-    }
+    arguments = entries.task(str(folder / "g.toml"), **options | changes).to_dict()
+    for key in ("type", "every", "batch_size"):  # read by lm.build
+        del arguments[key]
+    return arguments
 
 
-ROWS = [
+RECORDS = [
     dict(q="cat 2", a=["cat cat"]),
     dict(q="dog 1", a=["Dogs", "The dog."]),
     dict(q="ab 3", a=["ab"]),
@@ -255,63 +324,77 @@ ROWS = [
 ]
 
 
-def answer(folder, rows=ROWS, **changes):
+def evaluate(folder, records=RECORDS, **changes):
+    """(values, the lines of predictions/, the Reader that answered)."""
     fns = Reader()
-    values = dict(
-        generation.TextGeneration(
-            fns, name="g", encoder=ENCODER, **write_task(folder, rows, **changes)
-        ).run(None)
-    )
-    return values, [json.loads(line) for line in values["predictions"].content.splitlines()], fns
+    arguments = make_arguments(folder, records, **changes)
+    evaluator = generation.TextGeneration(fns, name="g", encoder=ENCODER, **arguments)
+    values = dict(evaluator.run(None))
+    lines = list(map(json.loads, values["predictions"].content.splitlines()))
+    return values, lines, fns
+
+
+def column(lines, key):
+    return [line[key] for line in lines]
 
 
 def test_answers_are_scored(tmp_path):
-    values, lines, _ = answer(tmp_path)
-    assert [line["text"] for line in lines] == [" cat cat", " dog", " ab ab ab", " x" * 9, ""]
-    assert (
-        values["exact_match"] == 0.2
-        and values["f1"] == pytest.approx((1 + 0 + 0.5) / 5)
-        and values["empty"] == 0.2
-        and values["examples"] == 5
-    )
-    assert [line["scores"]["f1"] for line in lines] == [1, 0, 0.5, 0, 0] and values[
-        "f1_low"
-    ] <= values["f1"] <= values["f1_high"]
-    squad, _, _ = answer(tmp_path, output=dict(max_new_tokens=20, normalize="squad"))
-    assert squad["exact_match"] == 0.4  # one of two references, without article, case and point
+    values, lines, _ = evaluate(tmp_path)
+
+    assert column(lines, "text") == [" cat cat", " dog", " ab ab ab", " x" * 9, ""]
+    assert column(column(lines, "scores"), "f1") == [1, 0, 0.5, 0, 0]
+    assert values["exact_match"] == 0.2
+    assert values["f1"] == pytest.approx((1 + 0 + 0.5) / 5)
+    assert values["f1_low"] <= values["f1"] <= values["f1_high"]
+    assert values["empty"] == 0.2
+    assert values["examples"] == 5
 
 
-def test_answers_end_at_stop_strings_and_are_extracted(tmp_path):
-    values, lines, _ = answer(tmp_path, output=dict(max_new_tokens=20, stop=("b a", "g")))
-    assert [line["text"] for line in lines] == [" cat cat", " do", " a", " x" * 9, ""]
-    values, lines, _ = answer(
+def test_answers_are_normalised(tmp_path):
+    values, _, _ = evaluate(tmp_path, output=dict(max_new_tokens=20, normalize="squad"))
+
+    # One of two references, without article, case and point.
+    assert values["exact_match"] == 0.4
+
+
+def test_answers_end_at_stop_strings(tmp_path):
+    _, lines, _ = evaluate(tmp_path, output=dict(max_new_tokens=20, stop=("b a", "g")))
+
+    assert column(lines, "text") == [" cat cat", " do", " a", " x" * 9, ""]
+
+
+def test_answers_are_extracted(tmp_path):
+    values, lines, _ = evaluate(
         tmp_path, output=dict(max_new_tokens=20, extract=r"[a-z]+"), scores=("exact_match",)
     )
-    assert [line["answer"] for line in lines] == ["cat", "dog", "ab", "x", None] and values[
-        "unmatched"
-    ] == 0.2
+
+    assert column(lines, "answer") == ["cat", "dog", "ab", "x", None]
+    assert values["unmatched"] == 0.2
     assert values["exact_match"] == 0.4  # cat: of references too
     with pytest.raises(
         ValueError, match=r"g.output.extract = '\[0-9\]' finds nothing in the reference 'cat cat'"
     ):
-        answer(tmp_path, output=dict(extract="[0-9]"))
+        evaluate(tmp_path, output=dict(extract="[0-9]"))
 
 
-def test_prompts_have_examples_and_leave_room(tmp_path):
-    _, _, fns = answer(tmp_path, prompt=dict(template="{q}?", shots=2, separator="\n"))
-    first = bytes(fns.prompts[0][1:]).decode().split("\n")
-    assert len(first) == 3 and all(
-        line.startswith("ex ") and line.endswith("? ex") for line in first[:2]
-    )
-    values, _, fns = answer(tmp_path, [dict(q="long " * 30 + "\ncat 1", a=["cat"])])
-    assert (
-        values["cut"] == 1
-        and values["exact_match"] == 1
-        and len(fns.prompts[0]) == 64 - 20
-        and fns.prompts[0][0] == 256
-    )
+def test_prompts_have_examples(tmp_path):
+    _, _, fns = evaluate(tmp_path, prompt=dict(template="{q}?", shots=2, separator="\n"))
+
+    *shots, _ = bytes(fns.prompts[0][1:]).decode().split("\n")
+    assert len(shots) == 2
+    for shot in shots:
+        assert shot.startswith("ex ") and shot.endswith("? ex")
+
+
+def test_prompts_leave_room_for_the_answer(tmp_path):
+    values, _, fns = evaluate(tmp_path, [dict(q="long " * 30 + "\ncat 1", a=["cat"])])
+
+    assert values["cut"] == 1
+    assert values["exact_match"] == 1
+    assert len(fns.prompts[0]) == 64 - 20
+    assert fns.prompts[0][0] == BOS
     with pytest.raises(ValueError, match="a continuation of 65 tokens leaves no room"):
-        answer(tmp_path, output=dict(max_new_tokens=64))
+        evaluate(tmp_path, output=dict(max_new_tokens=64))
 
 
 @pytest.mark.parametrize(
@@ -331,9 +414,9 @@ def test_prompts_have_examples_and_leave_room(tmp_path):
 )
 def test_tasks_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        answer(tmp_path, **changes)
+        evaluate(tmp_path, **changes)
 
 
 def test_no_reference(tmp_path):
     with pytest.raises(ValueError, match="g.references = '{a}' gives no text for a record"):
-        answer(tmp_path, [dict(q="x 1", a=[])])
+        evaluate(tmp_path, [dict(q="x 1", a=[])])

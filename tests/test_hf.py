@@ -1,5 +1,6 @@
 """Hugging Face checkpoints without their libraries: the format, and what is wrong with a directory.
-(tests/parity/ has them against transformers.)
+
+(tests/parity/ checks them against transformers.)
 """
 
 import json
@@ -32,30 +33,34 @@ LLAMA = dict(
     gated_mlp=True,
     tie_embeddings=False,
 )
+# A tensor of the second layer.
+DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
 
 
-def parameters(fields, dtype="float32"):
-    """(all fields, parameters drawn at random)."""
-    model = (
-        config_lib.default().model.to_dict()
-        | fields
-        | dict(param_dtype=dtype, compute_dtype="float32")
-    )
-    del model["type"]
-    abstract = nnx.split(
-        nnx.eval_shape(lambda: Transformer(Config(**model), jax.random.key(0))), nnx.Param
-    )[1]
+# --- models and files ---
+
+
+def make_params(fields, dtype="float32"):
+    """(all fields, parameters drawn at random) of a Transformer."""
+    fields = config_lib.default().model.to_dict() | fields
+    fields |= dict(param_dtype=dtype, compute_dtype="float32")
+    del fields["type"]
+    config = Config(**fields)
+
+    abstract = nnx.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+    abstract_params = nnx.to_pure_dict(nnx.split(abstract, nnx.Param)[1])
+
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda p: jax.numpy.asarray(rng.normal(size=p.shape), p.dtype), nnx.to_pure_dict(abstract)
+        lambda p: jax.numpy.asarray(rng.normal(size=p.shape), p.dtype), abstract_params
     )
-    return model, params, sharding.logical_axes(abstract)
+    return fields, params
 
 
 @pytest.fixture
 def directory(tmp_path):
-    """A Llama of several files; config.json, the index, and two layers."""
-    fields, params, _ = parameters(LLAMA)
+    """A Llama of two layers in several files, with their index."""
+    fields, params = make_params(LLAMA)
     hf.save(
         tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS, shard_bytes=8_000
     )
@@ -63,108 +68,127 @@ def directory(tmp_path):
     return tmp_path
 
 
+def abstract_params_of(fields):
+    """ShapeDtypeStructs of a model's parameters on one device."""
+    _, params = make_params(fields)
+    layout = sharding.replicated(sharding.make_mesh({}, jax.devices()[:1]))
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=layout), params)
+
+
 def load(directory):
-    source = hf.Source(directory)
-    _, params, _ = parameters(source.fields)
-    layout = sharding.replicated(sharding.make_mesh({}, jax.devices()[:1]))
-    return source.load(
-        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=layout), params)
+    source = hf.Checkpoint(directory)
+    return source.load(abstract_params_of(source.fields))
+
+
+def change_json(path, **changes):
+    """Sets keys of a JSON file; None takes them out."""
+    content = json.loads(path.read_text()) | changes
+    content = {name: value for name, value in content.items() if value is not None}
+    path.write_text(json.dumps(content))
+
+
+def read_tensors(path):
+    """hf_name -> array, in memory, of a safetensors file."""
+    return {name: np.array(entry.read()) for name, entry in safetensors.entries(path).items()}
+
+
+def write_tensors(path, tensors):
+    specs = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+    safetensors.write(path, specs, tensors.values())
+
+
+def change_tensors(path, **changes):
+    """Changes tensors of a safetensors file; None takes one out."""
+    tensors = read_tensors(path) | changes
+    write_tensors(path, {name: array for name, array in tensors.items() if array is not None})
+
+
+def assert_same_params(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_what_was_saved_is_loaded(directory):
+    _, params = make_params(LLAMA)
+
+    assert_same_params(load(directory), params)
+
+
+def test_progress_ends_with_all_bytes(directory):
+    calls = []
+    source = hf.Checkpoint(directory)
+
+    params = source.load(
+        abstract_params_of(source.fields), lambda done, total: calls.append((done, total))
     )
 
-
-def change(path, **changes):
-    """Sets attributes of a JSON file; None takes them out."""
-    about = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in about.items() if value is not None}))
+    num_bytes = sum(p.nbytes for p in jax.tree.leaves(params))
+    assert calls == sorted(calls)
+    assert calls[-1] == (num_bytes, num_bytes)
 
 
-def rewrite(path, **changes):
-    """A safetensors file with some tensors changed; None takes one out."""
-    entries = {
-        name: np.array(entry.read()) for name, entry in safetensors.entries(path).items()
-    } | changes
-    entries = {name: array for name, array in entries.items() if array is not None}
-    safetensors.write(
-        path,
-        {name: (array.dtype, array.shape) for name, array in entries.items()},
-        entries.values(),
-    )
-
-
-def test_there_and_back(directory):
-    _, params, _ = parameters(LLAMA)
-    jax.tree.map(np.testing.assert_array_equal, load(directory), params)
-
-
-def test_progress_ends_with_everything(directory):
-    seen = []
-    source = hf.Source(directory)
-    _, params, _ = parameters(source.fields)
-    layout = sharding.replicated(sharding.make_mesh({}, jax.devices()[:1]))
-    source.load(
-        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=layout), params),
-        lambda *at: seen.append(at),
-    )
-    assert (
-        seen == sorted(seen) and seen[-1] == (sum(p.nbytes for p in jax.tree.leaves(params)),) * 2
-    )
+# --- the safetensors format ---
 
 
 @pytest.mark.parametrize("dtype", safetensors.DTYPES.values())
-def test_format(tmp_path, dtype):
+def test_arrays_of_every_dtype_are_read_as_written(tmp_path, dtype):
     arrays = {
-        "a": np.arange(6).reshape(2, 3).astype(dtype),
-        "b": np.zeros((), dtype),
-        "none": np.zeros((0, 4), dtype),
+        "matrix": np.arange(6).reshape(2, 3).astype(dtype),
+        "scalar": np.zeros((), dtype),
+        "empty": np.zeros((0, 4), dtype),
     }
-    safetensors.write(
-        tmp_path / "x", {name: (a.dtype, a.shape) for name, a in arrays.items()}, arrays.values()
-    )
-    for name, entry in safetensors.entries(tmp_path / "x").items():
+
+    write_tensors(tmp_path / "x", arrays)
+
+    entries = safetensors.entries(tmp_path / "x")
+    assert entries.keys() == arrays.keys()
+    for name, entry in entries.items():
         assert entry.dtype == arrays[name].dtype
         np.testing.assert_array_equal(entry.read(), arrays[name])
     assert not (tmp_path / "x.partial").exists()
 
 
-def header(tmp_path, text, data=b""):
-    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return tmp_path / "x"
-
-
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+def description(dtype="F32", shape=(2,), offsets=(0, 8)):
+    """A tensor's entry in a header; by default a right one of eight bytes."""
     return dict(dtype=dtype, shape=list(shape), data_offsets=list(offsets))
 
 
 @pytest.mark.parametrize(
-    "tensors, data, message",
+    "header, data, message",
     [
-        (dict(a=entry()), b"1234567", "a ends at byte"),  # cut short
-        (dict(a=entry()), b"123456789", "its tensors fill 8 bytes, and it holds 9"),
-        (dict(a=entry(shape=(3,))), b"12345678", r"a is F32\[3\], 12 bytes, but its place has 8"),
+        (dict(a=description()), b"1234567", "a ends at byte"),  # truncated
+        (dict(a=description()), b"123456789", "its tensors fill 8 bytes, and it holds 9"),
         (
-            dict(a=entry(), b=entry(offsets=(4, 12))),
+            dict(a=description(shape=(3,))),
+            b"12345678",
+            r"a is F32\[3\], 12 bytes, but its place has 8",
+        ),
+        (
+            dict(a=description(), b=description(offsets=(4, 12))),
             b"x" * 12,
             "b begins at byte 4 of the data, where byte 8 is next",
         ),
         (
-            dict(a=entry(), b=entry(offsets=(12, 20))),
+            dict(a=description(), b=description(offsets=(12, 20))),
             b"x" * 20,
             "b begins at byte 12 of the data, where byte 8 is next",
         ),
         (
-            dict(a=entry(dtype="F8_E4M3")),
+            dict(a=description(dtype="F8_E4M3")),
             b"12345678",
             "a is of dtype F8_E4M3, which can't be read; there are",
         ),
-        (dict(a=entry(shape=(-2,))), b"12345678", "its entry for 'a'"),
-        (dict(a=entry(shape=(1 << 62, 1 << 62))), b"12345678", "but its place has 8"),
+        (dict(a=description(shape=(-2,))), b"12345678", "its entry for 'a'"),
+        (dict(a=description(shape=(1 << 62, 1 << 62))), b"12345678", "but its place has 8"),
         (dict(a=[1, 2]), b"12345678", "its entry for 'a'"),
         (dict(a=dict(dtype="F32")), b"", "its entry for 'a'"),
     ],
 )
-def test_headers_that_lie(tmp_path, tensors, data, message):
+def test_headers_that_lie(tmp_path, header, data, message):
+    text = json.dumps(header).encode()
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + data)
+
     with pytest.raises(ValueError, match=message):
-        safetensors.entries(header(tmp_path, json.dumps(tensors).encode(), data))
+        safetensors.entries(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -179,105 +203,145 @@ def test_headers_that_lie(tmp_path, tensors, data, message):
 )
 def test_no_header(tmp_path, content, message):
     (tmp_path / "x").write_bytes(content)
+
     with pytest.raises(ValueError, match=message):
         safetensors.entries(tmp_path / "x")
 
 
-def test_every_flipped_bit_of_a_header_is_seen(directory):
-    """Or changes nothing: names, dtypes, shapes and places all have to be those that config.json
-    and the file's length ask for.
+def test_every_flipped_bit_of_a_header_is_noticed(directory):
+    """Or it changes nothing: names, dtypes, shapes and offsets all have to be those that
+    config.json and the file's length ask for.
     """
     path = sorted(directory.glob("*.safetensors"))[0]
-    whole = path.read_bytes()
-    length = struct.unpack("<Q", whole[:8])[0]
-    wanted = load(directory)
-    for bit in np.random.default_rng(0).choice((8 + length) * 8, 150, replace=False):
-        flipped = bytearray(whole)
+    intact = path.read_bytes()
+    header_end = 8 + struct.unpack("<Q", intact[:8])[0]
+    params = load(directory)
+
+    # Some of the bits: each costs a whole load.
+    for bit in np.random.default_rng(0).choice(header_end * 8, 150, replace=False):
+        flipped = bytearray(intact)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
+
+        # A flip in the metadata changes nothing.
         try:
-            found = load(directory)
+            loaded = load(directory)
         except ValueError:
             continue
-        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        assert_same_params(loaded, params)
 
 
-def test_tensors_that_are_not_as_they_should_be(directory):
-    index = directory / hf.INDEX
-    weight_map = json.loads(index.read_text())["weight_map"]
-    name = "model.layers.1.mlp.down_proj.weight"
-    path, other = directory / weight_map[name], directory / weight_map["model.embed_tokens.weight"]
-    whole = path.read_bytes()
-    array = np.array(safetensors.entries(path)[name].read())
+# --- tensors that are not those of the model ---
 
-    rewrite(path, **{name: None})
-    with pytest.raises(
-        ValueError,
-        match="names tensors that their files don't have: model.layers.1.mlp.down_proj.weight",
-    ):
+
+@pytest.fixture
+def file_of_down_proj(directory):
+    weight_map = json.loads((directory / hf.INDEX).read_text())["weight_map"]
+    return directory / weight_map[DOWN_PROJ]
+
+
+def assert_load_fails(directory, message):
+    with pytest.raises(ValueError, match=message):
         load(directory)
-    index.write_text(
-        json.dumps({"weight_map": {key: file for key, file in weight_map.items() if key != name}})
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"needs 1 tensor\(s\) that are not there: model.layers.1.mlp.down_proj.weight; there are",  # noqa: E501
-    ):
-        load(directory)
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    rewrite(path, **{name: array.T})
-    with pytest.raises(
-        ValueError, match=r"model.layers.1.mlp.down_proj.weight \[24, 16\], wanted \[16, 24\]"
-    ):
-        load(directory)
-    path.write_bytes(whole)
-    rewrite(path, **{"model.layers.1.mlp.experts.weight": array})
-    with pytest.raises(
-        ValueError,
-        match=r"has no tensor\(s\) model.layers.1.mlp.experts.weight: what they are for would be lost",  # noqa: E501
-    ):
-        load(directory)
-    rewrite(
-        path,
-        **{
-            "model.layers.1.mlp.experts.weight": None,
-            "model.layers.1.self_attn.rotary_emb.inv_freq": array[0],
-        },
-    )
-    load(directory)  # a buffer that older checkpoints have
-    path.write_bytes(whole)
-    rewrite(other, **{name: array})
-    with pytest.raises(ValueError, match=f"tensor {name} is in .* and in"):
-        load(directory)
-    path.unlink()
-    with pytest.raises(ValueError, match=f"lacks {path.name}, which {hf.INDEX} names"):
-        load(directory)
-    for text in (
+
+
+def test_a_tensor_that_its_file_does_not_have(directory, file_of_down_proj):
+    change_tensors(file_of_down_proj, **{DOWN_PROJ: None})
+
+    assert_load_fails(directory, f"names tensors that their files don't have: {DOWN_PROJ}")
+
+
+def test_a_tensor_that_is_missing_in_the_index_too(directory, file_of_down_proj):
+    change_tensors(file_of_down_proj, **{DOWN_PROJ: None})
+    weight_map = json.loads((directory / hf.INDEX).read_text())["weight_map"]
+    del weight_map[DOWN_PROJ]
+    change_json(directory / hf.INDEX, weight_map=weight_map)
+
+    assert_load_fails(directory, rf"needs 1 tensor\(s\) that are not there: {DOWN_PROJ}; there are")
+
+
+def test_a_tensor_of_another_shape(directory, file_of_down_proj):
+    # As many numbers as before: only the shape tells.
+    transposed = read_tensors(file_of_down_proj)[DOWN_PROJ].T
+    change_tensors(file_of_down_proj, **{DOWN_PROJ: transposed})
+
+    assert_load_fails(directory, rf"{DOWN_PROJ} \[24, 16\], wanted \[16, 24\]")
+
+
+def test_a_tensor_that_the_model_does_not_have(directory, file_of_down_proj):
+    name = "model.layers.1.mlp.experts.weight"
+    change_tensors(file_of_down_proj, **{name: np.zeros((16, 24), np.float32)})
+
+    assert_load_fails(directory, rf"has no tensor\(s\) {name}: what they are for would be lost")
+
+
+def test_a_buffer_of_older_checkpoints_is_ignored(directory, file_of_down_proj):
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    change_tensors(file_of_down_proj, **{name: np.zeros(24, np.float32)})
+
+    load(directory)
+
+
+def test_a_tensor_in_two_files(directory, file_of_down_proj):
+    weight_map = json.loads((directory / hf.INDEX).read_text())["weight_map"]
+    other_file = directory / weight_map["model.embed_tokens.weight"]
+    assert other_file != file_of_down_proj
+    change_tensors(other_file, **{DOWN_PROJ: read_tensors(file_of_down_proj)[DOWN_PROJ]})
+
+    assert_load_fails(directory, f"tensor {DOWN_PROJ} is in .* and in")
+
+
+def test_a_file_that_is_missing(directory, file_of_down_proj):
+    file_of_down_proj.unlink()
+
+    assert_load_fails(directory, f"lacks {file_of_down_proj.name}, which {hf.INDEX} names")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "{",
         "[]",
         '{"weight_map": [1]}',
         '{"weight_map": {"a": "../../x.safetensors"}}',
         '{"weight_map": {"a": 1}}',
-    ):
-        index.write_text(text)
-        with pytest.raises(ValueError, match=f"{hf.INDEX} (can't be read|names)"):
-            load(directory)
-    index.unlink()
-    with pytest.raises(ValueError, match=f"but no {hf.INDEX} that says what belongs together"):
-        load(directory)
+    ],
+)
+def test_an_index_that_is_none(directory, text):
+    (directory / hf.INDEX).write_text(text)
+
+    assert_load_fails(directory, f"{hf.INDEX} (can't be read|names)")
+
+
+def test_several_files_without_an_index(directory):
+    (directory / hf.INDEX).unlink()
+
+    assert_load_fails(directory, f"but no {hf.INDEX} that says what belongs together")
 
 
 def test_pickled_weights_are_refused(directory):
     for path in (*directory.glob("*.safetensors"), directory / hf.INDEX):
         path.unlink()
-    with pytest.raises(ValueError, match="has no safetensors$"):
-        load(directory)
+    assert_load_fails(directory, "has no safetensors$")
+
     (directory / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(
-        ValueError,
-        match=r"pickled weights \(pytorch_model.bin\), which can run any code.*save_pretrained",
-    ):
-        load(directory)
+    assert_load_fails(
+        directory,
+        r"pickled weights \(pytorch_model.bin\), which can run any code.*save_pretrained",
+    )
+
+
+# --- config.json ---
+
+
+def test_no_config_json(tmp_path, directory):
+    assert_load_fails(
+        tmp_path / "nowhere",
+        "has no config.json; wanted the directory of a Hugging Face checkpoint",
+    )
+
+    (directory / "config.json").write_text("{")
+    assert_load_fails(directory, "config.json is not JSON")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +349,8 @@ def test_pickled_weights_are_refused(directory):
     [
         (
             dict(model_type="bert"),
-            r"model_type = 'bert' is none of the families that can be read: \['arcee', 'glm', 'gpt2'",  # noqa: E501
+            r"model_type = 'bert' is none of the families that can be read: "
+            r"\['arcee', 'glm', 'gpt2'",
         ),
         (
             dict(hidden_act="tanh"),
@@ -316,13 +381,27 @@ def test_pickled_weights_are_refused(directory):
         (dict(model_type="gpt_neox"), "rms_norm_eps = 1e-05.*not known for gpt_neox"),
     ],
 )
-def test_configurations_that_are_not_as_they_should_be(directory, changes, message):
-    change(directory / "config.json", **changes)
-    with pytest.raises(ValueError, match=message):
-        load(directory)
+def test_configurations_that_are_not_the_model(directory, changes, message):
+    change_json(directory / "config.json", **changes)
+
+    assert_load_fails(directory, message)
 
 
-BARE = dict(
+def test_keys_that_do_not_change_logits_are_ignored(directory):
+    change_json(
+        directory / "config.json",
+        attention_dropout=0.1,
+        use_cache=False,
+        transformers_version="4.30.0",
+        id2label={"0": "a"},
+        rope_scaling=None,
+    )
+
+    load(directory)
+
+
+# The keys that have no default.
+SIZES = dict(
     vocab_size=40,
     num_hidden_layers=3,
     hidden_size=16,
@@ -330,56 +409,50 @@ BARE = dict(
     intermediate_size=24,
     max_position_embeddings=16,
 )
-MOE = BARE | dict(moe_intermediate_size=8)
+MISTRAL = SIZES | dict(model_type="mistral")
+MIXTRAL = SIZES | dict(model_type="mixtral")
+QWEN2 = SIZES | dict(model_type="qwen2")
+QWEN3 = SIZES | dict(model_type="qwen3")
+QWEN2_MOE = SIZES | dict(model_type="qwen2_moe", moe_intermediate_size=8)
+QWEN3_MOE = SIZES | dict(model_type="qwen3_moe", moe_intermediate_size=8)
+ALL_SLIDING = dict(layer_types=["sliding_attention"] * 3)
 
 
 @pytest.mark.parametrize(
     "config, window",
     [
-        (BARE | dict(model_type="mistral"), 4096),
-        (BARE | dict(model_type="mistral", sliding_window=None), 0),
-        (BARE | dict(model_type="mistral", sliding_window=9), 9),
-        (BARE | dict(model_type="mixtral"), 0),
-        (BARE | dict(model_type="qwen2", sliding_window=9), 0),
-        (BARE | dict(model_type="qwen2", use_sliding_window=True, max_window_layers=0), 4096),
-        (BARE | dict(model_type="qwen2", use_sliding_window=True), 0),
-        (
-            BARE
-            | dict(
-                model_type="qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=9
-            ),
-            "layers that are all",
-        ),
-        (
-            BARE | dict(model_type="qwen3", layer_types=["sliding_attention"] * 3),
-            "with use_sliding_window",
-        ),
-        (
-            BARE
-            | dict(
-                model_type="qwen3",
-                layer_types=["sliding_attention"] * 3,
-                use_sliding_window=True,
-                sliding_window=9,
-            ),
-            9,
-        ),
-        (MOE | dict(model_type="qwen3_moe", sliding_window=9), 0),
-        (
-            MOE | dict(model_type="qwen2_moe", use_sliding_window=True),
-            "use_sliding_window = True is not supported",
-        ),
+        (MISTRAL, 4096),
+        (MISTRAL | dict(sliding_window=None), 0),
+        (MISTRAL | dict(sliding_window=9), 9),
+        (MIXTRAL, 0),
+        (QWEN2 | dict(sliding_window=9), 0),
+        (QWEN2 | dict(use_sliding_window=True, max_window_layers=0), 4096),
+        (QWEN2 | dict(use_sliding_window=True), 0),
+        (QWEN3 | ALL_SLIDING | dict(use_sliding_window=True, sliding_window=9), 9),
+        (QWEN3_MOE | dict(sliding_window=9), 0),
     ],
 )
 def test_windows(config, window):
-    """What is not there is the family's own default, what is null is none, and Qwen's windows wait
-    for a switch.
+    """A missing key is the family's own default, null is no window, and Qwen's windows wait for a
+    switch.
     """
-    if isinstance(window, int):
-        assert families.read_config(config)["window"] == window
-    else:
-        with pytest.raises(ValueError, match=window):
-            families.read_config(config)
+    assert families.read_config(config)["window"] == window
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            QWEN2 | dict(use_sliding_window=True, max_window_layers=1, sliding_window=9),
+            "layers that are all",
+        ),
+        (QWEN3 | ALL_SLIDING, "with use_sliding_window"),
+        (QWEN2_MOE | dict(use_sliding_window=True), "use_sliding_window = True is not supported"),
+    ],
+)
+def test_windows_of_some_layers_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        families.read_config(config)
 
 
 @pytest.mark.parametrize(
@@ -395,78 +468,61 @@ def test_windows(config, window):
 )
 def test_experts_that_are_not_known(changes, message):
     with pytest.raises(ValueError, match=message):
-        families.read_config(MOE | dict(model_type="qwen3_moe") | changes)
+        families.read_config(QWEN3_MOE | changes)
 
 
-def test_no_family_of_experts_is_without():
-    fields, _, _ = parameters(LLAMA)
+def test_families_of_experts_have_no_model_without():
+    fields, _ = make_params(LLAMA)
     for name in ("mixtral", "qwen2_moe", "qwen3_moe"):
         with pytest.raises(ValueError, match=f"no {name} has num_experts = 0"):
             families.write_config(families.FAMILIES[name], fields)
+
     with pytest.raises(
         ValueError,
         match="num_local_experts = 0 is not supported for mixtral; this reads 1 and more",
     ):
-        families.read_config(BARE | dict(model_type="mixtral", num_local_experts=0))
+        families.read_config(MIXTRAL | dict(num_local_experts=0))
 
 
 def test_defaults_of_experts():
-    # as transformers 5 writes it
-    fields = families.read_config(MOE | dict(model_type="qwen3_moe", num_local_experts=4))
-    assert (
-        fields["num_experts"],
-        fields["mlp_dim"],
-        fields["experts_per_token"],
-        fields["normalize_router"],
-    ) == (4, 8, 8, False)
-    assert families.read_config(BARE | dict(model_type="mixtral"))["rope_theta"] == 1e6
+    # num_local_experts is transformers 5's name for num_experts.
+    fields = families.read_config(QWEN3_MOE | dict(num_local_experts=4))
+
+    assert fields["num_experts"] == 4
+    assert fields["mlp_dim"] == 8
+    assert fields["experts_per_token"] == 8
+    assert fields["normalize_router"] is False
+    assert families.read_config(MIXTRAL)["rope_theta"] == 1e6
 
 
-def test_no_configuration(tmp_path, directory):
-    with pytest.raises(
-        ValueError, match="has no config.json; wanted the directory of a Hugging Face checkpoint"
-    ):
-        load(tmp_path / "nowhere")
-    (directory / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
-        load(directory)
+# --- checkpoints as others write them ---
 
 
-def test_attributes_of_no_consequence(directory):
-    change(
-        directory / "config.json",
-        attention_dropout=0.1,
-        use_cache=False,
-        transformers_version="4.30.0",
-        id2label={"0": "a"},
-        rope_scaling=None,
-    )
-    load(directory)
-
-
-def test_a_tied_head_that_differs(tmp_path):
-    fields, params, _ = parameters(LLAMA | dict(tie_embeddings=True))
+def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
+    fields, params = make_params(LLAMA | dict(tie_embeddings=True))
     hf.save(tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS)
     path = tmp_path / "model.safetensors"
-    table = np.array(safetensors.entries(path)["model.embed_tokens.weight"].read())
-    rewrite(path, **{"lm_head.weight": table})
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), params)
-    hf.save_as(tmp_path / "back", hf.Source(tmp_path).record(), fields, params)
-    # the head again too
-    assert set(safetensors.entries(tmp_path / "back/model.safetensors")) == set(
-        safetensors.entries(path)
+    table = read_tensors(path)["model.embed_tokens.weight"]
+
+    change_tensors(path, **{"lm_head.weight": table})
+    assert_same_params(load(tmp_path), params)
+
+    # It is written back too.
+    hf.save_as(tmp_path / "back", hf.Checkpoint(tmp_path).record(), fields, params)
+    back = tmp_path / "back/model.safetensors"
+    assert safetensors.entries(back).keys() == safetensors.entries(path).keys()
+
+    # A head of its own would be lost in a model that ties it.
+    change_tensors(path, **{"lm_head.weight": table + 1})
+    assert_load_fails(
+        tmp_path,
+        "tie_word_embeddings is set, but lm_head.weight is not model.embed_tokens.weight",
     )
-    rewrite(path, **{"lm_head.weight": table + 1})
-    with pytest.raises(
-        ValueError,
-        match="tie_word_embeddings is set, but lm_head.weight is not model.embed_tokens.weight",
-    ):
-        load(tmp_path)
 
 
 def test_names_without_their_prefix(tmp_path):
     """GPT-2's own checkpoints are of the body alone, with masks among the tensors."""
-    fields, params, _ = parameters(
+    fields, params = make_params(
         LLAMA
         | dict(
             num_kv_heads=2,
@@ -480,29 +536,69 @@ def test_names_without_their_prefix(tmp_path):
     )
     hf.save(tmp_path, families.FAMILIES["gpt2"], fields, params, token_ids=TOKEN_IDS)
     path = tmp_path / "model.safetensors"
-    old = {name: np.array(e.read()) for name, e in safetensors.entries(path).items()}
-    new = {name.removeprefix("transformer."): array for name, array in old.items()} | {
-        "h.0.attn.bias": np.ones((1, 1, 4, 4), bool)
-    }
-    safetensors.write(path, {name: (a.dtype, a.shape) for name, a in new.items()}, new.values())
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), params)
-    hf.save_as(tmp_path / "back", hf.Source(tmp_path).record(), fields, params)
-    assert set(safetensors.entries(tmp_path / "back/model.safetensors")) == set(new) - {
-        "h.0.attn.bias"
-    }
+
+    # Write it again as GPT-2's authors did.
+    body = {}
+    for name, array in read_tensors(path).items():
+        body[name.removeprefix("transformer.")] = array
+    mask = {"h.0.attn.bias": np.ones((1, 1, 4, 4), bool)}
+    write_tensors(path, body | mask)
+    assert_same_params(load(tmp_path), params)
+
+    # It is written back without prefixes too, but without the masks.
+    hf.save_as(tmp_path / "back", hf.Checkpoint(tmp_path).record(), fields, params)
+    assert safetensors.entries(tmp_path / "back/model.safetensors").keys() == body.keys()
 
 
 def test_a_model_that_was_changed_is_not_written_as_it_was(directory):
-    fields, params, _ = parameters(LLAMA | dict(rope_theta=77.0))
+    fields, params = make_params(LLAMA | dict(rope_theta=77.0))
+
     with pytest.raises(
         ValueError,
         match="the model was changed since it was imported: rope_theta = 77.0, was 10000.0",
     ):
-        hf.save_as(directory / "back", hf.Source(directory).record(), fields, params)
+        hf.save_as(directory / "back", hf.Checkpoint(directory).record(), fields, params)
+
+
+def test_the_dtype_is_bfloat16_if_all_weights_are(tmp_path):
+    """Norms are in f32 in checkpoints of ours, and in bf16 in those of others."""
+    fields, params = make_params(LLAMA, "bfloat16")
+    path = tmp_path / "model.safetensors"
+
+    hf.save(tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS)
+    ours = hf.Checkpoint(tmp_path)
+    dtypes = {entry.dtype for entry in ours.entries.values()}
+    assert dtypes == {np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)}
+    assert ours.dtype() == "float32"
+
+    all_bfloat16 = {
+        name: array.astype(ml_dtypes.bfloat16) for name, array in read_tensors(path).items()
+    }
+    write_tensors(path, all_bfloat16)
+    assert hf.Checkpoint(tmp_path).dtype() == "bfloat16"
+
+    # A buffer is no weight.
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    write_tensors(path, all_bfloat16 | buffer)
+    assert hf.Checkpoint(tmp_path).dtype() == "bfloat16"
+
+
+# --- the family of a model ---
+
+
+GPT = dict(
+    norm="layernorm",
+    bias="qkv,out,mlp,norm",
+    positions="learned",
+    gated_mlp=False,
+    num_kv_heads=2,
+)
+GPT_NEOX = GPT | dict(positions="rope", rope_fraction=0.25, residual="parallel")
+OPT = GPT | dict(bias="norm", position_offset=2, table_dim=8)
 
 
 @pytest.mark.parametrize(
-    "changes, family",
+    "changes, name",
     [
         (dict(), "llama"),
         (dict(window=8), "mistral"),
@@ -511,94 +607,36 @@ def test_a_model_that_was_changed_is_not_written_as_it_was(directory):
         (dict(gated_mlp=False, activation="relu_squared"), "arcee"),
         (dict(rope_interleaved=True, rope_fraction=0.5), "glm"),
         (dict(norm="layernorm", bias="norm", rope_fraction=0.25), "stablelm"),
-        (
-            dict(
-                norm="layernorm",
-                bias="qkv,out,mlp,norm",
-                rope_fraction=0.25,
-                residual="parallel",
-                gated_mlp=False,
-                num_kv_heads=2,
-            ),
-            "gpt_neox",
-        ),
-        (
-            dict(
-                norm="layernorm",
-                bias="qkv,out,mlp,norm",
-                positions="learned",
-                gated_mlp=False,
-                num_kv_heads=2,
-            ),
-            "gpt2",
-        ),
-        (
-            dict(
-                norm="layernorm",
-                bias="qkv,out,mlp,norm",
-                positions="learned",
-                gated_mlp=False,
-                num_kv_heads=2,
-                residual="post_norm",
-            ),
-            "openai-gpt",
-        ),
-        (
-            dict(
-                norm="layernorm",
-                bias="norm",
-                positions="learned",
-                gated_mlp=False,
-                num_kv_heads=2,
-                position_offset=2,
-                table_dim=8,
-            ),
-            "opt",
-        ),
+        (GPT_NEOX, "gpt_neox"),
+        (GPT, "gpt2"),
+        (GPT | dict(residual="post_norm"), "openai-gpt"),
+        (OPT, "opt"),
         (dict(num_experts=4), "mixtral"),
         (dict(num_experts=4, bias="qkv", shared_mlp_dim=8, normalize_router=False), "qwen2_moe"),
         (dict(num_experts=4, qk_norm=True), "qwen3_moe"),
+        # Without experts their other fields don't matter.
         (dict(experts_per_token=7, normalize_router=False), "llama"),
     ],
 )
-def test_families_that_fit(changes, family):
-    fields, _, _ = parameters(LLAMA | changes)
-    assert families.fitting(fields).name == family
-    config = families.write_config(families.FAMILIES[family], fields)
-    found = families.read_config(config)
-    assert all(
-        fields[name] == value
-        for name, value in found.items()
-        if fields["num_experts"] or name not in ("experts_per_token", "normalize_router")
-    )
+def test_the_family_of_a_model(changes, name):
+    fields, _ = make_params(LLAMA | changes)
+
+    family = families.family_of_fields(fields)
+
+    assert family.name == name
+    # Its config.json says the same model.
+    read = families.read_config(families.write_config(family, fields))
+    if not fields["num_experts"]:
+        del read["experts_per_token"], read["normalize_router"]
+    assert read == {field: fields[field] for field in read}
 
 
-def test_no_family_fits():
-    fields, _, _ = parameters(LLAMA | dict(residual="parallel", qk_norm=True))
+def test_a_model_of_no_family():
+    fields, _ = make_params(LLAMA | dict(residual="parallel", qk_norm=True))
+
     with pytest.raises(
         ValueError,
-        match=r"(?s)no family .* has this model:.*no llama has residual = 'parallel', qk_norm = True",  # noqa: E501
+        match=r"(?s)no family .* has this model:.*"
+        r"no llama has residual = 'parallel', qk_norm = True",
     ):
-        families.fitting(fields)
-
-
-def test_dtypes(tmp_path):
-    """bf16 weights with norms in f32, as ours are, and all in bf16, as theirs are."""
-    fields, params, _ = parameters(LLAMA, "bfloat16")
-    hf.save(tmp_path, families.FAMILIES["llama"], fields, params, token_ids=TOKEN_IDS)
-    source = hf.Source(tmp_path)
-    assert {e.dtype for e in source.entries.values()} == {
-        np.dtype(ml_dtypes.bfloat16),
-        np.dtype(np.float32),
-    } and source.dtype() == "float32"
-    rewrite(
-        tmp_path / "model.safetensors",
-        **{n: np.array(e.read()).astype(ml_dtypes.bfloat16) for n, e in source.entries.items()},
-    )
-    assert hf.Source(tmp_path).dtype() == "bfloat16"
-    # no weight
-    rewrite(
-        tmp_path / "model.safetensors",
-        **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
-    )
-    assert hf.Source(tmp_path).dtype() == "bfloat16"
+        families.family_of_fields(fields)

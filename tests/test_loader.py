@@ -13,7 +13,9 @@ from lm.data import pack
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 
-BATCH, LENGTH = 8, 16
+BATCH = 8
+LENGTH = 16
+# Name -> (number of devices, axis sizes).
 MESHES = {
     "one": (1, {}),
     "data": (8, {"data": 8}),
@@ -45,92 +47,116 @@ def make_stream(number, num_streams):
     )
 
 
-def make_loader(mesh="one", num_streams=4, **args):
-    return loaders.Loader(
-        lambda number: make_stream(number, num_streams),
-        num_streams,
-        args.get("batch_size", BATCH),
-        LENGTH,
-        layout(mesh),
-    )
+def make_loader(mesh="one", num_streams=4):
+    def stream(number):
+        return make_stream(number, num_streams)
+
+    return loaders.Loader(stream, num_streams, BATCH, LENGTH, layout(mesh))
 
 
 def numbered_rows(num):
+    """Rows whose every array differs from the others'."""
     rng = np.random.default_rng(0)
-    return [
-        {
-            name: rng.integers(1, 100, LENGTH).astype(dtype)
-            for name, dtype in batch_contract.DTYPES.items()
-        }
-        for _ in range(num)
-    ]
+    rows = []
+    for _ in range(num):
+        row = {}
+        for name, dtype in batch_contract.DTYPES.items():
+            row[name] = rng.integers(1, 100, LENGTH).astype(dtype)
+        rows.append(row)
+    return rows
+
+
+def stack(rows, name):
+    return np.stack([row[name] for row in rows])
 
 
 def read(loader, steps):
-    batches = [next(loader) for _ in range(steps)]
-    return [({k: np.asarray(v) for k, v in batch.items()}, digest) for batch, digest in batches]
+    """(batch as numpy arrays, digest) of the next steps."""
+    batches = []
+    for _ in range(steps):
+        batch, digest = next(loader)
+        batches.append((jax.tree.map(np.asarray, batch), digest))
+    return batches
 
 
-def same(a, b):
-    return all(
-        x[1] == y[1] and all(np.array_equal(x[0][k], y[0][k]) for k in batch_contract.DTYPES)
-        for x, y in zip(a, b, strict=True)
-    )
+def same(batches, others):
+    """Whether digests and arrays of two reads are the same."""
+    assert len(batches) == len(others)
+    for (batch, digest), (other, other_digest) in zip(batches, others):
+        if digest != other_digest:
+            return False
+        for name in batch_contract.DTYPES:
+            if not np.array_equal(batch[name], other[name]):
+                return False
+    return True
+
+
+# --- global arrays ---
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_global_arrays_are_the_rows_stacked(mesh):
-    rows, sharding_ = numbered_rows(BATCH), layout(mesh)
+    rows = numbered_rows(BATCH)
+    sharding_ = layout(mesh)
+
     batch = loaders.to_global(dict(enumerate(rows)), BATCH, sharding_)
+
     assert set(batch) == set(batch_contract.DTYPES)
     for name, dtype in batch_contract.DTYPES.items():
-        assert batch[name].dtype == dtype and batch[name].sharding == sharding_
-        np.testing.assert_array_equal(batch[name], np.stack([row[name] for row in rows]))
+        assert batch[name].dtype == dtype
+        assert batch[name].sharding == sharding_
+        np.testing.assert_array_equal(batch[name], stack(rows, name))
     assert loaders.local_rows(sharding_, (BATCH, LENGTH)) == list(range(BATCH))
 
 
 def test_rows_lie_where_the_mesh_puts_them():
+    rows = numbered_rows(BATCH)
+
+    batch = loaders.to_global(dict(enumerate(rows)), BATCH, layout("sequence"))
+
     # What a device holds is its rows and columns, no more: the transfer is no larger than it has to
     # be.
-    batch = loaders.to_global(
-        dict(enumerate(rows := numbered_rows(BATCH))), BATCH, layout("sequence")
-    )
-    assert {s.data.shape for s in batch["tokens"].addressable_shards} == {(2, 8)}
     for shard in batch["tokens"].addressable_shards:
-        np.testing.assert_array_equal(
-            shard.data, np.stack([r["tokens"] for r in rows])[shard.index]
-        )
+        assert shard.data.shape == (2, 8)
+        np.testing.assert_array_equal(shard.data, stack(rows, "tokens")[shard.index])
 
 
-class Elsewhere:
+class PartlyElsewhere:
     """A sharding of which this process holds a part only."""
 
-    def __init__(self, parts):
-        self._parts = parts
+    def __init__(self, row_slices):
+        self._row_slices = row_slices
 
     def addressable_devices_indices_map(self, shape):
-        del shape
-        return {i: (part, slice(None)) for i, part in enumerate(self._parts)}
+        del shape  # its devices hold all columns
+        return {device: (rows, slice(None)) for device, rows in enumerate(self._row_slices)}
 
 
 def test_local_rows_of_a_part():
-    assert loaders.local_rows(
-        Elsewhere([slice(4, 6), slice(0, 2), slice(4, 6)]), (BATCH, LENGTH)
-    ) == [0, 1, 4, 5]
-    assert loaders.local_rows(Elsewhere([slice(6, None)]), (BATCH, LENGTH)) == [6, 7]
+    shape = (BATCH, LENGTH)
+    replicated = PartlyElsewhere([slice(4, 6), slice(0, 2), slice(4, 6)])
+    open_ended = PartlyElsewhere([slice(6, None)])
+
+    assert loaders.local_rows(replicated, shape) == [0, 1, 4, 5]
+    assert loaders.local_rows(open_ended, shape) == [6, 7]
+
+
+# --- the loader ---
 
 
 def test_a_process_runs_only_the_streams_of_its_rows():
-    made = []
+    numbers = []
 
     def stream(number):
-        made.append(number)
+        numbers.append(number)
         return make_stream(number, 4)
 
-    loader = loaders.Loader(stream, 4, BATCH, LENGTH, Elsewhere([slice(4, 8)]))
-    assert made == [2, 3] and set(loader.state()) == {"2", "3"}
+    loader = loaders.Loader(stream, 4, BATCH, LENGTH, PartlyElsewhere([slice(4, 8)]))
+    assert numbers == [2, 3]
+    assert set(loader.state()) == {"2", "3"}
+
     with pytest.raises(ValueError, match="holds 3 rows of 8, not whole streams of 2"):
-        loaders.Loader(stream, 4, BATCH, LENGTH, Elsewhere([slice(0, 3)]))
+        loaders.Loader(stream, 4, BATCH, LENGTH, PartlyElsewhere([slice(0, 3)]))
 
 
 @pytest.fixture(scope="module")
@@ -138,27 +164,36 @@ def reference():
     return read(make_loader("one"), 12)
 
 
-@pytest.mark.parametrize("mesh", [m for m in MESHES if m != "one"])
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "one"])
 def test_batches_do_not_depend_on_the_mesh(mesh, reference):
     assert same(read(make_loader(mesh), 12), reference)
 
 
 def test_rows_are_dealt_from_the_streams(reference):
     streams = [make_stream(number, 4) for number in range(4)]
+
     for batch, digest in reference[:6]:
         batch_contract.check(batch)
-        rows = [next(streams[r // 2]) for r in range(BATCH)]
-        assert all(np.array_equal(batch[k], np.stack([row[k] for row in rows])) for k in batch)
+        # 8 rows of 4 streams: two of each, next to each other.
+        rows = [next(streams[row // 2]) for row in range(BATCH)]
+        for name in batch:
+            assert np.array_equal(batch[name], stack(rows, name))
         assert digest == batch_contract.digest(batch)
-    assert len({digest for _, digest in reference}) == len(reference)
-    # the number of streams is part of the experiment
+
+    digests = {digest for _, digest in reference}
+    assert len(digests) == len(reference)
+
+
+def test_the_number_of_streams_is_part_of_the_experiment(reference):
     assert not same(read(make_loader(num_streams=2), 12), reference)
 
 
 def test_state_restores_exactly_on_another_mesh(reference):
     loader = make_loader("data")
+
     for step in range(10):
         if step in (0, 3, 7):
+            # Checkpoints keep states as JSON.
             state = json.loads(json.dumps(loader.state()))
             other = make_loader("fsdp")
             other.restore(state)
@@ -167,26 +202,32 @@ def test_state_restores_exactly_on_another_mesh(reference):
             assert same(read(other, 2), reference[step : step + 2])
             other.close()
         assert same(read(loader, 1), reference[step : step + 1])
+
     assert set(loader.state()) == {"0", "1", "2", "3"}
     loader.close()
 
 
 def test_streams_that_do_not_divide_the_batch():
-    with pytest.raises(
-        ValueError, match="config.data.streams = 3 must divide config.data.batch_size = 8"
-    ):
+    message = "config.data.streams = 3 must divide config.data.batch_size = 8"
+    with pytest.raises(ValueError, match=message):
         make_loader(num_streams=3)
+
+
+# --- evaluation ---
 
 
 @pytest.mark.parametrize("num", [1, 7, 8, 9, 24])
 def test_evaluation_batches_hold_each_row_once(num):
-    rows, padding = numbered_rows(num), pack.empty_row(LENGTH)
+    rows = numbered_rows(num)
+    padding = pack.empty_row(LENGTH)
+
     batches = list(loaders.evaluation_batches(rows, BATCH, layout("data"), padding))
-    assert len(batches) == -(-num // BATCH) and all(
-        b["tokens"].shape == (BATCH, LENGTH) for b in batches
-    )
+
+    assert len(batches) == -(-num // BATCH)
+    for batch in batches:
+        assert batch["tokens"].shape == (BATCH, LENGTH)
     for name in batch_contract.DTYPES:
-        found = np.concatenate([b[name] for b in batches])
-        np.testing.assert_array_equal(found[:num], np.stack([r[name] for r in rows]))
-        assert not found[num:].any()
+        values = np.concatenate([batch[name] for batch in batches])
+        np.testing.assert_array_equal(values[:num], stack(rows, name))
+        assert not values[num:].any()
     assert len(rows) == num  # the caller's list is left alone

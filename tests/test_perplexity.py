@@ -13,26 +13,39 @@ from flax import nnx
 from lm import build, sharding, step
 from lm import config as config_lib
 from lm.data import pack
-from lm.data.sources import Document, Documents, take
+from lm.data.records import take
+from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import perplexity
-from lm.evals.predict import PredictFns
+from lm.evals.predict import ModelFns, PredictFns
 from lm.objectives import causal
 
 LENGTH = 32
+VOCAB = 260
+# name -> (devices, sizes of the axes)
 MESHES = {
     "one": (1, {}),
     "data": (8, {"data": 8}),
     "sequence": (8, {"data": 4, "sequence": 2}),
     "fsdp": (8, {"data": 2, "fsdp": 2, "tensor": 2}),
 }
-RNG = np.random.default_rng(0)
-TEXTS = ["".join(RNG.choice(list("abcdé \n€"), size)) for size in RNG.integers(1, 90, 45)]
-DOCUMENTS = Documents(
-    [Document(text, f"d{i}", ("red", "green")[i % 2]) for i, text in enumerate(TEXTS)],
-    "fingerprint",
-)
-PLAIN, LABELLED = (pack.Encoder(ByteTokenizer(), prompt) for prompt in ("", "\nLabel:"))
+PLAIN = pack.Encoder(ByteTokenizer(), "")
+LABELLED = pack.Encoder(ByteTokenizer(), "\nLabel:")
+
+
+def make_documents():
+    """45 texts of 1 to 89 characters of one to three bytes each, with labels."""
+    rng = np.random.default_rng(0)
+    documents = []
+    for i, size in enumerate(rng.integers(1, 90, 45)):
+        text = "".join(rng.choice(list("abcdé \n€"), size))
+        documents.append(Document(text, f"d{i}", ("red", "green")[i % 2]))
+    return Documents(documents, "fingerprint")
+
+
+DOCUMENTS = make_documents()
+TEXTS = [document.text for document in DOCUMENTS]
+DATA = "".join(TEXTS).encode()
 
 
 @cache
@@ -44,7 +57,7 @@ def model():
     c.data.length = LENGTH
     c.model.update(
         dict(
-            vocab_size=260,
+            vocab_size=VOCAB,
             context_length=LENGTH,
             num_layers=1,
             embed_dim=16,
@@ -66,97 +79,118 @@ def model():
 
 
 def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=lambda: None):
-    count, sizes = MESHES[mesh]
-    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    return PredictFns(
-        mesh,
-        batch_size=batch_size,
-        length=LENGTH,
+    """PredictFns of a function (params, batch) -> log-probabilities of the batch's targets."""
+    num_devices, sizes = MESHES[mesh]
+    functions = ModelFns(
         token_logprobs=token_logprobs,
         tree_logprobs=len,
-        make_generate=None,
+        tree_states=len,
+        head_rows=len,
+        make_generator=None,
+    )
+    return PredictFns(
+        sharding.make_mesh(sizes, jax.devices()[:num_devices]),
+        functions,
+        batch_size=batch_size,
+        length=LENGTH,
         check_stop=check_stop,
     )
 
 
 def evaluate(fns, params=None, encoder=PLAIN, documents=DOCUMENTS, max_documents=0, stride=0):
-    return dict(
-        perplexity.Perplexity(
-            fns, documents=documents, encoder=encoder, max_documents=max_documents, stride=stride
-        ).run(params)
+    evaluator = perplexity.Perplexity(
+        fns,
+        name="text",
+        documents=documents,
+        encoder=encoder,
+        max_documents=max_documents,
+        stride=stride,
     )
+    return dict(evaluator.run(params))
 
 
 @cache
 def model_fns(mesh, batch_size):
-    # compiled once
-    return make_fns(step.make_token_logprobs(model()[0], causal.token_logprobs), mesh, batch_size)
+    """PredictFns of the small Transformer, compiled once."""
+    graphdef, _, _ = model()
+    token_logprobs = step.make_token_logprobs(graphdef, causal.token_logprobs)
+    return make_fns(token_logprobs, mesh, batch_size)
 
 
-def of_model(*, mesh="one", batch_size=8, change=lambda p: p, **kwargs):
+def evaluate_model(*, mesh="one", batch_size=8, change=lambda p: p, **kwargs):
+    """The metrics of the small Transformer, each of its parameters changed by `change`."""
     _, params, axes = model()
     fns = model_fns(mesh, batch_size)
     with jax.set_mesh(fns._mesh):
-        params = jax.device_put(
-            jax.tree.map(change, params), sharding.shardings(params, axes, fns._mesh)
-        )
+        layouts = sharding.shardings(params, axes, fns._mesh)
+        params = jax.device_put(jax.tree.map(change, params), layouts)
         return evaluate(fns, params, **kwargs)
 
 
 @cache
-def in_eights():
-    return of_model(batch_size=8)
+def values_in_batches_of_8():
+    return evaluate_model(batch_size=8)
 
 
 @cache
-def direct():
+def nll_of_documents():
     """(nll, targets) of each document by itself, in rows of one window, from the model's logits."""
     graphdef, params, _ = model()
-    rows, owners = [], []
+    rows = []
+    sizes = []  # targets of each row
+    owners = []  # the document of each row
     for number, document in enumerate(DOCUMENTS):
         ids = [256, *document.text.encode()]
         for start in range(0, len(ids) - 1, LENGTH):
             window = ids[start : start + LENGTH + 1]
             rows.append(window + [0] * (LENGTH + 1 - len(window)))
-            owners.append((number, len(window) - 1))
+            sizes.append(len(window) - 1)
+            owners.append(number)
     rows = jnp.asarray(rows)
 
     @jax.jit
     def logprobs(params):
         transformer = nnx.merge(graphdef, params)
         shape = (len(rows), LENGTH)
-        hidden = transformer(
-            rows[:, :-1], jnp.broadcast_to(jnp.arange(LENGTH), shape), jnp.ones(shape, jnp.int32)
-        ).hidden
+        positions = jnp.broadcast_to(jnp.arange(LENGTH), shape)
+        hidden = transformer(rows[:, :-1], positions, jnp.ones(shape, jnp.int32)).hidden
         return jax.nn.log_softmax(transformer.logits(hidden))
 
-    logp = np.asarray(logprobs(params), np.float64)
-    nll, counts = np.zeros(len(TEXTS)), np.zeros(len(TEXTS), int)
-    for row, p, (number, size) in zip(np.asarray(rows), logp, owners):
-        nll[number] -= p[np.arange(size), row[1 : size + 1]].sum()
+    nll = np.zeros(len(TEXTS))
+    counts = np.zeros(len(TEXTS), int)
+    row_logprobs = np.asarray(logprobs(params), np.float64)
+    for row, logp, size, number in zip(np.asarray(rows), row_logprobs, sizes, owners):
+        nll[number] -= logp[np.arange(size), row[1 : size + 1]].sum()
         counts[number] += size
     return nll, counts
 
 
+def numbers_of_taken(max_documents):
+    return [DOCUMENTS.items.index(document) for document in take(DOCUMENTS, max_documents)]
+
+
 def test_loss_is_that_of_each_document_by_itself():
-    nll, counts = direct()
-    values = in_eights()
-    assert values["tokens"] == counts.sum() and values["documents"] == len(TEXTS)
+    nll, counts = nll_of_documents()
+
+    values = values_in_batches_of_8()
+    some = evaluate_model(max_documents=7)
+
+    assert values["tokens"] == counts.sum()
+    assert values["documents"] == len(TEXTS)
     assert values["loss"] == pytest.approx(nll.sum() / counts.sum(), rel=1e-5)
-    assert abs(values["loss"] - math.log(260)) > 0.1  # the model has opinions
-    some = of_model(max_documents=7)
-    chosen = [DOCUMENTS.items.index(d) for d in take(DOCUMENTS, 7)]
-    assert (
-        some["loss"] == pytest.approx(nll[chosen].sum() / counts[chosen].sum(), rel=1e-5)
-        and some["documents"] == 7
-    )
+    assert abs(values["loss"] - math.log(VOCAB)) > 0.1  # the model has opinions
+    chosen = numbers_of_taken(7)
+    assert some["documents"] == 7
+    assert some["loss"] == pytest.approx(nll[chosen].sum() / counts[chosen].sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("most", [0, 1, 2, 7, 44, 45, 1000])
-def test_documents_are_taken_evenly(most):
-    numbers = [DOCUMENTS.items.index(d) for d in take(DOCUMENTS, most)]
-    assert len(numbers) == min(most or 45, 45) and numbers[0] == 0
-    # from all of the split, none twice
+@pytest.mark.parametrize("max_documents", [0, 1, 2, 7, 44, 45, 1000])
+def test_documents_are_taken_evenly(max_documents):
+    numbers = numbers_of_taken(max_documents)
+
+    assert len(numbers) == min(max_documents or 45, 45)
+    assert numbers[0] == 0
+    # From all of the split, none twice: the gaps differ by at most one.
     assert set(np.diff([*numbers, 45])) <= {45 // len(numbers), -(-45 // len(numbers))}
 
 
@@ -164,10 +198,11 @@ def test_documents_are_taken_evenly(most):
     "mesh, batch_size", [("one", 24), ("data", 8), ("sequence", 24), ("fsdp", 16)]
 )
 def test_loss_does_not_depend_on_batches_and_mesh(mesh, batch_size):
-    values, expected = of_model(mesh=mesh, batch_size=batch_size), in_eights()
-    assert {k: values[k] for k in ("tokens", "bytes", "documents")} == {
-        k: expected[k] for k in ("tokens", "bytes", "documents")
-    }
+    values = evaluate_model(mesh=mesh, batch_size=batch_size)
+
+    expected = values_in_batches_of_8()
+    for count in ("tokens", "bytes", "documents"):
+        assert values[count] == expected[count]
     assert values["loss"] == pytest.approx(expected["loss"], abs=1e-6 * expected["loss"])
 
 
@@ -185,75 +220,90 @@ def test_loss_does_not_depend_on_batches_and_mesh(mesh, batch_size):
     ],
 )
 def test_every_target_counts_exactly_once(mesh, batch_size):
-    # The "log-probability" of a target is a number of its own: none may be missing, doubled, or
-    # padding.
-    values = evaluate(
-        make_fns(
-            lambda params, batch: -(batch["targets"] + 1).astype(jnp.float32), mesh, batch_size
-        ),
-        encoder=LABELLED,
-    )
-    data = "".join(TEXTS).encode()
-    # bytes as tokens: neither label lines, BOS nor EOS are counted
-    assert values["tokens"] == values["bytes"] == len(data)
-    assert values["loss"] == pytest.approx(sum(b + 1 for b in data) / len(data), rel=1e-12)
+    """The "log-probability" of a target is a number of its own: none may be missing, doubled, or
+    padding.
+    """
+
+    def number_of_target(params, batch):
+        return -(batch["targets"] + 1).astype(jnp.float32)
+
+    values = evaluate(make_fns(number_of_target, mesh, batch_size), encoder=LABELLED)
+
+    # Bytes are tokens: neither label lines, BOS nor EOS are counted.
+    assert values["tokens"] == values["bytes"] == len(DATA)
+    wanted = sum(byte + 1 for byte in DATA) / len(DATA)
+    assert values["loss"] == pytest.approx(wanted, rel=1e-12)
 
 
-def test_labels_and_prompts_have_no_say():
+def test_labels_and_their_prompt_do_not_count():
     calls = []
-    fns = make_fns(
-        lambda params, batch: -batch["targets"].astype(jnp.float32),
-        check_stop=lambda: calls.append(1),
-    )
-    a = evaluate(fns, encoder=LABELLED)
-    unlabelled = Documents([d._replace(label="") for d in DOCUMENTS], "other")
-    assert a == evaluate(fns, documents=unlabelled)
+
+    def number_of_target(params, batch):
+        return -batch["targets"].astype(jnp.float32)
+
+    fns = make_fns(number_of_target, check_stop=lambda: calls.append(1))
+    without_labels = []
+    for document in DOCUMENTS:
+        without_labels.append(document._replace(label=""))
+
+    values = evaluate(fns, encoder=LABELLED)
+
+    assert values == evaluate(fns, documents=Documents(without_labels, "other"))
     assert len(calls) > 1  # a signal is noticed within an evaluation
 
 
 def test_a_uniform_model():
-    values = of_model(change=np.zeros_like)
-    assert values["loss"] == pytest.approx(math.log(260), rel=1e-6) and values[
-        "perplexity"
-    ] == pytest.approx(260, rel=1e-5)
-    # a token is a byte here
-    assert values["bits_per_byte"] == pytest.approx(math.log2(260), rel=1e-6)
+    values = evaluate_model(change=np.zeros_like)
+
+    assert values["loss"] == pytest.approx(math.log(VOCAB), rel=1e-6)
+    assert values["perplexity"] == pytest.approx(VOCAB, rel=1e-5)
+    # A token is a byte here.
+    assert values["bits_per_byte"] == pytest.approx(math.log2(VOCAB), rel=1e-6)
 
 
-class Pairs(ByteTokenizer):
+class PairTokenizer(ByteTokenizer):
     """Two bytes a token, so that bits per byte are not bits per token."""
 
     def encode(self, text):
         return list(text.encode()[::2])
 
 
-def test_figures_from_the_sums():
-    values = evaluate(
-        make_fns(lambda params, batch: jnp.full(batch["targets"].shape, -3.0)),
-        encoder=pack.Encoder(Pairs(), ""),
-    )
-    data = "".join(TEXTS).encode()
-    tokens = sum(-(-len(t.encode()) // 2) for t in TEXTS)
-    assert (
-        values["tokens"] == tokens
-        and values["bytes"] == len(data)
-        and values["documents"] == len(TEXTS)
-    )
-    assert values["loss"] == pytest.approx(3) and values["perplexity"] == pytest.approx(math.e**3)
-    assert values["bits_per_byte"] == pytest.approx(3 * tokens / math.log(2) / len(data))
-    packed = lzma.compress(
-        data,
+def make_constant_fns(logprob):
+    return make_fns(lambda params, batch: jnp.full(batch["targets"].shape, logprob))
+
+
+def test_metrics_follow_from_the_sums():
+    values = evaluate(make_constant_fns(-3.0), encoder=pack.Encoder(PairTokenizer(), ""))
+
+    num_tokens = sum(-(-len(text.encode()) // 2) for text in TEXTS)
+    assert values["tokens"] == num_tokens
+    assert values["bytes"] == len(DATA)
+    assert values["documents"] == len(TEXTS)
+    assert values["loss"] == pytest.approx(3)
+    assert values["perplexity"] == pytest.approx(math.e**3)
+    assert values["bits_per_byte"] == pytest.approx(3 * num_tokens / math.log(2) / len(DATA))
+
+
+def test_xz_is_the_commands():
+    """What `xz -9e` writes: its container, its checksum and its filter."""
+    compressed = lzma.compress(
+        DATA,
         format=lzma.FORMAT_XZ,
         check=lzma.CHECK_CRC64,
         filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}],
     )
-    assert values["xz_bits_per_byte"] == pytest.approx(8 * len(packed) / len(data), rel=1e-12)
-    assert 0 < values["xz_bits_per_byte"] < 8
+
+    bits_per_byte = evaluate(make_constant_fns(-3.0))["xz_bits_per_byte"]
+
+    assert bits_per_byte == pytest.approx(8 * len(compressed) / len(DATA), rel=1e-12)
+    assert 0 < bits_per_byte < 8
 
 
 def test_a_hopeless_model_has_a_finite_perplexity():
-    values = evaluate(make_fns(lambda params, batch: jnp.full(batch["targets"].shape, -1e6)))
-    assert values["loss"] == pytest.approx(1e6) and math.isfinite(values["perplexity"])
+    values = evaluate(make_constant_fns(-1e6))
+
+    assert values["loss"] == pytest.approx(1e6)
+    assert math.isfinite(values["perplexity"])
 
 
 @pytest.mark.parametrize("stride", [1, 5, LENGTH])
@@ -267,27 +317,28 @@ def test_a_stride_gives_each_target_the_context_that_there_is(stride):
     @jax.jit
     def logprobs(row):
         transformer = nnx.merge(graphdef, params)
-        hidden = transformer(
-            row[None], jnp.arange(len(row))[None], jnp.ones((1, len(row)), jnp.int32)
-        ).hidden
+        positions = jnp.arange(len(row))[None]
+        hidden = transformer(row[None], positions, jnp.ones((1, len(row)), jnp.int32)).hidden
         return jax.nn.log_softmax(transformer.logits(hidden)[0])
 
-    nll, starts = 0.0, [0, *range(LENGTH, len(ids) - 1, stride)]
-    for new, end in zip(starts, [*starts[1:], len(ids) - 1]):
-        begin = new if stride == LENGTH else max(0, end - LENGTH)
-        nll -= sum(
-            float(logprobs(jnp.asarray(ids[begin:end]))[k - begin, ids[k + 1]])
-            for k in range(new, end)
-        )
-    values = of_model(documents=Documents([Document(text, "d", "")], ""), stride=stride)
-    assert values["tokens"] == len(ids) - 1 and values["loss"] == pytest.approx(
-        nll / (len(ids) - 1), rel=1e-5
-    )
+    # The tokens ids[first + 1] to ids[end] are the new targets of a window.
+    nll = 0.0
+    firsts = [0, *range(LENGTH, len(ids) - 1, stride)]
+    for first, end in zip(firsts, [*firsts[1:], len(ids) - 1]):
+        begin = first if stride == LENGTH else max(0, end - LENGTH)
+        window = logprobs(jnp.asarray(ids[begin:end]))
+        for k in range(first, end):
+            nll -= float(window[k - begin, ids[k + 1]])
+
+    values = evaluate_model(documents=Documents([Document(text, "d", "")], ""), stride=stride)
+
+    assert values["tokens"] == len(ids) - 1
+    assert values["loss"] == pytest.approx(nll / (len(ids) - 1), rel=1e-5)
     assert values["word_perplexity"] == pytest.approx(math.exp(nll / len(text.split())), rel=1e-4)
 
 
 def test_a_stride_beyond_the_row():
     with pytest.raises(
-        ValueError, match="stride = 33 of a perplexity; wanted 0 to config.data.length = 32"
+        ValueError, match="config.evals.text.stride = 33; wanted 0 to config.data.length = 32"
     ):
-        of_model(stride=33)
+        evaluate_model(stride=33)

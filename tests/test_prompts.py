@@ -1,4 +1,4 @@
-"""Templates and examples before the question."""
+"""Templates, and the draw of examples before the question."""
 
 import collections
 
@@ -7,6 +7,8 @@ import pytest
 from lm.evals import prompts
 
 RECORD = {"text": "The cat sat. ", "answers": {"text": ["a", "b"], "n": [1, 2]}, "k": 3}
+# One record in ten has the rare label.
+POOL = [dict(n=i, label="rare" if i % 10 == 9 else "common") for i in range(60)]
 
 
 @pytest.mark.parametrize(
@@ -26,28 +28,32 @@ def test_templates(template, text):
 
 
 def test_lists_give_a_text_for_each_element():
-    assert prompts.Template(" {answers[text]}: {answers[n]}, {k}", "t").each(RECORD) == [
-        " a: 1, 3",
-        " b: 2, 3",
-    ]
+    texts = prompts.Template(" {answers[text]}: {answers[n]}, {k}", "t").each(RECORD)
+    assert texts == [" a: 1, 3", " b: 2, 3"]
+
     with pytest.raises(ValueError, match="gives 2 texts for one record"):
         prompts.Template("{answers[text]}", "t")(RECORD)
 
 
 @pytest.mark.parametrize("value", [None, {"a": 1}])
-def test_what_is_no_text(value):
+def test_values_without_a_spelling(value):
     with pytest.raises(ValueError, match="'text' of a record is .*; wanted text or a number"):
         prompts.Template("{text}", "t")({"text": value})
 
 
-def test_parts():
+def test_parts_of_a_template():
     template = prompts.Template("Q: {text} {k}\nA:", "t")
-    assert (
-        template.tail == "\nA:"
-        and template.filled("N/A") == "Q: N/A N/A\nA:"
-        and template.fields == ["text", "k"]
-    )
+    assert template.fields == ["text", "k"]
+    assert template.tail == "\nA:"
+    assert template.fill(["N/A", "none"]) == "Q: N/A none\nA:"
+
     assert prompts.Template("{k}", "t").tail == ""
+
+
+def test_a_column_that_is_used_twice_is_filled_twice():
+    template = prompts.Template("{text:lower} {k} {text}", "t")
+    assert template.fields == ["text", "k", "text"]
+    assert template.fill(["A", "B", "C"]) == "a B C"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,7 @@ def test_parts():
         ("{text!r}", "not a column"),
     ],
 )
-def test_no_template(template, message):
+def test_texts_that_are_no_template(template, message):
     with pytest.raises(ValueError, match=message):
         prompts.Template(template, "config.evals.x.prompt.templates")
 
@@ -74,10 +80,15 @@ def test_a_missing_column(template):
         prompts.Template(template, "t")(RECORD)
 
 
-POOL = [dict(n=i, label="rare" if i % 10 == 9 else "common") for i in range(60)]
+def label_of(record):
+    return record["label"]
 
 
-def choose(count, sampler="balanced", seed=0, avoid=lambda record: False):
+def avoid_none(record):
+    return False
+
+
+def select(count, sampler="balanced", seed=0, avoid=avoid_none):
     return prompts.select_shots(
         POOL,
         count,
@@ -85,59 +96,93 @@ def choose(count, sampler="balanced", seed=0, avoid=lambda record: False):
         seed=seed,
         avoid=avoid,
         name="x",
-        label=lambda r: r["label"],
+        label=label_of,
         num_labels=2,
     )
 
 
-def test_samplers():
-    assert [r["n"] for r in choose(3, "first_n")] == [0, 1, 2]
-    orders = [[r["n"] for r in choose(3, "first_n", seed=seed)] for seed in range(9)]
-    assert len(set(map(tuple, orders))) > 2 and all(sorted(order) == [0, 1, 2] for order in orders)
-    assert choose(8) == choose(8) != choose(8, seed=1)
-    assert collections.Counter(r["label"] for r in choose(8)) == {"rare": 4, "common": 4}
-    assert sorted(collections.Counter(r["label"] for r in choose(7)).values()) == [3, 4]
-    assert collections.Counter(r["label"] for r in choose(20))["rare"] == 6  # all that there are
-    assert len({r["n"] for r in choose(20)}) == 20
-    orders = {tuple(r["label"] for r in choose(4, seed=seed)) for seed in range(20)}
-    assert len(orders) > 3  # labels don't come in turns
-    assert 0 < collections.Counter(r["label"] for r in choose(40, "random"))["rare"] < 7
+def numbers(shots):
+    return [record["n"] for record in shots]
+
+
+def label_counts(shots):
+    return collections.Counter(map(label_of, shots))
+
+
+def test_first_n():
+    assert numbers(select(3, "first_n")) == [0, 1, 2]
+
+    # Any other seed than 0 shuffles them.
+    orders = {tuple(numbers(select(3, "first_n", seed))) for seed in range(9)}
+    assert len(orders) > 2
+    for order in orders:
+        assert sorted(order) == [0, 1, 2]
+
+
+def test_random():
+    # Six of the 60 are rare: 40 have some of them, but not as many as of the others.
+    assert 0 < label_counts(select(40, "random"))["rare"] < 7
+
+
+def test_balanced():
+    assert select(8) == select(8) != select(8, seed=1)
+    assert label_counts(select(8)) == {"rare": 4, "common": 4}
+    assert sorted(label_counts(select(7)).values()) == [3, 4]
+
+    # A label with too few records gives all of them; none is drawn twice.
+    assert label_counts(select(20))["rare"] == 6
+    assert len(set(numbers(select(20)))) == 20
+
+    # The labels don't come in turns.
+    orders = {tuple(map(label_of, select(4, seed=seed))) for seed in range(20)}
+    assert len(orders) > 3
 
 
 @pytest.mark.parametrize("sampler", prompts.SAMPLERS)
 def test_what_is_evaluated_is_no_example(sampler):
-    assert {r["n"] for r in choose(30, sampler, avoid=lambda r: r["n"] < 30)} == set(range(30, 60))
-    with pytest.raises(
-        ValueError,
-        match=(
-            "config.evals.x.prompt.shots = 31, but there are 30 examples that aren't evaluated "
-            "themselves"
-        ),
-    ):
-        choose(31, sampler, avoid=lambda r: r["n"] < 30)
+    def is_evaluated(record):
+        return record["n"] < 30
+
+    shots = select(30, sampler, avoid=is_evaluated)
+    assert set(numbers(shots)) == set(range(30, 60))
+
+    message = (
+        "config.evals.x.prompt.shots = 31, but there are 30 examples that aren't evaluated "
+        "themselves"
+    )
+    with pytest.raises(ValueError, match=message):
+        select(31, sampler, avoid=is_evaluated)
 
 
-def test_refused():
+def test_unknown_sampler():
     with pytest.raises(
         ValueError,
         match=r"config.evals.x.prompt.sampler = 'best'; valid: \['balanced', 'first_n', 'random'\]",
     ):
-        choose(1, "best")
+        select(1, "best")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "can't come from the split 'test' that is evaluated"),
+        ({"shots_split": "train"}, "can't come from a.en, which is evaluated"),
+        ({"shots_split": "train", "path": "a.jsonl"}, "can't come from a.jsonl, which is evalu"),
+    ],
+)
+def test_shots_from_the_evaluated_data(changes, message):
     source = dict(
         path="", lines=dict(en="a.en"), tfds="", data_dir="", split="test", shots_split="test"
     )
-    with pytest.raises(ValueError, match="can't come from the split 'test' that is evaluated"):
-        prompts.load_shots(source, "x")
-    with pytest.raises(ValueError, match="can't come from a.en, which is evaluated"):
-        prompts.load_shots(source | {"shots_split": "train"}, "x")
-    with pytest.raises(ValueError, match="can't come from a.jsonl, which is evaluated"):
-        prompts.load_shots(source | {"shots_split": "train", "path": "a.jsonl"}, "x")
+    with pytest.raises(ValueError, match=message):
+        prompts.load_shots(source | changes, "x")
 
 
-def test_fit():
+def test_truncate_prompt():
+    """Of a continuation the last token needs no room: it is predicted, but never read."""
     assert prompts.truncate_prompt([9], [1, 2, 3], 2, 5, "x") == ([9, 1, 2, 3], False)
-    # and 1 of the continuation is read
     assert prompts.truncate_prompt([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], True)
     assert prompts.truncate_prompt([], [1, 2, 3, 4], 1, 3, "x") == ([2, 3, 4], True)
+
     with pytest.raises(ValueError, match="a continuation of 5 tokens leaves no room"):
         prompts.truncate_prompt([9], [1], 5, 5, "x")

@@ -1,4 +1,4 @@
-"""The search: what it tries is valid, what it returns is never worse than what it was given, and
+"""The search: what it tries is valid, what it returns is never slower than what it was given, and
 what it knows it doesn't compile again.
 """
 
@@ -11,10 +11,11 @@ from lm.models import presets
 from lm.plan import search
 
 CHIPS = 16
+LIMIT_GIB = 9.0
 
 
 @pytest.fixture
-def given():
+def base_config():
     c = config_lib.default()
     c.model.update(presets.get("llama3_1b") | dict(remat="attention", context_length=8192))
     c.data.update(dict(batch_size=64, length=2048))
@@ -24,16 +25,17 @@ def given():
     return c.lock()
 
 
-def model(config):
-    """A machine that likes square meshes, chunks of 1,024, one microbatch, joint gathers and much
-    kept, and has 9 GiB.
+def simulate(config):
+    """The report of a machine that likes square meshes, chunks of 1,024, one microbatch, joint
+    gathers and many saved results, and has `LIMIT_GIB`.
     """
     settings = search.settings_of(config, CHIPS)
-    kept, logits = search.kept_bytes(config, settings, CHIPS)
-    split = settings["mesh.fsdp"] * settings["mesh.fsdp2"]
-    memory = 12 / split + (kept + logits) / 2**30 + 1
-    if memory > 9:
-        raise MemoryError(f"{memory:.1f} GiB")
+    weight_shards = settings["mesh.fsdp"] * settings["mesh.fsdp2"]
+    state_gib = 12 / weight_shards
+    memory_gib = state_gib + search.activation_bytes(config, settings, CHIPS).gib + 1
+    if memory_gib > LIMIT_GIB:
+        raise MemoryError(f"{memory_gib:.1f} GiB")
+
     ms = (
         500
         + 40 * abs(math.log2(settings["mesh.fsdp"] / settings["mesh.fsdp2"]))
@@ -47,150 +49,199 @@ def model(config):
         "train": {
             "step_ms": {"calibrated": ms},
             "mfu": {"calibrated": 200 / ms},
-            "memory_gib": memory,
-            "arguments_gib": 12 / split,
+            "memory_gib": memory_gib,
+            "arguments_gib": state_gib,
         }
     }
 
 
-def test_it_finds_the_best_and_is_never_worse(given):
-    said = []
-    tried = search.search(given, CHIPS, 9.0, model, minutes=1.0, say=said.append)
-    base = search.settings_of(given, CHIPS)
-    assert base["mesh.fsdp"] == 16 and any(one.settings == base for one in tried)
-    assert [one.seconds for one in tried] == sorted(one.seconds for one in tried)
-    best = tried[0].settings
-    assert (
-        best["mesh.fsdp"],
-        best["mesh.fsdp2"],
-        best["objective.chunk"],
-        best["train.fsdp_gather"],
-    ) == (4, 4, 1024, "joint")
-    assert len(best["model.remat"].split(",")) >= 6 and tried[0].report["train"]["memory_gib"] <= 9
-    assert tried[0].seconds < 0.8 * model(given)["train"]["step_ms"]["calibrated"] / 1e3
-    assert len(said) > 5 and "as given" in said[0]
-    found = search.apply(given, best)
-    assert search.settings_of(found, CHIPS) == best and found.is_locked and given.mesh.fsdp == -1
-    flags = search.overrides(best, base)
-    assert (
-        "--config.mesh.fsdp=4" in flags
-        and all(flag.startswith("--config.") for flag in flags)
-        and search.overrides(base, base) == []
+def test_it_finds_the_best_and_is_never_slower(base_config):
+    progress = []
+    trials = search.search(
+        base_config, CHIPS, LIMIT_GIB, simulate, minutes=1.0, progress=progress.append
     )
-    text = search.table(tried, base).splitlines()
-    assert (
-        len(text) == len(tried) + 1
-        and sum("(as given)" in line for line in text) == 1
-        and "objective.chunk=1024" in text[1]
+    base = search.settings_of(base_config, CHIPS)
+    assert base["mesh.fsdp"] == 16
+    assert any(trial.settings == base for trial in trials)
+    seconds = [trial.seconds for trial in trials]
+    assert seconds == sorted(seconds)
+
+    fastest = trials[0]
+    assert fastest.settings["mesh.fsdp"] == 4
+    assert fastest.settings["mesh.fsdp2"] == 4
+    assert fastest.settings["objective.chunk"] == 1024
+    assert fastest.settings["train.fsdp_gather"] == "joint"
+    assert len(fastest.settings["model.remat"].split(",")) >= 6
+    assert fastest.report["train"]["memory_gib"] <= LIMIT_GIB
+    base_ms = simulate(base_config)["train"]["step_ms"]["calibrated"]
+    assert fastest.seconds < 0.8 * base_ms / 1e3
+
+    assert len(progress) > 5
+    assert "as given" in progress[0]
+
+
+def test_settings_can_be_applied_and_shown(base_config):
+    trials = search.search(base_config, CHIPS, LIMIT_GIB, simulate, minutes=1.0)
+    fastest = trials[0].settings
+    base = search.settings_of(base_config, CHIPS)
+
+    changed = search.apply(base_config, fastest)
+    assert search.settings_of(changed, CHIPS) == fastest
+    assert changed.is_locked
+    assert base_config.mesh.fsdp == -1
+
+    flags = search.overrides(fastest, base)
+    assert "--config.mesh.fsdp=4" in flags
+    assert all(flag.startswith("--config.") for flag in flags)
+    assert search.overrides(base, base) == []
+
+    lines = search.table(trials, base).splitlines()
+    assert len(lines) == len(trials) + 1
+    assert sum("(as given)" in line for line in lines) == 1
+    assert "objective.chunk=1024" in lines[1]
+
+
+def test_where_nothing_is_faster_the_given_one_wins(base_config):
+    def evaluate(config):
+        report = simulate(config)
+        report["train"]["step_ms"]["calibrated"] = 500.0
+        return report
+
+    trials = search.search(base_config, CHIPS, LIMIT_GIB, evaluate, minutes=1.0)
+    assert trials[0].settings == search.settings_of(base_config, CHIPS)
+    assert len(trials) > 5
+
+
+def test_it_ends_in_time(base_config, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(search.time, "monotonic", lambda: now)
+
+    def take_a_minute(config):
+        nonlocal now
+        now += 60.0
+        return simulate(config)
+
+    progress = []
+    trials = search.search(
+        base_config, CHIPS, LIMIT_GIB, take_a_minute, minutes=5.0, progress=progress.append
     )
+    assert now <= 300
+    assert sum(trial.report is not None for trial in trials) <= 5
+    assert "minutes" in progress[-1]
 
 
-def test_where_nothing_is_better_the_given_one_wins(given):
-    flat = lambda config: (
-        model(config) | {"train": model(config)["train"] | {"step_ms": {"calibrated": 500.0}}}
-    )
-    tried = search.search(given, CHIPS, 9.0, flat, minutes=1.0)
-    assert tried[0].settings == search.settings_of(given, CHIPS) and len(tried) > 5
+def search_with_limit(config, limit_gib):
+    """Searches with the memory model told of `limit_gib`.
 
-
-def test_time_is_kept(given, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(search.time, "monotonic", lambda: clock[0])
-
-    def slow(config):
-        clock[0] += 60.0
-        return model(config)
-
-    said = []
-    tried = search.search(given, CHIPS, 9.0, slow, minutes=5.0, say=said.append)
-    assert (
-        clock[0] <= 300
-        and sum(one.report is not None for one in tried) <= 5
-        and "minutes" in said[-1]
-    )
-
-
-def test_what_cannot_fit_is_not_compiled(given):
-    """The memory model is exact here, so that nothing that is too big is ever compiled, unlike with
-    a limit that is not told.
+    Returns:
+      (how many candidates were compiled and did not fit, the failures of the trials).
     """
+    too_big = []
 
-    def counted(limit):
-        refused = []
+    def evaluate(candidate):
+        try:
+            return simulate(candidate)
+        except MemoryError:
+            too_big.append(candidate)
+            raise
 
-        def evaluate(config):
-            try:
-                return model(config)
-            except MemoryError:
-                refused.append(config)
-                raise
-
-        tried = search.search(given, CHIPS, limit, evaluate, minutes=1.0)
-        return len(refused), [one.why for one in tried if one.report is None]
-
-    refused, why = counted(9.0)
-    assert refused == 0 and any(line.startswith("not compiled: about") for line in why)
-    refused, why = counted(1000.0)
-    assert refused > 0 and any(line.endswith("GiB") and "not compiled" not in line for line in why)
+    trials = search.search(config, CHIPS, limit_gib, evaluate, minutes=1.0)
+    return len(too_big), [trial.failure for trial in trials if trial.report is None]
 
 
-@pytest.mark.parametrize("remat", search.LADDER)
-def test_neighbours_are_valid(given, remat):
-    settings = search.settings_of(given, CHIPS) | {
-        "model.remat": remat,
-        "mesh.fsdp": 4,
-        "mesh.fsdp2": 4,
-    }
-    found = [settings | change for change in search.neighbours(given, settings, CHIPS)]
-    assert len(found) > 8
-    for one in found:
-        assert one["mesh.data"] * one["mesh.fsdp"] * one["mesh.fsdp2"] == CHIPS and one != settings
-        assert 2048 % one["objective.chunk"] == 0 and (64 // CHIPS) % one["train.accumulation"] == 0
-    kept = sorted(
-        {search.kept_bytes(given, one, CHIPS)[0] for one in found if one["train.accumulation"] == 1}
-    )
-    now = search.kept_bytes(given, settings, CHIPS)[0]
-    assert kept[0] <= now <= kept[-1] and len(kept) >= 2
+def test_what_cannot_fit_is_not_compiled(base_config):
+    """The memory model is exact on this machine: with its limit nothing too big is compiled."""
+    num_too_big, failures = search_with_limit(base_config, LIMIT_GIB)
+    assert num_too_big == 0
+    assert any(failure.startswith("not compiled: about") for failure in failures)
+
+    # With a limit that is far off the compiler has to say so.
+    num_too_big, failures = search_with_limit(base_config, 1000.0)
+    assert num_too_big > 0
+    compiled = [failure for failure in failures if "not compiled" not in failure]
+    assert any(failure.endswith("GiB") for failure in compiled)
 
 
-def test_results_are_remembered_for_the_same_configuration_only(given, tmp_path):
+@pytest.mark.parametrize("remat", search.REMATS)
+def test_neighbours_are_valid(base_config, remat):
+    settings = search.settings_of(base_config, CHIPS)
+    settings |= {"model.remat": remat, "mesh.fsdp": 4, "mesh.fsdp2": 4}
+    changes = search.neighbours(base_config, settings, CHIPS)
+    neighbours = [settings | change for change in changes]
+
+    assert len(neighbours) > 8
+    saved = set()
+    for neighbour in neighbours:
+        assert neighbour != settings
+        mesh_size = neighbour["mesh.data"] * neighbour["mesh.fsdp"] * neighbour["mesh.fsdp2"]
+        assert mesh_size == CHIPS
+        assert 2048 % neighbour["objective.chunk"] == 0
+        assert (64 // CHIPS) % neighbour["train.accumulation"] == 0
+        if neighbour["train.accumulation"] == 1:
+            saved.add(search.activation_bytes(base_config, neighbour, CHIPS).saved)
+
+    # There are ways to save more and to save less, but at the ends of the list.
+    now = search.activation_bytes(base_config, settings, CHIPS).saved
+    assert min(saved) <= now <= max(saved)
+    assert len(saved) >= 2
+
+
+def test_results_are_cached_for_the_same_configuration_only(base_config, tmp_path):
     calls = []
 
     def evaluate(config):
         calls.append(config.to_dict())
-        return model(config)
+        return simulate(config)
 
-    first = search.remembered(evaluate, tmp_path, "v5e:4x4", "1")
-    again = search.remembered(evaluate, tmp_path, "v5e:4x4", "1")
-    assert first(given) == again(given) == model(given) and len(calls) == 1
-    search.remembered(evaluate, tmp_path, "v5e:4x8", "1")(given)
-    big = search.apply(given, {"mesh.fsdp": 1, "mesh.data": 16})
+    first = search.cached(evaluate, tmp_path, "v5e:4x4", "1")
+    again = search.cached(evaluate, tmp_path, "v5e:4x4", "1")
+    assert first(base_config) == again(base_config) == simulate(base_config)
+    assert len(calls) == 1
+
+    # Another topology, and another configuration, which fails.
+    search.cached(evaluate, tmp_path, "v5e:4x8", "1")(base_config)
+    replicated = search.apply(base_config, {"mesh.fsdp": 1, "mesh.data": 16})
     for _ in range(2):
         with pytest.raises(MemoryError, match="GiB"):
-            first(big)
+            first(replicated)
     assert len(calls) == 3
 
-    def fails(config):
+
+def test_failures_are_cached_too(base_config, tmp_path):
+    calls = []
+
+    def fail(config):
         calls.append(config)
         raise ValueError("the compiler fails")
 
     for _ in range(2):
         with pytest.raises(ValueError, match="the compiler fails"):
-            search.remembered(fails, tmp_path, "v5e:8x8")(given)
-    assert len(calls) == 4
+            search.cached(fail, tmp_path, "v5e:8x8")(base_config)
+    assert len(calls) == 1
 
 
-def test_the_nearest_change_that_fits(given):
-    big = search.apply(given, {"model.remat": "query,key,value,attention,out,up,gate"})
+@pytest.fixture
+def too_big(base_config):
+    return search.apply(base_config, {"model.remat": "query,key,value,attention,out,up,gate"})
+
+
+def test_the_nearest_change_that_fits(too_big):
     with pytest.raises(MemoryError) as error:
-        model(big)
-    found = search.nearest_that_fits(
-        big, CHIPS, model, needed_gib=float(str(error.value).split()[0]), limit_gib=9.0
-    )
-    changed = {k for k, v in found.settings.items() if v != search.settings_of(big, CHIPS)[k]}
-    assert len(changed) == 1 and found.report["train"]["memory_gib"] <= 9
+        simulate(too_big)
+    needed_gib = float(str(error.value).split()[0])
 
+    trial = search.nearest_that_fits(
+        too_big, CHIPS, simulate, needed_gib=needed_gib, limit_gib=LIMIT_GIB
+    )
+    base = search.settings_of(too_big, CHIPS)
+    changed = [knob for knob, value in trial.settings.items() if value != base[knob]]
+    assert len(changed) == 1
+    assert trial.report["train"]["memory_gib"] <= LIMIT_GIB
+
+
+def test_there_may_be_no_change_that_fits(too_big):
     def never(config):
         raise MemoryError
 
-    assert search.nearest_that_fits(big, CHIPS, never, needed_gib=11.0, limit_gib=9.0) is None
+    trial = search.nearest_that_fits(too_big, CHIPS, never, needed_gib=11.0, limit_gib=LIMIT_GIB)
+    assert trial is None

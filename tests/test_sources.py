@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -10,120 +11,150 @@ import tensorflow_datasets as tfds
 
 from lm.data import records, sources
 
+
+def texts(documents):
+    return [document.text for document in documents.items]
+
+
+def labelled_texts(documents):
+    return [(document.text, document.label) for document in documents.items]
+
+
+def num_names(documents):
+    return len({document.name for document in documents.items})
+
+
 # --- text ---
 
 
+def read_text(split, path, held_out=0.1, **args):
+    return sources.text(split, path=str(path), held_out=held_out, **args)
+
+
 def test_one_file_is_cut_by_characters(tmp_path):
-    (tmp_path / "a.txt").write_text("é€😀abcdefg", encoding="utf-8")
-    train, validation = (
-        sources.text(s, path=str(tmp_path / "a.txt"), held_out=0.3) for s in ("train", "validation")
-    )
-    assert [d.text for d in train.items] == ["é€😀abcd"] and [d.text for d in validation.items] == [
-        "efg"
-    ]
-    assert train.fingerprint != validation.fingerprint and train[0].label == ""
+    path = tmp_path / "a.txt"
+    path.write_text("é€😀abcdefg", encoding="utf-8")
+
+    train = read_text("train", path, held_out=0.3)
+    validation = read_text("validation", path, held_out=0.3)
+
+    assert texts(train) == ["é€😀abcd"]
+    assert texts(validation) == ["efg"]
+    assert train.fingerprint != validation.fingerprint
+    assert train[0].label == ""
 
 
 def test_several_files_are_documents(tmp_path):
     for name in "dabc":
         (tmp_path / f"{name}.txt").write_text(f"text {name}\n")
     (tmp_path / "empty.txt").write_text("")
-    train, validation = (
-        sources.text(s, path=str(tmp_path / "*.txt"), held_out=0.25)
-        for s in ("train", "validation")
-    )
-    assert [d.text for d in train.items] == ["text a\n", "text b\n", "text c\n"] and [
-        d.text for d in validation.items
-    ] == ["text d\n"]
-    assert len({d.name for d in train.items}) == 3 and "a.txt" in train[0].name
+
+    train = read_text("train", tmp_path / "*.txt", held_out=0.25)
+    validation = read_text("validation", tmp_path / "*.txt", held_out=0.25)
+
+    assert texts(train) == ["text a\n", "text b\n", "text c\n"]
+    assert texts(validation) == ["text d\n"]
+    assert num_names(train) == 3
+    assert "a.txt" in train[0].name
 
 
 def test_separator_makes_documents(tmp_path):
-    (tmp_path / "a.txt").write_text("one<|>two<|><|>three\r\n<|>four")
-    documents = [
-        d
-        for s in ("train", "validation")
-        for d in sources.text(s, path=str(tmp_path / "a.txt"), held_out=0.5, separator="<|>").items
-    ]
-    # line ends stay as they are
-    assert [d.text for d in documents] == ["one", "two", "three\r\n", "four"]
-    assert len({d.name for d in documents}) == 4
+    path = tmp_path / "a.txt"
+    path.write_text("one<|>two<|><|>three\r\n<|>four")
+
+    train = read_text("train", path, held_out=0.5, separator="<|>")
+    validation = read_text("validation", path, held_out=0.5, separator="<|>")
+
+    # Line ends stay as they are.
+    assert texts(train) == ["one", "two"]
+    assert texts(validation) == ["three\r\n", "four"]
+    assert num_names(train) == 2
+    assert num_names(validation) == 2
+    assert not {d.name for d in train.items} & {d.name for d in validation.items}
 
 
 def test_text_errors(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8: byte 0xe9 at offset 3"):
-        sources.text("train", path=str(tmp_path / "latin.txt"), held_out=0.1)
+        read_text("train", tmp_path / "latin.txt")
+
     with pytest.raises(ValueError, match="no file at .*none.txt"):
-        sources.text("train", path=str(tmp_path / "none.txt"), held_out=0.1)
+        read_text("train", tmp_path / "none.txt")
     with pytest.raises(ValueError, match="no path given"):
-        sources.text("train", path="", held_out=0.1)
+        read_text("train", "")
+
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="empty.txt has no documents"):
-        sources.text("train", path=str(tmp_path / "empty.txt"), held_out=0.1)
+        read_text("train", tmp_path / "empty.txt")
+
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(ValueError, match="split 'test'.*'validation'"):
-        sources.text("test", path=str(tmp_path / "a.txt"), held_out=0.1)
+        read_text("test", tmp_path / "a.txt")
     with pytest.raises(ValueError, match="no documents"):
-        sources.text("validation", path=str(tmp_path / "a.txt"), held_out=0.0)
+        read_text("validation", tmp_path / "a.txt", held_out=0.0)
 
 
 # --- JSONL ---
 
 
-def write_jsonl(path, records):
-    path.write_text(
-        "".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records),
-        encoding="utf-8",
-    )
+def write_jsonl(path, lines):
+    """Writes objects as lines, and strings as they are."""
+    content = ""
+    for line in lines:
+        content += line if isinstance(line, str) else json.dumps(line) + "\n"
+    path.write_text(content, encoding="utf-8")
     return str(path)
 
 
 def test_jsonl_documents_and_labels(tmp_path):
-    path = write_jsonl(
-        tmp_path / "a.jsonl",
-        [{"body": f"text {i}", "kind": i % 2} for i in range(3)]
-        + ["\n"]
-        + [{"body": "last", "kind": "x", "more": []}],
-    )
-    train, validation = (
-        sources.jsonl(s, path=path, held_out=0.25, text_key="body", label_key="kind")
-        for s in ("train", "validation")
-    )
-    assert [(d.text, d.label) for d in train.items] == [
-        ("text 0", "0"),
-        ("text 1", "1"),
-        ("text 2", "0"),
+    lines = [
+        {"body": "text 0", "kind": 0},
+        {"body": "text 1", "kind": 1},
+        {"body": "text 2", "kind": 0},
+        "\n",
+        {"body": "last", "kind": "x", "more": []},
     ]
-    assert [(d.text, d.label) for d in validation.items] == [("last", "x")]
+    path = write_jsonl(tmp_path / "a.jsonl", lines)
+    keys = dict(text_key="body", label_key="kind")
+
+    train = sources.jsonl("train", path=path, held_out=0.25, **keys)
+    validation = sources.jsonl("validation", path=path, held_out=0.25, **keys)
+    unlabelled = sources.jsonl("train", path=path, held_out=0.25, text_key="body")
+
+    assert labelled_texts(train) == [("text 0", "0"), ("text 1", "1"), ("text 2", "0")]
+    assert labelled_texts(validation) == [("last", "x")]
     assert validation[0].name.endswith("a.jsonl:5")  # its line in the file, the empty one counted
-    assert sources.jsonl("train", path=path, held_out=0.25, text_key="body")[0].label == ""
+    assert unlabelled[0].label == ""
 
 
 def test_jsonl_file_for_each_split(tmp_path):
     for split in ("train", "dev"):
         write_jsonl(tmp_path / f"{split}.jsonl", [{"text": f"{split} {i}"} for i in range(4)])
+
     documents = sources.jsonl("dev", path=str(tmp_path / "{split}.jsonl"), held_out=0.5)
-    # held_out has no say
-    assert [d.text for d in documents.items] == [f"dev {i}" for i in range(4)]
+
+    # All of the file: nothing of it is held out.
+    assert texts(documents) == ["dev 0", "dev 1", "dev 2", "dev 3"]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_jsonl_lines_end_at_newlines_only(tmp_path, separator):
     # Valid within a JSON string, and a line end to str.splitlines.
     text = f"one{separator}two"
-    path = write_jsonl(
-        tmp_path / "a.jsonl",
-        [json.dumps({"text": text}, ensure_ascii=False) + "\r\n", {"text": "next"}],
-    )
+    line = json.dumps({"text": text}, ensure_ascii=False) + "\r\n"
+    path = write_jsonl(tmp_path / "a.jsonl", [line, {"text": "next"}])
+
     documents = sources.jsonl("train", path=path, held_out=0.0)
-    assert [d.text for d in documents.items] == [text, "next"] and documents[1].name.endswith(":2")
+
+    assert texts(documents) == [text, "next"]
+    assert documents[1].name.endswith(":2")
 
 
 def test_jsonl_errors(tmp_path):
-    def read(content, **args):
-        (tmp_path / "bad.jsonl").write_bytes(content)
-        return sources.jsonl("train", path=str(tmp_path / "bad.jsonl"), held_out=0.0, **args)
+    def read(content, split="train", held_out=0.0, **args):
+        path = tmp_path / "bad.jsonl"
+        path.write_bytes(content)
+        return sources.jsonl(split, path=str(path), held_out=held_out, **args)
 
     with pytest.raises(ValueError, match=r"bad\.jsonl:2 is not JSON"):
         read(b'{"text": "a"}\n{"text": "b"\n')
@@ -135,23 +166,23 @@ def test_jsonl_errors(tmp_path):
         read(b'["text"]\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl is not UTF-8: byte 0xff at offset 10"):
         read(b'{"text": "\xff"}\n')
+
     for empty in (b"", b"\n\n", b'{"text": ""}\n'):
         with pytest.raises(ValueError, match="no documents with text"):
             read(empty)
     with pytest.raises(ValueError, match="no file at"):
         sources.jsonl("train", path=str(tmp_path / "{split}-none.jsonl"), held_out=0.0)
     with pytest.raises(ValueError, match="split 'test'"):
-        read(b'{"text": "a"}\n') and sources.jsonl(
-            "test", path=str(tmp_path / "bad.jsonl"), held_out=0.5
-        )
+        read(b'{"text": "a"}\n', split="test", held_out=0.5)
 
 
 def test_jsonl_text_that_is_no_text(tmp_path):
     # Not the training text "None", and not a character that has no encoding.
     for value in ("null", r'"\ud800"'):
-        (tmp_path / "bad.jsonl").write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
+        path = tmp_path / "bad.jsonl"
+        path.write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
         with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
-            sources.jsonl("train", path=str(tmp_path / "bad.jsonl"), held_out=0.0)
+            sources.jsonl("train", path=str(path), held_out=0.0)
 
 
 def test_fingerprint_follows_content():
@@ -166,103 +197,102 @@ def test_fingerprint_follows_content():
         [document, document._replace(text="b")],
         [document._replace(text="b"), document],
     ]
-    assert len({sources.fingerprint(v) for v in variants}) == len(variants)
+
+    assert len(set(map(sources.fingerprint, variants))) == len(variants)
     assert sources.fingerprint([document]) == sources.fingerprint([sources.Document(*document)])
 
 
 # --- TFDS ---
 
+TEXT = tfds.features.Text()
 
-def prepare(data_dir, name, features, records, *, version="1.1.0", config=None):
+
+def prepare(data_dir, name, features, splits, *, version="1.1.0", config=None):
     """Writes {split: records} as a TFDS data set in ArrayRecord, and returns its folder."""
-    members = dict(
-        name=name,
-        pkg_dir_path=None,
-        VERSION=tfds.core.Version(version),
-        _info=lambda self: tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        ),
-        _split_generators=lambda self, dl_manager: {
-            split: self._generate_examples(split) for split in records
-        },
-        _generate_examples=lambda self, split: enumerate(records[split]),
-    )
-    if config:
-        members["BUILDER_CONFIGS"] = [tfds.core.BuilderConfig(name=config, version=version)]
-    with tfds.core.registered.skip_registration():
-        cls = type("Copy", (tfds.core.GeneratorBasedBuilder,), members)
-    builder = cls(
-        data_dir=str(data_dir), file_format="array_record", **({"config": config} if config else {})
-    )
+
+    class Copy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        pkg_dir_path = None  # it has no folder with a description
+        VERSION = tfds.core.Version(version)
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config, version=version)] if config else []
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager  # nothing is downloaded
+            return {split: self._generate_examples(split) for split in splits}
+
+        def _generate_examples(self, split):
+            yield from enumerate(splits[split])
+
+    Copy.name = name
+    config_args = dict(config=config) if config else {}
+    builder = Copy(data_dir=str(data_dir), file_format="array_record", **config_args)
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(num_shards=2, try_download_gcs=False)
     )
     return builder.data_path
 
 
-TEXT = tfds.features.Text()
+def read_tfds(split, name, data_dir, **args):
+    return sources.tfds(split, name=name, data_dir=str(data_dir), **args)
 
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
-    """Copies as `tfds build` leaves them: lm1b, two versions of it, and a configuration of c4 with
-    its features.
+    """Copies as `tfds build` leaves them: lm1b, three versions of it, a configuration of c4 with
+    its features, and one with labels and names.
     """
     root = tmp_path_factory.mktemp("tfds")
+
     for version in ("1.1.0", "1.10.0", "1.2.0"):
-        splits = {
-            "train": [{"text": f"{version} sentence {i} é"} for i in range(10)],
-            "test": [{"text": f"test {i}"} for i in range(3)],
-        }
-        prepare(root, "lm1b", {"text": TEXT}, splits, version=version)
+        train = [{"text": f"{version} sentence {i} é"} for i in range(10)]
+        test = [{"text": "test 0"}, {"text": "test 1"}, {"text": "test 2"}]
+        prepare(root, "lm1b", {"text": TEXT}, dict(train=train, test=test), version=version)
+
     keys = ("text", "url", "timestamp", "content-length", "content-type")
-    prepare(
-        root,
-        "c4",
-        {key: TEXT for key in keys},
-        {"train": [{key: f"{key} {i}" for key in keys} for i in range(10)]},
-        version="3.1.0",
-        config="en",
-    )
-    prepare(
-        root,
-        "labelled",
-        {"text": TEXT, "kind": tfds.features.ClassLabel(names=["no", "yes"]), "name": TEXT},
-        {"train": [{"text": f"t{i}", "kind": i % 2, "name": f"n{i}"} for i in range(4)]},
-    )
+    pages = []
+    for i in range(10):
+        pages.append({key: f"{key} {i}" for key in keys})
+    features = dict.fromkeys(keys, TEXT)
+    prepare(root, "c4", features, dict(train=pages), version="3.1.0", config="en")
+
+    kind = tfds.features.ClassLabel(names=["no", "yes"])
+    labelled = [{"text": f"t{i}", "kind": i % 2, "name": f"n{i}"} for i in range(4)]
+    prepare(root, "labelled", dict(text=TEXT, kind=kind, name=TEXT), dict(train=labelled))
     return root
 
 
 def test_tfds_by_name_version_and_slice(copies):
-    read = lambda split, name: [
-        d.text for d in sources.tfds(split, name=name, data_dir=str(copies)).items
-    ]
-    # the newest, as numbers
-    assert read("train", "lm1b") == [f"1.10.0 sentence {i} é" for i in range(10)]
-    assert read("train", "lm1b:1.2.0")[0] == "1.2.0 sentence 0 é"
-    assert read("test", "lm1b:1.1.0") == ["test 0", "test 1", "test 2"]
-    whole = read("train", "lm1b")
-    assert (
-        read("train[:80%]", "lm1b") == whole[:8]
-        and read("train[80%:]", "lm1b") == whole[8:]
-        and read("train[3:7]", "lm1b") == whole[3:7]
-    )
+    whole = texts(read_tfds("train", "lm1b", copies))
+
+    # The newest version, by numbers: 1.10.0 is above 1.2.0.
+    assert whole == [f"1.10.0 sentence {i} é" for i in range(10)]
+    assert read_tfds("train", "lm1b:1.2.0", copies)[0].text == "1.2.0 sentence 0 é"
+    assert texts(read_tfds("test", "lm1b:1.1.0", copies)) == ["test 0", "test 1", "test 2"]
+
+    assert texts(read_tfds("train[:80%]", "lm1b", copies)) == whole[:8]
+    assert texts(read_tfds("train[80%:]", "lm1b", copies)) == whole[8:]
+    assert texts(read_tfds("train[3:7]", "lm1b", copies)) == whole[3:7]
     assert "tensorflow" not in sys.modules
 
 
 def test_tfds_configuration_and_features(copies):
     for name in ("c4/en", "c4/en:3.1.0"):
-        documents = sources.tfds("train", name=name, data_dir=str(copies))
-        assert [d.text for d in documents.items] == [f"text {i}" for i in range(10)] and len(
-            documents
-        ) == 10
-        assert len({d.name for d in documents.items}) == 10
-    assert (
-        sources.tfds("train", name="c4/en", data_dir=str(copies), text_key="url")[3].text == "url 3"
-    )
-    labelled = sources.tfds("train", name="labelled", data_dir=str(copies), label_key="kind")
-    assert [tuple(d) for d in labelled.items] == [
-        (f"t{i}", f"n{i}", ("no", "yes")[i % 2]) for i in range(4)
+        documents = read_tfds("train", name, copies)
+        assert texts(documents) == [f"text {i}" for i in range(10)]
+        assert len(documents) == 10
+        assert num_names(documents) == 10
+    assert read_tfds("train", "c4/en", copies, text_key="url")[3].text == "url 3"
+
+    labelled = read_tfds("train", "labelled", copies, label_key="kind")
+    assert list(labelled.items) == [
+        ("t0", "n0", "no"),
+        ("t1", "n1", "yes"),
+        ("t2", "n2", "no"),
+        ("t3", "n3", "yes"),
     ]
     with pytest.raises(IndexError):
         labelled[4]
@@ -271,93 +301,89 @@ def test_tfds_configuration_and_features(copies):
 
 def test_tfds_records(tmp_path):
     """As JSON has them: text, lists, labels by name, whatever else as it is."""
-    kind = tfds.features.ClassLabel(names=["no", "yes"])
-    answers = tfds.features.Sequence({"text": TEXT, "answer_start": np.int32})
-    rows = [
-        {
-            "q": "é?",
-            "answers": {"text": ["a", "bé"], "answer_start": [3, 1]},
-            "kind": kind,
-            "n": 5,
-            "tags": [1, 0],
-        }
-        for kind in ("yes", "no", -1)
-    ]
-    prepare(
-        tmp_path,
-        "qa",
-        {
-            "q": TEXT,
-            "answers": answers,
-            "kind": kind,
-            "n": np.int64,
-            "tags": tfds.features.Sequence(kind),
-        },
-        {"test": rows},
-    )
-    found = records.load("test", tfds="qa", data_dir=str(tmp_path))
-    assert list(found) == [rows[0], rows[1], rows[2]] and len(found) == 3  # -1: no label
-    assert (
-        json.loads(json.dumps(found[0])) == rows[0]
-        and list(records.load("test[1:]", tfds="qa", data_dir=str(tmp_path))) == rows[1:]
-    )
+    class_label = tfds.features.ClassLabel(names=["no", "yes"])
+    features = {
+        "q": TEXT,
+        "answers": tfds.features.Sequence({"text": TEXT, "answer_start": np.int32}),
+        "kind": class_label,
+        "n": np.int64,
+        "tags": tfds.features.Sequence(class_label),
+    }
+    row = {
+        "q": "é?",
+        "answers": {"text": ["a", "bé"], "answer_start": [3, 1]},
+        "kind": "yes",
+        "n": 5,
+        "tags": [1, 0],
+    }
+    rows = [row, row | {"kind": "no"}, row | {"kind": -1}]  # -1: no label
+    prepare(tmp_path, "qa", features, dict(test=rows))
+
+    table = records.load("test", tfds="qa", data_dir=str(tmp_path))
+    sliced = records.load("test[1:]", tfds="qa", data_dir=str(tmp_path))
+
+    assert list(table) == rows
+    assert len(table) == 3
+    assert json.loads(json.dumps(table[0])) == rows[0]
+    assert list(sliced) == rows[1:]
     with pytest.raises(ValueError, match="no prepared copy of 'other'"):
         records.load("test", tfds="other", data_dir=str(tmp_path))
 
 
 def test_tfds_fingerprint_follows_what_is_read(copies, tmp_path):
-    read = lambda split="train", data_dir=copies, **args: (
-        sources.tfds(split, name="labelled", data_dir=str(data_dir), **args).fingerprint
-    )
-    lm1b = lambda split, name: sources.tfds(split, name=name, data_dir=str(copies)).fingerprint
-    assert read() == read()
-    prints = [
-        read(),
-        read(label_key="kind"),
-        read(text_key="name"),
-        read("train[:2]"),
-        read("train[2:]"),
-        lm1b("train", "lm1b:1.1.0"),
-        lm1b("train", "lm1b"),
-        lm1b("test", "lm1b"),
-        lm1b("train[:3]", "lm1b"),
+    variants = [
+        read_tfds("train", "labelled", copies),
+        read_tfds("train", "labelled", copies, label_key="kind"),
+        read_tfds("train", "labelled", copies, text_key="name"),
+        read_tfds("train[:2]", "labelled", copies),
+        read_tfds("train[2:]", "labelled", copies),
+        read_tfds("train", "lm1b:1.1.0", copies),
+        read_tfds("train", "lm1b", copies),
+        read_tfds("test", "lm1b", copies),
+        read_tfds("train[:3]", "lm1b", copies),
     ]
-    assert len(set(prints)) == len(prints)
-    prepare(tmp_path, "labelled", {"text": TEXT}, {"train": [{"text": "t"}] * 5})
-    assert read(data_dir=tmp_path) != read()
+    assert len({documents.fingerprint for documents in variants}) == len(variants)
+
+    again = read_tfds("train", "labelled", copies)
+    assert again.fingerprint == variants[0].fingerprint
+
+    prepare(tmp_path, "labelled", {"text": TEXT}, dict(train=[{"text": "t"}] * 5))
+    other = read_tfds("train", "labelled", tmp_path)
+    assert other.fingerprint != variants[0].fingerprint
 
 
 def test_tfds_fingerprint_follows_content(tmp_path):
     # The same name, version and number of examples: only the sentences differ.
+    copies = []
     for folder in ("a", "b"):
-        prepare(
-            tmp_path / folder,
-            "lm1b",
-            {"text": TEXT},
-            {"train": [{"text": f"sentence {folder} {i}"} for i in range(4)]},
-        )
-    a, b = (
-        sources.tfds("train", name="lm1b", data_dir=str(tmp_path / folder)) for folder in ("a", "b")
-    )
-    assert a[0].text != b[0].text and a.fingerprint != b.fingerprint
+        train = [{"text": f"sentence {folder} {i}"} for i in range(4)]
+        prepare(tmp_path / folder, "lm1b", {"text": TEXT}, dict(train=train))
+        copies.append(read_tfds("train", "lm1b", tmp_path / folder))
+
+    assert copies[0][0].text != copies[1][0].text
+    assert copies[0].fingerprint != copies[1].fingerprint
 
 
 def test_tfds_not_prepared(copies, tmp_path):
-    for name, where in (
+    for name, data_dir in (
         ("lm1b", tmp_path),
         ("c4/de", copies),
         ("lm1b:9.9.9", copies),
         ("none", copies),
     ):
-        with pytest.raises(
-            ValueError,
-            match=rf"no prepared copy of '{name}'.*tfds build {name.split(':')[0]} --file_format=array_record",  # noqa: E501
-        ):
-            sources.tfds("train", name=name, data_dir=str(where))
+        dataset = name.split(":")[0]
+        message = (
+            f"no prepared copy of '{name}'.*"
+            f"tfds build {dataset} --file_format=array_record --data_dir={re.escape(str(data_dir))}"
+        )
+        with pytest.raises(ValueError, match=message):
+            read_tfds("train", name, data_dir)
 
 
 def test_tfds_prepared_as_tfrecord(tmp_path):
-    folder = prepare(tmp_path, "lm1b", {"text": TEXT}, {"train": [{"text": "a"}] * 4})
+    folder = prepare(tmp_path, "lm1b", {"text": TEXT}, dict(train=[{"text": "a"}] * 4))
+
+    # The copy, renamed to what it would be as TFRecord.
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     for split in info["splits"]:
@@ -365,23 +391,23 @@ def test_tfds_prepared_as_tfrecord(tmp_path):
     (folder / "dataset_info.json").write_text(json.dumps(info))
     for file in folder.glob("*array_record*"):
         os.rename(file, str(file).replace("array_record", "tfrecord"))
-    with pytest.raises(
-        ValueError,
-        match=(
-            "prepared as tfrecord; training reads array_record.*tfds build lm1b "
-            "--file_format=array_record"
-        ),
-    ):
-        sources.tfds("train", name="lm1b", data_dir=str(tmp_path))
+
+    message = (
+        "prepared as tfrecord; training reads array_record.*"
+        "tfds build lm1b --file_format=array_record"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_tfds("train", "lm1b", tmp_path)
 
 
 def test_tfds_errors(copies):
     with pytest.raises(ValueError, match=r"no feature 'body'; it has \['text'\]"):
-        sources.tfds("train", name="lm1b", data_dir=str(copies), text_key="body")
+        read_tfds("train", "lm1b", copies, text_key="body")
     with pytest.raises(ValueError, match="no feature 'label'"):
-        sources.tfds("train", name="lm1b", data_dir=str(copies), label_key="label")
+        read_tfds("train", "lm1b", copies, label_key="label")
+
     for split in ("validation", "validation[:10%]", "train[:x]"):
         with pytest.raises(ValueError, match=r"no split .*it has \['test', 'train'\]"):
-            sources.tfds(split, name="lm1b", data_dir=str(copies))
+            read_tfds(split, "lm1b", copies)
     with pytest.raises(ValueError, match="is empty"):
-        sources.tfds("train[:0]", name="lm1b", data_dir=str(copies))
+        read_tfds("train[:0]", "lm1b", copies)

@@ -13,120 +13,122 @@ from flax import nnx
 
 from lm import config as config_lib
 from lm import optim, sharding, step
-from lm.models.transformer import Config, Transformer
 from lm.objectives import causal
+from tests.helpers import abstract_model, model_config, slow
 
-PLAIN, WITH_Z = causal.make_loss(z_loss=0.0, chunk=0), causal.make_loss(z_loss=0.1, chunk=0)
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+PLAIN = causal.make_loss(z_loss=0.0, chunk=0)
+WITH_Z_LOSS = causal.make_loss(z_loss=0.1, chunk=0)
 BAD = 39  # the first token of a row that poisons its batch
 
 
 @functools.cache
 def model():
     """(graphdef, params, logical axes) of a small Transformer in f32."""
-    fields = config_lib.default().model.to_dict() | dict(
-        vocab_size=40,
-        context_length=16,
-        num_layers=1,
-        embed_dim=16,
-        mlp_dim=32,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        param_dtype="float32",
-        compute_dtype="float32",
+    config = model_config(
+        num_layers=1, embed_dim=16, mlp_dim=32, num_heads=2, num_kv_heads=1, tie_embeddings=True
     )
-    del fields["type"]
-    graphdef, abstract = nnx.split(
-        nnx.eval_shape(lambda: Transformer(Config(**fields), jax.random.key(0))), nnx.Param
-    )
+    graphdef, abstract = abstract_model(config)
     rng = np.random.default_rng(0)
-    return (
-        graphdef,
-        jax.tree.map(
-            lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), nnx.to_pure_dict(abstract)
-        ),
-        sharding.logical_axes(abstract),
-    )
+
+    def draw(p):
+        return rng.normal(0, 0.3, p.shape).astype(np.float32)
+
+    params = jax.tree.map(draw, nnx.to_pure_dict(abstract))
+    return graphdef, params, sharding.logical_axes(abstract)
 
 
-def batch(seed=0, rows=8, length=16):
+def make_batch(seed=0, rows=8, length=16):
     """Rows with 0 to 16 weights, one of them all padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, BAD, (rows, length + 1)).astype(np.int32)
-    place = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    segments = (place < np.array([16, 3, 0, 9, 1, 16, 12, 5])[:rows, None]).astype(np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    lengths = np.array([16, 3, 0, 9, 1, 16, 12, 5])[:rows, None]
+    segments = (positions < lengths).astype(np.int32)
     weights = segments * (rng.random((rows, length)) < 0.8)
     return dict(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
         weights=weights.astype(np.float32),
-        positions=place * segments,
+        positions=positions * segments,
         segments=segments,
     )
 
 
-def poisoned(seed=0):
-    made = batch(seed)
-    made["tokens"][5, 0] = BAD
-    return made
+def make_bad_batch(seed=0):
+    batch = make_batch(seed)
+    batch["tokens"][5, 0] = BAD
+    return batch
 
 
-def injected_loss(model, batch, key):
-    """Cross entropy with a weak spot: not a number, gradient included, for a batch with a marked
-    row.
-    """
+def loss_with_bad_batches(model, batch, key):
+    """Cross entropy that is not a number, gradient included, for a batch with a marked row."""
     value, count, terms = PLAIN(model, batch, key)
-    bad = jnp.where((batch["tokens"][:, 0] == BAD).any(), jnp.nan, 1.0)
-    return value * bad, count, terms | {"loss": (terms["loss"][0] * bad, count)}
+    factor = jnp.where((batch["tokens"][:, 0] == BAD).any(), jnp.nan, 1.0)
+    return value * factor, count, terms | {"loss": (terms["loss"][0] * factor, count)}
 
 
 @functools.cache
-def make_step(loss, accumulation, nonfinite, changes):
+def compile_step(loss, accumulation, nonfinite, changes):
     """(compiled train step, function that makes a fresh state)."""
     graphdef, params, axes = model()
     c = config_lib.default().optimizer
-    c.update(
-        dict(schedule="constant", warmup_steps=0, clip_norm=0.0, weight_decay=0.0) | dict(changes)
-    )
+    c.update(dict(schedule="constant", warmup_steps=0, clip_norm=0.0, weight_decay=0.0))
+    c.update(dict(changes))
     optimizer = optim.make_optimizer(c, axes, 100)
     train_step = step.make_train_step(
         graphdef, loss, optimizer, seed=0, accumulation=accumulation, nonfinite=nonfinite
     )
-    fresh = lambda: step.init_state(jax.tree.map(jnp.array, params), optimizer)
-    return jax.jit(train_step, donate_argnums=0, compiler_options=QUICK), fresh
+
+    # The step donates its state, so each needs arrays of its own.
+    def make_state():
+        return step.init_state(jax.tree.map(jnp.array, params), optimizer)
+
+    return jax.jit(train_step, donate_argnums=0), make_state
 
 
-def make(loss=injected_loss, accumulation=1, nonfinite="halt", **changes):
+def make(loss=loss_with_bad_batches, accumulation=1, nonfinite="halt", **changes):
     """(train step, fresh state): AdamW at a constant learning rate, without clipping and decay
     unless `changes` say otherwise.
     """
-    train_step, fresh = make_step(loss, accumulation, nonfinite, tuple(changes.items()))
-    return train_step, fresh()
+    train_step, make_state = compile_step(loss, accumulation, nonfinite, tuple(changes.items()))
+    return train_step, make_state()
 
 
-def moment(state):
+def first_moment(state):
     """Adam's first moment: after one step without clipping, (1 - b1) times the gradient."""
     return jax.device_get(optax.tree_utils.tree_get(state.opt_state["transform"], "mu"))
 
 
-@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def without_counters(state):
+    """All that a batch may change, in the host's memory."""
+    return jax.device_get((state.params, state.opt_state))
+
+
+def assert_trees_equal(tree, wanted):
+    jax.tree.map(np.testing.assert_array_equal, tree, wanted)
+
+
+def assert_trees_close(tree, wanted, **tolerances):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerances), tree, wanted)
+
+
+# The gradient.
+
+
+@pytest.mark.parametrize("accumulation", [slow(2), slow(4), 8])
 def test_accumulation_is_the_whole_batch(accumulation):
     """Though the microbatches have different numbers of weights, one of them (of 8) none."""
-    results = []
-    for n in (1, accumulation):
-        train_step, state = make(WITH_Z, accumulation=n)
-        state, metrics = train_step(state, batch())
-        results.append((moment(state), metrics))
-    (wanted, whole), (got, parts) = results
-    norm = optax.global_norm(wanted)
-    assert optax.global_norm(jax.tree.map(np.subtract, got, wanted)) < 1e-5 * norm
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), whole, parts)
-    assert whole["tokens"] == batch()["weights"].sum()
+    train_step, state = make(WITH_Z_LOSS)
+    state, metrics = train_step(state, make_batch())
+    wanted = first_moment(state)
+
+    accumulating_step, state = make(WITH_Z_LOSS, accumulation=accumulation)
+    state, accumulated_metrics = accumulating_step(state, make_batch())
+
+    difference = jax.tree.map(np.subtract, first_moment(state), wanted)
+    assert optax.global_norm(difference) < 1e-5 * optax.global_norm(wanted)
+    assert_trees_close(metrics, accumulated_metrics, rtol=1e-4)
+    assert metrics["tokens"] == make_batch()["weights"].sum()
 
 
 def test_the_gradient_is_of_the_mean_over_weights():
@@ -134,141 +136,145 @@ def test_the_gradient_is_of_the_mean_over_weights():
     clipping.
     """
     graphdef, params, _ = model()
-    total = lambda params: WITH_Z(nnx.merge(graphdef, params), batch(), None)
-    grads, terms = jax.jit(
-        jax.grad(lambda p: (total(p)[0], total(p)[2]), has_aux=True), compiler_options=QUICK
-    )(params)
-    grads = jax.tree.map(lambda g: np.asarray(g) / batch()["weights"].sum(), grads)
-    train_step, state = make(WITH_Z)
-    state, metrics = train_step(state, batch())
-    jax.tree.map(
-        lambda m, g: np.testing.assert_allclose(m, 0.1 * g, rtol=1e-4, atol=1e-8),
-        moment(state),
-        grads,
-    )
+    batch = make_batch()
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params):
+        value, _, terms = WITH_Z_LOSS(nnx.merge(graphdef, params), batch, None)
+        return value, terms
+
+    grads, terms = gradient(params)
+    grads = jax.tree.map(lambda g: np.asarray(g) / batch["weights"].sum(), grads)
+
+    train_step, state = make(WITH_Z_LOSS)
+    state, metrics = train_step(state, batch)
+    tenth = jax.tree.map(lambda g: 0.1 * g, grads)
+    assert_trees_close(first_moment(state), tenth, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
-        {name: metrics[name] for name in terms},
-        terms,
-    )
-    clipped = make(WITH_Z, clip_norm=0.01)
-    np.testing.assert_allclose(
-        clipped[0](clipped[1], batch())[1]["grad_norm"], metrics["grad_norm"], rtol=1e-5
-    )
+    for name, term in terms.items():
+        np.testing.assert_allclose(metrics[name], term, rtol=1e-5)
+
+    clipping_step, state = make(WITH_Z_LOSS, clip_norm=0.01)
+    _, clipped_metrics = clipping_step(state, batch)
+    np.testing.assert_allclose(clipped_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
 
 
 def test_z_loss_adds_what_it_should():
     """Its share of the squared log-partition function to the objective, and so to the gradient; the
     loss reported is the cross entropy alone.
     """
+    losses = {0.0: PLAIN, 0.1: WITH_Z_LOSS, 0.2: causal.make_loss(z_loss=0.2, chunk=0)}
     moments, metrics = {}, {}
-    for z_loss, loss in {
-        0.0: PLAIN,
-        0.1: WITH_Z,
-        0.2: causal.make_loss(z_loss=0.2, chunk=0),
-    }.items():
+    for z_loss, loss in losses.items():
         train_step, state = make(loss)
-        state, metrics[z_loss] = train_step(state, batch())
-        moments[z_loss] = moment(state)
+        state, metrics[z_loss] = train_step(state, make_batch())
+        moments[z_loss] = first_moment(state)
+
     np.testing.assert_allclose(metrics[0.2]["loss"], metrics[0.0]["loss"], rtol=1e-6)
-    assert metrics[0.0]["z_loss"][0] == 0 and metrics[0.1]["z_loss"][0] > 0
+    assert metrics[0.0]["z_loss"][0] == 0
+    assert metrics[0.1]["z_loss"][0] > 0
     np.testing.assert_allclose(metrics[0.2]["z_loss"][0], 2 * metrics[0.1]["z_loss"][0], rtol=1e-5)
-    share = lambda z: jax.tree.map(np.subtract, moments[z], moments[0.0])
-    assert optax.global_norm(share(0.1)) > 1e-3
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, 2 * y, rtol=1e-3, atol=1e-6),
-        share(0.2),
-        share(0.1),
+
+    # Twice the coefficient is twice the part of the gradient.
+    part = jax.tree.map(np.subtract, moments[0.1], moments[0.0])
+    twice = jax.tree.map(lambda x: 2 * x, part)
+    assert optax.global_norm(part) > 1e-3
+    assert_trees_close(
+        jax.tree.map(np.subtract, moments[0.2], moments[0.0]), twice, rtol=1e-3, atol=1e-6
     )
 
 
 def test_a_batch_of_padding_is_no_error():
     train_step, state = make()
     before = jax.device_get(state.params)
-    state, metrics = train_step(state, batch() | {"weights": np.zeros((8, 16), np.float32)})
-    assert metrics["loss"] == (0, 0) and not state.halted and state.step == 1
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
+    padding = make_batch() | {"weights": np.zeros((8, 16), np.float32)}
+    state, metrics = train_step(state, padding)
+
+    assert metrics["loss"] == (0, 0)
+    assert not state.halted
+    assert state.step == 1
+    assert_trees_equal(jax.device_get(state.params), before)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+# Batches whose loss or gradient is not finite.
+
+
+@pytest.mark.parametrize("accumulation", [1, slow(4)])
 def test_halt(accumulation):
     """A bad batch changes nothing, and neither do the good ones dispatched after it."""
     train_step, state = make(nonfinite="halt", accumulation=accumulation)
-    state, metrics = train_step(state, batch(0))
-    assert not metrics["halted"] and state.step == 1
-    good = jax.device_get(state)
-    for made in (poisoned(1), batch(2), batch(3)):
-        state, metrics = train_step(state, made)
-        assert metrics["halted"] and state.halted and state.step == 1 and state.skipped == 0
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            jax.device_get((state.params, state.opt_state)),
-            (good.params, good.opt_state),
-        )
+    state, metrics = train_step(state, make_batch(0))
+    assert not metrics["halted"]
+    assert state.step == 1
+
+    before = without_counters(state)
+    for batch in (make_bad_batch(1), make_batch(2), make_batch(3)):
+        state, metrics = train_step(state, batch)
+        assert metrics["halted"] and state.halted
+        assert (state.step, state.skipped) == (1, 0)
+        assert_trees_equal(without_counters(state), before)
 
 
 def test_halt_at_the_first_step():
     train_step, state = make(nonfinite="halt")
-    before = jax.device_get(state)
-    state, _ = train_step(state, poisoned())
-    assert state.halted and state.step == 0
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get((state.params, state.opt_state)),
-        (before.params, before.opt_state),
-    )
+    before = without_counters(state)
+    state, _ = train_step(state, make_bad_batch())
+    assert state.halted
+    assert state.step == 0
+    assert_trees_equal(without_counters(state), before)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [slow(1), 4])
 def test_skip(accumulation):
     """A bad batch is left out and counted, and the run goes on as if it had not been: only the step
     has moved.
     """
     train_step, state = make(nonfinite="skip", accumulation=accumulation)
-    state, _ = train_step(state, batch(0))
-    good = jax.device_get(state)
-    state, metrics = train_step(state, poisoned(1))
-    assert (
-        (state.step, state.skipped, metrics["skipped_steps"]) == (2, 1, 1)
-        and not state.halted
-        and not metrics["halted"]
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get((state.params, state.opt_state)),
-        (good.params, good.opt_state),
-    )
-    state, _ = train_step(state, poisoned(1))
-    state, metrics = train_step(state, batch(2))
-    assert (state.step, state.skipped) == (4, 2) and np.isfinite(metrics["loss"][0])
+    state, _ = train_step(state, make_batch(0))
+    before = without_counters(state)
+    state, metrics = train_step(state, make_bad_batch(1))
+    assert (state.step, state.skipped, metrics["skipped_steps"]) == (2, 1, 1)
+    assert not state.halted and not metrics["halted"]
+    assert_trees_equal(without_counters(state), before)
 
-    other_step, other = make(nonfinite="skip", accumulation=accumulation)
+    state, _ = train_step(state, make_bad_batch(1))
+    state, metrics = train_step(state, make_batch(2))
+    assert (state.step, state.skipped) == (4, 2)
+    assert np.isfinite(metrics["loss"][0])
+
+    _, other = make(nonfinite="skip", accumulation=accumulation)
     for seed in (0, 2):
-        other, _ = other_step(other, batch(seed))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
-        jax.device_get(state.params),
-        jax.device_get(other.params),
-    )
+        other, _ = train_step(other, make_batch(seed))
     assert other.step == 2
+    params, wanted = jax.device_get((state.params, other.params))
+    assert_trees_close(params, wanted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "update"])
-def test_every_kind_of_nonfinite_is_seen(where):
+def test_every_kind_of_nonfinite_is_noticed(where):
     def loss(model, batch, key):
         value, count, terms = PLAIN(model, batch, key)
         weight = model.norm.scale[...][0]
         if where == "loss":
             terms = {"loss": (terms["loss"][0] + jnp.inf, count)}
-        if where == "gradient":  # the slope of a square root at 0, of which Lion's update is finite
+        # The slope of a square root at 0 is infinite, and Lion's update of it is finite.
+        if where == "gradient":
             value = value + jnp.sqrt(weight - jax.lax.stop_gradient(weight))
         return value, count, terms
 
-    train_step, state = make(
-        loss, name="lion", learning_rate=1e38 if where == "update" else 1e-3, weight_decay=100.0
-    )
-    assert train_step(state, batch())[1]["halted"]
+    learning_rate = 1e38 if where == "update" else 1e-3
+    train_step, state = make(loss, name="lion", learning_rate=learning_rate, weight_decay=100.0)
+    assert train_step(state, make_batch())[1]["halted"]
+
+
+def test_nonfinite_must_be_known():
+    message = r"config.train.nonfinite = 'ignore'; valid: \['halt', 'skip'\]"
+    with pytest.raises(ValueError, match=message):
+        make(nonfinite="ignore")
+
+
+# Randomness, buffers, and other functions of the parameters.
 
 
 def test_keys_differ_by_step_and_microbatch():
@@ -276,21 +282,26 @@ def test_keys_differ_by_step_and_microbatch():
     else.
     """
 
-    def drawn(model, batch, key):
+    def random_loss(model, batch, key):
         value, count, terms = PLAIN(model, batch, key)
         number = jax.random.normal(key)
         return value, count, terms | {"drawn": (number, number**2)}
 
-    def numbers(accumulation):
-        train_step, state = make(drawn, accumulation=accumulation)
+    def draw(accumulation):
+        """(sum of the numbers, sum of their squares) over the microbatches, for two steps."""
+        train_step, state = make(random_loss, accumulation=accumulation)
+        sums = []
         for seed in (0, 1):
-            state, metrics = train_step(state, batch(seed))
-            yield float(metrics["drawn"][0]), float(metrics["drawn"][1])
+            state, metrics = train_step(state, make_batch(seed))
+            sums.append((float(metrics["drawn"][0]), float(metrics["drawn"][1])))
+        return sums
 
-    once, twice = list(numbers(1)), list(numbers(2))
-    assert once == list(numbers(1)) and len(set(once + twice)) == 4
-    # 0 if both microbatches drew the same number
-    assert all(abs(total**2 - 2 * squares) > 1e-3 for total, squares in twice)
+    once, twice = draw(1), draw(2)
+    assert once == draw(1)
+    assert len(set(once + twice)) == 4
+    # 2 (x^2 + y^2) = (x + y)^2 if both microbatches drew the same number.
+    for total, squares in twice:
+        assert abs(total**2 - 2 * squares) > 1e-3
 
 
 def test_the_state_can_be_donated():
@@ -300,52 +311,50 @@ def test_the_state_can_be_donated():
     train_step, state = make(ema_decay=0.9, rounding="master")
     first = state
     for seed in range(3):
-        state, _ = train_step(state, batch(seed))
-    assert first.params["embed"]["table"].is_deleted() and state.step == 3
+        state, _ = train_step(state, make_batch(seed))
+    assert first.params["embed"]["table"].is_deleted()
+    assert state.step == 3
     assert np.isfinite(optax.global_norm(state.opt_state["ema"]))
 
 
-def test_nonfinite_must_be_known():
-    with pytest.raises(
-        ValueError, match=r"config.train.nonfinite = 'ignore'; valid: \['halt', 'skip'\]"
-    ):
-        make(nonfinite="ignore")
-
-
 def test_log_probabilities():
-    """Each target's by itself, [B, T], their weighted sum the loss; and those asked after some
-    places of each row.
-    """
+    """Each target's by itself, [B, T], their weighted sum the loss."""
     graphdef, params, _ = model()
-    made = batch()
-    token_logprobs = jax.jit(
-        step.make_token_logprobs(graphdef, causal.token_logprobs), compiler_options=QUICK
-    )(params, made)
+    batch = make_batch()
+    token_logprobs = jax.jit(step.make_token_logprobs(graphdef, causal.token_logprobs))
+    logprobs = token_logprobs(params, batch)
+    assert logprobs.shape == (8, 16)
+    assert logprobs.dtype == jnp.float32
+
     train_step, state = make(PLAIN)
-    _, metrics = train_step(state, made)
-    assert token_logprobs.shape == (8, 16) and token_logprobs.dtype == jnp.float32
-    np.testing.assert_allclose(
-        -(token_logprobs * made["weights"]).sum(), metrics["loss"][0], rtol=1e-5
-    )
-    after, which = np.array([[15, 2, 7]] * 8, np.int32), np.array([[0, 1, 2, 1]] * 8, np.int32)
-    asked = {name: made[name] for name in ("tokens", "positions", "segments")} | dict(
-        until=np.full((8, 16), 16, np.int32)
-    )
-    asked["targets"] = np.concatenate(
-        [made["targets"][:, [15, 2, 7]], made["targets"][:, [7]]], axis=1
-    )
-    found, best = jax.jit(step.make_tree_logprobs(graphdef), compiler_options=QUICK)(
-        params, asked, after, which
-    )
-    np.testing.assert_allclose(found[:, :3], token_logprobs[:, [15, 2, 7]], rtol=1e-4, atol=1e-5)
-    assert (
-        found.shape == best.shape == (8, 4)
-        and not np.allclose(found[:, 3], found[:, 2])
-        and (found[best] > np.log(1 / 64)).all()
-    )
-    asked["targets"] = np.broadcast_to(np.arange(64, dtype=np.int32), (8, 64))
-    found, best = jax.jit(step.make_tree_logprobs(graphdef), compiler_options=QUICK)(
-        params, asked, after, np.zeros((8, 64), np.int32)
-    )
-    np.testing.assert_array_equal(np.asarray(best).argmax(1), np.asarray(found).argmax(1))
-    assert (np.asarray(best).sum(1) == 1).all()
+    _, metrics = train_step(state, batch)
+    np.testing.assert_allclose(-(logprobs * batch["weights"]).sum(), metrics["loss"][0], rtol=1e-5)
+
+
+def test_log_probabilities_of_a_tree():
+    """Those asked after some places of each row, and whether each is the likeliest there."""
+    graphdef, params, _ = model()
+    batch = make_batch()
+    logprobs = jax.jit(step.make_token_logprobs(graphdef, causal.token_logprobs))(params, batch)
+    tree_logprobs = jax.jit(step.make_tree_logprobs(graphdef))
+
+    # Rows without branches: every token stays visible to the end.
+    rows = {name: batch[name] for name in ("tokens", "positions", "segments")}
+    rows["until"] = np.full((8, 16), 16, np.int32)
+    after = np.array([[15, 2, 7]] * 8, np.int32)
+
+    # The row's own targets, and one target asked at another place than its own.
+    which = np.array([[0, 1, 2, 1]] * 8, np.int32)
+    targets = batch["targets"][:, [15, 2, 7, 7]]
+    got, is_best = tree_logprobs(params, rows | {"targets": targets}, after, which)
+    assert got.shape == is_best.shape == (8, 4)
+    np.testing.assert_allclose(got[:, :3], logprobs[:, [15, 2, 7]], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(got[:, 3], got[:, 2])
+    assert (got[is_best] > np.log(1 / 40)).all()
+
+    # All ids at the first place: the likeliest one is marked, and no other.
+    targets = np.broadcast_to(np.arange(40, dtype=np.int32), (8, 40))
+    which = np.zeros((8, 40), np.int32)
+    got, is_best = tree_logprobs(params, rows | {"targets": targets}, after, which)
+    np.testing.assert_array_equal(np.asarray(is_best).argmax(1), np.asarray(got).argmax(1))
+    assert (np.asarray(is_best).sum(1) == 1).all()

@@ -7,30 +7,51 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm import config as config_lib
 from lm.data.pack import Encoder
+from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
-from lm.evals import choice, classification, entries, linear, prompts
+from lm.evals import choice, classification, entries, label_results, linear, prompts
 from lm.evals.predict import Artifact
 from lm.evals.scores import calibration
-from lm.evals.verbalizer import label_scores, word_scores
+from lm.evals.scores.label_scores import LabelScorer
 from lm.reports import tables
-from tests.test_classification import Model, random_distribution, uniform_distribution
+from tests.test_classification import (
+    BOS,
+    VERBALIZER,
+    VOCAB_SIZE,
+    Model,
+    chain_rule,
+    distributions,
+    gold_labels,
+    random_distribution,
+    uniform_distribution,
+)
 
 LABELS = ("red", "green", "blue")
-TASKS = sorted(path.stem for path in Path(config_lib.__file__).parent.glob("evals/tasks/*.toml"))
+TASK_FILES = sorted(Path(entries.__file__).parent.glob("tasks/*.toml"))
+TASKS = [path.stem for path in TASK_FILES]
 
 
-def write(folder, n=24):
+def write_jsonl(path, rows):
+    path.write_text("".join([json.dumps(row) + "\n" for row in rows]))
+
+
+def read_jsonl(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write_records(folder, num=24):
+    """The splits train and test."""
     for split in ("train", "test"):
-        rows = [dict(text=f"{split} {i}", label=LABELS[i * i % 3]) for i in range(n)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = []
+        for i in range(num):
+            rows.append(dict(text=f"{split} {i}", label=LABELS[i * i % 3]))
+        write_jsonl(folder / f"{split}.jsonl", rows)
 
 
 def write_task(path, template, shots_split="train"):
-    """The TOML file that says the least, of the records beside it."""
-    path.write_text(
-        """type = "lm.evals.classification.PromptClassification"
+    """Writes the shortest TOML file of a task about the records beside it."""
+    text = """type = "lm.evals.classification.PromptClassification"
 [source]
 path = "FOLDER/{split}.jsonl"
 shots_split = "SHOTS"
@@ -40,83 +61,110 @@ templates = ["TEMPLATE"]
 red = [" red"]
 green = [" green"]
 blue = [" blue"]
-""".replace("FOLDER", str(path.parent))
-        .replace("SHOTS", shots_split)
-        .replace("TEMPLATE", template)
-    )
+"""
+    text = text.replace("FOLDER", str(path.parent))
+    text = text.replace("SHOTS", shots_split)
+    text = text.replace("TEMPLATE", template)
+    path.write_text(text)
     return str(path)
 
 
-def arguments(folder, **changes):
-    """Those of a task."""
-    found = entries.task(write_task(folder / "colours.toml", r"{text}\n?"), **changes).to_dict()
-    return {
-        key: value for key, value in found.items() if key not in ("type", "every", "batch_size")
-    }
+def arguments(path, **changes):
+    """The arguments of the evaluator of a task file."""
+    entry = entries.task(str(path), **changes).to_dict()
+    for key in ("type", "every", "batch_size"):
+        del entry[key]
+    return entry
 
 
 def make(folder, fns=None, tokenizer=None, cls=classification.PromptClassification, **changes):
     if not (folder / "test.jsonl").exists():
-        write(folder)
+        write_records(folder)
+    path = write_task(folder / "colours.toml", r"{text}\n?")
     return cls(
         fns or Model(random_distribution),
         name="colours",
         encoder=Encoder(tokenizer or ByteTokenizer(), ""),
-        **arguments(folder, **changes),
+        **arguments(path, **changes),
     )
 
 
 def run(*args, **kwargs):
-    values = dict(make(*args, **kwargs).run(None))
-    files = {key: value.content for key, value in values.items() if isinstance(value, Artifact)}
-    return {key: value for key, value in values.items() if key not in files}, files
+    """(metrics, contents of the artifacts)"""
+    metrics = {}
+    contents = {}
+    for key, value in make(*args, **kwargs).run(None):
+        if isinstance(value, Artifact):
+            contents[key] = value.content
+        else:
+            metrics[key] = value
+    return metrics, contents
 
 
-def lines(files):
-    return [json.loads(line) for line in files["predictions"].splitlines()]
+def run_predictions(*args, **kwargs):
+    """The lines of predictions/."""
+    _, contents = run(*args, **kwargs)
+    return read_jsonl(contents["predictions"])
 
 
-def test_a_task_says_what_the_documents_eval_does(tmp_path):
-    """The same prompts and words, where no token spans two parts."""
-    from lm.data.sources import Document, Documents
+def prompt_text(tree):
+    assert tree.prompt[0] == BOS
+    return bytes(tree.prompt[1:]).decode()
 
-    write(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    documents = Documents([Document(row["text"], "", row["label"]) for row in rows], "")
+
+def words_of(*texts):
+    """verbalizer.words of a single verbalizer, with a word for each label."""
+    return (tuple(zip(LABELS, [(text,) for text in texts])),)
+
+
+# Prompts
+
+
+def test_a_task_asks_what_the_documents_eval_asks(tmp_path):
+    """The prompts and words are the same, because no token spans two parts."""
+    write_records(tmp_path)
+    documents = []
+    for row in read_jsonl((tmp_path / "test.jsonl").read_text()):
+        documents.append(Document(row["text"], "", row["label"]))
     evaluator = classification.DocumentClassification(
         Model(random_distribution),
         name="x",
-        documents=documents,
+        documents=Documents(documents, ""),
         encoder=Encoder(ByteTokenizer(), "\n?"),
-        verbalizer=[(label, (f" {label}",)) for label in LABELS],
+        verbalizer=VERBALIZER,
         max_documents=0,
     )
-    old = {key: value for key, value in evaluator.run(None) if not isinstance(value, Artifact)}
-    new, _ = run(tmp_path)
-    assert old.items() <= new.items() and {"accuracy_domain", "nll_pmi_dc"} <= set(new) - set(old)
+    document_metrics = {}
+    for key, value in evaluator.run(None):
+        if not isinstance(value, Artifact):
+            document_metrics[key] = value
+
+    metrics, _ = run(tmp_path)
+    assert document_metrics.items() <= metrics.items()
+    assert {"accuracy_domain", "nll_pmi_dc"} <= metrics.keys() - document_metrics.keys()
 
 
 def test_the_prompt_that_is_asked(tmp_path):
     fns = Model(random_distribution, length=200)
     task = make(tmp_path, fns, prompt=dict(shots=2, seeds=(3,)))
-    task.run(None).__next__()
-    text = bytes(fns.trees[0].tokens[1 : fns.trees[0].at.min() + 1].tolist()).decode()
-    *shots, question = text.split("\n\n")
-    assert question == "test 0\n?" and len(shots) == 2 and fns.trees[0].tokens[0] == 256
-    rows = {
-        f"{row['text']}\n? {row['label']}"
-        for row in map(json.loads, (tmp_path / "train.jsonl").read_text().splitlines())
-    }
-    assert set(shots) <= rows and shots[0].split()[-1] != shots[1].split()[-1]  # balanced
-    free = fns.trees[24:]
-    # says nothing
-    assert bytes(free[0].tokens[1 : free[0].at.min() + 1].tolist()).decode() == "\n\n".join(
-        [*shots, "\n?"]
-    )
-    premise = [
-        tree for tree in free if bytes(tree.tokens[1 : tree.at.min() + 1].tolist()) == b"\n?"
-    ]
-    assert len(premise) == 1 and len(free) == 3 + 20 + 1
+    next(task.run(None))
+
+    # Two examples of different labels, then the question.
+    *shots, question = prompt_text(fns.trees[0]).split("\n\n")
+    assert question == "test 0\n?"
+    valid_shots = set()
+    for row in read_jsonl((tmp_path / "train.jsonl").read_text()):
+        valid_shots.add(f"{row['text']}\n? {row['label']}")
+    assert len(shots) == 2
+    assert set(shots) <= valid_shots
+    assert shots[0].split()[-1] != shots[1].split()[-1]
+
+    # The prompts of the priors follow those of the records.
+    prior_prompts = list(map(prompt_text, fns.trees[24:]))
+    content_free = "\n\n".join([*shots, "\n?"])
+    assert prior_prompts[0] == content_free
+    assert prior_prompts.count("\n?") == 1  # pmi_dc
+    assert len(prior_prompts) == 3 + 20 + 1
 
 
 def test_words_are_shown_in_their_tokens(tmp_path):
@@ -129,162 +177,188 @@ def test_words_are_shown_in_their_tokens(tmp_path):
             "blue": {" b": [" ", "b"]},
         }
     ]
-    known = dict(step=3, versions=dict(lm="1"), tokenizer="bytes-1", evals=dict(x=about)) | {
-        "from": "run"
+
+    # The report to read has them, and the intervals beside their metrics.
+    header = {
+        "step": 3,
+        "from": "run",
+        "versions": dict(lm="1"),
+        "tokenizer": "bytes-1",
+        "evals": dict(x=about),
     }
-    said = tables.markdown(
-        known,
-        {
-            "eval/x/accuracy": 0.5,
-            "eval/x/accuracy_low": 0.25,
-            "eval/x/accuracy_high": 0.75,
-            "eval/x/examples": 24,
-        },
-    )
-    assert (
-        "| accuracy | 0.5000 | 0.2500 to 0.7500 |" in said
-        and "| examples | 24 |  |" in said
-        and "green: [' ', 'g', 'e'], [' ', 'n']" in said
-    )
-    assert "# Step 3 of run" in said and "accuracy_low" not in said
+    metrics = {
+        "eval/x/accuracy": 0.5,
+        "eval/x/accuracy_low": 0.25,
+        "eval/x/accuracy_high": 0.75,
+        "eval/x/examples": 24,
+    }
+    report = tables.markdown(header, metrics)
+    assert "# Step 3 of run" in report
+    assert "| accuracy | 0.5000 | 0.2500 to 0.7500 |" in report
+    assert "accuracy_low" not in report
+    assert "| examples | 24 |  |" in report
+    assert "green: [' ', 'g', 'e'], [' ', 'n']" in report
 
 
-def test_ways_of_asking_are_averaged(tmp_path):
-    options = dict(
-        prompt=dict(templates=("{text}\n=", "Q {text} ="), shots=1, seeds=(0, 1)), priors=()
-    )
-    other = tuple((label, (f" {label[0]}",)) for label in LABELS)
-    words = (tuple((label, (f" {label}",)) for label in LABELS), other)
-    fns = lambda: Model(random_distribution, length=100)
-    single = []
-    for template in options["prompt"]["templates"]:
-        for one in words:
-            for seed in (0, 1):
-                single.append(
-                    lines(
-                        run(
-                            tmp_path,
-                            fns(),
-                            prompt=dict(templates=(template,), shots=1, seeds=(seed,)),
-                            verbalizer=dict(words=(one,)),
-                        )[1]
-                    )
-                )
-    P = np.array(
-        [[[line["distribution"][label] for label in LABELS] for line in one] for one in single]
-    )
-    gold = np.array([LABELS.index(line["label"]) for line in single[0]])
-    accuracies = (P.argmax(axis=2) == gold).mean(axis=1)
-    metrics, files = run(tmp_path, fns(), verbalizer=dict(words=words), **options)
-    found = np.array([[line["distribution"][label] for label in LABELS] for line in lines(files)])
-    np.testing.assert_allclose(found, P.mean(axis=0), atol=1e-6)
-    assert (
-        metrics["ways"] == 8
-        and metrics["accuracy_mean"] == pytest.approx(accuracies.mean())
-        and metrics["accuracy_min"] == accuracies.min()
-    )
-    assert metrics["accuracy_max"] == accuracies.max() and metrics[
-        "accuracy_spread"
-    ] == pytest.approx(accuracies.std(ddof=1))
-    assert [way["accuracy"] for way in json.loads(files["ways_table"])] == pytest.approx(
-        accuracies.tolist()
-    )
-    logs = np.log(P).mean(axis=0)
-    found = np.array(
-        [
-            [line["distribution"][label] for label in LABELS]
-            for line in lines(
-                run(
+def test_long_prompts_lose_their_beginning_but_for_bos(tmp_path):
+    fns = Model(random_distribution, length=20)
+    metrics, _ = run(tmp_path, fns, prompt=dict(shots=1))
+
+    assert metrics["cut"] == 24
+    for tree in fns.trees[:24]:
+        assert BOS not in tree.prompt[1:]
+        assert prompt_text(tree).endswith("\n?")
+        assert len(tree.prompt) + len(" green") - 1 == 20
+
+    with pytest.raises(
+        ValueError,
+        match="a continuation of 6 tokens leaves no room for a prompt in config.data.length = 6",
+    ):
+        make(tmp_path, Model(random_distribution, length=6))
+
+
+# Variants, priors, scores and temperature
+
+
+def test_variants_are_averaged(tmp_path):
+    templates = ("{text}\n=", "Q {text} =")
+    verbalizers = words_of(" red", " green", " blue") + words_of(" r", " g", " b")
+    seeds = (0, 1)
+
+    # Each variant alone.
+    variant_P = []
+    for template in templates:
+        for verbalizer in verbalizers:
+            for seed in seeds:
+                predictions = run_predictions(
                     tmp_path,
-                    fns(),
-                    verbalizer=dict(words=words),
-                    ensemble="mean_logprob",
-                    **options,
-                )[1]
-            )
-        ]
+                    Model(random_distribution, length=100),
+                    prompt=dict(templates=(template,), shots=1, seeds=(seed,)),
+                    verbalizer=dict(words=(verbalizer,)),
+                )
+                variant_P.append(distributions(predictions))
+    gold = gold_labels(predictions)
+    accuracies = [np.mean(P.argmax(axis=1) == gold) for P in variant_P]
+
+    # All of them together.
+    options = dict(
+        prompt=dict(templates=templates, shots=1, seeds=seeds),
+        verbalizer=dict(words=verbalizers),
+        priors=(),
     )
-    np.testing.assert_allclose(found, calibration.softmax(logs), atol=1e-6)
+    metrics, contents = run(tmp_path, Model(random_distribution, length=100), **options)
+    P = distributions(read_jsonl(contents["predictions"]))
+    np.testing.assert_allclose(P, np.mean(variant_P, axis=0), atol=1e-6)
+    assert metrics["ways"] == 8
+    assert metrics["accuracy_mean"] == pytest.approx(np.mean(accuracies))
+    assert metrics["accuracy_min"] == min(accuracies)
+    assert metrics["accuracy_max"] == max(accuracies)
+    assert metrics["accuracy_spread"] == pytest.approx(np.std(accuracies, ddof=1))
+    table = json.loads(contents["ways_table"])
+    assert [row["accuracy"] for row in table] == pytest.approx(accuracies)
 
-
-def test_corrections_divide_by_what_is_said_anyway(tmp_path):
-    metrics, files = run(tmp_path)
-    (free,) = json.loads(files["priors"])
-    total = lambda said: np.array([sum(said[label][f" {label}"]) for label in LABELS])
-    P = np.array([[line["distribution"][label] for label in LABELS] for line in lines(files)])
-    gold = np.array([LABELS.index(line["label"]) for line in lines(files)])
-    assert {prior: len(said) for prior, said in free.items()} == {
-        "content_free": 3,
-        "domain": 20,
-        "pmi_dc": 1,
-    }
-    for prior, said in free.items():
-        mean = calibration.softmax(np.array([total(one) for one in said])).mean(axis=0)
-        assert metrics[f"nll_{prior}"] == pytest.approx(
-            calibration.nll(calibration.divided(P, mean), gold), abs=1e-5
-        )
-    assert metrics["nll_batch"] == pytest.approx(
-        calibration.nll(calibration.divided(P, P.mean(axis=0)), gold), abs=1e-6
+    predictions = run_predictions(
+        tmp_path, Model(random_distribution, length=100), ensemble="mean_logprob", **options
     )
-    assert {
-        key
-        for key in run(tmp_path, priors=("batch",))[0]
-        if "content" in key or "pmi" in key or "domain" in key
-    } == set()
+    mean_logprobs = np.log(variant_P).mean(axis=0)
+    expected = calibration.softmax(mean_logprobs)
+    np.testing.assert_allclose(distributions(predictions), expected, atol=1e-6)
 
 
-def test_scores_are_computed_again_without_the_model(tmp_path):
+def test_prior_corrections_divide_by_the_mean_of_their_prompts(tmp_path):
+    metrics, contents = run(tmp_path)
+    predictions = read_jsonl(contents["predictions"])
+    P = distributions(predictions)
+    gold = gold_labels(predictions)
+
+    # There is one variant: for each prior and prompt, the log-probabilities by label and word.
+    (prior_logprobs,) = json.loads(contents["priors"])
+    assert len(prior_logprobs["content_free"]) == 3
+    assert len(prior_logprobs["domain"]) == 20
+    assert len(prior_logprobs["pmi_dc"]) == 1
+
+    for name, logprobs in prior_logprobs.items():
+        sums = []
+        for by_label in logprobs:
+            sums.append([sum(by_label[label][f" {label}"]) for label in LABELS])
+        prior = calibration.softmax(np.array(sums)).mean(axis=0)
+        expected = calibration.nll(calibration.divide_by_prior(P, prior), gold)
+        assert metrics[f"nll_{name}"] == pytest.approx(expected, abs=1e-5)
+
+    # The batch prior is not rounded in a file before.
+    expected = calibration.nll(calibration.divide_by_prior(P, P.mean(axis=0)), gold)
+    assert metrics["nll_batch"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_only_the_chosen_priors(tmp_path):
+    metrics, _ = run(tmp_path, priors=("batch",))
+    assert "accuracy_batch" in metrics
+    # Neither corrections by the others nor their own metrics.
+    for key in metrics:
+        assert "content" not in key
+        assert "domain" not in key
+        assert "pmi" not in key
+
+
+@pytest.mark.parametrize(
+    "aggregate, length_norm, weights",
+    [
+        ("mean", "token", ()),
+        ("max", "byte", ()),
+        ("logmeanexp", "none", ()),
+        ("sum", "none", (1.0, 2.0) * 3),
+    ],
+)
+def test_scores_are_computed_again_without_the_model(tmp_path, aggregate, length_norm, weights):
     words = (tuple((label, (f" {label}", f" {label[:2]}!")) for label in LABELS),)
-    for aggregate, norm in (("mean", "token"), ("max", "byte"), ("logmeanexp", "none")):
-        plain = lines(run(tmp_path, verbalizer=dict(words=words))[1])
-        other = lines(
-            run(tmp_path, verbalizer=dict(words=words, aggregate=aggregate, length_norm=norm))[1]
-        )
-        labels, logprobs = classification.read_word_logprobs(plain)
-        P = calibration.softmax(
-            label_scores(word_scores(logprobs, norm), logprobs.label, aggregate)
-        )
-        assert labels == list(LABELS)
-        np.testing.assert_allclose(
-            P, [[line["distribution"][label] for label in LABELS] for line in other], atol=1e-5
-        )
-    weighted = lines(run(tmp_path, verbalizer=dict(words=words, weights=(1.0, 2.0) * 3))[1])
-    P = calibration.softmax(
-        label_scores(word_scores(logprobs), logprobs.label, "sum", np.array([1, 2] * 3))
-    )
-    np.testing.assert_allclose(
-        P, [[line["distribution"][label] for label in LABELS] for line in weighted], atol=1e-5
-    )
+    default = run_predictions(tmp_path, verbalizer=dict(words=words))
+    options = dict(words=words, aggregate=aggregate, length_norm=length_norm, weights=weights)
+    predictions = run_predictions(tmp_path, verbalizer=options)
+
+    labels, logprobs = label_results.read_word_logprobs(default)
+    assert labels == list(LABELS)
+    scorer = LabelScorer(length_norm, aggregate, np.array(weights) if weights else None)
+    P = scorer.distributions(logprobs)
+    np.testing.assert_allclose(P, distributions(predictions), atol=1e-5)
 
 
 def test_a_terminator_is_scored_with_the_word(tmp_path):
-    """So that "re" can be told from "red"; lengths stay the words'."""
-    words = ((("red", (" re",)), ("green", (" red",)), ("blue", (" b",))),)
+    """So that " re" can be told from " red"; lengths stay the words'."""
+    words = words_of(" re", " red", " b")
     with pytest.raises(ValueError, match="begin with the same tokens"):
         make(tmp_path, verbalizer=dict(words=words))
+
     task = make(tmp_path, verbalizer=dict(words=words, terminator="\n"))
-    found = classification.score_prompts(task.predict_fns, None, task.questions)[0].examples
-    assert found.num_tokens[0].tolist() == [4, 5, 3] and found.num_chars.tolist() == [2, 3, 1]
-    prefix = [256, *b"test 0\n? re"]
-    assert found.tokens[0, 0, 3] == pytest.approx(
-        random_distribution(tuple(prefix))[ord("\n")], abs=1e-5
-    )
+    (variant,) = label_results.score_prompts(task.predict_fns, None, task.prompt_set)
+    logprobs = variant.examples
+    assert logprobs.num_tokens[0].tolist() == [4, 5, 3]
+    assert logprobs.num_chars.tolist() == [2, 3, 1]
+    # The terminator is the last of the four tokens of " re".
+    prefix = [BOS, *b"test 0\n? re"]
+    assert logprobs.tokens[0, 0, 3] == pytest.approx(chain_rule(prefix, b"\n"), abs=1e-5)
 
 
 def test_the_temperature_is_that_of_other_records(tmp_path):
     metrics, _ = run(tmp_path, temperature_examples=12)
-    _, files = run(tmp_path, source=dict(split="train", shots_split=""))
-    assert metrics["temperature"] > 0 and {"nll_temperature", "ece_temperature"} <= set(metrics)
-    task = make(tmp_path, temperature_examples=24)  # all of them
-    assert sorted(task.questions.held_gold) == sorted(
-        task.gold(row)
-        for row in map(json.loads, (tmp_path / "train.jsonl").read_text().splitlines())
+    assert metrics["temperature"] > 0
+    assert {"nll_temperature", "ece_temperature"} <= metrics.keys()
+
+    # All records of the split: in another order, which the temperature doesn't depend on.
+    task = make(tmp_path, temperature_examples=24)
+    train_gold = []
+    for row in read_jsonl((tmp_path / "train.jsonl").read_text()):
+        train_gold.append(task.gold(row))
+    assert sorted(task.prompt_set.calibration_gold) == sorted(train_gold)
+
+    # They give the temperature that evaluating them would give.
+    predictions = run_predictions(tmp_path, source=dict(split="train", shots_split=""))
+    expected = calibration.best_temperature(
+        np.log(distributions(predictions)), gold_labels(predictions)
     )
-    P = np.array([[line["distribution"][label] for label in LABELS] for line in lines(files)])
-    T = calibration.best_temperature(
-        np.log(P), np.array([LABELS.index(line["label"]) for line in lines(files)])
-    )
-    assert dict(task.run(None))["temperature"] == pytest.approx(T, rel=1e-4)
+    assert dict(task.run(None))["temperature"] == pytest.approx(expected, rel=1e-4)
+
+
+# Labels, words and what is refused
 
 
 @pytest.mark.parametrize("value, index", [("green", 1), (2, 2), ("2", 2), ("0", 0)])
@@ -311,38 +385,19 @@ def test_names_that_are_numbers_are_names(tmp_path):
         ("blue", (" b",)),
     )
     task = make(tmp_path, verbalizer=dict(words=(words,)))
-    assert [task.gold(dict(label=value)) for value in (0, "2", 1)] == [2, 0, 1]
-
-
-def test_long_prompts_lose_their_beginning_but_for_bos(tmp_path):
-    fns = Model(random_distribution, length=20)
-    metrics, _ = run(tmp_path, fns, prompt=dict(shots=1))
-    assert metrics["cut"] == 24
-    for tree in fns.trees[:24]:
-        ids = tree.tokens[: tree.at.min() + 1].tolist()
-        assert (
-            ids[0] == 256
-            and 256 not in ids[1:]
-            and bytes(ids[-2:]) == b"\n?"
-            and len(ids) + len(" green") - 1 == 20
-        )
-    with pytest.raises(
-        ValueError,
-        match="a continuation of 6 tokens leaves no room for a prompt in config.data.length = 6",
-    ):
-        make(tmp_path, Model(random_distribution, length=6))
+    # The label "0" is third, "2" first. A number that is no name is an index.
+    assert task.gold(dict(label=0)) == 2
+    assert task.gold(dict(label="2")) == 0
+    assert task.gold(dict(label=1)) == 1
 
 
 def test_one_label_only_and_no_text(tmp_path):
-    (tmp_path / "test.jsonl").write_text(
-        "".join(json.dumps(dict(text="", label="red")) + "\n" for _ in range(3))
-    )
+    write_jsonl(tmp_path / "test.jsonl", [dict(text="", label="red")] * 3)
     metrics, _ = run(tmp_path, Model(uniform_distribution), verbalizer=dict(length_norm="token"))
-    assert (
-        metrics["majority_accuracy"] == 1
-        and metrics["nll"] == pytest.approx(math.log(3))
-        and "auroc" not in metrics
-    )
+    assert metrics["majority_accuracy"] == 1
+    assert metrics["nll"] == pytest.approx(math.log(3))
+    # It needs examples of two labels.
+    assert "auroc" not in metrics
 
 
 @pytest.mark.parametrize(
@@ -376,15 +431,10 @@ def test_one_label_only_and_no_text(tmp_path):
             "the label 'red' has no word, or an empty one",
         ),
         (
-            dict(verbalizer=dict(words=((("red", ("",)), ("green", (" g",)), ("blue", (" b",))),))),
+            dict(verbalizer=dict(words=words_of("", " g", " b"))),
             "the label 'red' has no word, or an empty one",
         ),
-        (
-            dict(
-                verbalizer=dict(words=((("red", (" g",)), ("green", (" g",)), ("blue", (" b",))),))
-            ),
-            "are the same tokens",
-        ),
+        (dict(verbalizer=dict(words=words_of(" g", " g", " b"))), "are the same tokens"),
         (
             dict(
                 verbalizer=dict(
@@ -405,7 +455,7 @@ def test_one_label_only_and_no_text(tmp_path):
             "two spaces would meet; end the prompt without one",
         ),
         (
-            dict(verbalizer=dict(words=((("red", ("r",)), ("green", ("g",)), ("blue", ("b",))),))),
+            dict(verbalizer=dict(words=words_of("r", "g", "b"))),
             "with nothing between them: begin the word with a space",
         ),
         (dict(source=dict(path="nowhere.jsonl")), "the eval 'colours': no file at nowhere.jsonl"),
@@ -416,29 +466,114 @@ def test_refused(tmp_path, changes, message):
         make(tmp_path, **changes)
 
 
-class Lower(ByteTokenizer):
-    """A tokenizer of an uncased model."""
-
+class UncasedTokenizer(ByteTokenizer):
     def encode(self, text):
         return super().encode(text.lower())
 
 
 def test_words_come_back_as_they_are(tmp_path):
-    words = ((("red", (" Red",)), ("green", (" green",)), ("blue", (" blue",))),)
-    with pytest.raises(
-        ValueError,
-        match=(
-            "the word ' Red' comes back from the tokenizer as .* red': write it as the tokenizer "
-            "does"
-        ),
-    ):
-        make(tmp_path, tokenizer=Lower(), verbalizer=dict(words=words))
-    make(tmp_path, tokenizer=Lower(), verbalizer=dict(words=words, boundary="lm_eval"))
+    words = words_of(" Red", " green", " blue")
+    message = (
+        "the word ' Red' comes back from the tokenizer as .* red': write it as the tokenizer does"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, tokenizer=UncasedTokenizer(), verbalizer=dict(words=words))
+
+    # lm-evaluation-harness doesn't check it.
+    verbalizer = dict(words=words, boundary="lm_eval")
+    make(tmp_path, tokenizer=UncasedTokenizer(), verbalizer=verbalizer)
 
 
 def test_not_finite(tmp_path):
     with pytest.raises(ValueError, match="not finite for 24 of 24 examples"):
-        run(tmp_path, Model(lambda prefix: np.full(512, np.nan)))
+        run(tmp_path, Model(lambda prefix: np.full(VOCAB_SIZE, np.nan)))
+
+
+# Task files
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(prompt=dict(shots="4")), "prompt: shots = '4'; wanted int, such as 0"),
+        (dict(prompt=dict(templates="QA")), "templates = 'QA'; wanted an array"),
+        (dict(max_documents=True), "max_documents = True; wanted int"),
+        (dict(source="x"), "source = 'x'; wanted dict"),
+        (dict(label=3), "label = 3; wanted str"),
+        (
+            dict(prompt=dict(shot=4)),
+            r"task\('sst2'\): prompt has no key 'shot'; valid: \['shots', 'sampler'",
+        ),
+    ],
+)
+def test_invalid_changes_to_a_task(changes, message):
+    with pytest.raises(ValueError, match=message):
+        entries.task("sst2", **changes)
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match=r"no task 'sst3'; valid: \['ag_news', "):
+        entries.task("sst3")
+
+
+def test_a_single_table_of_words(tmp_path):
+    path = tmp_path / "t.toml"
+    path.write_text(
+        """type = "lm.evals.classification.PromptClassification"
+[verbalizer.words]
+no = [" no"]
+yes = [" yes", " sure"]
+"""
+    )
+    # As a list of one verbalizer, whose tables are pairs.
+    words = entries.task(str(path)).verbalizer.words
+    assert words == ((("no", (" no",)), ("yes", (" yes", " sure"))),)
+
+
+@pytest.mark.parametrize("path", TASK_FILES, ids=TASKS)
+def test_shipped_tasks(path):
+    """Each is complete, and says where its data comes from and whom to cite."""
+    task = entries.task(path.stem)
+    assert task.type in entries.TASKS
+    keys = {"type", "every", "batch_size"} | entries.TASKS[task.type].keys()
+    assert task.to_dict().keys() == keys
+
+    # Without a TFDS data set the first line says which path to give.
+    first_line = path.read_text().split("\n")[0]
+    assert task.source.tfds or "source." in first_line
+    assert len(task.source.citation) > 20
+
+
+def test_shipped_tasks_are_listed():
+    expected = """
+        sst2 ag_news trec imdb cola rte mnli boolq banking77 xquad squad xsum dialogsum wmt14_en_de
+        multi30k_en_de gsm8k piqa blimp lambada
+    """
+    assert set(expected.split()) <= set(TASKS)
+
+
+def templates_of(task):
+    """All templates over the columns of a task's records."""
+    templates = [*task.prompt.get("templates", ()), task.prompt.get("template", "")]
+    for key in ("choices", "target", "references"):
+        value = task.get(key, ())
+        templates += [value] if isinstance(value, str) else value
+    return templates
+
+
+def columns_of(task):
+    """The columns that a task reads."""
+    columns = set()
+    for text in templates_of(task):
+        for field in prompts.Template(text, "t").fields:
+            columns.add(field.partition("[")[0])
+    assert columns
+
+    # A number is the answer itself, not a column.
+    for key in ("label", "answer"):
+        if key in task and not task[key].isdecimal():
+            columns.add(task[key])
+    return columns
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if entries.task(name).source.tfds])
@@ -450,321 +585,244 @@ def test_tfds_has_what_shipped_tasks_read(name, tmp_path):
     import tensorflow_datasets.translate
 
     task = entries.task(name)
-    dataset, _, chosen = task.source.tfds.partition("/")
+    dataset, _, config = task.source.tfds.partition("/")
     configs = [c.name for c in tfds.builder_cls(dataset).BUILDER_CONFIGS]
-    assert chosen in configs if configs else not chosen
+    assert config in configs if configs else not config
+
     try:
         features = set(tfds.builder(task.source.tfds, data_dir=str(tmp_path)).info.features)
     except ModuleNotFoundError:  # SuperGLUE's builder needs TensorFlow
         assert dataset == "super_glue"
         return
-    keys = ("choices", "target", "references")
-    templates = [
-        *task.prompt.get("templates", ()),
-        task.prompt.get("template", ""),
-        *(text for key in keys for text in _several(task.get(key, ()))),
-    ]
-    fields = {
-        field.partition("[")[0]
-        for text in templates
-        for field in prompts.Template(text, "t").fields
-    }
-    columns = fields | {
-        task[key] for key in ("label", "answer") if key in task and not task[key].isdecimal()
-    }
-    assert fields and columns <= features, (columns, features)
+    columns = columns_of(task)
+    assert columns <= features, (columns, features)
 
 
-def _several(text):
-    return (text,) if isinstance(text, str) else text
+# Multiple choice
 
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(prompt=dict(shots="4")), "prompt: shots = '4'; wanted int, such as 0"),
-        (dict(prompt=dict(templates="QA")), "templates = 'QA'; wanted an array"),
-        (dict(max_documents=True), "max_documents = True; wanted int"),
-        (dict(source="x"), "source = 'x'; wanted dict"),
-        (dict(label=3), "label = 3; wanted str"),
-    ],
-)
-def test_values_of_the_wrong_kind(changes, message):
-    with pytest.raises(ValueError, match=message):
-        entries.task("sst2", **changes)
-
-
-def test_a_single_table_of_words(tmp_path):
-    (tmp_path / "t.toml").write_text(
-        'type = "lm.evals.classification.PromptClassification"\n[verbalizer.words]\nno = [" '
-        'no"]\nyes = [" yes", " sure"]\n'
-    )
-    assert entries.task(str(tmp_path / "t.toml")).verbalizer.words == (
-        (("no", (" no",)), ("yes", (" yes", " sure"))),
-    )
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_shipped_tasks(name):
-    """Each is complete, and says where its data comes from and whom to cite."""
-    task = entries.task(name)
-    assert (
-        task.type in entries.TASKS
-        and len(task.source.citation) > 20
-        and (
-            task.source.tfds
-            or "source."
-            in Path(config_lib.__file__)
-            .parent.joinpath("evals", "tasks", f"{name}.toml")
-            .read_text()
-            .split("\n")[0]
-        )
-    )
-    assert (
-        task.to_dict().keys() == {"type", "every", "batch_size"} | entries.TASKS[task.type].keys()
-    )
-
-
-def test_shipped_tasks_are_listed():
-    assert {
-        "sst2",
-        "ag_news",
-        "trec",
-        "imdb",
-        "cola",
-        "rte",
-        "mnli",
-        "boolq",
-        "banking77",
-        "xquad",
-        "squad",
-        "xsum",
-        "dialogsum",
-        "wmt14_en_de",
-        "multi30k_en_de",
-        "gsm8k",
-        "piqa",
-        "blimp",
-        "lambada",
-    } <= set(TASKS)
-    with pytest.raises(ValueError, match=r"no task 'sst3'; valid: \['ag_news', "):
-        entries.task("sst3")
-    with pytest.raises(
-        ValueError, match=r"task\('sst2'\): prompt has no key 'shot'; valid: \['shots', 'sampler'"
-    ):
-        entries.task("sst2", prompt=dict(shot=4))
-
-
-# Choices
-
-
-def choose(folder, rows, fns=None, **changes):
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "c.toml").write_text('type = "lm.evals.choice.MultipleChoice"')
-    options = (
-        dict(
-            source=dict(path=str(folder / "test.jsonl")),
-            prompt=dict(template="{q}?"),
-            choices=(" {a}", " {b}"),
-        )
-        | changes
-    )
-    found = {
-        key: value
-        for key, value in entries.task(str(folder / "c.toml"), **options).to_dict().items()
-        if key not in ("type", "every", "batch_size")
-    }
-    values = dict(
-        choice.MultipleChoice(
-            fns or Model(random_distribution),
-            name="c",
-            encoder=Encoder(ByteTokenizer(), ""),
-            **found,
-        ).run(None)
-    )
-    return values, [json.loads(line) for line in values.pop("predictions").content.splitlines()]
-
-
+# Choices of different lengths, in characters and in bytes.
 PAIRS = [
     dict(q=f"q{i}", a="x" * (i % 3 + 1), b="é€" * (i % 2 + 1) + str(i), label=i % 2)
     for i in range(20)
 ]
 
 
-def log_probability(prompt, continuation):
-    ids, total = [256, *prompt.encode()], 0.0
-    for token in continuation.encode():
-        total += random_distribution(tuple(ids))[token]
-        ids.append(token)
-    return total
+def choose(folder, rows, fns=None, **changes):
+    """(metrics, predictions)"""
+    write_jsonl(folder / "test.jsonl", rows)
+    path = folder / "c.toml"
+    path.write_text('type = "lm.evals.choice.MultipleChoice"')
+    options = dict(
+        source=dict(path=str(folder / "test.jsonl")),
+        prompt=dict(template="{q}?"),
+        choices=(" {a}", " {b}"),
+    )
+    evaluator = choice.MultipleChoice(
+        fns or Model(random_distribution),
+        name="c",
+        encoder=Encoder(ByteTokenizer(), ""),
+        **arguments(path, **options | changes),
+    )
+    metrics = dict(evaluator.run(None))
+    predictions = metrics.pop("predictions")
+    return metrics, read_jsonl(predictions.content)
+
+
+def pair_logprobs(prompt, choice_format):
+    """[n, 2], the log-probabilities of both choices of PAIRS."""
+    logprobs = []
+    for row in PAIRS:
+        ids = [BOS, *prompt.format(**row).encode()]
+        texts = [choice_format.format(row[key]) for key in "ab"]
+        logprobs.append([chain_rule(ids, text.encode()) for text in texts])
+    return np.array(logprobs)
+
+
+def pair_sizes(size):
+    """[n, 2], a size of both choices of PAIRS."""
+    sizes = []
+    for row in PAIRS:
+        sizes.append([size(row["a"]), size(row["b"])])
+    return np.array(sizes)
+
+
+def num_bytes(text):
+    return len(text.encode())
 
 
 def test_choices_are_the_chain_rule(tmp_path):
-    found, predictions = choose(tmp_path, PAIRS, premise="A:")
-    sums = np.array(
-        [[log_probability(f"{row['q']}?", f" {row[key]}") for key in "ab"] for row in PAIRS]
-    )
-    premise = np.array([[log_probability("A:", f" {row[key]}") for key in "ab"] for row in PAIRS])
-    np.testing.assert_allclose([line["logprobs"] for line in predictions], sums, atol=1e-4)
-    gold, size = (
-        np.array([row["label"] for row in PAIRS]),
-        lambda of: np.array([[of(row[key]) for key in "ab"] for row in PAIRS]),
-    )
-    accuracy = lambda scores: np.mean(scores.argmax(axis=1) == gold)
-    hits = {
-        norm: [float(x) for x in (scores.argmax(axis=1) == gold)]
-        for norm, scores in (
-            ("char", sums / size(len)),
-            ("byte", sums / size(lambda t: len(t.encode()))),
-            ("token", sums / size(lambda t: len(t.encode()) + 1)),
-        )
+    metrics, predictions = choose(tmp_path, PAIRS, premise="A:")
+    gold = np.array([row["label"] for row in PAIRS])
+    sums = pair_logprobs("{q}?", " {}")
+    premise_sums = pair_logprobs("A:", " {}")
+    logprobs = [line["logprobs"] for line in predictions]
+    np.testing.assert_allclose(logprobs, sums, atol=1e-4)
+
+    # The scores by which choices are compared. Tokens are bytes, with the space.
+    scores = {
+        "accuracy": sums,
+        "accuracy_char": sums / pair_sizes(len),
+        "accuracy_byte": sums / pair_sizes(num_bytes),
+        "accuracy_token": sums / (pair_sizes(num_bytes) + 1),
+        "accuracy_pmi": sums - premise_sums,
     }
-    assert hits["char"] != hits["byte"] != hits["token"]
-    assert {
-        norm: [line["scores"][f"accuracy_{norm}"] for line in predictions] for norm in hits
-    } == hits
-    assert (
-        found["accuracy"] == accuracy(sums)
-        and found["accuracy_char"] == accuracy(sums / size(len))
-        and found["accuracy_pmi"] == accuracy(sums - premise)
-    )
-    assert found["accuracy_byte"] == accuracy(sums / size(lambda t: len(t.encode())))
-    assert (
-        found["accuracy_token"] == accuracy(sums / size(lambda t: len(t.encode()) + 1))
-        and found["chance"] == 0.5
-    )
+    hits = {}
+    for name, values in scores.items():
+        hits[name] = (values.argmax(axis=1) == gold).astype(float)
+        assert metrics[name] == np.mean(hits[name])
+    assert metrics["chance"] == 0.5
+
+    # They are different scores, and predictions/ has them by example.
+    for name in ("accuracy_char", "accuracy_byte", "accuracy_token"):
+        example_hits = [line["scores"][name] for line in predictions]
+        assert example_hits == hits[name].tolist()
+    assert hits["accuracy_char"].tolist() != hits["accuracy_byte"].tolist()
+    assert hits["accuracy_byte"].tolist() != hits["accuracy_token"].tolist()
+
+    # Metrics of the right choices.
     right = sums[np.arange(20), gold]
-    assert found["nll"] == pytest.approx(-right.mean(), abs=1e-4) and found[
-        "perplexity"
-    ] == pytest.approx(math.exp(-right.mean()), rel=1e-3)
-    assert found["bits_per_byte"] == pytest.approx(
-        -right.sum()
-        / math.log(2)
-        / sum(len(row["ab"[row["label"]]].encode()) + 1 for row in PAIRS),
-        abs=1e-4,
+    assert metrics["nll"] == pytest.approx(-right.mean(), abs=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(-right.mean()), rel=1e-3)
+    right_bytes = pair_sizes(num_bytes)[np.arange(20), gold] + 1
+    expected = -right.sum() / math.log(2) / right_bytes.sum()
+    assert metrics["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_minimal_pairs(tmp_path):
+    """Whole texts after an empty prompt, the first of which is always right."""
+    metrics, _ = choose(
+        tmp_path, PAIRS, prompt=dict(template=""), choices=("{a}", "{b}"), answer="0"
     )
+    sums = pair_logprobs("", "{}")
+    assert metrics["accuracy"] == np.mean(sums.argmax(axis=1) == 0)
 
 
-def test_pairs_lists_names_and_last_words(tmp_path):
-    pairs, _ = choose(tmp_path, PAIRS, prompt=dict(template=""), choices=("{a}", "{b}"), answer="0")
-    sums = np.array([[log_probability("", row[key]) for key in "ab"] for row in PAIRS])
-    assert pairs["accuracy"] == np.mean(sums.argmax(axis=1) == 0)
-    rows = [
-        dict(
-            q=row["q"], o=dict(text=[row["a"], row["b"]], label=["A", "B"]), key="AB"[row["label"]]
-        )
-        for row in PAIRS
-    ]
-    lists, _ = choose(tmp_path, rows, choices=(" {o[text]}",), answer="key", answers="{o[label]}")
-    assert lists == choose(tmp_path, PAIRS)[0]
+def test_choices_from_lists(tmp_path):
+    """Choices in one column, and answers by their names in another one."""
+    rows = []
+    for row in PAIRS:
+        options = dict(text=[row["a"], row["b"]], label=["A", "B"])
+        rows.append(dict(q=row["q"], o=options, key="AB"[row["label"]]))
+    changes = dict(choices=(" {o[text]}",), answer="key", answers="{o[label]}")
+
+    metrics, _ = choose(tmp_path, rows, **changes)
+    expected, _ = choose(tmp_path, PAIRS)
+    assert metrics == expected
+
     with pytest.raises(ValueError, match=r"a record's answer is 'C'; wanted one of \['A', 'B'\]"):
-        choose(
-            tmp_path,
-            [rows[0] | dict(key="C")],
-            choices=(" {o[text]}",),
-            answer="key",
-            answers="{o[label]}",
-        )
+        choose(tmp_path, [rows[0] | dict(key="C")], **changes)
     with pytest.raises(ValueError, match=r"a record's answer is 2; wanted one of \[0, 1\]"):
         choose(tmp_path, [PAIRS[0] | dict(label=2)])
-    said = lambda prefix: np.where(
-        np.arange(512) == (ord(" the end"[len(prefix) - 4]) if 0 <= len(prefix) - 4 < 8 else 0),
-        -0.1,
-        -9.0,
-    )
-    rows = [dict(t="abc the end"), dict(t="abc the bed")]
-    last, predictions = choose(
+
+
+def test_last_words(tmp_path):
+    def says_the_end(prefix):
+        # After BOS and "abc" comes " the end", byte by byte.
+        logprobs = np.full(VOCAB_SIZE, -9.0)
+        i = len(prefix) - 4
+        token = ord(" the end"[i]) if 0 <= i < 8 else 0
+        logprobs[token] = -0.1
+        return logprobs
+
+    metrics, predictions = choose(
         tmp_path,
-        rows,
-        Model(said),
+        [dict(t="abc the end"), dict(t="abc the bed")],
+        Model(says_the_end),
         prompt=dict(template="{t:head}"),
         choices=(" {t:last}",),
         answer="0",
     )
-    assert (
-        last["accuracy"] == 0.5
-        and [line["greedy"] for line in predictions] == [True, False]
-        and "chance" not in last
-    )
-    assert last["perplexity"] == pytest.approx(math.exp((0.4 + 0.2 + 18) / 2), rel=1e-3)
+    assert metrics["accuracy"] == 0.5
+    assert [line["greedy"] for line in predictions] == [True, False]
+    assert "chance" not in metrics
+    # The model says all four bytes of " end", of " bed" only the first and the last.
+    assert metrics["perplexity"] == pytest.approx(math.exp((0.4 + 0.2 + 18) / 2), rel=1e-3)
 
 
-def test_a_model_without_opinions_scores_by_length(tmp_path):
-    pairs, _ = choose(
-        tmp_path, [dict(q="q", a="xx", b="yy")] * 10, Model(uniform_distribution), answer="0"
-    )
-    assert pairs["accuracy"] == pairs["accuracy_byte"] == 0.5  # a tie is half right
-    found, _ = choose(
-        tmp_path,
-        [dict(q="q", a="xx", b="yy", label=i % 2) for i in range(10)],
-        Model(uniform_distribution),
-    )
-    assert found["accuracy"] == found["chance"] == 0.5 and found["nll"] == pytest.approx(
-        3 * math.log(512), rel=1e-6
-    )
+def test_ties_are_half_right(tmp_path):
+    """A uniform model can't choose between two choices of the same length."""
+    rows = [dict(q="q", a="xx", b="yy")] * 10
+    metrics, _ = choose(tmp_path, rows, Model(uniform_distribution), answer="0")
+    assert metrics["accuracy"] == metrics["accuracy_byte"] == 0.5
+
+    rows = []
+    for i in range(10):
+        rows.append(dict(q="q", a="xx", b="yy", label=i % 2))
+    metrics, _ = choose(tmp_path, rows, Model(uniform_distribution))
+    assert metrics["accuracy"] == metrics["chance"] == 0.5
+    assert metrics["nll"] == pytest.approx(3 * math.log(VOCAB_SIZE), rel=1e-6)
 
 
 # The linear verbalizer
 
 
-class Linear(Model):
-    """States that tell labels apart, in a direction of each, with noise."""
+class LinearModel(Model):
+    """States that tell labels apart, each in a direction of its own, with noise."""
 
     def states(self, params, prompts):
-        rng = np.random.default_rng(0)
-        number = [
-            int(bytes(prompt[1:]).decode().split()[1].removesuffix("?")) for prompt in prompts
-        ]
-        return (
-            5 * np.eye(8)[[n * n % 3 + 2 for n in number]] + rng.normal(0, 1.0, (len(prompts), 8))
-        ).astype(np.float32)
+        # "test 4\n?" is record 4, whose label write_records chose by its square.
+        directions = []
+        for prompt in prompts:
+            number = int(bytes(prompt[1:]).decode().split()[1].removesuffix("?"))
+            directions.append(number * number % 3 + 2)
+        noise = np.random.default_rng(0).normal(0, 1.0, (len(prompts), 8))
+        return (5 * np.eye(8)[directions] + noise).astype(np.float32)
 
     def head_rows(self, params, ids):
+        # All words begin with the same token, the space.
         assert ids == [ord(" ")] * 3
         return np.zeros((3, 8), np.float32)
 
 
+def linear_options(**changes):
+    options = dict(
+        cls=linear.LinearVerbalizer, type="lm.evals.linear.LinearVerbalizer", train_examples=24
+    )
+    return options | changes
+
+
 @pytest.mark.parametrize("init", linear.INITS)
 def test_a_linear_verbalizer_finds_what_states_tell(tmp_path, init):
-    values, files = run(
-        tmp_path,
-        Linear(random_distribution),
-        cls=linear.LinearVerbalizer,
-        type="lm.evals.linear.LinearVerbalizer",
-        train_examples=24,
-        init=init,
-    )
-    assert (
-        values["accuracy"] > 0.9
-        and values["train_accuracy"] > 0.9
-        and values["nll"] < 0.5
-        and values["l2"] in linear.PENALTIES
-    )
-    assert sum(line["prediction"] == line["label"] for line in lines(files)) == round(
-        24 * values["accuracy"]
-    )
+    metrics, contents = run(tmp_path, LinearModel(random_distribution), **linear_options(init=init))
+    assert metrics["accuracy"] > 0.9
+    assert metrics["train_accuracy"] > 0.9
+    assert metrics["nll"] < 0.5
+    assert metrics["l2"] in linear.PENALTIES
+
+    predictions = read_jsonl(contents["predictions"])
+    num_right = sum(line["prediction"] == line["label"] for line in predictions)
+    assert num_right == round(24 * metrics["accuracy"])
 
 
 def test_prototypes_are_the_nearest_means():
     rng = np.random.default_rng(0)
-    X, y = rng.normal(size=(30, 4)), rng.integers(0, 2, 30)
-    W = linear.prototypes(X, y, 3)
-    logits = X @ W[:, :-1].T + W[:, -1]
+    X = rng.normal(size=(30, 4))
+    y = rng.integers(0, 2, 30)
+    vectors = linear.prototypes(X, y, 3)
+    logits = X @ vectors[:, :-1].T + vectors[:, -1]
+
+    # The third label has no examples. All logits share a term, which softmax doesn't see.
     means = [X[y == 0].mean(axis=0), X[y == 1].mean(axis=0), X.mean(axis=0)]
-    wanted = np.stack([-np.mean((X - mean) ** 2, axis=1) / 2 for mean in means], axis=1)
-    np.testing.assert_allclose(logits - logits[:, :1], wanted - wanted[:, :1], atol=1e-9)
+    expected = np.stack([-np.mean((X - mean) ** 2, axis=1) / 2 for mean in means], axis=1)
+    np.testing.assert_allclose(logits - logits[:, :1], expected - expected[:, :1], atol=1e-9)
 
 
 def test_fit_is_logistic_regression():
     from sklearn.linear_model import LogisticRegression
 
     rng = np.random.default_rng(0)
-    X, y = rng.normal(size=(200, 5)), rng.integers(0, 3, 200)
-    W = linear.fit(X, y, np.zeros((3, 6)), 0.01)
-    theirs = LogisticRegression(
+    X = rng.normal(size=(200, 5))
+    y = rng.integers(0, 3, 200)
+    vectors = linear.fit(X, y, np.zeros((3, 6)), 0.01)
+
+    # scikit-learn's penalty is on the sum over examples, ours on the mean.
+    reference = LogisticRegression(
         C=1 / (0.01 * 200), fit_intercept=False, tol=1e-10, max_iter=1000
-    ).fit(np.hstack([X, np.ones((200, 1))]), y)
-    np.testing.assert_allclose(W, theirs.coef_, atol=1e-4)
+    )
+    reference.fit(np.hstack([X, np.ones((200, 1))]), y)
+    np.testing.assert_allclose(vectors, reference.coef_, atol=1e-4)
+
+    # A large penalty leaves the vectors where they start.
     init = rng.normal(size=(3, 6))
     np.testing.assert_allclose(linear.fit(X, y, init, 1e6), init, atol=1e-4)
 
@@ -782,10 +840,4 @@ def test_fit_is_logistic_regression():
 )
 def test_linear_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        make(
-            tmp_path,
-            Linear(random_distribution),
-            cls=linear.LinearVerbalizer,
-            type="lm.evals.linear.LinearVerbalizer",
-            **dict(train_examples=24) | changes,
-        )
+        make(tmp_path, LinearModel(random_distribution), **linear_options(**changes))

@@ -59,7 +59,9 @@ def build_once(config, devices, *, training=True, real=build.build):
     if key not in _EXPERIMENTS:
         _EXPERIMENTS[key] = real(config, devices, training=training)
     documents = build.documents(config, config.data.split) if training else None
-    return dataclasses.replace(_EXPERIMENTS[key], config=config, train_documents=documents)
+    experiment = _EXPERIMENTS[key]
+    program = dataclasses.replace(experiment.program, config=config)
+    return dataclasses.replace(experiment, program=program, train_documents=documents)
 
 
 @pytest.fixture(autouse=True, name="quick")

@@ -1,13 +1,11 @@
-"""Words after prompts, and scores out of their log-probabilities."""
+"""Words after prompts: where the tokens of a prompt end and those of a word begin."""
 
-import numpy as np
 import pytest
-from scipy.special import logsumexp
 
 from lm.evals import verbalizer
 
-# What GPT-2's merges do at boundaries, in a vocabulary of our own: the longest piece that fits is
-# taken.
+# A small vocabulary with the merges that GPT-2's tokenizer makes at boundaries. The longest piece
+# that fits is taken.
 PIECES = [
     "Answer",
     ":",
@@ -56,14 +54,14 @@ PIECES = [
 def encode(text):
     ids = []
     while text:
-        piece = max((p for p in PIECES if text.startswith(p)), key=len)
+        piece = max(filter(text.startswith, PIECES), key=len)
         ids.append(PIECES.index(piece))
         text = text[len(piece) :]
     return ids
 
 
 def encode_batch(texts):
-    return [encode(text) for text in texts]
+    return list(map(encode, texts))
 
 
 def spell(ids):
@@ -71,18 +69,19 @@ def spell(ids):
 
 
 def split(prompt, word, boundary):
-    ids, (found,) = verbalizer.split(encode_batch, prompt, [word], boundary)
-    return spell(ids), spell(found)
+    """(pieces of the prompt, pieces of the word)"""
+    prompt_ids, (word_ids,) = verbalizer.split(encode_batch, prompt, [word], boundary)
+    return spell(prompt_ids), spell(word_ids)
 
 
-def test_plain():
-    for boundary in verbalizer.BOUNDARIES:
-        assert split("Answer:", " positive", boundary) == (["Answer", ":"], [" positive"])
+@pytest.mark.parametrize("boundary", verbalizer.BOUNDARIES)
+def test_no_merge_at_the_boundary(boundary):
+    assert split("Answer:", " positive", boundary) == (["Answer", ":"], [" positive"])
 
 
 def test_white_space_at_the_end():
-    """lm_eval gives it to the word: one token there where the word begins with it, one too many
-    where it doesn't.
+    """lm_eval gives it to the word. That is one token where the word begins with the space, one too
+    many where it doesn't.
     """
     assert split("Answer: ", "positive", "lm_eval") == (["Answer", ":"], [" positive"])
     assert split("Answer: ", "positive", "common_prefix") == (["Answer", ":"], [" positive"])
@@ -91,12 +90,12 @@ def test_white_space_at_the_end():
         match="'positive' after 'Answer: ' is not tokenized as the prompt and something more",
     ):
         split("Answer: ", "positive", "strict")
+
+    # A line break is no part of the word's token: here lm_eval scores one too many.
+    expected = ["Sentiment", ":", "\n"], ["good"]
     assert split("Sentiment:\n", "good", "lm_eval") == (["Sentiment", ":"], ["\n", "good"])
-    assert (
-        split("Sentiment:\n", "good", "strict")
-        == split("Sentiment:\n", "good", "common_prefix")
-        == (["Sentiment", ":", "\n"], ["good"])
-    )
+    assert split("Sentiment:\n", "good", "strict") == expected
+    assert split("Sentiment:\n", "good", "common_prefix") == expected
 
 
 @pytest.mark.parametrize("prompt, word", [("The is un", "happy"), ("x = [", "]")])
@@ -108,8 +107,10 @@ def test_a_word_that_is_merged_with_the_prompt(prompt, word):
         split(prompt, word, "lm_eval")
     with pytest.raises(ValueError, match="begin the word, or end the prompt, elsewhere"):
         split(prompt, word, "strict")
-    ids, found = split(prompt, word, "common_prefix")
-    assert "".join(ids + found) == prompt + word and found
+
+    prompt_pieces, word_pieces = split(prompt, word, "common_prefix")
+    assert "".join(prompt_pieces + word_pieces) == prompt + word
+    assert word_pieces
 
 
 @pytest.mark.parametrize(
@@ -117,20 +118,23 @@ def test_a_word_that_is_merged_with_the_prompt(prompt, word):
 )
 def test_a_word_that_is_cut_in_two(prompt, word, wrong):
     """lm-evaluation-harness scores another text than the one asked for."""
-    ids, found = split(prompt, word, "lm_eval")
-    assert "".join(ids + found) == wrong != prompt + word
-    ids, found = split(prompt, word, "common_prefix")
-    assert "".join(ids + found) == prompt + word
+    prompt_pieces, word_pieces = split(prompt, word, "lm_eval")
+    assert "".join(prompt_pieces + word_pieces) == wrong != prompt + word
+
+    prompt_pieces, word_pieces = split(prompt, word, "common_prefix")
+    assert "".join(prompt_pieces + word_pieces) == prompt + word
+
     with pytest.raises(ValueError, match="is not tokenized as the prompt"):
         split(prompt, word, "strict")
 
 
 def test_all_words_begin_at_the_same_point():
-    ids, words = verbalizer.split(encode_batch, "The is un", ["happy", " good"], "common_prefix")
-    assert spell(ids) == ["The", " is"] and [spell(w) for w in words] == [
-        [" unhappy"],
-        [" un", " good"],
-    ]
+    # "happy" alone is merged with the prompt's end: " good" gives its " un" up too.
+    prompt_ids, word_ids = verbalizer.split(
+        encode_batch, "The is un", ["happy", " good"], "common_prefix"
+    )
+    assert spell(prompt_ids) == ["The", " is"]
+    assert list(map(spell, word_ids)) == [[" unhappy"], [" un", " good"]]
 
 
 def test_unknown_boundary():
@@ -138,59 +142,3 @@ def test_unknown_boundary():
         ValueError, match=r"boundary = 'loose'; valid: \['strict', 'common_prefix', 'lm_eval'\]"
     ):
         verbalizer.split(encode_batch, "A", ["b"], "loose")
-
-
-RNG = np.random.default_rng(0)
-WORDS = ["red", "dark red", " green", "blé"]
-PATHS = [[-RNG.random(n) * 5 for n in (1, 3, 2, 2)] for _ in range(6)]
-LOGPROBS = verbalizer.word_logprobs(PATHS, [0, 0, 1, 2], WORDS)
-
-
-def test_word_scores():
-    total = np.array([[path.sum() for path in row] for row in PATHS])
-    for norm, sizes in (
-        ("none", [1] * 4),
-        ("token", [1, 3, 2, 2]),
-        ("char", [3, 8, 5, 3]),
-        ("byte", [3, 8, 5, 4]),
-    ):
-        np.testing.assert_allclose(verbalizer.word_scores(LOGPROBS, norm), total / sizes)
-    np.testing.assert_allclose(verbalizer.label_mass(LOGPROBS), np.exp(total).sum(axis=1))
-    with pytest.raises(
-        ValueError, match=r"length_norm = 'line'; valid: \['none', 'token', 'char', 'byte'\]"
-    ):
-        verbalizer.word_scores(LOGPROBS, "line")
-
-
-def test_label_scores():
-    words = verbalizer.word_scores(LOGPROBS)
-    of = lambda aggregate, **more: verbalizer.label_scores(words, LOGPROBS.label, aggregate, **more)
-    for aggregate, first in (
-        ("sum", np.log(np.exp(words[:, :2]).sum(1))),
-        ("mean", words[:, :2].mean(1)),
-        ("max", words[:, :2].max(1)),
-        ("logmeanexp", np.log(np.exp(words[:, :2]).mean(1))),
-    ):
-        np.testing.assert_allclose(
-            of(aggregate), np.stack([first, words[:, 2], words[:, 3]], axis=1)
-        )
-    weights = np.array([0.5, 2.0, 1.0, 1.0])
-    np.testing.assert_allclose(
-        of("sum", weights=weights)[:, 0], logsumexp(words[:, :2], axis=1, b=weights[:2])
-    )
-    np.testing.assert_allclose(of("sum", weights=np.ones(4)), of("sum"))
-    # Labels permuted: the scores are.
-    np.testing.assert_allclose(
-        verbalizer.label_scores(words, np.array([2, 2, 0, 1]), "sum"), of("sum")[:, [1, 2, 0]]
-    )
-    with pytest.raises(
-        ValueError, match=r"aggregate = 'first'; valid: \['sum', 'mean', 'max', 'logmeanexp'\]"
-    ):
-        of("first")
-    for bad in (
-        dict(aggregate="max", weights=weights),
-        dict(aggregate="sum", weights=weights[:2]),
-        dict(aggregate="sum", weights=-weights),
-    ):
-        with pytest.raises(ValueError, match="wanted a positive one for each of 4 words"):
-            of(**bad)

@@ -29,40 +29,101 @@ VARIANTS = {
     "bf16 stochastic": dict(param_dtype="bfloat16", rounding="stochastic"),
     "bf16 nearest": dict(param_dtype="bfloat16", rounding="nearest"),
 }
+VALIDATION_LOSS = "eval/validation/loss"
+UPDATES_LOST = "train/updates_lost"
 
 
 def get_config(variant: str, seed: int, steps: int):
+    """The configuration of a run; variants differ in the parameters' dtype and rounding alone."""
     c = pydocs.get_config("micro")
     c.seed = seed
-    c.model.update(
-        dict(
-            embed_dim=128,
-            mlp_dim=512,
-            num_heads=2,
-            num_kv_heads=2,
-            head_dim=64,
-            compute_dtype="float32",
-        )
-    )
-    c.data.update(dict(length=128, batch_size=16))
+
+    c.model.embed_dim = 128
+    c.model.mlp_dim = 512
+    c.model.num_heads = 2
+    c.model.num_kv_heads = 2
+    c.model.head_dim = 64
     c.model.param_dtype = VARIANTS[variant]["param_dtype"]
-    c.optimizer.update(
-        dict(
-            name="adamw",
-            learning_rate=3e-3,
-            schedule="linear",
-            final_learning_rate=0.0,
-            warmup_steps=50,
-            b2=0.99,
-            rounding=VARIANTS[variant]["rounding"],
-        )
-    )
+    c.model.compute_dtype = "float32"
+    c.data.length = 128
+    c.data.batch_size = 16
+
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.schedule = "linear"
+    c.optimizer.final_learning_rate = 0.0
+    c.optimizer.warmup_steps = 50
+    c.optimizer.b2 = 0.99
+    c.optimizer.rounding = VARIANTS[variant]["rounding"]
+
+    # Five points on each curve; the other evals of the configuration are left out.
     c.train.length = f"{steps} steps"
-    c.checkpoint.every = 0
     c.evals = dict(validation=c.evals.validation)
-    c.evals.validation.update(dict(every=max(1, steps // 5), max_documents=300))
+    c.evals.validation.every = max(1, steps // 5)
+    c.evals.validation.max_documents = 300
+    c.checkpoint.every = 0
     c.checkpoint.best = ""
     return c
+
+
+def run(variant: str, seed: int, steps: int, root: Path, devices) -> list[tuple[int, float]]:
+    """Trains one run, prints how it ended, and returns its (step, validation loss)."""
+    workdir = root / f"{variant.replace(' ', '-')}-{seed}"
+    train.train(get_config(variant, seed, steps), epath.Path(workdir), devices)
+
+    curve = []
+    updates_lost = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        if VALIDATION_LOSS in metrics:
+            curve.append((metrics["step"], metrics[VALIDATION_LOSS]))
+        if UPDATES_LOST in metrics:
+            updates_lost.append(metrics[UPDATES_LOST])
+
+    # The learning rate falls to zero, so small updates are lost at the end above all.
+    _, final_loss = curve[-1]
+    last_tenth = updates_lost[-len(updates_lost) // 10 :]
+    print(
+        f"{variant:16} seed {seed}: validation loss {final_loss:.4f}, updates lost "
+        f"{np.mean(updates_lost):.1%} (last tenth {np.mean(last_tenth):.1%})",
+        flush=True,
+    )
+    return curve
+
+
+def summarize(curves: dict, seeds: int) -> dict:
+    """The final losses of each variant, and their mean ratio to those of f32 with the same seed."""
+    final = {}
+    for variant in VARIANTS:
+        final[variant] = np.array([curves[variant, seed][-1][1] for seed in range(seeds)])
+
+    result = {}
+    for variant, losses in final.items():
+        result[variant] = {
+            "losses": losses.tolist(),
+            "mean": losses.mean(),
+            "ratio_to_f32": float((losses / final["f32"]).mean()),
+        }
+    return result
+
+
+def plot(curves: dict, seeds: int, path: Path) -> None:
+    """Draws the curves of all runs, a colour for each variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for number, variant in enumerate(VARIANTS):
+        for seed in range(seeds):
+            steps, losses = zip(*curves[variant, seed])
+            # One entry in the legend for all seeds.
+            label = variant if seed == 0 else None
+            axis.plot(steps, losses, color=f"C{number}", marker=".", alpha=0.7, label=label)
+
+    axis.set(xlabel="step", ylabel="validation loss (nats a token)", yscale="log")
+    axis.legend()
+    axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=100)
 
 
 def main(unused_argv) -> None:
@@ -70,59 +131,18 @@ def main(unused_argv) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     root = Path(_WORKDIR.value).expanduser()
     devices = startup.start()
+
+    # Seed by seed, so that there is something to compare as early as possible.
     curves = {}
     for seed in range(_SEEDS.value):
         for variant in VARIANTS:
-            workdir = root / f"{variant.replace(' ', '-')}-{seed}"
-            train.train(get_config(variant, seed, _STEPS.value), epath.Path(workdir), devices)
-            lines = [
-                json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
-            ]
-            curves[variant, seed] = [
-                (line["step"], line["eval/validation/loss"])
-                for line in lines
-                if "eval/validation/loss" in line
-            ]
-            lost = [line["train/updates_lost"] for line in lines if "train/updates_lost" in line]
-            print(
-                f"{variant:16} seed {seed}: validation loss {curves[variant, seed][-1][1]:.4f}, "
-                f"updates lost {np.mean(lost):.1%} (last tenth "
-                f"{np.mean(lost[-len(lost) // 10 :]):.1%})",
-                flush=True,
-            )
+            curves[variant, seed] = run(variant, seed, _STEPS.value, root, devices)
             jax.clear_caches()
-    final = {v: np.array([curves[v, s][-1][1] for s in range(_SEEDS.value)]) for v in VARIANTS}
-    result = {
-        v: {
-            "losses": x.tolist(),
-            "mean": x.mean(),
-            "ratio_to_f32": float((x / final["f32"]).mean()),
-        }
-        for v, x in final.items()
-    }
-    print(json.dumps(result, indent=2))
-    (root / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot(curves, root / "curves.png")
 
-
-def plot(curves: dict, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for number, variant in enumerate(VARIANTS):
-        for seed in range(_SEEDS.value):
-            axis.plot(
-                *zip(*curves[variant, seed]),
-                color=f"C{number}",
-                marker=".",
-                alpha=0.7,
-                label=variant if seed == 0 else None,
-            )
-    axis.set(xlabel="step", ylabel="validation loss (nats a token)", yscale="log")
-    axis.legend()
-    axis.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=100)
+    result = json.dumps(summarize(curves, _SEEDS.value), indent=2)
+    print(result)
+    (root / "result.json").write_text(result + "\n")
+    plot(curves, _SEEDS.value, root / "curves.png")
 
 
 if __name__ == "__main__":

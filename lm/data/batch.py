@@ -20,21 +20,21 @@ DTYPES = {
 
 
 def check(batch: dict) -> None:
-    """Asserts that a batch keeps the contract."""
+    """Asserts that a batch, or a row of one, keeps the contract."""
     shape = batch["tokens"].shape
     for name, dtype in DTYPES.items():
-        assert batch[name].shape == shape and batch[name].dtype == dtype, (
-            name,
-            batch[name].shape,
-            shape,
-            batch[name].dtype,
-        )
-    assert not (batch["weights"] * (batch["segments"] == 0)).any(), "padding has weight"
+        array = batch[name]
+        description = f"{name} is {array.dtype}{array.shape}; wanted {np.dtype(dtype)}{shape}"
+        assert array.shape == shape and array.dtype == dtype, description
+
+    is_padding = batch["segments"] == 0
+    assert not (batch["weights"] * is_padding).any(), "padding has weight"
 
 
 def digest(batch: dict) -> str:
-    """A short hash of a batch's contents, to tell batches apart in logs."""
-    h = hashlib.blake2b(digest_size=8)
+    """Returns a short hash of a batch's contents, to tell batches apart in logs."""
+    contents = hashlib.blake2b(digest_size=8)
+    # Sorted: the hash must not depend on the order in which a transform writes the arrays.
     for name in sorted(batch):
-        h.update(np.ascontiguousarray(batch[name]).tobytes())
-    return h.hexdigest()
+        contents.update(np.ascontiguousarray(batch[name]).tobytes())
+    return contents.hexdigest()

@@ -9,7 +9,7 @@ from lm.data import batch as batch_contract
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[int]:
-    """The rows of a global [B, ...] array that this process's devices hold, in order."""
+    """Returns the rows of a global [B, ...] array that this process's devices hold, in order."""
     rows = set()
     for index in sharding.addressable_devices_indices_map(shape).values():
         rows.update(range(*index[0].indices(shape[0])))
@@ -19,18 +19,27 @@ def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[
 def to_global(
     rows: dict[int, dict[str, np.ndarray]], batch_size: int, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.Array]:
-    """Global [B, T] arrays from this process's rows, given by their number in the batch."""
+    """Returns global [B, T] arrays, given this process's rows by their number in the batch."""
+    arrays = {}
+    for name in batch_contract.DTYPES:
+        values = {number: row[name] for number, row in rows.items()}
+        arrays[name] = _global_array(values, batch_size, sharding)
+    return arrays
 
-    def one(name):
-        length = next(iter(rows.values()))[name].shape[0]
 
-        def shard(index):
-            numbers = range(*index[0].indices(batch_size))
-            return np.stack([rows[i][name] for i in numbers])[:, index[1]]
+def _global_array(
+    rows: dict[int, np.ndarray], batch_size: int, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    """A global [B, T] array out of rows [T]."""
+    length = next(iter(rows.values())).shape[0]
 
-        return jax.make_array_from_callback((batch_size, length), sharding, shard)
+    def shard(index):
+        row_slice, column_slice = index
+        numbers = range(*row_slice.indices(batch_size))
+        return np.stack([rows[number] for number in numbers])[:, column_slice]
 
-    return {name: one(name) for name in batch_contract.DTYPES}
+    # JAX asks for the shards of this process's devices only, so no other rows are needed.
+    return jax.make_array_from_callback((batch_size, length), sharding, shard)
 
 
 class Loader:
@@ -61,40 +70,48 @@ class Loader:
                 f"config.data.streams = {num_streams} must divide config.data.batch_size = "
                 f"{batch_size}"
             )
-        per_stream = batch_size // num_streams
-        held = local_rows(sharding, (batch_size, length))
-        numbers = sorted({row // per_stream for row in held})
-        if len(held) != len(numbers) * per_stream:
+
+        # This process runs the streams of its own rows, and no others.
+        rows_per_stream = batch_size // num_streams
+        rows = local_rows(sharding, (batch_size, length))
+        numbers = sorted({row // rows_per_stream for row in rows})
+        if len(rows) != len(numbers) * rows_per_stream:
             raise ValueError(
-                f"process {jax.process_index()} holds {len(held)} rows of {batch_size}, not whole "
-                f"streams of {per_stream} rows: make config.data.streams = {num_streams} a "
+                f"process {jax.process_index()} holds {len(rows)} rows of {batch_size}, not whole "
+                f"streams of {rows_per_stream} rows: make config.data.streams = {num_streams} a "
                 "multiple of the number of processes"
             )
+
         self._streams = {number: make_stream(number) for number in numbers}
-        self._per_stream, self._batch_size, self._sharding = per_stream, batch_size, sharding
+        self._rows_per_stream = rows_per_stream
+        self._batch_size = batch_size
+        self._sharding = sharding
 
     def __iter__(self):
         return self
 
     def __next__(self) -> tuple[dict[str, jax.Array], str]:
-        """A batch, and the hash of this process's rows."""
-        rows = {
-            number * self._per_stream + i: next(stream)
-            for number, stream in self._streams.items()
-            for i in range(self._per_stream)
-        }
-        local = {
-            name: np.stack([row[name] for row in rows.values()]) for name in batch_contract.DTYPES
-        }
-        batch_contract.check(local)
-        return to_global(rows, self._batch_size, self._sharding), batch_contract.digest(local)
+        """Returns a batch, and the hash of this process's rows."""
+        rows = {}
+        for number, stream in self._streams.items():
+            for i in range(self._rows_per_stream):
+                rows[number * self._rows_per_stream + i] = next(stream)
+
+        # Checked and hashed before the transfer: the global arrays would have to be read back.
+        local_batch = {}
+        for name in batch_contract.DTYPES:
+            local_batch[name] = np.stack([row[name] for row in rows.values()])
+        batch_contract.check(local_batch)
+        digest = batch_contract.digest(local_batch)
+
+        return to_global(rows, self._batch_size, self._sharding), digest
 
     def state(self) -> dict[str, dict]:
-        """States of this process's streams by number, JSON-able."""
+        """Returns the states of this process's streams by number, JSON-able."""
         return {str(number): stream.get_state() for number, stream in self._streams.items()}
 
     def restore(self, states: dict[str, dict]) -> None:
-        """Goes on from states that `state` gave, gathered over all processes."""
+        """Goes on from states that `state` returned, gathered over all processes."""
         for number, stream in self._streams.items():
             stream.set_state(states[str(number)])
 
@@ -110,8 +127,9 @@ def evaluation_batches(
     sharding: jax.sharding.Sharding,
     padding: dict,
 ) -> Iterator[dict]:
-    """Global batches of all rows in order, the last one filled with `padding` rows."""
+    """Yields global batches of all rows in order, the last one filled with `padding` rows."""
     for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        part = part + [padding] * (batch_size - len(part))
-        yield to_global(dict(enumerate(part)), batch_size, sharding)
+        batch_rows = rows[start : start + batch_size]
+        # A full last batch: one shape is one compilation, and every device gets its share.
+        batch_rows = batch_rows + [padding] * (batch_size - len(batch_rows))
+        yield to_global(dict(enumerate(batch_rows)), batch_size, sharding)

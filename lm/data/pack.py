@@ -4,14 +4,23 @@ Policy: a training document is BOS, its text, the line with its label (where it 
 config asks for it), EOS. Its tokens but the last are inputs, its tokens but the first are targets.
 A document longer than the row is cut into windows without overlap, so that each target counts
 exactly once. Attention never leaves a window.
+
+Windows and rows are dicts of arrays: windows have tokens, targets and weights of their own length;
+rows have all of the Batch contract (`lm.data.batch`), [T] each.
 """
 
 import dataclasses
+import json
+from collections.abc import Iterator
 
 import grain
 import numpy as np
+from etils import epath
 from grain import experimental as grain_experimental
 
+from lm import files
+from lm.data import batch, records
+from lm.data import tokenizer as tokenizers
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import Tokenizer
 
@@ -33,67 +42,124 @@ class Encoder:
     label_prompt: str
 
     def training(self, document: Document) -> list[int]:
-        """BOS, text, label line, EOS."""
-        ids = self.prompt(document) if self._labelled(document) else self.text(document)
-        if self._labelled(document):
-            ids = ids + self.tokenizer.encode(label_word(document.label))
+        """Returns the ids of BOS, text, label line and EOS."""
+        if self.label_prompt and document.label:
+            ids = self.prompt(document) + self.tokenizer.encode(label_word(document.label))
+        else:
+            ids = self.text(document)
         return ids + [self.tokenizer.eos_id]
 
     def text(self, document: Document) -> list[int]:
-        """BOS and text: what bits per byte are counted on, one target for each token of the text
-        and no other.
+        """Returns the ids of BOS and text.
+
+        Bits per byte are counted on them: each token of the text is a target, and nothing else is.
         """
         return [self.tokenizer.bos_id] + self.tokenizer.encode(document.text)
 
     def prompt(self, document: Document) -> list[int]:
-        """BOS, text and the line that asks for the label."""
+        """Returns the ids of BOS, text and the line that asks for the label."""
         return self.text(document) + self.tokenizer.encode(self.label_prompt)
-
-    def _labelled(self, document: Document) -> bool:
-        return bool(self.label_prompt and document.label)
 
 
 def label_word(label: str) -> str:
-    """A label as the label line spells it."""
+    """Returns a label as the label line spells it."""
     return " " + label
 
 
-def windows(ids: list[int], length: int, stride: int = 0) -> list[dict[str, np.ndarray]]:
-    """Inputs, targets and weights of a document, cut into windows of at most `length`. Each target
-    has weight in one window.
+def train_tokenizer(
+    documents: Documents, *, vocab_size: int, max_documents: int, label_prompt: str, cache_dir: str
+) -> Tokenizer:
+    """Returns a SentencePiece tokenizer trained on documents, or its cached copy.
 
     Args:
+      documents: the training split, and no other: evaluation texts must not shape the vocabulary.
+      vocab_size: number of ids, special ones included.
+      max_documents: reads so many, evenly out of the split; 0: all.
+      label_prompt: see `Encoder`; prompts and label words are texts of their own.
+      cache_dir: keeps the model file, named by all that decides its contents.
+
+    Raises:
+      ValueError: the texts are too few for the size.
+    """
+
+    def texts() -> Iterator[str]:
+        for document in records.take(documents, max_documents):
+            yield document.text
+            if label_prompt and document.label:
+                yield label_prompt
+                yield label_word(document.label)
+
+    identity = [documents.fingerprint, vocab_size, max_documents, label_prompt]
+    key = files.short_hash(json.dumps(identity).encode())
+    folder = epath.Path(cache_dir).expanduser() / "tokenizers"
+    return tokenizers.train_sentencepiece(texts(), vocab_size, folder / f"{vocab_size}-{key}.model")
+
+
+def count_tokens(documents: Documents, encoder: Encoder) -> int:
+    """Returns the number of targets in one epoch."""
+    return sum(len(encoder.training(document)) - 1 for document in documents)
+
+
+# --- windows ---
+
+
+def windows(ids: list[int], length: int, stride: int = 0) -> list[dict[str, np.ndarray]]:
+    """Cuts a document into windows of at most `length`. Each target has weight in one window.
+
+    Args:
+      ids: of the whole document.
       stride: targets that each window after the first one adds; what comes before them in it is
         context, with weight 0. 0: `length`, no overlap.
     """
-    inputs, targets, stride = (
-        np.asarray(ids[:-1], np.int32),
-        np.asarray(ids[1:], np.int32),
-        stride or length,
-    )
-    starts, found = [0, *range(length, len(inputs), stride)] if len(inputs) else [], []
-    for new, end in zip(starts, [*starts[1:], len(inputs)]):
-        begin = new if stride == length else max(0, end - length)
-        found.append(
+    inputs = np.asarray(ids[:-1], np.int32)
+    targets = np.asarray(ids[1:], np.int32)
+    stride = stride or length
+
+    # Window i adds the targets from added_from[i] to the next window's.
+    added_from = [0, *range(length, len(inputs), stride)] if len(inputs) else []
+    ends = [*added_from[1:], len(inputs)]
+
+    windows_ = []
+    for first_added, end in zip(added_from, ends):
+        # With overlap, as much context as the window has room for.
+        begin = first_added if stride == length else max(0, end - length)
+        weights = np.arange(begin, end) >= first_added
+        windows_.append(
             dict(
                 tokens=inputs[begin:end],
                 targets=targets[begin:end],
-                weights=(np.arange(begin, end) >= new).astype(np.float32),
+                weights=weights.astype(np.float32),
             )
         )
-    return found
+    return windows_
 
 
-class _Unpack(grain_experimental.FlatMapTransform):
-    max_fan_out = 1 << 30  # only read for random access
+# --- rows ---
 
-    def flat_map(self, element):
-        return element
+
+def to_row(packed: dict) -> dict[str, np.ndarray]:
+    """Returns Grain's packed element as a row.
+
+    The arrays are copies: Grain hands out views into the arrays of all its bins.
+    """
+    return dict(
+        tokens=np.array(packed["tokens"], np.int32),
+        targets=np.array(packed["targets"], np.int32),
+        weights=np.array(packed["weights"], np.float32),
+        positions=np.array(packed["tokens_positions"], np.int32),
+        segments=np.array(packed["tokens_segment_ids"], np.int32),
+    )
+
+
+def empty_row(length: int) -> dict[str, np.ndarray]:
+    """Returns a row of padding."""
+    return {name: np.zeros(length, dtype) for name, dtype in batch.DTYPES.items()}
 
 
 def _pack(
     dataset: grain.IterDataset, packing: str, length: int, bins: int, seed: int
 ) -> grain.IterDataset:
+    """Windows -> Grain's packed elements."""
     structure = {name: length for name in _FEATURES}
     if packing == "first_fit":
         return grain_experimental.FirstFitPackIterDataset(
@@ -104,17 +170,13 @@ def _pack(
     raise ValueError(f"config.data.packing = {packing!r}; valid: {list(PACKINGS)}")
 
 
-def to_row(packed: dict) -> dict[str, np.ndarray]:
-    """Grain's packed element as a row of the Batch contract (copied: Grain hands out views into all
-    its bins).
-    """
-    return dict(
-        tokens=np.array(packed["tokens"], np.int32),
-        targets=np.array(packed["targets"], np.int32),
-        weights=np.array(packed["weights"], np.float32),
-        positions=np.array(packed["tokens_positions"], np.int32),
-        segments=np.array(packed["tokens_segment_ids"], np.int32),
-    )
+class _Unpack(grain_experimental.FlatMapTransform):
+    """A document's list of windows -> its windows, one by one."""
+
+    max_fan_out = 1 << 30  # only read for random access
+
+    def flat_map(self, element):
+        return element
 
 
 def stream(
@@ -128,22 +190,27 @@ def stream(
     num_streams: int,
     seed: int,
 ):
-    """One of `num_streams` endless iterators over rows: every num_streams-th document, shuffled
-    anew each epoch.
+    """Returns stream `number` of `num_streams`: an endless iterator over rows of `length`.
 
-    Tokenizing runs in a thread ahead of the packing. The iterator's get_state and set_state restore
-    it exactly, whatever the threads were doing.
+    It takes every num_streams-th document, shuffled anew each epoch. Tokenizing runs in a thread
+    ahead of the packing. The iterator's get_state and set_state restore it exactly, whatever the
+    threads were doing.
+
+    Raises:
+      ValueError: an unknown `packing`.
     """
     # Grain shuffles epoch e with seed + e: neighbouring streams need seeds that are not neighbours.
-    shuffle_seed, pack_seed = (
-        int(s) for s in np.random.SeedSequence([seed, number]).generate_state(2)
-    )
-    dataset = (
-        grain.MapDataset.source(documents)[number::num_streams]
-        .shuffle(seed=shuffle_seed)
-        .repeat(None)
-    )
-    dataset = dataset.map(lambda document: windows(encoder.training(document), length))
+    seeds = np.random.SeedSequence([seed, number]).generate_state(2)
+    shuffle_seed = int(seeds[0])
+    pack_seed = int(seeds[1])
+
+    def to_windows(document):
+        return windows(encoder.training(document), length)
+
+    own_documents = grain.MapDataset.source(documents)[number::num_streams]
+    dataset = own_documents.shuffle(seed=shuffle_seed).repeat(None).map(to_windows)
+
+    # Packing is sequential: from here on rows have no random access.
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=32))
     dataset = grain_experimental.FlatMapIterDataset(dataset, _Unpack())
     return iter(_pack(dataset, packing, length, bins, pack_seed).map(to_row))
@@ -152,26 +219,11 @@ def stream(
 def evaluation_rows(
     windows_: list[dict[str, np.ndarray]], length: int
 ) -> list[dict[str, np.ndarray]]:
-    """Windows packed into rows, each exactly once. The rows depend on the windows alone, not on how
-    they are batched later.
+    """Packs windows into rows, each exactly once.
+
+    The rows depend on the windows alone, not on how they are batched later.
     """
-    dataset = grain.MapDataset.source(windows_).to_iter_dataset(
-        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    )
-    return [to_row(row) for row in _pack(dataset, "first_fit", length, bins=64, seed=0)]
-
-
-def empty_row(length: int) -> dict[str, np.ndarray]:
-    """A row of padding."""
-    return dict(
-        tokens=np.zeros(length, np.int32),
-        targets=np.zeros(length, np.int32),
-        weights=np.zeros(length, np.float32),
-        positions=np.zeros(length, np.int32),
-        segments=np.zeros(length, np.int32),
-    )
-
-
-def count_tokens(documents: Documents, encoder: Encoder) -> int:
-    """Number of targets in one epoch."""
-    return sum(len(encoder.training(document)) - 1 for document in documents)
+    # All is in memory already: no thread reads ahead.
+    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    dataset = grain.MapDataset.source(windows_).to_iter_dataset(read_options)
+    return [to_row(packed) for packed in _pack(dataset, "first_fit", length, bins=64, seed=0)]

@@ -9,6 +9,7 @@ module, so that near-identical neighbours stay together.
 import ast
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -23,11 +24,13 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from lm import files
 from lm.data import sources
 from lm.data.sources import Document, Documents
 
 LIBRARIES = ("python", "numpy", "scipy", "jax")
 MIN_CHARS = 80  # shorter docstrings ("Return self.") say nothing about their library
+# Folders left out: other packages, tests, and programs that come with Python.
 SKIPPED = {
     "site-packages",
     "dist-packages",
@@ -39,91 +42,101 @@ SKIPPED = {
     "ensurepip",
     "__pycache__",
 }
-# percent of the modules, by hash
+# Percent of the modules, by hash.
 SPLITS = {"train": range(0, 85), "validation": range(85, 95), "test": range(95, 100)}
 
 
 def _roots() -> dict[str, Path]:
+    """The folder of each library's source files."""
     roots = {"python": Path(sysconfig.get_path("stdlib"))}
     for library in LIBRARIES[1:]:
+        # Finds the package without importing it.
         roots[library] = Path(importlib.util.find_spec(library).origin).parent
     return roots
 
 
 def _versions() -> dict[str, str]:
-    from importlib import metadata
+    """The installed version of each library."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for library in LIBRARIES[1:]:
+        versions[library] = importlib.metadata.version(library)
+    return versions
 
-    return {"python": ".".join(map(str, sys.version_info[:3]))} | {
-        name: metadata.version(name) for name in LIBRARIES[1:]
-    }
 
+def collect() -> Iterator[tuple[str, Document]]:
+    """Yields (module, document) for every docstring on this machine, in a fixed order.
 
-def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a module and of all classes and functions in it, those under
-    if, try or with too.
+    The module is what a split goes by. Exact duplicates are left out, and what is too short.
     """
-    named = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    if isinstance(node, named) and (text := ast.get_docstring(node)):
-        yield name, text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.stmt, ast.ExceptHandler)):
-            yield from _docstrings(
-                child, f"{name}.{child.name}" if isinstance(child, named) else name
-            )
+    seen = set()
+    for library, module, tree in _parsed_modules():
+        # pydoc's topics are in a dict, not in docstrings.
+        are_topics = library == "python" and module == "pydoc_data.topics"
+        for name, text in _topics(tree) if are_topics else _docstrings(tree, module):
+            if len(text) >= MIN_CHARS and text not in seen and sources.is_utf8_text(text):
+                seen.add(text)
+                # A topic is as good as a module: it is a chapter of its own.
+                group = name if are_topics else module
+                yield group, Document(text, name, library)
+
+
+def _parsed_modules() -> Iterator[tuple[str, str, ast.Module]]:
+    """(library, module's dotted name, syntax tree) of every source file that can be parsed."""
+    for library, root in _roots().items():
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            # config-3.11-x86_64-linux-gnu and its like are Python's own build files.
+            is_build_file = any(part.startswith("config-") for part in parts)
+            if SKIPPED.intersection(parts) or is_build_file:
+                continue
+
+            tree = _parse(path)
+            if tree is None:
+                continue
+
+            # The standard library's modules have no package of its name above them.
+            package = [] if library == "python" else [library]
+            module = ".".join(package + [part for part in parts if part != "__init__"])
+            yield library, module, tree
 
 
 def _parse(path: Path) -> ast.Module | None:
+    """The syntax tree of a file; None for templates and files that are bad on purpose."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             return ast.parse(path.read_bytes())
-    # a library's templates and deliberately bad files
     except (SyntaxError, ValueError, UnicodeDecodeError):
         return None
 
 
-def collect() -> Iterator[tuple[str, Document]]:
-    """(module, document) for every docstring on this machine, in a fixed order, exact duplicates
-    left out.
+def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of a module and of all classes and functions in it.
+
+    Those under `if`, `try` or `with` count too.
     """
-    seen = set()
-    for library, root in _roots().items():
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            if (
-                SKIPPED.intersection(parts)
-                or any(p.startswith("config-") for p in parts)
-                or (tree := _parse(path)) is None
-            ):
-                continue
-            module = ".".join(
-                ([] if library == "python" else [library]) + [p for p in parts if p != "__init__"]
-            )
-            found = list(_docstrings(tree, module))
-            if library == "python" and module == "pydoc_data.topics":
-                topics = next(
-                    ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)
-                )
-                found = [(f"topics.{topic}", text) for topic, text in sorted(topics.items())]
-            for name, text in found:
-                if len(text) >= MIN_CHARS and text not in seen and _is_unicode(text):
-                    seen.add(text)
-                    # Topics are as good as modules: each is a chapter of its own.
-                    yield (
-                        (name if name.startswith("topics.") else module),
-                        Document(text, name, library),
-                    )
+    named = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    if isinstance(node, named):
+        text = ast.get_docstring(node)
+        if text:
+            yield name, text
+
+    for child in ast.iter_child_nodes(node):
+        # Definitions are statements, and lie within statements or the handlers of a `try`.
+        if isinstance(child, (ast.stmt, ast.ExceptHandler)):
+            child_name = f"{name}.{child.name}" if isinstance(child, named) else name
+            yield from _docstrings(child, child_name)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        return bool(text.encode("utf-8"))
-    except UnicodeEncodeError:  # a docstring with lone surrogates
-        return False
+def _topics(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(name, text) of pydoc's topics: the module's one assignment is a dict {topic: text}."""
+    assignment = next(node for node in tree.body if isinstance(node, ast.Assign))
+    for topic, text in sorted(ast.literal_eval(assignment.value).items()):
+        yield f"topics.{topic}", text
 
 
 def split_of(module: str) -> str:
-    """The split that a module's documents belong to."""
+    """Returns the split that a module's documents belong to."""
     percent = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little") % 100
     return next(split for split, percents in SPLITS.items() if percent in percents)
 
@@ -143,10 +156,11 @@ class Pydocs(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        del dl_manager
+        del dl_manager  # nothing is downloaded
         by_split = {split: [] for split in SPLITS}
         for module, document in collect():
             by_split[split_of(module)].append(document)
+
         return {split: self._generate_examples(documents) for split, documents in by_split.items()}
 
     def _generate_examples(self, documents):
@@ -155,8 +169,9 @@ class Pydocs(tfds.core.GeneratorBasedBuilder):
 
 
 def pydocs(split: str, *, data_dir: str) -> Documents:
-    """A split of the corpus of this machine's installed versions, prepared on first use (some 15
-    s).
+    """Returns a split of the corpus of this machine's installed versions.
+
+    It is prepared on first use (some 15 s).
 
     Args:
       split: train, validation or test.
@@ -167,34 +182,35 @@ def pydocs(split: str, *, data_dir: str) -> Documents:
     """
     if split not in SPLITS:
         raise ValueError(f"pydocs has no split {split!r}; valid: {list(SPLITS)}")
+
+    # A copy's name follows all that decides its contents.
     versions = _versions()
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                versions,
-                str(Pydocs.VERSION),
-                MIN_CHARS,
-                sorted(SKIPPED),
-                sorted(map(str, SPLITS.items())),
-            ]
-        ).encode()
-    ).hexdigest()[:12]
+    splits = sorted(map(str, SPLITS.items()))
+    identity = [versions, str(Pydocs.VERSION), MIN_CHARS, sorted(SKIPPED), splits]
+    key = files.short_hash(json.dumps(identity).encode())[:12]
     folder = Path(data_dir).expanduser() / f"pydocs-{key}"
+
     if not folder.exists():
-        logging.info(
-            "pydocs: reading the docstrings of %s",
-            ", ".join(f"{k} {v}" for k, v in versions.items()),
-        )
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
-            tfds.disable_progress_bar()
-            Pydocs(data_dir=partial, file_format="array_record").download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=1)
-            )
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial, ignore_errors=True)
-    documents = sources.tfds(split, name="pydocs", data_dir=str(folder), label_key="label")
-    documents = list(documents)
+        described = ", ".join(f"{library} {version}" for library, version in versions.items())
+        logging.info("pydocs: reading the docstrings of %s", described)
+        _prepare(folder)
+
+    documents = list(sources.tfds(split, name="pydocs", data_dir=str(folder), label_key="label"))
     return Documents(documents, sources.fingerprint(documents))
+
+
+def _prepare(folder: Path) -> None:
+    """Writes the corpus to a folder, which appears when it is complete."""
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
+        tfds.disable_progress_bar()
+        builder = Pydocs(data_dir=partial, file_format="array_record")
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=1)
+        )
+
+    try:
+        partial.rename(folder)
+    except OSError:
+        # Another process was faster; its copy is the same.
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,9 +1,11 @@
-"""Tokens from a model: prefill a cache with the prompts, then one token at a time."""
+"""Tokens from a model: prefill a cache with the prompts, then decode one token at a time.
 
-import collections
+Letters: B batch (rows), T length of the padded prompts, D embed, V vocab.
+"""
+
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,129 +22,185 @@ from lm.nn.attention import SPLASH, Cache
 def prefill(
     model, prompts_BT: jax.Array, lengths_B: jax.Array, cache_length: int, copies: int = 1
 ) -> tuple[jax.Array, Cache]:
-    """(logits [B, V] of what follows each prompt, a cache for `cache_length` positions that holds
-    the prompts).
-
-    Prompts are padded on the right; nothing attends to the padding, and none of it is in the cache.
+    """Runs the model on whole prompts.
 
     Args:
-      copies: of each row, in what comes out (layers that aren't stacked only).
+      prompts_BT: ids, padded on the right. Nothing attends to the padding, and none of it gets into
+        the cache.
+      lengths_B: of the prompts, without padding.
+      cache_length: positions that the cache has room for.
+      copies: how often each row is repeated in what is returned; more than 1 needs a model whose
+        layers are not stacked.
+
+    Returns:
+      (logits [B * copies, V] of the token after each prompt, the cache filled with the prompts).
     """
     positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
     segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+
     output = model(
         prompts_BT,
         positions_BT,
         segments_BT,
         cache=model.init_cache(prompts_BT.shape[0], cache_length),
     )
+
+    # The head runs on the last position only: logits of all would be [B, T, V].
     last_BD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    copied = lambda x: jnp.repeat(x, copies, axis=0) if copies > 1 else x
-    return model.logits(copied(last_BD)), jax.tree.map(copied, output.cache)
+    logits_BV = model.logits(_repeat_rows(last_BD, copies))
+    cache = jax.tree.map(functools.partial(_repeat_rows, copies=copies), output.cache)
+    return logits_BV, cache
 
 
 def decode_step(
     model, token_B: jax.Array, position_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """(logits [B, V] of what follows these tokens at these positions, the cache with them)."""
+    """Runs the model on one token a row.
+
+    Args:
+      token_B: ids of the tokens.
+      position_B: their positions.
+      cache: of the positions before.
+
+    Returns:
+      (logits [B, V] of the token after them, the cache with them in it).
+    """
     output = model(
         token_B[:, None],
         position_B[:, None],
         jnp.ones((token_B.shape[0], 1), jnp.int32),
         cache=cache,
+        decode=True,
     )
     return model.logits(output.hidden[:, 0]), output.cache
 
 
-class State(NamedTuple):
-    """Of rows that are being continued."""
+def _repeat_rows(x: jax.Array, copies: int) -> jax.Array:
+    return jnp.repeat(x, copies, axis=0) if copies > 1 else x
 
-    logits_BV: jax.Array  # of what comes next
+
+class DecodeState(NamedTuple):
+    """Rows that are being continued, just before their next token is chosen."""
+
+    logits_BV: jax.Array  # of the next token
     cache: Cache
-    position_B: jax.Array  # of what comes next
-    done_B: jax.Array  # a stop token was chosen
+    position_B: jax.Array  # of the next token
+    done_B: jax.Array  # True once a stop token was chosen
+    # True for the tokens of the prompt and those chosen; None without a repetition penalty
     seen_BV: jax.Array | None
-    keys_B: jax.Array  # one a row, so that a row's draws don't depend on the others
-    index: jax.Array  # tokens chosen
+    keys_B: jax.Array  # one a row, so that a row's draws don't depend on the other rows
+    num_chosen: jax.Array  # tokens chosen so far
 
 
-def start(
+def prefill_state(
     graphdef,
     params,
-    prompts_BT,
-    lengths_B,
-    keys_B,
+    prompts_BT: jax.Array,
+    lengths_B: jax.Array,
+    key_data: jax.Array,
     *,
     sampling: Sampling,
     cache_length: int,
-    copies: int = 1,
-) -> State:
-    """Prefills. Prompts are padded on the right. `copies`: see `prefill`."""
-    logits_BV, cache = prefill(
-        nnx.merge(graphdef, params), prompts_BT, lengths_B, cache_length, copies
-    )
-    prompts_BT, lengths_B, keys_B = (
-        jnp.repeat(x, copies, axis=0) if copies > 1 else x for x in (prompts_BT, lengths_B, keys_B)
-    )
+    copies: int,
+) -> DecodeState:
+    """The state after the prompts. See `prefill` for the arguments, but for these two.
+
+    Args:
+      key_data: `jax.random.key_data` of a key for each row.
+      sampling: decides whether the tokens seen are remembered.
+    """
+    keys_B = jax.random.wrap_key_data(key_data)
+    model = nnx.merge(graphdef, params)
+    logits_BV, cache = prefill(model, prompts_BT, lengths_B, cache_length, copies)
+
+    prompts_BT = _repeat_rows(prompts_BT, copies)
+    lengths_B = _repeat_rows(lengths_B, copies)
+    keys_B = _repeat_rows(keys_B, copies)
+
     seen_BV = None
     if sampling.repetition_penalty != 1:
-        real_BT = jnp.arange(prompts_BT.shape[1])[None] < lengths_B[:, None]
-        rows = jnp.arange(len(lengths_B))[:, None]
-        seen_BV = (
-            jnp.zeros(logits_BV.shape, bool)
-            .at[rows, jnp.where(real_BT, prompts_BT, logits_BV.shape[1])]
-            .set(True, mode="drop")
-        )
-    return State(
-        logits_BV,
-        cache,
-        lengths_B,
-        jnp.zeros(lengths_B.shape, bool),
-        seen_BV,
-        keys_B,
-        jnp.zeros((), jnp.int32),
+        seen_BV = _tokens_of_prompts(prompts_BT, lengths_B, logits_BV.shape)
+
+    return DecodeState(
+        logits_BV=logits_BV,
+        cache=cache,
+        position_B=lengths_B,
+        done_B=jnp.zeros(lengths_B.shape, bool),
+        seen_BV=seen_BV,
+        keys_B=keys_B,
+        num_chosen=jnp.zeros((), jnp.int32),
     )
 
 
-def advance(
+def _tokens_of_prompts(
+    prompts_BT: jax.Array, lengths_B: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """True for the tokens that a row's prompt contains: bool [B, V] of this shape."""
+    valid_BT = jnp.arange(prompts_BT.shape[1])[None] < lengths_B[:, None]
+    rows_B1 = jnp.arange(len(lengths_B))[:, None]
+    seen_BV = jnp.zeros(shape, bool)
+
+    # Padding becomes an id outside of the vocabulary, which mode="drop" leaves out.
+    ids_BT = jnp.where(valid_BT, prompts_BT, shape[1])
+    return seen_BV.at[rows_B1, ids_BT].set(True, mode="drop")
+
+
+def generation_step(
     graphdef,
     params,
-    state: State,
+    state: DecodeState,
     *,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     vocab_size: int,
-) -> tuple[State, jax.Array]:
-    """(the state one token further, the tokens [B]: after a row's stop token, the first of
-    `stop_ids` again).
+) -> tuple[DecodeState, jax.Array]:
+    """Chooses the next token of each row, and runs the model on it.
+
+    Args:
+      state: is donated where this is compiled.
+      sampling, vocab_size: see `sample`.
+      stop_ids: a row is done with any of them, and gets the first of them from then on.
+
+    Returns:
+      (the state one token further, the tokens [B]).
     """
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.index)
+    # A draw depends on the row's key and on how many came before it, on nothing else.
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.num_chosen)
     token_B = sample(
         keys_B, state.logits_BV, sampling, vocab_size=vocab_size, seen_BV=state.seen_BV
     )
+
     token_B = jnp.where(state.done_B, stop_ids[0], token_B)
     done_B = state.done_B | jnp.any(token_B[:, None] == jnp.asarray(stop_ids)[None], axis=1)
-    seen_BV = (
-        None
-        if state.seen_BV is None
-        else state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True, mode="drop")
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True, mode="drop")
+
+    # Rows that are done are computed like the others: shapes can't change under jit.
+    model = nnx.merge(graphdef, params)
+    logits_BV, cache = decode_step(model, token_B, state.position_B, state.cache)
+    new_state = DecodeState(
+        logits_BV=logits_BV,
+        cache=cache,
+        position_B=state.position_B + 1,
+        done_B=done_B,
+        seen_BV=seen_BV,
+        keys_B=state.keys_B,
+        num_chosen=state.num_chosen + 1,
     )
-    logits_BV, cache = decode_step(
-        nnx.merge(graphdef, params), token_B, state.position_B, state.cache
-    )
-    return State(
-        logits_BV, cache, state.position_B + 1, done_B, seen_BV, state.keys_B, state.index + 1
-    ), token_B
+    return new_state, token_B
 
 
 class Generator:
-    """Continues prompts, handing out each token as it is there. Compiles once for prompts whose
-    longest, and whose longest with its continuation, lie between the same powers of two, and the
-    same number of rows.
+    """Continues prompts, and hands out each token as soon as it is chosen.
+
+    Compiles anew for another number of rows, and for lengths that fall between other powers of two
+    (see `bucket_length`).
 
     Args:
       params: on `mesh`.
       stop_ids: a row ends with any of them.
+      vocab_size: of the tokenizer.
     """
 
     def __init__(
@@ -156,45 +214,39 @@ class Generator:
         stop_ids: Sequence[int],
         vocab_size: int,
     ):
-        if mesh.devices.flat[0].platform == "cpu":
-            graphdef, params = transformer.unstack(nnx.merge(graphdef, params), params)
-        self._config, self._params, self._mesh, self._stop_ids = (
-            model_config,
-            params,
-            mesh,
-            tuple(stop_ids),
+        graphdef, params = unstack_layers_on_cpu(graphdef, params, mesh)
+        self._config = model_config
+        self._params = params
+        self._mesh = mesh
+        self._stop_ids = tuple(stop_ids)
+
+        self._prefill = jax.jit(
+            functools.partial(prefill_state, graphdef, sampling=sampling),
+            static_argnames=("cache_length", "copies"),
         )
-
-        def begin(params, prompts_BT, lengths_B, key_data_B2, **sizes):
-            return start(
-                graphdef,
-                params,
-                prompts_BT,
-                lengths_B,
-                jax.random.wrap_key_data(key_data_B2),
-                sampling=sampling,
-                **sizes,
-            )
-
-        self._start = jax.jit(begin, static_argnames=("cache_length", "copies"))
-        # Every process sees all tokens.
-        self._advance = jax.jit(
+        self._step = jax.jit(
             functools.partial(
-                advance, graphdef, sampling=sampling, stop_ids=self._stop_ids, vocab_size=vocab_size
+                generation_step,
+                graphdef,
+                sampling=sampling,
+                stop_ids=self._stop_ids,
+                vocab_size=vocab_size,
             ),
             donate_argnums=1,
+            # Tokens are replicated: every process reads all of them.
             out_shardings=(None, sharding.replicated(mesh)),
         )
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        """Raises ValueError for prompts that are empty or too long."""
+        """Raises ValueError for prompts that are empty, or too long to be continued."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {max_new_tokens}; wanted 1 or more")
-        room = self._config.context_length - max_new_tokens
+
+        longest = self._config.context_length - max_new_tokens
         for number, ids in enumerate(prompts):
-            if not 0 < len(ids) <= room:
+            if not 0 < len(ids) <= longest:
                 raise ValueError(
-                    f"prompt {number} has {len(ids)} tokens; wanted 1 to {max(room, 0)}: the "
+                    f"prompt {number} has {len(ids)} tokens; wanted 1 to {max(longest, 0)}: the "
                     f"model's context of {self._config.context_length} less max_new_tokens = "
                     f"{max_new_tokens}"
                 )
@@ -202,66 +254,114 @@ class Generator:
     def stream(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keys_B: jax.Array
     ) -> Iterator[np.ndarray]:
-        """Yields [B] ids, up to `max_new_tokens` times; -1 for rows that have ended (their stop
-        token is the last one that is yielded).
+        """Continues prompts, token by token.
 
         Args:
-          keys_B: of each row's draws, see `row_keys`. A row's continuation is the same in any batch.
+          prompts: ids of each row.
+          keys_B: of each row's draws, see `row_keys`. With the same key a row's continuation is the
+            same in any batch.
+
+        Yields:
+          Ids [B], up to `max_new_tokens` times. A row ends with its stop token; after it come -1.
 
         Raises:
           ValueError: see `check`.
         """
         self.check(prompts, max_new_tokens)
-        count = len(prompts)
-        # For a single row XLA on CPUs converts all weights to f32, at every step.
-        copies = (
-            2
-            if count == 1
-            and self._mesh.devices.flat[0].platform == "cpu"
-            and self._config.compute_dtype in ("bfloat16", jnp.bfloat16)
-            else 1
-        )
-        longest = max(map(len, prompts))
-        least = 128 if self._config.attention in SPLASH else 16
-        bucket = lambda n: min(
-            max(1 << (n - 1).bit_length(), least), max(self._config.context_length, n)
-        )
-        padded = np.zeros((len(prompts), bucket(longest)), np.int32)
-        for row, ids in zip(padded, prompts):
-            row[: len(ids)] = ids
-        lengths = np.array([len(ids) for ids in prompts], np.int32)
-        put = lambda x: jax.make_array_from_callback(
-            x.shape, sharding.replicated(self._mesh), lambda index: x[index]
-        )
-        with jax.set_mesh(self._mesh):
-            state = self._start(
-                self._params,
-                put(padded),
-                put(lengths),
-                put(np.asarray(jax.random.key_data(keys_B))),
-                cache_length=bucket(longest + max_new_tokens),
-                copies=copies,
-            )
-        ended, ahead = np.zeros(count, bool), collections.deque()
-        for step in range(max_new_tokens):
-            with jax.set_mesh(self._mesh):
-                state, token_B = self._advance(self._params, state)
-            ahead.append(token_B)
-            # the device works on the next one meanwhile
-            while ahead and (len(ahead) > 1 or step == max_new_tokens - 1):
-                token = np.where(ended, -1, np.asarray(ahead.popleft())[:count])
-                ended |= np.isin(token, self._stop_ids)
-                yield token
-                if ended.all():
-                    return
+        state = self._prefill_prompts(prompts, max_new_tokens, keys_B)
+
+        ended_B = np.zeros(len(prompts), bool)
+        for device_token_B in self._decode(state, max_new_tokens):
+            # Copies of a row come after all rows, and there are some for a single row only.
+            token_B = np.asarray(device_token_B)[: len(prompts)]
+            token_B = np.where(ended_B, -1, token_B)
+            ended_B |= np.isin(token_B, self._stop_ids)
+            yield token_B
+            if ended_B.all():
+                return
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keys_B: jax.Array
     ) -> list[list[int]]:
-        """The continuations, their stop tokens left out."""
-        rows: list[list[int]] = [[] for _ in prompts]
-        for token in self.stream(prompts, max_new_tokens, keys_B):
-            for row, one in zip(rows, token.tolist()):
-                if one >= 0 and one not in self._stop_ids:
-                    row.append(one)
-        return rows
+        """The continuations of prompts, without their stop tokens; see `stream`."""
+        continuations: list[list[int]] = [[] for _ in prompts]
+        for token_B in self.stream(prompts, max_new_tokens, keys_B):
+            for continuation, token in zip(continuations, token_B.tolist()):
+                if token >= 0 and token not in self._stop_ids:
+                    continuation.append(token)
+        return continuations
+
+    def _prefill_prompts(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keys_B: jax.Array
+    ) -> DecodeState:
+        """Pads the prompts, puts them on the devices and runs the model on them."""
+        longest = max(map(len, prompts))
+        padded_BT = np.zeros((len(prompts), bucket_length(longest, self._config)), np.int32)
+        for row, ids in zip(padded_BT, prompts):
+            row[: len(ids)] = ids
+        lengths_B = np.array([len(ids) for ids in prompts], np.int32)
+
+        with jax.set_mesh(self._mesh):
+            return self._prefill(
+                self._params,
+                self._replicate(padded_BT),
+                self._replicate(lengths_B),
+                self._replicate(np.asarray(jax.random.key_data(keys_B))),
+                cache_length=bucket_length(longest + max_new_tokens, self._config),
+                copies=copies_of_a_row(len(prompts), self._config, self._mesh),
+            )
+
+    def _decode(self, state: DecodeState, max_new_tokens: int) -> Iterator[jax.Array]:
+        """Yields the tokens [B] of each step once the next step is dispatched: while the host reads
+        them, the device works on.
+        """
+        waiting_B = None
+        for _ in range(max_new_tokens):
+            with jax.set_mesh(self._mesh):
+                state, token_B = self._step(self._params, state)
+            if waiting_B is not None:
+                yield waiting_B
+            waiting_B = token_B
+        yield waiting_B
+
+    def _replicate(self, array: np.ndarray) -> jax.Array:
+        """The array on all devices of the mesh, those of other processes too."""
+        layout = sharding.replicated(self._mesh)
+        return jax.make_array_from_callback(array.shape, layout, array.__getitem__)
+
+
+def _is_on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def unstack_layers_on_cpu(graphdef, params, mesh: Mesh) -> tuple[Any, Any]:
+    """(graphdef, params) with parameters for each layer where the mesh is one of CPUs; elsewhere as
+    they are.
+
+    A scan over stacked layers takes each layer's weights out of the stack. On CPUs that is a copy,
+    of all weights at every token.
+    """
+    if not _is_on_cpu(mesh):
+        return graphdef, params
+    return transformer.unstack(nnx.merge(graphdef, params), params)
+
+
+def copies_of_a_row(num_rows: int, model_config, mesh: Mesh) -> int:
+    """How often each row is computed: twice for a single row in bfloat16 on CPUs, else once.
+
+    XLA on CPUs multiplies a single row by a bfloat16 matrix in float32, and for that converts all
+    weights at every token. With two rows it leaves them in bfloat16.
+    """
+    in_bfloat16 = model_config.compute_dtype in ("bfloat16", jnp.bfloat16)
+    return 2 if num_rows == 1 and in_bfloat16 and _is_on_cpu(mesh) else 1
+
+
+def bucket_length(length: int, model_config) -> int:
+    """The next power of two, up to the model's context: one compilation serves all lengths between
+    two of them.
+    """
+    # Splash attention's tiles are 128 positions wide. Elsewhere 16 saves compilations for prompts
+    # of a few tokens.
+    shortest = 128 if model_config.attention in SPLASH else 16
+    power_of_two = 1 << (length - 1).bit_length()
+    return min(max(power_of_two, shortest), model_config.context_length)

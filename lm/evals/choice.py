@@ -1,9 +1,11 @@
-"""Likelihood evals: which of several continuations the model holds likeliest (multiple choice,
-minimal pairs), and whether it says a given one (last words).
+"""Likelihood evals. With several choices: which continuation the model finds most likely (multiple
+choice, minimal pairs). With a single one: whether the model would say it (last words).
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,29 +15,106 @@ from lm.data.tokenizer import prefix_ids
 from lm.evals import prompts
 from lm.evals.predict import Artifact, PredictFns
 from lm.evals.scores import calibration, statistics
-from lm.evals.tree import build_tree
-from lm.evals.verbalizer import BOUNDARIES, NORMS, split
+from lm.evals.tree import Tree, build_tree
+from lm.evals.verbalizer import BOUNDARIES, split
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionFormat:
+    """How a record is read as a question with choices.
+
+    Attributes:
+      eval_name: the key in config.evals, for messages.
+      prompt: what stands before the choices.
+      choices: templates of the choices; one whose column is a list gives several choices.
+      answer: the column of the right choice, or its number ("0") where it is always the same.
+      answer_names: the names of the choices, of which the column holds one; None: it holds the
+        choice's number.
+    """
+
+    eval_name: str
+    prompt: prompts.Template
+    choices: Sequence[prompts.Template]
+    answer: str
+    answer_names: prompts.Template | None
+
+    def options(self, record: Mapping) -> list[str]:
+        """The texts of all choices."""
+        options = []
+        for template in self.choices:
+            options.extend(template.each(record))
+        return options
+
+    def gold(self, record: Mapping) -> int:
+        """The index of the right choice.
+
+        Raises:
+          ValueError: no such column, or a value that is none of the choices.
+        """
+        if self.answer.isdecimal():
+            value = self.answer
+        elif self.answer in record:
+            value = record[self.answer]
+        else:
+            raise ValueError(
+                f"the eval {self.eval_name!r}: records have no column {self.answer!r} "
+                f"(config.evals.{self.eval_name}.answer); they have {sorted(record)}"
+            )
+
+        num_options = len(self.options(record))
+        valid = list(range(num_options))
+        if self.answer_names:
+            valid = self.answer_names.each(record)
+            if str(value) in valid:
+                value = valid.index(str(value))
+        if not str(value).isdecimal() or int(value) >= num_options:
+            raise ValueError(
+                f"the eval {self.eval_name!r}: a record's answer is {value!r}; wanted one of "
+                f"{valid}"
+            )
+        return int(value)
+
+    def right_option(self, record: Mapping) -> str:
+        return self.options(record)[self.gold(record)]
+
+    def identity(self, record: Mapping) -> tuple[str, ...]:
+        """All that is shown of a record: two records that agree in it are the same example."""
+        return (self.prompt(record), *self.options(record))
+
+
+class _Scores(NamedTuple):
+    """What the model gives each of n examples."""
+
+    logprobs: list[np.ndarray]  # for each example [options], of the whole choice, in nats
+    nll: np.ndarray  # [n], minus that of the right choice
+    greedy: np.ndarray  # [n] bool: greedy decoding would say the right choice
+    # how the log-probabilities are normalised ("none", "token", ...) -> [n], what the prediction
+    # gets: 1 right, 0 wrong, a share of 1 where choices tie
+    credit: dict[str, np.ndarray]
 
 
 class MultipleChoice:
-    """Yields, where records have several choices: accuracy of the likeliest with its Wilson 95%
-    interval; accuracy_token, _char and _byte, by log-probability a token, character or byte of the
-    choice; with a premise accuracy_pmi, by how much likelier a choice is after the prompt than
-    after the premise (Holtzman et al. 2021, arXiv 2104.08315); chance. Of choices that tie, each is
-    right by its share. Where records have one choice: accuracy, the share that greedy decoding
-    would say. Of the right continuations: nll, perplexity (of a continuation, not of a token),
-    bits_per_byte, greedy_accuracy. examples; cut, prompts that lost their beginning, but for BOS.
-    As a file, predictions/: each example's choices with their log-probabilities.
+    """Scores each choice by its log-probability after the prompt.
+
+    Where records have several choices, yields accuracy of the most likely one with its Wilson 95%
+    interval; accuracy_token, _char and _byte, by log-probability per token, character or byte of
+    the choice; with a premise accuracy_pmi, by how much more likely a choice is after the prompt
+    than after the premise (Holtzman et al. 2021, arXiv 2104.08315); and chance. A right choice that
+    ties with others counts as a share of 1.
+
+    Where records have one choice, yields accuracy: the share that greedy decoding would say.
+
+    In both cases yields, for the right choices: nll, perplexity (per choice, not per token),
+    bits_per_byte and greedy_accuracy; and examples, and cut: the number of prompts that lost their
+    beginning, but for BOS. As a file, predictions/: each example's choices with their
+    log-probabilities.
 
     Args:
       name: names the artifacts.
       source, max_documents: see `lm.evals.classification.PromptClassification`.
-      prompt: template, shots, sampler ("balanced": of the answers' numbers), seed, separator.
-      choices: templates of the continuations, with the space before them; one whose column is a
-        list gives one for each element.
-      answer: the column of the right choice, or its number ("0") where it is always the same.
-      answers: a template that gives the names of the choices, of which the column holds one
-        ("{choices[label]}"); "": it holds its number, from 0.
+      prompt: template, shots, sampler ("balanced": over the answers' numbers), seed, separator.
+      choices, answer: see `QuestionFormat`. A choice includes the space before it.
+      answers: template of `QuestionFormat.answer_names`, such as "{choices[label]}"; "": none.
       premise: text that the choices are also scored after; "": none.
       boundary: see `verbalizer.split`.
 
@@ -62,180 +141,230 @@ class MultipleChoice:
             raise ValueError(
                 f"config.evals.{name}.boundary = {boundary!r}; valid: {list(BOUNDARIES)}"
             )
-        what = f"config.evals.{name}"
-        template = prompts.Template(prompt["template"], f"{what}.prompt.template")
-        parts = [prompts.Template(text, f"{what}.choices") for text in choices]
-        if not parts:
-            raise ValueError(f"{what}.choices is empty; wanted the templates of the continuations")
-        named = prompts.Template(answers, f"{what}.answers") if answers else None
-        self._name, self._predict_fns, self._tokenizer, self._boundary = (
-            name,
-            predict_fns,
-            encoder.tokenizer,
-            boundary,
-        )
-        self._length = predict_fns.length
+        question_format = _parse_templates(name, prompt["template"], choices, answer, answers)
         prompts.check_counts(name, shots=prompt["shots"], max_documents=max_documents)
-        self._names, records = prompts.evaluated(source, name, max_documents)
 
-        def options(record: Mapping) -> list[str]:
-            return [text for part in parts for text in part.each(record)]
+        self._name = name
+        self._predict_fns = predict_fns
+        self._tokenizer = encoder.tokenizer
+        self._boundary = boundary
 
-        def right(record: Mapping) -> int:
-            if not answer.isdecimal() and answer not in record:
-                raise ValueError(
-                    f"the eval {name!r}: records have no column {answer!r} ({what}.answer); they "
-                    f"have {sorted(record)}"
-                )
-            value, count = answer if answer.isdecimal() else record[answer], len(options(record))
-            if named and str(value) in (names := named.each(record)):
-                value = names.index(str(value))
-            if not str(value).isdecimal() or int(value) >= count:
-                raise ValueError(
-                    f"the eval {name!r}: a record's answer is {value!r}; wanted one of "
-                    f"{named.each(record) if named else list(range(count))}"
-                )
-            return int(value)
-
-        shots = []
-        if prompt["shots"]:
-            asked = {(template(record), *options(record)) for record in records}
-            shots = prompts.select_shots(
-                prompts.load_shots(source, name),
-                prompt["shots"],
-                sampler=prompt["sampler"],
-                seed=prompt["seed"],
-                label=right,
-                name=name,
-                num_labels=len(options(records[0])),
-                avoid=lambda record: (template(record), *options(record)) in asked,
-            )
-        first = prompts.shots_text(
-            shots, template, lambda record: options(record)[right(record)], prompt["separator"]
+        self._example_names, records = prompts.evaluated(source, name, max_documents)
+        shots = _select_shots(question_format, source, prompt, records)
+        shots_text = prompts.shots_text(
+            shots, question_format.prompt, question_format.right_option, prompt["separator"]
         )
-        self._options, self._gold = (
-            [options(record) for record in records],
-            np.array([right(record) for record in records]),
-        )
-        if len({len(found) > 1 for found in self._options}) > 1:
+
+        self._options: list[list[str]] = []
+        self._gold: list[int] = []  # indices of the right options
+        for record in records:
+            self._options.append(question_format.options(record))
+            self._gold.append(question_format.gold(record))
+        if len({len(options) > 1 for options in self._options}) > 1:
             raise ValueError(f"the eval {name!r}: some records have one choice, others several")
-        self._cut = 0
-        self._trees = [
-            self._build_tree(first + template(record), found)
-            for record, found in zip(records, self._options)
-        ]
-        cut = self._cut  # of the questions, not of the premise
-        self._premise = (
-            [self._build_tree(premise, found) for found in self._options] if premise else []
-        )
-        self._cut = cut
+        self._has_choice = len(self._options[0]) > 1
+
+        self._trees: list[Tree] = []
+        self._premise_trees: list[Tree] = []
+        self._num_truncated = 0  # prompts, not premises
+        for record, options in zip(records, self._options):
+            text = shots_text + question_format.prompt(record)
+            tree, is_truncated = self._build_tree(text, options)
+            self._trees.append(tree)
+            self._num_truncated += is_truncated
+            if premise:
+                tree, _ = self._build_tree(premise, options)
+                self._premise_trees.append(tree)
+
         self.about = {
             "fingerprint": records_lib.fingerprint(records),
             "examples": len(records),
             "citation": source["citation"],
         }
 
-    def _build_tree(self, text: str, options: Sequence[str]):
-        ids, after = split(self._tokenizer.encode_batch, text, options, self._boundary)
-        ids, cut = prompts.truncate_prompt(
-            prefix_ids(self._tokenizer, ids), ids, max(map(len, after)), self._length, self._name
+    def _build_tree(self, text: str, options: Sequence[str]) -> tuple[Tree, bool]:
+        """(the tree of a prompt and its choices, whether the prompt was truncated)."""
+        prompt_ids, option_ids = split(self._tokenizer.encode_batch, text, options, self._boundary)
+        prompt_ids, is_truncated = prompts.truncate_prompt(
+            prefix_ids(self._tokenizer, prompt_ids),
+            prompt_ids,
+            max(map(len, option_ids)),
+            self._predict_fns.length,
+            self._name,
         )
-        self._cut += cut
-        return build_tree(ids, after)
+        return build_tree(prompt_ids, option_ids), is_truncated
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
-        found = self._predict_fns.tree_logprobs(params, self._trees + self._premise)
-        sums = [
-            np.array([np.sum(logprobs[path], dtype=np.float64) for path in tree.paths])
-            for tree, (logprobs, _) in zip(self._trees + self._premise, found)
-        ]
-        if not all(np.isfinite(one).all() for one in sums):
-            raise ValueError(
-                f"the eval {self._name!r}: the model's log-probabilities are not finite; its "
-                "weights or activations are broken"
-            )
-        n, gold = len(self._trees), self._gold
-        logprobs, after_premise = sums[:n], sums[n:]
-        greedy = np.array(
-            [
-                bool(best[tree.paths[y]].all())
-                for tree, (_, best), y in zip(self._trees, found, gold)
-            ]
-        )
-        texts = [[option.lstrip() or option for option in options] for options in self._options]
-        per = {
-            "none": lambda i, j: 1,
-            "token": lambda i, j: len(self._trees[i].paths[j]),
-            "char": lambda i, j: len(texts[i][j]),
-            "byte": lambda i, j: len(texts[i][j].encode()),
-        }
-        scores = {
-            norm: [
-                one / [per[norm](i, j) for j in range(len(one))] for i, one in enumerate(logprobs)
-            ]
-            for norm in NORMS
-        }
-        if after_premise:
-            scores["pmi"] = [one - other for one, other in zip(logprobs, after_premise)]
-        several = len(logprobs[0]) > 1
-        right = {
-            norm: np.array(
-                [(one[y] == one.max()) / np.sum(one == one.max()) for one, y in zip(ones, gold)]
-            )
-            for norm, ones in scores.items()
-        }
-        right["none"] = right["none"] if several else greedy
-        yield "accuracy", float(right["none"].mean())
-        yield from zip(
-            ("accuracy_low", "accuracy_high"),
-            statistics.proportion_interval(round(right["none"].sum()), n),
-        )
-        if several:
-            yield from (
-                (f"accuracy_{norm}", float(share.mean()))
-                for norm, share in right.items()
-                if norm != "none"
-            )
-            yield "chance", float(np.mean([1 / len(one) for one in logprobs]))
-        nll = np.array([-one[y] for one, y in zip(logprobs, gold)])
-        yield "nll", float(nll.mean())
-        yield "perplexity", float(np.exp(min(nll.mean(), 700.0)))
-        yield (
-            "bits_per_byte",
-            float(
-                nll.sum()
-                / np.log(2)
-                / sum(len(options[y].encode()) for options, y in zip(self._options, gold))
-            ),
-        )
-        yield "greedy_accuracy", float(greedy.mean())
-        yield "examples", n
-        yield "cut", self._cut
-        lines = []
-        for i, one in enumerate(logprobs):
-            said = one.argmax() if several else gold[i] if greedy[i] else ""
-            line = {"name": self._names[i], "label": str(gold[i]), "prediction": str(said)}
-            if several:
-                line["distribution"] = {
-                    str(k): float(p) for k, p in enumerate(calibration.softmax(one[None])[0])
-                }
-            line["scores"] = {
-                f"accuracy_{norm}": float(share[i])
-                for norm, share in right.items()
-                if several and norm != "none"
-            }
-            line["scores"]["nll_of_right"] = float(nll[i])
-            lines.append(
-                json.dumps(
-                    line
-                    | {
-                        "choices": self._options[i],
-                        "logprobs": one.tolist(),
-                        "greedy": bool(greedy[i]),
-                    }
-                )
-            )
+        scores = self._score(params)
+        yield from self._accuracies(scores)
+        yield from self._likelihoods(scores.nll)
+        yield "greedy_accuracy", float(scores.greedy.mean())
+        yield "examples", len(self._trees)
+        yield "cut", self._num_truncated
+
+        lines = [json.dumps(self._prediction(i, scores)) for i in range(len(self._trees))]
         yield (
             "predictions",
             Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n"),
         )
+
+    def _score(self, params) -> _Scores:
+        """Runs the model.
+
+        Raises:
+          ValueError: log-probabilities that aren't finite.
+        """
+        # One call, so that prompts and premises that begin alike can share rows.
+        trees = self._trees + self._premise_trees
+        outputs = self._predict_fns.tree_logprobs(params, trees)
+
+        logprobs = []
+        for tree, (token_logprobs, _) in zip(trees, outputs):
+            logprobs.append(_option_logprobs(tree, token_logprobs))
+        if not all(np.isfinite(options).all() for options in logprobs):
+            raise ValueError(
+                f"the eval {self._name!r}: the model's log-probabilities are not finite; its "
+                "weights or activations are broken"
+            )
+        after_prompt = logprobs[: len(self._trees)]
+        after_premise = logprobs[len(self._trees) :]
+
+        nll = []
+        greedy = []
+        for i, y in enumerate(self._gold):
+            _, is_best = outputs[i]
+            nll.append(-after_prompt[i][y])
+            greedy.append(is_best[self._trees[i].continuation_queries[y]].all())
+
+        credit = {}
+        for norm, option_scores in self._normalised(after_prompt).items():
+            credit[norm] = _credit(option_scores, self._gold)
+        if after_premise:
+            pmi = [prompt - premise for prompt, premise in zip(after_prompt, after_premise)]
+            credit["pmi"] = _credit(pmi, self._gold)
+        return _Scores(after_prompt, np.array(nll), np.array(greedy), credit)
+
+    def _normalised(self, logprobs: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        """The log-probabilities of choices, and those divided by the choices' lengths."""
+        scores: dict[str, list[np.ndarray]] = {"none": [], "token": [], "char": [], "byte": []}
+        for tree, options, values in zip(self._trees, self._options, logprobs):
+            # The space before a choice doesn't count, unless the choice is nothing else.
+            texts = [option.lstrip() or option for option in options]
+            num_bytes = [len(text.encode()) for text in texts]
+            scores["none"].append(values)
+            scores["token"].append(values / list(map(len, tree.continuation_queries)))
+            scores["char"].append(values / list(map(len, texts)))
+            scores["byte"].append(values / num_bytes)
+        return scores
+
+    def _accuracies(self, scores: _Scores) -> Iterator[tuple[str, float]]:
+        n = len(self._trees)
+        credit = scores.credit["none"] if self._has_choice else scores.greedy
+        low, high = statistics.proportion_interval(round(credit.sum()), n)
+        yield "accuracy", float(credit.mean())
+        yield "accuracy_low", low
+        yield "accuracy_high", high
+
+        # With a single choice every normalisation would be right.
+        if self._has_choice:
+            for norm, credit in scores.credit.items():
+                if norm != "none":
+                    yield f"accuracy_{norm}", float(credit.mean())
+            yield "chance", float(np.mean([1 / len(options) for options in self._options]))
+
+    def _likelihoods(self, nll: np.ndarray) -> Iterator[tuple[str, float]]:
+        """Figures of the right choices' negative log-likelihoods [n], in nats."""
+        num_bytes = 0
+        for options, y in zip(self._options, self._gold):
+            num_bytes += len(options[y].encode())
+
+        yield "nll", float(nll.mean())
+        # exp overflows above 709
+        yield "perplexity", float(np.exp(min(nll.mean(), 700.0)))
+        yield "bits_per_byte", float(nll.sum() / np.log(2) / num_bytes)
+
+    def _prediction(self, i: int, scores: _Scores) -> dict:
+        """The line of predictions/ for example i."""
+        logprobs = scores.logprobs[i]
+        line: dict = {"name": self._example_names[i], "label": str(self._gold[i])}
+        example_scores = {}
+
+        if self._has_choice:
+            probs = calibration.softmax(logprobs[None])[0]
+            line["prediction"] = str(logprobs.argmax())
+            line["distribution"] = {str(k): float(p) for k, p in enumerate(probs)}
+            for norm, credit in scores.credit.items():
+                if norm != "none":
+                    example_scores[f"accuracy_{norm}"] = float(credit[i])
+        else:
+            # What greedy decoding would say instead is not known.
+            line["prediction"] = line["label"] if scores.greedy[i] else ""
+        example_scores["nll_of_right"] = float(scores.nll[i])
+
+        line["scores"] = example_scores
+        line["choices"] = self._options[i]
+        line["logprobs"] = logprobs.tolist()
+        line["greedy"] = bool(scores.greedy[i])
+        return line
+
+
+def _parse_templates(
+    name: str, prompt: str, choices: Sequence[str], answer: str, answers: str
+) -> QuestionFormat:
+    """The templates of config.evals.NAME.
+
+    Raises:
+      ValueError: a text that is no template, or no choices.
+    """
+    key = f"config.evals.{name}"
+    if not choices:
+        raise ValueError(f"{key}.choices is empty; wanted the templates of the continuations")
+    return QuestionFormat(
+        eval_name=name,
+        prompt=prompts.Template(prompt, f"{key}.prompt.template"),
+        choices=[prompts.Template(text, f"{key}.choices") for text in choices],
+        answer=answer,
+        answer_names=prompts.Template(answers, f"{key}.answers") if answers else None,
+    )
+
+
+def _select_shots(
+    question_format: QuestionFormat, source: Mapping, prompt: Mapping, records: Sequence[Mapping]
+) -> list[dict]:
+    """The examples before each question, none of them one of `records`, which are evaluated."""
+    if not prompt["shots"]:
+        return []
+    evaluated = {question_format.identity(record) for record in records}
+
+    def is_evaluated(record: Mapping) -> bool:
+        return question_format.identity(record) in evaluated
+
+    return prompts.select_shots(
+        prompts.load_shots(source, question_format.eval_name),
+        prompt["shots"],
+        sampler=prompt["sampler"],
+        seed=prompt["seed"],
+        label=question_format.gold,
+        num_labels=len(question_format.options(records[0])),
+        avoid=is_evaluated,
+        name=question_format.eval_name,
+    )
+
+
+def _option_logprobs(tree: Tree, token_logprobs: np.ndarray) -> np.ndarray:
+    """[options] f64, the log-probability of each choice: the sum over its tokens."""
+    sums = []
+    for queries in tree.continuation_queries:
+        sums.append(np.sum(token_logprobs[queries], dtype=np.float64))
+    return np.array(sums)
+
+
+def _credit(scores: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarray:
+    """[n]: 1 where the right choice has the highest score, over the number of choices that tie with
+    it; else 0.
+    """
+    credit = []
+    for options, y in zip(scores, gold):
+        is_best = options == options.max()
+        credit.append(is_best[y] / is_best.sum())
+    return np.array(credit)

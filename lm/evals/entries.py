@@ -1,9 +1,187 @@
-"""Entries of config.evals: what each kind of eval may say, and the functions that make one."""
+"""Entries of config.evals: functions that make them, and the keys that each type of task has.
+
+An entry is a ConfigDict. `type` names the class of the evaluator, the other keys are its arguments.
+Three keys are for the caller (lm/build.py, lm/train.py):
+
+  every       steps between two evaluations in training; 0: only at the last step
+  batch_size  rows of a batch
+  split       split of the run's own documents that is evaluated
+
+All entries are evaluated at the last step of training, and by --mode=eval.
+"""
 
 import pathlib
 import tomllib
 
 from ml_collections import ConfigDict
+
+# The keys of a task by its type, with their defaults. A TOML file of lm/evals/tasks/ says what
+# differs. It is read when a configuration is made, so that config.json holds all of a task, and
+# each key can be overridden.
+
+_SOURCE = dict(
+    path="",  # a .jsonl, .json, .csv or .tsv file; "{split}" in it is replaced
+    lines={},  # column -> text file, line by line (parallel texts)
+    tfds="",  # a data set of TFDS, for where there are neither path nor lines
+    data_dir="",  # where the TFDS data set is prepared; "": TFDS's default
+    split="test",  # the split that is evaluated
+    shots_split="",  # the split that examples come from: never the one that is evaluated
+    citation="",
+)
+
+_PROMPT = dict(
+    shots=0,  # examples before the question
+    sampler="balanced",  # balanced (over the labels) | first_n | random
+    separator="\n\n",  # after each example
+)
+
+TASKS = {
+    "lm.evals.classification.PromptClassification": dict(
+        source=_SOURCE,
+        # All combinations of templates, verbalizers and seeds are asked.
+        prompt=_PROMPT | dict(templates=(), seeds=(0,)),
+        label="label",  # column of the right label: its name or its number
+        verbalizer=dict(
+            # One or more verbalizers, each ((label, (word, ...)), ...).
+            words=(),
+            terminator="",  # text after each word, scored with it
+            boundary="strict",  # strict | common_prefix | lm_eval
+            aggregate="sum",  # sum | mean | max | logmeanexp, of the words of a label
+            length_norm="none",  # none | token | char | byte
+            weights=(),  # one for each word, with aggregate="sum"
+        ),
+        priors=("content_free", "domain", "pmi_dc", "batch"),
+        ensemble="mean_prob",  # mean_prob | mean_logprob
+        temperature_examples=0,  # examples of shots_split that fit a temperature
+        max_documents=0,  # evenly out of the split; 0: all
+    ),
+    "lm.evals.choice.MultipleChoice": dict(
+        source=_SOURCE,
+        prompt=_PROMPT | dict(template="", seed=0),
+        choices=(),  # templates of the continuations
+        answer="label",  # column of the right choice, or its number
+        answers="",  # template of the choices' names, of which the column holds one
+        premise="",  # text that the choices are scored after too
+        boundary="strict",
+        max_documents=0,
+    ),
+    "lm.evals.generation.TextGeneration": dict(
+        source=_SOURCE,
+        prompt=_PROMPT | dict(template="", seed=0, sampler="random"),
+        target="",  # template of the answer in examples; "": the references'
+        references="",  # template of the right answers
+        scores=(),  # names of lm.evals.scores.text_metrics.SCORES
+        max_documents=0,
+        output=dict(
+            max_new_tokens=64,
+            stop=("\n",),  # texts that end an answer
+            extract="",  # regular expression of the answer in the text; "": all of it
+            normalize="none",  # none | squad | number
+        ),
+    ),
+    # The prompts of PromptClassification; the words say only where the vectors start.
+    "lm.evals.linear.LinearVerbalizer": dict(
+        source=_SOURCE,
+        prompt=_PROMPT | dict(templates=(), seeds=(0,)),
+        label="label",
+        verbalizer=dict(words=(), boundary="strict"),
+        max_documents=0,
+        train_examples=256,  # of shots_split
+        init="label_words",  # label_words | prototype
+        l2=0.0,  # penalty on the distance from the start; 0: chosen by cross-validation
+    ),
+}
+
+
+def task(
+    name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **changes
+) -> ConfigDict:
+    """Makes the entry of a task: an eval of a data set, described by a TOML file.
+
+    Args:
+      name: a file of lm/evals/tasks/ without its ending, "sst2", or the path of a .toml file.
+      every, batch_size: see the top of this file.
+      type: another type than the file's, "lm.evals.linear.LinearVerbalizer".
+      changes: other values for the task's keys. A dict changes only the keys that it has:
+        task("sst2", prompt=dict(shots=4)).
+
+    Raises:
+      ValueError: no such task; a file that is not TOML; a key that the type doesn't have; a value
+        that is of another type than the key's default.
+    """
+    folder = pathlib.Path(__file__).parent / "tasks"
+    path = pathlib.Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not path.exists():
+        names = sorted(file.stem for file in folder.glob("*.toml"))
+        raise ValueError(f"no task {name!r}; valid: {names}, and paths of .toml files")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+
+    file_type = values.pop("type", "")
+    type = type or file_type
+    if type not in TASKS:
+        raise ValueError(f"{path}: type = {type!r}; valid: {list(TASKS)}")
+
+    # Defaults, what the file says, what the caller says: each overrides what is before it.
+    values = _merge(TASKS[type], values, str(path))
+    values = _merge(values, changes, f"task({name!r})")
+    return ConfigDict(dict(type=type, every=every, batch_size=batch_size) | values)
+
+
+def _merge(defaults: dict, changes: dict, where: str) -> dict:
+    """`defaults` with the values of `changes`.
+
+    Args:
+      where: what `changes` come from, for messages.
+
+    Raises:
+      ValueError: a key that `defaults` don't have, or a value of another type.
+    """
+    merged = dict(defaults)
+    for key, value in changes.items():
+        if key not in defaults:
+            raise ValueError(f"{where} has no key {key!r}; valid: {list(defaults)}")
+        default = defaults[key]
+
+        # A single verbalizer may be written without a list around it.
+        if key == "words" and isinstance(value, dict):
+            value = [value]
+        _check_type(default, value, f"{where}: {key}")
+
+        # The keys of `lines` are the columns of the data: any will do.
+        if key == "lines":
+            merged[key] = dict(value)
+        elif isinstance(default, dict):
+            merged[key] = _merge(default, value, f"{where}: {key}")
+        elif isinstance(default, float):
+            merged[key] = float(value)
+        else:
+            merged[key] = _as_tuples(value)
+    return merged
+
+
+def _check_type(default, value, key: str) -> None:
+    """Raises ValueError for a value of another type than the default's."""
+    valid_types: dict[type, tuple[type, ...]] = {tuple: (list, tuple), float: (int, float)}
+    valid = valid_types.get(type(default), type(default))
+
+    # A bool is an int to isinstance(); no key is one.
+    if isinstance(value, bool) or not isinstance(value, valid):
+        wanted = "an array" if isinstance(default, tuple) else type(default).__name__
+        raise ValueError(f"{key} = {value!r}; wanted {wanted}, such as {default!r}")
+
+
+def _as_tuples(value):
+    """TOML's arrays as tuples, its tables as tuples of pairs. Keys of a configuration may not have
+    dots, names of labels may.
+    """
+    if isinstance(value, dict):
+        return tuple((key, _as_tuples(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_as_tuples, value))
+    return value
 
 
 def perplexity(
@@ -14,8 +192,12 @@ def perplexity(
     max_documents: int = 0,
     stride: int = 0,
 ) -> ConfigDict:
-    """config.evals entry: loss, perplexity and bits per byte of a split; `stride`: see
-    lm/evals/perplexity.py.
+    """Makes the entry of `lm.evals.perplexity.Perplexity`: loss, perplexity and bits per byte.
+
+    Args:
+      every, batch_size, split: see the top of this file.
+      max_documents: how many documents, evenly out of the split; 0: all.
+      stride: tokens by which the windows of a long document advance; 0: windows without overlap.
     """
     return ConfigDict(
         dict(
@@ -29,152 +211,6 @@ def perplexity(
     )
 
 
-# What an eval of a TOML file may say, by its type. Files are read when a configuration is made: all
-# of it stands in config.json, each key can be overridden.
-_SOURCE = dict(
-    path="",  # a .jsonl, .json, .csv or .tsv file; "{split}" in it is replaced
-    lines={},  # column -> text file, line by line (parallel texts)
-    tfds="",  # TFDS's name, where there are neither; prepared in data_dir ("": TFDS's default)
-    data_dir="",
-    split="test",  # what is evaluated
-    shots_split="",  # where examples before the question come from: never what is evaluated
-    citation="",
-)
-
-
-_PROMPT = dict(
-    shots=0,  # examples before the question
-    sampler="balanced",  # balanced (over the labels) | first_n | random
-    separator="\n\n",
-)  # after each example
-
-
-TASKS = {
-    "lm.evals.classification.PromptClassification": dict(
-        source=_SOURCE,
-        prompt=_PROMPT | dict(templates=(), seeds=(0,)),
-        label="label",
-        # words: one or more tables label -> words, as ((label, (word, ...)), ...); weights: one for
-        # each word of aggregate="sum".
-        verbalizer=dict(
-            words=(),
-            terminator="",
-            boundary="strict",
-            aggregate="sum",
-            length_norm="none",
-            weights=(),
-        ),
-        priors=("content_free", "domain", "pmi_dc", "batch"),
-        ensemble="mean_prob",
-        temperature_examples=0,
-        max_documents=0,
-    ),
-    "lm.evals.choice.MultipleChoice": dict(
-        source=_SOURCE,
-        prompt=_PROMPT | dict(template="", seed=0),
-        choices=(),
-        answer="label",
-        answers="",
-        premise="",
-        boundary="strict",
-        max_documents=0,
-    ),
-    "lm.evals.generation.TextGeneration": dict(
-        source=_SOURCE,
-        prompt=_PROMPT | dict(template="", seed=0, sampler="random"),
-        target="",
-        references="",
-        scores=(),
-        max_documents=0,
-        output=dict(max_new_tokens=64, stop=("\n",), extract="", normalize="none"),
-    ),
-}
-
-
-TASKS["lm.evals.linear.LinearVerbalizer"] = TASKS[
-    "lm.evals.classification.PromptClassification"
-] | dict(
-    # label_words | prototype; 0: chosen by cross-validation
-    train_examples=256,
-    init="label_words",
-    l2=0.0,
-    verbalizer=dict(words=(), boundary="strict"),
-)
-for _key in ("priors", "temperature_examples", "ensemble"):
-    del TASKS["lm.evals.linear.LinearVerbalizer"][_key]
-
-
-def task(
-    name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **changes
-) -> ConfigDict:
-    """config.evals entry: an eval of lm/evals/tasks/ by its name, or of a TOML file of your own by
-    its path.
-
-    Args:
-      type: of the eval, where it isn't the file's: task("sst2", type="lm.evals.linear.LinearVerbalizer").
-      changes: other values for its keys; dicts change what they name: task("sst2",
-        prompt=dict(shots=4)).
-
-    Raises:
-      ValueError: no such task, no TOML, or a key that its type doesn't have.
-    """
-    folder = pathlib.Path(__file__).parent / "tasks"
-    path = pathlib.Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
-    if not path.exists():
-        raise ValueError(
-            f"no task {name!r}; valid: {sorted(p.stem for p in folder.glob('*.toml'))}, and paths "
-            "of .toml files"
-        )
-    try:
-        read = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
-    kind = read.pop("type", "")
-    kind = type or kind
-    if kind not in TASKS:
-        raise ValueError(f"{path}: type = {kind!r}; valid: {list(TASKS)}")
-    made = dict(type=kind, every=every, batch_size=batch_size) | _merged(
-        _merged(TASKS[kind], read, str(path)), changes, f"task({name!r})"
-    )
-    return ConfigDict(made)
-
-
-def _merged(old: dict, new: dict, where: str) -> dict:
-    """`old` with the values of `new`, whose keys it has to have."""
-    if unknown := [key for key in new if key not in old]:
-        raise ValueError(f"{where} has no key {unknown[0]!r}; valid: {list(old)}")
-
-    def merge(key: str, a, b):
-        if key == "words" and isinstance(b, dict):
-            b = [b]  # a single verbalizer
-        kinds = {tuple: (list, tuple), int: int, float: (int, float)}.get(type(a), type(a))
-        if not isinstance(b, kinds) or isinstance(b, bool):
-            raise ValueError(
-                f"{where}: {key} = {b!r}; wanted "
-                f"{'an array' if isinstance(a, tuple) else type(a).__name__}, such as {a!r}"
-            )
-        if key == "lines":
-            return dict(b)
-        return (
-            _merged(a, b, f"{where}: {key}")
-            if isinstance(a, dict)
-            else float(b)
-            if isinstance(a, float)
-            else _tuples(b)
-        )
-
-    return old | {key: merge(key, old[key], value) for key, value in new.items()}
-
-
-def _tuples(value):
-    """TOML's arrays as tuples, its tables as pairs: names of labels may have dots in them, keys of
-    a configuration may not.
-    """
-    if isinstance(value, dict):
-        return tuple((key, _tuples(v)) for key, v in value.items())
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
 def classification(
     verbalizer: dict[str, tuple[str, ...]],
     *,
@@ -185,8 +221,14 @@ def classification(
     aggregate: str = "sum",
     length_norm: str = "none",
 ) -> ConfigDict:
-    """config.evals entry: verbalizer classification of a labelled split. `verbalizer`: label -> its
-    words; how they become scores (aggregate, length_norm): lm/evals/verbalizer.py.
+    """Makes the entry of `lm.evals.classification.DocumentClassification`: label words after the
+    run's own labelled documents.
+
+    Args:
+      verbalizer: label -> its words, each with the space before it.
+      every, batch_size, split: see the top of this file.
+      max_documents: how many documents, evenly out of the split; 0: all.
+      aggregate, length_norm: how words become scores, see lm/evals/scores/label_scores.py.
     """
     return ConfigDict(
         dict(
@@ -195,7 +237,7 @@ def classification(
             batch_size=batch_size,
             split=split,
             max_documents=max_documents,
-            verbalizer=tuple((k, tuple(v)) for k, v in verbalizer.items()),
+            verbalizer=_as_tuples(verbalizer),
             aggregate=aggregate,
             length_norm=length_norm,
         )
@@ -210,7 +252,14 @@ def samples(
     temperature: float = 0.8,
     top_k: int = 50,
 ) -> ConfigDict:
-    """config.evals entry: continuations of fixed prompts, in samples.md."""
+    """Makes the entry of `lm.evals.generation.Samples`: continuations of fixed prompts, in
+    samples.md.
+
+    Args:
+      every: see the top of this file.
+      temperature: 0 takes the best token each time.
+      top_k: draw from so many best tokens; 0: from all.
+    """
     return ConfigDict(
         dict(
             type="lm.evals.generation.Samples",

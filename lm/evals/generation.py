@@ -1,8 +1,9 @@
 """Evals that generate text."""
 
+import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -12,7 +13,7 @@ from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import prompts as prompts_lib
 from lm.evals.predict import Artifact, PredictFns
-from lm.evals.scores.text_metrics import NORMALIZE, SCORES, require
+from lm.evals.scores.text_metrics import NORMALIZE, SCORES, Score, require_package
 
 
 def generate(
@@ -26,97 +27,154 @@ def generate(
     sampling: Sampling,
     seeds: Sequence[int],
 ) -> list[str]:
-    """The texts that continue prompts, up to the first stop string, a stop token or
-    `max_new_tokens`. They are decoded without their prompts, as lm_eval's `hf` does (lm.generate
+    """Returns the text that continues each prompt, up to the first stop string, a stop token or
+    `max_new_tokens`.
+
+    Continuations are decoded without their prompts, as in lm_eval's `hf` backend (lm.generate
     decodes with them).
+
+    Args:
+      prompts: token ids.
+      stop: strings; empty ones are ignored.
+      seeds: one for each prompt.
     """
-    answers = [""] * len(prompts)
+    texts = [""] * len(prompts)
+    # The longest first: prompts of a batch are padded to the same length.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    generator, size = predict_fns.make_generator(params, sampling), predict_fns.batch_size
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        rows = part + [part[-1]] * (size - len(part))  # one size, one program
-        ids: dict[int, list[int]] = {number: [] for number in part}
-        going = set(range(len(part)))
-        for tokens in generator.stream(
-            [prompts[i] for i in rows], max_new_tokens, row_keys([seeds[i] for i in rows])
-        ):
+    generator = predict_fns.make_generator(params, sampling)
+    batch_size = predict_fns.batch_size
+
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        # The last batch is filled up, so that one program is compiled for all.
+        rows = numbers + [numbers[-1]] * (batch_size - len(numbers))
+        keys_B = row_keys([seeds[i] for i in rows])
+        row_prompts = [prompts[i] for i in rows]
+
+        ids: list[list[int]] = [[] for _ in numbers]
+        unfinished = set(range(len(numbers)))
+        for tokens_B in generator.stream(row_prompts, max_new_tokens, keys_B):
             predict_fns.check_stop()
-            for row in sorted(going):
-                number = part[row]
-                if tokens[row] >= 0 and tokens[row] not in tokenizer.stop_ids:
-                    ids[number].append(int(tokens[row]))
-                    answers[number] = tokenizer.decode(ids[number])
-                if (
-                    tokens[row] < 0
-                    or tokens[row] in tokenizer.stop_ids
-                    or any(s and s in answers[number] for s in stop)
-                ):
-                    going.discard(row)
-            if not going:
+            for row in sorted(unfinished):
+                token = int(tokens_B[row])
+                if token < 0 or token in tokenizer.stop_ids:
+                    unfinished.discard(row)
+                    continue
+
+                ids[row].append(token)
+                # All of it again: a character may be made of several tokens.
+                text = tokenizer.decode(ids[row])
+                texts[numbers[row]] = text
+                if any(string and string in text for string in stop):
+                    unfinished.discard(row)
+            if not unfinished:
                 break
-    for one in filter(None, stop):
-        answers = [text.split(one)[0] for text in answers]
-    return answers
+
+    return [_text_before(stop, text) for text in texts]
+
+
+def _text_before(stop: Sequence[str], text: str) -> str:
+    """The part of a text before any stop string."""
+    for string in stop:
+        if string:
+            text = text.split(string)[0]
+    return text
 
 
 class Samples:
-    """Continuations of fixed prompts, added to samples.md at each evaluation. The seed is fixed:
-    what changes is the model.
+    """Continues fixed prompts, and adds the texts to samples.md at each evaluation. The random seed
+    is fixed too: only the model changes.
 
     Args:
+      name: for messages.
       prompts: texts that a document may begin with.
       temperature: 0 takes the best token each time.
       top_k: draw from so many best tokens; 0: from all.
+
+    Raises:
+      ValueError: a prompt that is too long.
     """
 
     def __init__(
         self,
         predict_fns: PredictFns,
         *,
+        name: str,
         encoder: Encoder,
         prompts: Sequence[str],
         max_new_tokens: int,
         temperature: float,
         top_k: int,
     ):
-        self._predict_fns, self._tokenizer, self._prompts = predict_fns, encoder.tokenizer, prompts
-        self._sampling = Sampling(temperature=temperature, top_k=top_k)
+        self._predict_fns = predict_fns
+        self._tokenizer = encoder.tokenizer
+        self._prompts = prompts
         self._max_new_tokens = max_new_tokens
-        self._ids = [
-            [self._tokenizer.bos_id] + self._tokenizer.encode(prompt) for prompt in prompts
-        ]
-        predict_fns.check_prompts(self._ids, max_new_tokens)  # now, not after the first hour
+        self._sampling = Sampling(temperature=temperature, top_k=top_k)
+
+        self._prompt_ids: list[list[int]] = []
+        max_prompt = predict_fns.length - max_new_tokens
+        for prompt in prompts:
+            ids = [self._tokenizer.bos_id] + self._tokenizer.encode(prompt)
+            # Checked here, not by the first evaluation, which may come after hours.
+            if len(ids) > max_prompt:
+                raise ValueError(
+                    f"the eval {name!r}: a prompt has {len(ids)} tokens; wanted 1 to {max_prompt}: "
+                    f"config.data.length = {predict_fns.length} less max_new_tokens = "
+                    f"{max_new_tokens}"
+                )
+            self._prompt_ids.append(ids)
 
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
         self._predict_fns.check_stop()
         generator = self._predict_fns.make_generator(params, self._sampling)
-        keys = jax.random.split(jax.random.key(0), len(self._ids))
-        continuations = generator.generate(self._ids, self._max_new_tokens, keys)
-        blocks = [
-            f"```\n{prompt}⟫{self._tokenizer.decode(ids)}\n```\n"
-            for prompt, ids in zip(self._prompts, continuations)
-        ]
+        keys_B = jax.random.split(jax.random.key(0), len(self._prompt_ids))
+        continuations = generator.generate(self._prompt_ids, self._max_new_tokens, keys_B)
+
+        blocks = []
+        for prompt, ids in zip(self._prompts, continuations):
+            blocks.append(f"```\n{prompt}⟫{self._tokenizer.decode(ids)}\n```\n")
         yield "samples", Artifact("samples.md", "\n".join(blocks) + "\n", append=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class OutputFormat:
+    """How answers end and how they are read: the key `output` of `TextGeneration`."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    extract: re.Pattern
+    normalize: Callable[[str], str]
+
+    def extract_answer(self, text: str) -> str | None:
+        """The answer in a text; None where the regular expression doesn't match."""
+        if not self.extract.pattern:
+            return text
+        match = self.extract.search(text)
+        if match is None:
+            return None
+        return match.group(1 if self.extract.groups else 0)
+
+
 class TextGeneration:
-    """Greedy answers to prompts, scored against references. Yields each score, the best over an
-    example's references, with its 95% bootstrap interval (_low, _high; sacreBLEU's own for bleu,
-    chrf, chrf++ and ter); empty, the share of answers without text; with `extract` unmatched, the
-    share without a match; examples; cut, prompts that lost their beginning, but for BOS. As a file,
-    predictions/: each answer with its scores.
+    """Greedy answers to prompts, scored against references.
+
+    Yields each score, the best over an example's references, with its 95% bootstrap interval (_low,
+    _high; sacreBLEU's own for bleu, chrf, chrf++ and ter); empty, the share of answers without
+    text; with `extract` unmatched, the share without a match; examples; and cut, the number of
+    prompts that lost their beginning, but for BOS. As a file, predictions/: each answer with its
+    scores.
 
     Args:
       name: names the artifacts.
       source, max_documents: see `lm.evals.classification.PromptClassification`.
       prompt: template, shots, sampler (first_n | random), seed, separator.
-      target: template of the answer in examples, with the space before it.
+      target: template of the answer in examples, with the space before it; "": the references'.
       references: template of the right answers; one whose column is a list gives several.
-      output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression,
-        of which what its first group (or it) matches first is the answer, of references too ("":
-        all of the text); normalize: see `text_metrics.NORMALIZE`, before exact_match and f1.
-      scores: of `text_metrics.SCORES`.
+      output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression
+        whose first match is the answer (its first group, where it has one), of references too ("":
+        all of the text is); normalize: see `text_metrics.NORMALIZE`, before exact_match and f1.
+      scores: names of `text_metrics.SCORES`.
 
     Raises:
       ValueError: no such data, column, score or expression; a reference without a match; no room
@@ -137,132 +195,179 @@ class TextGeneration:
         scores: Sequence[str],
         max_documents: int,
     ):
-        what = f"config.evals.{name}"
-        if unknown := [score for score in scores if score not in SCORES] or (
-            () if scores else ["none"]
-        ):
-            raise ValueError(f"{what}.scores has {unknown}; valid: {list(SCORES)}")
-        for score in scores:
-            require(score)
-        if output["normalize"] not in NORMALIZE:
-            raise ValueError(
-                f"{what}.output.normalize = {output['normalize']!r}; valid: {list(NORMALIZE)}"
-            )
-        try:
-            self._extract = re.compile(output["extract"])
-        except re.error as error:
-            raise ValueError(
-                f"{what}.output.extract = {output['extract']!r} is no regular expression: {error}"
-            ) from None
-        self._name, self._predict_fns, self._tokenizer = name, predict_fns, encoder.tokenizer
-        self._scores, self._normalize = tuple(scores), NORMALIZE[output["normalize"]]
-        self._new, self._stop = output["max_new_tokens"], tuple(output["stop"])
-        template, right, example = (
-            prompts_lib.Template(text, f"{what}.{key}")
-            for text, key in (
-                (prompt["template"], "prompt.template"),
-                (references, "references"),
-                (target or references, "target"),
-            )
-        )
+        _check_scores(name, scores)
+        self._name = name
+        self._predict_fns = predict_fns
+        self._tokenizer = encoder.tokenizer
+        self._scores = tuple(scores)
+        self._output = _parse_output(name, output)
+
+        key = f"config.evals.{name}"
+        template = prompts_lib.Template(prompt["template"], f"{key}.prompt.template")
+        right_answers = prompts_lib.Template(references, f"{key}.references")
+        shot_answer = prompts_lib.Template(target or references, f"{key}.target")
         prompts_lib.check_counts(name, shots=prompt["shots"], max_documents=max_documents)
-        if self._new < 1:
-            raise ValueError(f"{what}.output.max_new_tokens = {self._new}; wanted 1 or above")
-        self._names, records = prompts_lib.evaluated(source, name, max_documents)
-        self._references = [right.each(record) for record in records]
-        if [] in self._references:
-            raise ValueError(
-                f"the eval {name!r}: {what}.references = {references!r} gives no text for a "
-                "record; leave such records out"
+
+        self._example_names, records = prompts_lib.evaluated(source, name, max_documents)
+        self._references: list[list[str]] = []
+        self._reference_answers: list[list[str]] = []  # what `extract` leaves of them
+        for record in records:
+            self._references.append(right_answers.each(record))
+            self._reference_answers.append(self._read_references(self._references[-1], references))
+
+        shots = _select_shots(name, template, source, prompt, records)
+        shots_text = prompts_lib.shots_text(shots, template, shot_answer, prompt["separator"])
+        self._prompt_ids: list[list[int]] = []
+        self._num_truncated = 0
+        for record in records:
+            ids = self._tokenizer.encode(shots_text + template(record))
+            start = prefix_ids(self._tokenizer, ids)
+            ids, is_truncated = prompts_lib.truncate_prompt(
+                start, ids, self._output.max_new_tokens + 1, predict_fns.length, name
             )
-        if bad := [
-            one for several in self._references for one in several if self._answer(one) is None
-        ]:
-            raise ValueError(
-                f"the eval {name!r}: {what}.output.extract = {output['extract']!r} finds nothing "
-                f"in the reference {bad[0]!r:.80}"
-            )
-        shots = []
-        if prompt["shots"]:
-            asked = {template(record) for record in records}
-            shots = prompts_lib.select_shots(
-                prompts_lib.load_shots(source, name),
-                prompt["shots"],
-                sampler=prompt["sampler"],
-                seed=prompt["seed"],
-                name=name,
-                avoid=lambda record: template(record) in asked,
-            )
-        first = prompts_lib.shots_text(shots, template, example, prompt["separator"])
-        texts = [self._tokenizer.encode(first + template(record)) for record in records]
-        found = [
-            prompts_lib.truncate_prompt(
-                prefix_ids(self._tokenizer, ids), ids, self._new + 1, predict_fns.length, name
-            )
-            for ids in texts
-        ]
-        self._prompts, self._cut = [ids for ids, _ in found], sum(cut for _, cut in found)
+            self._prompt_ids.append(ids)
+            self._num_truncated += is_truncated
+
         self.about = {
             "fingerprint": records_lib.fingerprint(records),
             "examples": len(records),
             "citation": source["citation"],
         }
 
-    def _answer(self, text: str) -> str | None:
-        if not self._extract.pattern:
-            return text
-        match = self._extract.search(text)
-        return None if match is None else match.group(1 if self._extract.groups else 0)
+    def _read_references(self, texts: Sequence[str], template: str) -> list[str]:
+        """The answers in an example's references.
+
+        Raises:
+          ValueError: no reference, or one in which the regular expression finds nothing.
+        """
+        key = f"config.evals.{self._name}"
+        if not texts:
+            raise ValueError(
+                f"the eval {self._name!r}: {key}.references = {template!r} gives no text for a "
+                "record; leave such records out"
+            )
+        answers = []
+        for text in texts:
+            answer = self._output.extract_answer(text)
+            if answer is None:
+                raise ValueError(
+                    f"the eval {self._name!r}: {key}.output.extract = "
+                    f"{self._output.extract.pattern!r} finds nothing in the reference {text!r:.80}"
+                )
+            answers.append(answer)
+        return answers
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         texts = generate(
             self._predict_fns,
             params,
             self._tokenizer,
-            self._prompts,
-            max_new_tokens=self._new,
-            stop=self._stop,
+            self._prompt_ids,
+            max_new_tokens=self._output.max_new_tokens,
+            stop=self._output.stop,
             sampling=Sampling(temperature=0.0),
-            seeds=range(len(self._prompts)),
+            seeds=range(len(self._prompt_ids)),
         )
-        extracted = [self._answer(text) for text in texts]
-        answers, references = (
-            [text or "" for text in extracted],
-            [[self._answer(one) for one in several] for several in self._references],
-        )
-        n, each = len(texts), {}
+        answers = [self._output.extract_answer(text) for text in texts]
+
+        example_scores: list[dict[str, float]] = [{} for _ in texts]
         for name in self._scores:
-            change = self._normalize if name in ("exact_match", "f1") else str.strip
-            score = SCORES[name](
-                [change(text) for text in answers],
-                [[change(one) for one in several] for several in references],
-            )
-            yield from (
-                (name, score.value),
-                (f"{name}_low", score.low),
-                (f"{name}_high", score.high),
-            )
+            score = self._score(name, answers)
+            yield name, score.value
+            yield f"{name}_low", score.low
+            yield f"{name}_high", score.high
+            # BLEU and the like are of a corpus, not of examples.
             if score.each is not None:
-                each[name] = score.each
-        yield "empty", sum(not text.strip() for text in texts) / n
-        if self._extract.pattern:
-            yield "unmatched", sum(text is None for text in extracted) / n
-        yield "examples", n
-        yield "cut", self._cut
-        lines = [
-            json.dumps(
-                {
-                    "name": self._names[i],
-                    "text": texts[i],
-                    "answer": extracted[i],
-                    "references": self._references[i],
-                    "scores": {name: values[i] for name, values in each.items()},
-                },
-                ensure_ascii=False,
-            )
-            for i in range(n)
-        ]
+                for scores, value in zip(example_scores, score.each):
+                    scores[name] = value
+
+        num_empty = sum(not text.strip() for text in texts)
+        yield "empty", num_empty / len(texts)
+        if self._output.extract.pattern:
+            yield "unmatched", answers.count(None) / len(texts)
+        yield "examples", len(texts)
+        yield "cut", self._num_truncated
+
+        lines = []
+        for i, text in enumerate(texts):
+            line = {
+                "name": self._example_names[i],
+                "text": text,
+                "answer": answers[i],
+                "references": self._references[i],
+                "scores": example_scores[i],
+            }
+            lines.append(json.dumps(line, ensure_ascii=False))
         yield (
             "predictions",
             Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n"),
         )
+
+    def _score(self, name: str, answers: Sequence[str | None]) -> Score:
+        """A score of `text_metrics.SCORES` of answers, None being one without text."""
+        # The other scores have normalisations of their own.
+        normalize = self._output.normalize if name in ("exact_match", "f1") else str.strip
+        predictions = [normalize(answer or "") for answer in answers]
+        references = [list(map(normalize, texts)) for texts in self._reference_answers]
+        return SCORES[name](predictions, references)
+
+
+def _check_scores(name: str, scores: Sequence[str]) -> None:
+    """Raises ValueError for no scores, an unknown one, or one whose package is missing."""
+    unknown = [score for score in scores if score not in SCORES]
+    if unknown or not scores:
+        raise ValueError(
+            f"config.evals.{name}.scores has {unknown or ['none']}; valid: {list(SCORES)}"
+        )
+    for score in scores:
+        require_package(score)
+
+
+def _parse_output(name: str, output: Mapping) -> OutputFormat:
+    """The key config.evals.NAME.output.
+
+    Raises:
+      ValueError: no tokens, an unknown normalisation, or no regular expression.
+    """
+    key = f"config.evals.{name}.output"
+    if output["max_new_tokens"] < 1:
+        raise ValueError(f"{key}.max_new_tokens = {output['max_new_tokens']}; wanted 1 or above")
+    if output["normalize"] not in NORMALIZE:
+        raise ValueError(f"{key}.normalize = {output['normalize']!r}; valid: {list(NORMALIZE)}")
+    try:
+        extract = re.compile(output["extract"])
+    except re.error as error:
+        raise ValueError(
+            f"{key}.extract = {output['extract']!r} is no regular expression: {error}"
+        ) from None
+    return OutputFormat(
+        max_new_tokens=output["max_new_tokens"],
+        stop=tuple(output["stop"]),
+        extract=extract,
+        normalize=NORMALIZE[output["normalize"]],
+    )
+
+
+def _select_shots(
+    name: str,
+    template: prompts_lib.Template,
+    source: Mapping,
+    prompt: Mapping,
+    records: Sequence[Mapping],
+) -> list[dict]:
+    """The examples before each question, none of them one of `records`, which are evaluated."""
+    if not prompt["shots"]:
+        return []
+    evaluated = {template(record) for record in records}
+
+    def is_evaluated(record: Mapping) -> bool:
+        return template(record) in evaluated
+
+    return prompts_lib.select_shots(
+        prompts_lib.load_shots(source, name),
+        prompt["shots"],
+        sampler=prompt["sampler"],
+        seed=prompt["seed"],
+        name=name,
+        avoid=is_evaluated,
+    )

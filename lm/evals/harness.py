@@ -9,7 +9,7 @@ calls.
 
 import collections
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,15 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}: lm_eval is in pip install 'lm[harness]'") from None
 
+SAMPLING_OPTIONS = ("top_k", "top_p", "min_p", "repetition_penalty")
+
 
 class HarnessModel(TemplateLM):
-    """What lm_eval asks of a model. Texts become tokens as in its own `hf` backend, its boundary
-    between context and continuation included: the scores are comparable with published ones, where
-    `lm.evals.verbalizer.split` would have it right and different.
+    """The interface that lm_eval asks of a model.
+
+    Texts become tokens as in lm_eval's own `hf` backend, including its boundary between context and
+    continuation, so that scores are comparable with published ones. (`lm.evals.verbalizer.split`
+    would be right where that is not, and different.)
 
     Continuations of the same context are scored in one row. `max_length` is that of predict_fns:
     what is longer loses its beginning.
@@ -43,8 +47,11 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, predict_fns: PredictFns, params: Any, tokenizer: Tokenizer):
         super().__init__()
-        self._predict_fns, self._params, self._tokenizer = predict_fns, params, tokenizer
-        self.max_length, self.max_gen_toks = predict_fns.length, 256
+        self._predict_fns = predict_fns
+        self._params = params
+        self._tokenizer = tokenizer
+        self.max_length = predict_fns.length
+        self.max_gen_toks = 256
 
     @property
     def eot_token_id(self) -> int:
@@ -52,12 +59,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """BOS; EOS where the tokenizer's own files name none, whatever config.json does."""
-        without = (
-            "tokenizer_config.json" in self._tokenizer.files
-            and "bos_token" not in chat.special_tokens(self._tokenizer)
-        )
-        return self._tokenizer.eos_id if without else self._tokenizer.bos_id
+        """BOS; EOS where the tokenizer's own files name no BOS, whatever config.json does."""
+        has_own_config = "tokenizer_config.json" in self._tokenizer.files
+        if has_own_config and "bos_token" not in chat.special_tokens(self._tokenizer):
+            return self._tokenizer.eos_id
+        return self._tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -65,15 +71,19 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         plain = self._tokenizer.encode(string)
-        if add_special_tokens is False or plain[:1] == [self._tokenizer.bos_id]:  # BOS is spelt out
+        if add_special_tokens is False:
             return plain
-        # prompt("") is never empty, hf's may be
+        # A text that spells BOS out gets no second one.
+        if plain[:1] == [self._tokenizer.bos_id]:
+            return plain
+        # prompt("") is never empty, the `hf` backend's encoding of "" may be.
         return self._tokenizer.prompt(string) if string else prefix_ids(self._tokenizer, [0])
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        if not (template := chat.template(self._tokenizer)):
+        template = chat.template(self._tokenizer)
+        if not template:
             raise ValueError(
                 "apply_chat_template: this checkpoint's tokenizer has no chat template"
             )
@@ -90,126 +100,156 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests, disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is the greedy one) of each (texts, context ids, continuation
-        ids).
+        """Scores (texts, context ids, continuation ids).
+
+        Returns:
+          For each request the log-probability of the continuation, and whether greedy decoding
+          would say it.
         """
-        groups: dict[tuple[tuple[int, ...], int], list[tuple[int, list[int]]]] = (
-            collections.defaultdict(list)
-        )
-        lengths: collections.Counter[tuple[int, ...]] = collections.Counter()
+        # (context, number of a row) -> [(number of the request, continuation)]
+        groups: dict[tuple, list[tuple[int, list[int]]]] = collections.defaultdict(list)
+        num_tokens: collections.Counter[tuple[int, ...]] = collections.Counter()
         for number, (texts, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= self.max_length:
-                raise ValueError(
-                    f"the continuation of {texts} has {len(continuation)} tokens; wanted 1 to "
-                    f"{self.max_length}, the longest text that the model is given (none at all: "
-                    "the tokenizer merges it with the context, which lm_eval cuts off)"
-                )
-            kept = (list(context) + list(continuation))[-(self.max_length + 1) : -len(continuation)]
-            if not kept:
-                raise ValueError(
-                    f"the context of {texts} has no tokens, and the tokenizer adds no BOS: there "
-                    "is nothing to score the continuation after"
-                )
-            # thousands may follow the same context, such as none
-            lengths[tuple(kept)] += len(continuation)
-            groups[tuple(kept), lengths[tuple(kept)] // self.max_length].append(
-                (number, list(continuation))
-            )
-        trees = [
-            build_tree(context, [ids for _, ids in members])
-            for (context, _), members in groups.items()
-        ]
+            context = self._truncate_context(texts, context, continuation)
+            # Thousands may follow the same context, such as an empty one: they get several rows.
+            num_tokens[context] += len(continuation)
+            row = num_tokens[context] // self.max_length
+            groups[context, row].append((number, list(continuation)))
+
+        trees = []
+        for (context, _), members in groups.items():
+            trees.append(build_tree(context, [continuation for _, continuation in members]))
+        outputs = self._predict_fns.tree_logprobs(self._params, trees)
+
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for members, tree, (logprobs, best) in zip(
-            groups.values(), trees, self._predict_fns.tree_logprobs(self._params, trees)
-        ):
-            for (number, _), path in zip(members, tree.paths):
-                answers[number] = (
-                    float(np.sum(logprobs[path], dtype=np.float64)),
-                    bool(best[path].all()),
-                )
+        for members, tree, (logprobs, is_best) in zip(groups.values(), trees, outputs):
+            for (number, _), queries in zip(members, tree.continuation_queries):
+                logprob = float(np.sum(logprobs[queries], dtype=np.float64))
+                answers[number] = logprob, bool(is_best[queries].all())
         return answers
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text: windows without overlap, each given one token
-        (BOS, the first).
+    def _truncate_context(
+        self, texts, context: Sequence[int], continuation: Sequence[int]
+    ) -> tuple[int, ...]:
+        """The end of a context that the model has room for, as lm_eval's `hf` cuts it.
+
+        Raises:
+          ValueError: no continuation, one that is too long, or no context.
         """
-        windows, owner = [], []
+        if not 0 < len(continuation) <= self.max_length:
+            raise ValueError(
+                f"the continuation of {texts} has {len(continuation)} tokens; wanted 1 to "
+                f"{self.max_length}, the longest text that the model is given (none at all: "
+                "the tokenizer merges it with the context, which lm_eval cuts off)"
+            )
+        # One more than max_length: the last token is predicted, not read.
+        whole = list(context) + list(continuation)
+        truncated = whole[-(self.max_length + 1) : -len(continuation)]
+        if not truncated:
+            raise ValueError(
+                f"the context of {texts} has no tokens, and the tokenizer adds no BOS: there "
+                "is nothing to score the continuation after"
+            )
+        return tuple(truncated)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, in windows without overlap. Each window is given
+        one token: the one before it, BOS for the first.
+        """
+        windows = []
+        owners = []  # for each window, the number of its request
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            for context, continuation in map(
-                make_disjoint_window,
-                get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1),
-            ):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                context, continuation = make_disjoint_window(window)
                 windows.append((None, context, continuation))
-                owner.append(number)
+                owners.append(number)
+
         totals = [0.0] * len(requests)
-        for number, (logprob, _) in zip(owner, self._loglikelihood_tokens(windows)):
+        for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows)):
             totals[number] += logprob
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first stop string, EOS, or the number of tokens asked for."""
-        groups = collections.defaultdict(list)
+        # Requests with the same options are generated together: options -> numbers of requests.
+        groups: dict[str, list[int]] = collections.defaultdict(list)
         for number, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True)].append((number, request.args[0]))
+            options = json.dumps(request.args[1], sort_keys=True)
+            groups[options].append(number)
+
         answers = [""] * len(requests)
-        for options, members in groups.items():
-            for number, text in self._generate(
-                members, normalize_gen_kwargs(json.loads(options), self.max_gen_toks)
-            ):
+        for options, numbers in groups.items():
+            contexts = [requests[number].args[0] for number in numbers]
+            normalized = normalize_gen_kwargs(json.loads(options), self.max_gen_toks)
+            texts = self._generate(contexts, numbers, normalized)
+            for number, text in zip(numbers, texts):
                 answers[number] = text
         return answers
 
-    def _generate(
-        self, members: Sequence[tuple[int, str]], options: dict
-    ) -> Iterator[tuple[int, str]]:
-        stop, new = options.pop("until"), options.pop("max_gen_toks")
-        sampled, temperature = options.pop("do_sample", False), options.pop("temperature", 1.0)
-        known = ("top_k", "top_p", "min_p", "repetition_penalty")
-        if unknown := sorted(set(options) - set(known)):
+    def _generate(self, contexts: Sequence[str], seeds: Sequence[int], options: dict) -> list[str]:
+        """Continuations of contexts.
+
+        Args:
+          options: lm_eval's generation options, normalised by it.
+
+        Raises:
+          ValueError: an unknown option, or more tokens than the model takes.
+        """
+        stop = options.pop("until")
+        max_new_tokens = options.pop("max_gen_toks")
+        is_sampled = options.pop("do_sample", False)
+        temperature = options.pop("temperature", 1.0)
+        unknown = sorted(set(options) - set(SAMPLING_OPTIONS))
+        if unknown:
             raise ValueError(
                 f"generation options {unknown} of an lm_eval task are not known here; there are "
-                f"until, max_gen_toks, do_sample, temperature, {', '.join(known)}"
+                f"until, max_gen_toks, do_sample, temperature, {', '.join(SAMPLING_OPTIONS)}"
             )
-        if new >= self.max_length:
+        if max_new_tokens >= self.max_length:
             raise ValueError(
-                f"max_gen_toks = {new} must be below {self.max_length}, the longest text that the "
-                "model is given (config.data.length)"
+                f"max_gen_toks = {max_new_tokens} must be below {self.max_length}, the longest "
+                "text that the model is given (config.data.length)"
             )
-        sampling = Sampling(temperature=temperature if sampled else 0.0, **options)
-        prompts = [
-            self.tok_encode(text)[-(self.max_length - new) :] or [self.prefix_token_id]
-            for _, text in members
-        ]
-        numbers = [number for number, _ in members]
-        texts = generate(
+
+        max_prompt = self.max_length - max_new_tokens
+        prompts = []
+        for context in contexts:
+            ids = self.tok_encode(context)[-max_prompt:]
+            prompts.append(ids or [self.prefix_token_id])
+
+        return generate(
             self._predict_fns,
             self._params,
             self._tokenizer,
             prompts,
-            max_new_tokens=new,
+            max_new_tokens=max_new_tokens,
             stop=stop,
-            sampling=sampling,
-            seeds=numbers,
+            sampling=Sampling(temperature=temperature if is_sampled else 0.0, **options),
+            seeds=seeds,
         )
-        return zip(numbers, texts)
 
 
+# Metrics whose value of a single document is its log-likelihood in lm_eval.
 LOGLIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+REPORT_KEYS = ("results", "versions", "n-shot", "n-samples", "configs")
 
 
 class Harness:
-    """Yields TASK/METRIC of lm_eval's tasks, with its standard errors, and its whole report as
-    JSON; each task's scores of each document go to predictions/, where --compare_to finds them.
+    """Runs tasks of lm_eval.
+
+    Yields TASK/METRIC with standard errors, and lm_eval's whole report as JSON. Each task's scores
+    of each document go to predictions/, where --compare_to finds them.
 
     Args:
       name: names the artifacts.
       tasks: names of tasks or groups, as lm_eval lists them, or in `include_path`.
       num_fewshot: examples before each question; -1: the task's own number.
       limit: the first so many documents of each task; 0: all.
-      include_path: a folder with task files of your own; "": none. With one lm_eval's own tasks are
-        left out.
+      include_path: a folder with task files of your own, without lm_eval's own tasks; "": none.
+
+    Raises:
+      ValueError: a task that lm_eval doesn't know.
     """
 
     def __init__(
@@ -223,23 +263,22 @@ class Harness:
         limit: int = 0,
         include_path: str = "",
     ):
+        self._name = name
+        self._predict_fns = predict_fns
+        self._tokenizer = encoder.tokenizer
+        self._tasks = list(tasks)
+        self._num_fewshot = None if num_fewshot < 0 else num_fewshot
+        self._limit = limit or None
+
         self._manager = TaskManager(
             include_path=include_path or None, include_defaults=not include_path
         )
-        if unknown := [name for name in tasks if name not in self._manager.all_tasks]:
-            raise ValueError(
-                "lm_eval has no tasks "
-                f"{unknown}{f' in {include_path}: there are {self._manager.all_tasks}' if include_path else ''}"  # noqa: E501
-            )
-        self._predict_fns, self._tokenizer, self._tasks, self._name = (
-            predict_fns,
-            encoder.tokenizer,
-            list(tasks),
-            name,
-        )
-        self._options = dict(
-            num_fewshot=None if num_fewshot < 0 else num_fewshot, limit=limit or None
-        )
+        known = self._manager.all_tasks
+        unknown = [task for task in tasks if task not in known]
+        if unknown:
+            # lm_eval's own tasks are thousands: only those of a folder are listed.
+            where = f" in {include_path}: there are {known}" if include_path else ""
+            raise ValueError(f"lm_eval has no tasks {unknown}{where}")
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         report = lm_eval.simple_evaluate(
@@ -248,41 +287,50 @@ class Harness:
             task_manager=self._manager,
             bootstrap_iters=1000,
             log_samples=True,
-            **self._options,
+            num_fewshot=self._num_fewshot,
+            limit=self._limit,
         )
+
         for task, scores in report["results"].items():
             for name, value in scores.items():
+                # A metric is called METRIC,FILTER; there are other entries, such as the alias.
                 if isinstance(value, (int, float)) and "," in name:
-                    yield f"{task}/{name.removesuffix(',none').replace(',', '_')}", float(value)
+                    metric = name.removesuffix(",none").replace(",", "_")
+                    yield f"{task}/{metric}", float(value)
+
         for task, samples in report["samples"].items():
-            # by document: there may be several filters of its answer
-            scores: dict[int, dict[str, float]] = collections.defaultdict(dict)
-            for s in samples:
-                for metric in s["metrics"]:
-                    value = s[metric][0] if isinstance(s[metric], tuple) else s[metric]
-                    # what lm_eval calls a document's perplexity is its log-likelihood
-                    if isinstance(value, (int, float, np.number)):
-                        named = "loglikelihood" if metric in LOGLIKELIHOODS else metric
-                        scores[s["doc_id"]][
-                            named if s["filter"] == "none" else f"{named}_{s['filter']}"
-                        ] = float(value)
-            lines = [
-                json.dumps({"name": f"{task}[{number}]", "scores": scores[number]})
-                for number in sorted(scores)
-            ]
-            if lines:
-                yield (
-                    f"predictions of {task}",
-                    Artifact(
-                        f"predictions/{self._name}-{task}-{{step}}.jsonl", "\n".join(lines) + "\n"
-                    ),
-                )
-        kept = {
-            key: report[key]
-            for key in ("results", "versions", "n-shot", "n-samples", "configs")
-            if key in report
-        }
-        yield (
-            "report",
-            Artifact(f"{self._name}-{{step}}.json", json.dumps(kept, indent=1, default=str) + "\n"),
-        )
+            content = _prediction_lines(task, samples)
+            if content:
+                path = f"predictions/{self._name}-{task}-{{step}}.jsonl"
+                yield f"predictions of {task}", Artifact(path, content)
+
+        shortened = {key: report[key] for key in REPORT_KEYS if key in report}
+        content = json.dumps(shortened, indent=1, default=str) + "\n"
+        yield "report", Artifact(f"{self._name}-{{step}}.json", content)
+
+
+def _prediction_lines(task: str, samples: Sequence[Mapping]) -> str:
+    """The scores of each document as JSONL; "" if none has any.
+
+    Args:
+      samples: lm_eval's; a document has several where its answer goes through several filters.
+    """
+    scores: dict[int, dict[str, float]] = collections.defaultdict(dict)
+    for sample in samples:
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            if isinstance(value, tuple):
+                value = value[0]
+            if not isinstance(value, (int, float, np.number)):
+                continue
+
+            name = "loglikelihood" if metric in LOGLIKELIHOODS else metric
+            if sample["filter"] != "none":
+                name = f"{name}_{sample['filter']}"
+            scores[sample["doc_id"]][name] = float(value)
+
+    lines = ""
+    for number in sorted(scores):
+        line = {"name": f"{task}[{number}]", "scores": scores[number]}
+        lines += json.dumps(line) + "\n"
+    return lines

@@ -1,5 +1,8 @@
-"""A linear verbalizer: instead of words, a vector for each label, trained on the model's states
-after prompts while the model stays as it is.
+"""A linear verbalizer: a vector for each label in place of label words.
+
+The vectors are trained on the model's states after prompts, the model stays as it is.
+
+Letters in shapes: n examples, D size of a state, K labels.
 """
 
 from collections.abc import Iterator, Mapping
@@ -7,71 +10,36 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from lm.data.pack import Encoder
-from lm.evals import classification, prompts
+from lm.evals import label_results, prompts
+from lm.evals.classification import PromptClassification
 from lm.evals.predict import Artifact, PredictFns
 from lm.evals.scores import calibration
 
 INITS = ("label_words", "prototype")
+# Candidates for l2, from almost free vectors to vectors that stay close to their start.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 5
 
 
-def fit(states: np.ndarray, gold: np.ndarray, init: np.ndarray, l2: float) -> np.ndarray:
-    """[K, D + 1] vectors and biases with the lowest mean NLL of softmax(states @ vectors.T +
-    biases) plus l2 / 2 times the squared distance from `init`, which is where few examples leave
-    them.
-    """
-    from scipy.optimize import minimize
-
-    X, Y = np.hstack([states, np.ones((len(states), 1))]), np.eye(len(init))[gold]
-
-    def loss(flat):
-        W = flat.reshape(init.shape)
-        P, off = calibration.softmax(X @ W.T), W - init
-        return calibration.nll(P, gold) + l2 / 2 * np.sum(off**2), (
-            (P - Y).T @ X / len(X) + l2 * off
-        ).ravel()
-
-    return minimize(
-        loss, init.ravel(), jac=True, method="L-BFGS-B", options=dict(maxiter=500)
-    ).x.reshape(init.shape)
-
-
-def choose_penalty(states: np.ndarray, gold: np.ndarray, init: np.ndarray) -> float:
-    """The one of `PENALTIES` with the lowest NLL on what is left out, in turns."""
-    fold = np.random.default_rng(0).permutation(len(gold)) % FOLDS
-    distribution = lambda W, X: calibration.softmax(X @ W[:, :-1].T + W[:, -1])
-
-    def left_out(l2):
-        return np.mean(
-            [
-                calibration.nll(
-                    distribution(
-                        fit(states[fold != k], gold[fold != k], init, l2), states[fold == k]
-                    ),
-                    gold[fold == k],
-                )
-                for k in range(FOLDS)
-            ]
-        )
-
-    return min(PENALTIES, key=left_out)
-
-
 class LinearVerbalizer:
-    """Trains a vector for each label on `train_examples` records of shots_split (balanced), and
-    yields what `classification.PromptClassification` does of label distributions, and train_accuracy and l2. States
-    are scaled to a mean square of 1.
+    """Trains a vector for each label, and yields what they make of the evaluated records: the
+    metrics of `label_results.label_metrics`, train_accuracy, l2, and files and pictures as
+    `PromptClassification` has them.
 
-    This is multinomial logistic regression on the state that the head would see; started at the
-    head's rows of the label words (each word's first token) it is WARP's verbalizer (Hambardzumyan
-    et al. 2021, arXiv 2101.00121) and OpenPrompt's SoftVerbalizer, at the labels' mean states a
-    prototypical one.
+    This is multinomial logistic regression on the state that the head would see. It starts at the
+    head's rows of the label words (each word's first token), as WARP's verbalizer (Hambardzumyan et
+    al. 2021, arXiv 2101.00121) and OpenPrompt's SoftVerbalizer do, or at the labels' mean states,
+    as prototypical networks do. States are scaled to a mean square of 1.
 
     Args:
+      name, source, prompt, label, max_documents: see `PromptClassification`; one template and seed.
+      verbalizer: words, one verbalizer, and boundary.
+      train_examples: how many records of shots_split to train on, as many of each label.
       init: label_words | prototype.
-      l2: penalty on the distance from there; 0: chosen by 5-fold cross-validation.
-      task: those of `classification.PromptClassification`; one template, verbalizer and seed.
+      l2: penalty on the distance from the start; 0: chosen by cross-validation.
+
+    Raises:
+      ValueError: an unknown choice, too few examples, several variants; see `PromptClassification`.
     """
 
     def __init__(
@@ -80,11 +48,14 @@ class LinearVerbalizer:
         *,
         name: str,
         encoder: Encoder,
+        source: Mapping,
+        prompt: Mapping,
+        verbalizer: Mapping,
+        label: str,
+        max_documents: int,
         train_examples: int,
         init: str,
         l2: float,
-        verbalizer: Mapping,
-        **task,
     ):
         if init not in INITS or l2 < 0:
             raise ValueError(
@@ -92,82 +63,162 @@ class LinearVerbalizer:
                 "and 0 or above"
             )
         prompts.check_counts(name, train_examples=train_examples)
-        # words only are where the vectors start
-        scored = dict(terminator="", aggregate="sum", length_norm="none", weights=())
-        self._task = classification.PromptClassification(
+
+        # The prompts are those of PromptClassification; its calibration examples train the vectors.
+        # How it would score words doesn't matter: they only say where the vectors start.
+        scoring = dict(terminator="", aggregate="sum", length_norm="none", weights=())
+        task = PromptClassification(
             predict_fns,
             name=name,
             encoder=encoder,
-            verbalizer={**verbalizer, **scored},
+            source=source,
+            prompt=prompt,
+            verbalizer={**verbalizer, **scoring},
+            label=label,
             priors=(),
             ensemble="mean_prob",
             temperature_examples=train_examples,
-            **task,
+            max_documents=max_documents,
         )
-        self._questions, self.about = self._task.questions, self._task.about
-        if len(self._questions.ways) != 1:
+        self.about = task.about
+        self._prompt_set = task.prompt_set
+
+        num_variants = len(self._prompt_set.variants)
+        if num_variants != 1:
             raise ValueError(
                 f"config.evals.{name}: a linear verbalizer is trained for one template, "
-                f"verbalizer and seed, not {len(self._questions.ways)}"
+                f"verbalizer and seed, not {num_variants}"
             )
-        if train_examples < 2 * FOLDS or len(set(self._questions.held_gold)) < 2:
+        # Two examples in each fold of the cross-validation.
+        num_train_labels = len(set(self._prompt_set.calibration_gold))
+        if train_examples < 2 * FOLDS or num_train_labels < 2:
             raise ValueError(
                 f"config.evals.{name}.train_examples = {train_examples}; wanted {2 * FOLDS} or "
                 "more, of two labels or more"
             )
-        self._predict_fns, self._init, self._l2 = predict_fns, init, l2
+        self._predict_fns = predict_fns
+        self._init = init
+        self._l2 = l2
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
-        q, (way,) = self._questions, self._questions.ways
-        states = self._predict_fns.states(
-            params, [tree.prompt for tree in (*way.held, *way.trees)]
-        ).astype(np.float64)
+        prompt_set = self._prompt_set
+        gold = prompt_set.gold
+        train_gold = prompt_set.calibration_gold
+        train_states, states, scale = self._states(params)
+
+        if self._init == "label_words":
+            vectors_KD = self._label_word_rows(params, scale)
+            biases_K1 = np.zeros((len(vectors_KD), 1))
+            init = np.hstack([vectors_KD, biases_K1])
+        else:
+            init = prototypes(train_states, train_gold, len(prompt_set.labels))
+
+        l2 = self._l2 or choose_penalty(train_states, train_gold, init)
+        vectors = fit(train_states, train_gold, init, l2)
+        train_P = distributions(vectors, train_states)
+        P = distributions(vectors, states)
+
+        yield from label_results.label_metrics(P, gold)
+        yield "train_accuracy", float(np.mean(train_P.argmax(axis=1) == train_gold))
+        yield "l2", l2
+        yield "examples", len(gold)
+        yield "cut", prompt_set.num_truncated
+        yield "predictions", label_results.predictions_artifact(prompt_set, P)
+        yield from label_results.picture_artifacts(prompt_set, P)
+
+    def _states(self, params) -> tuple[np.ndarray, np.ndarray, float]:
+        """(states to train on [n, D], states to evaluate [n, D], what both were divided by)."""
+        variant = self._prompt_set.variants[0]
+        trees = [*variant.calibration_trees, *variant.trees]
+        states = self._predict_fns.states(params, [tree.prompt for tree in trees])
+        states = states.astype(np.float64)
         if not np.isfinite(states).all():
             raise ValueError(
-                f"the eval {q.name!r}: the model's states are not finite; its weights or "
-                "activations are broken"
+                f"the eval {self._prompt_set.name!r}: the model's states are not finite; its "
+                "weights or activations are broken"
             )
-        scale = np.sqrt(np.mean(states[: len(way.held)] ** 2))
-        states /= scale
-        train, test = states[: len(way.held)], states[len(way.held) :]
-        if self._init == "label_words":
-            vectors = self._label_words(params, scale)
-            init = np.hstack([vectors, np.zeros((len(vectors), 1))])
-        else:
-            init = prototypes(train, q.held_gold, len(q.labels))
-        l2 = self._l2 or choose_penalty(train, q.held_gold, init)
-        W = fit(train, q.held_gold, init, l2)
-        distribution = lambda X: calibration.softmax(X @ W[:, :-1].T + W[:, -1])
-        P = distribution(test)
-        yield from classification.label_metrics(P, q.gold)
-        yield "train_accuracy", float(np.mean(distribution(train).argmax(axis=1) == q.held_gold))
-        yield "l2", l2
-        yield "examples", len(q.gold)
-        yield "cut", q.cut
-        yield from classification.files(q, P, [{}] * len(q.gold))
 
-    def _label_words(self, params, scale: float) -> np.ndarray:
-        """[K, D], the mean over a label's words of the head's row of the word's first token after a
-        prompt.
+        # The scale comes from the training states alone, and makes penalties comparable between
+        # models.
+        num_train = len(variant.calibration_trees)
+        scale = np.sqrt(np.mean(states[:num_train] ** 2))
+        states /= scale
+        return states[:num_train], states[num_train:], scale
+
+    def _label_word_rows(self, params, scale: float) -> np.ndarray:
+        """[K, D]: for each label, the mean of the head's rows of its words' first tokens, scaled so
+        that the logits of scaled states stay what they were.
         """
-        words = self._questions.ways[0].words
-        rows = self._predict_fns.head_rows(params, self._questions.ways[0].first_tokens()) * scale
-        return np.stack(
-            [
-                rows[[k == label for k, _ in words]].mean(axis=0)
-                for label in range(len(self._questions.labels))
-            ]
-        )
+        variant = self._prompt_set.variants[0]
+        rows_WD = self._predict_fns.head_rows(params, variant.first_tokens()) * scale
+        labels_W = np.array([word.label for word in variant.words])
+        num_labels = len(self._prompt_set.labels)
+        return np.stack([rows_WD[labels_W == k].mean(axis=0) for k in range(num_labels)])
+
+
+def distributions(vectors: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """Label distributions [n, K] of states [n, D], by vectors and biases [K, D + 1]."""
+    return calibration.softmax(states @ vectors[:, :-1].T + vectors[:, -1])
+
+
+def fit(states: np.ndarray, gold: np.ndarray, init: np.ndarray, l2: float) -> np.ndarray:
+    """Fits the vectors and biases, [K, D + 1].
+
+    They minimise the mean NLL of `distributions` plus l2 / 2 times their squared distance from
+    `init`. Few examples leave them near `init`.
+
+    Args:
+      states: [n, D]
+      gold: [n], index of the right label.
+      init: [K, D + 1], where to start.
+    """
+    from scipy.optimize import minimize
+
+    # A last feature that is always 1 makes the biases part of the vectors.
+    features = np.hstack([states, np.ones((len(states), 1))])
+    one_hot = np.eye(len(init))[gold]
+
+    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        vectors = flat.reshape(init.shape)
+        P = calibration.softmax(features @ vectors.T)
+        distance = vectors - init
+        loss = calibration.nll(P, gold) + l2 / 2 * np.sum(distance**2)
+        gradient = (P - one_hot).T @ features / len(features) + l2 * distance
+        return loss, gradient.ravel()
+
+    result = minimize(
+        loss_and_gradient, init.ravel(), jac=True, method="L-BFGS-B", options=dict(maxiter=500)
+    )
+    return result.x.reshape(init.shape)
+
+
+def choose_penalty(states: np.ndarray, gold: np.ndarray, init: np.ndarray) -> float:
+    """The one of PENALTIES with the lowest mean NLL in cross-validation."""
+    fold = np.random.default_rng(0).permutation(len(gold)) % FOLDS
+    mean_nll = {}
+    for l2 in PENALTIES:
+        nlls = []
+        for k in range(FOLDS):
+            train = fold != k
+            held_out = fold == k
+            vectors = fit(states[train], gold[train], init, l2)
+            P = distributions(vectors, states[held_out])
+            nlls.append(calibration.nll(P, gold[held_out]))
+        mean_nll[l2] = np.mean(nlls)
+    return min(PENALTIES, key=mean_nll.get)
 
 
 def prototypes(states: np.ndarray, gold: np.ndarray, num_labels: int) -> np.ndarray:
-    """[K, D + 1] for which logits are minus half the mean square of a state's distance from each
-    label's mean state (that of all, for a label that has none), but for what all labels share.
+    """Vectors and biases [K, D + 1] that classify by the nearest mean state.
+
+    The logit of a label is minus half the mean square of the state's distance from the label's mean
+    state, (2 x·m - m·m - x·x) / 2D, without x·x, which all labels share. A label without examples
+    has the mean of all states.
     """
-    means = np.stack(
-        [
-            states[gold == k].mean(axis=0) if (gold == k).any() else states.mean(axis=0)
-            for k in range(num_labels)
-        ]
-    )
-    return np.hstack([means, -np.sum(means**2, axis=1, keepdims=True) / 2]) / states.shape[1]
+    means = []
+    for k in range(num_labels):
+        members = gold == k
+        means.append(states[members].mean(axis=0) if members.any() else states.mean(axis=0))
+    means_KD = np.stack(means)
+    biases_K1 = -np.sum(means_KD**2, axis=1, keepdims=True) / 2
+    return np.hstack([means_KD, biases_K1]) / states.shape[1]

@@ -1,24 +1,24 @@
-"""What evaluators share: the contract, and the functions they are given.
+"""The contract of evaluators, and the functions of the model that they are given.
 
-`Evaluator(predict_fns, **config).run(params)` yields (name, value). A float is a metric; an
-`Artifact` is a file of the run directory. An evaluator sees neither the model nor the trainer, only
+`Evaluator(predict_fns, name=NAME, **config).run(params)` yields (name, value). A float is a metric,
+an `Artifact` is a file of the run directory. An evaluator sees neither the model nor the trainer,
+only `PredictFns`:
 
-  predict_fns.token_logprobs(params, rows)   -> f32 [rows, T]                   log-probability of
-  each target predict_fns.tree_logprobs(params, trees)   -> (f32 [Q], bool [Q]) a tree      of each
-  query's target; whether no token is likelier predict_fns.states(params, prompts)        -> f32
-  [prompts, D]                what the head sees after each predict_fns.head_rows(params, ids)
-  -> f32 [ids, D]                    what it multiplies that with for these tokens
-  predict_fns.make_generator(params, sampling) -> lm.Generator           continuations token
-  by token
+  token_logprobs(params, rows)      f32 [rows, T]: the log-probability of each target
+  tree_logprobs(params, trees)      for each tree f32 [Q], bool [Q]: the log-probability of each
+                                    query's target, and whether no token is likelier
+  states(params, prompts)           f32 [prompts, D]: the state that the head sees after each prompt
+  head_rows(params, ids)            f32 [ids, D]: what the head multiplies a state with for each id
+  make_generator(params, sampling)  a Generator (lm/decoding/generator.py), which continues prompts
 
 Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly
-once, whatever the batch size, the mesh and the number of hosts: batches are filled with padding,
+once, whatever the batch size, the mesh and the number of hosts. Batches are filled up with padding,
 whose results are dropped. All hosts get all results.
 """
 
 import collections
+import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from lm import sharding
 from lm.data import pack
 from lm.data.loader import evaluation_batches
-from lm.evals.tree import Tree, build_tree, merge_trees
+from lm.evals.tree import MergedTree, Tree, build_tree, merge_trees
 
 
 class Artifact(NamedTuple):
@@ -41,11 +41,24 @@ class Artifact(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """It may have `about`, a dict of what is to be said of its data beside the results:
-    fingerprint, examples, citation.
+    """An entry of config.evals.
+
+    It may have an attribute `about`: a dict that describes its data beside the results, with
+    fingerprint, examples and citation.
     """
 
     def run(self, params: Any) -> Iterator[tuple[str, float | Artifact]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFns:
+    """What `lm.build` makes of a model for `PredictFns`: pure functions, not compiled yet."""
+
+    token_logprobs: Callable  # see lm.step.make_token_logprobs
+    tree_logprobs: Callable  # see lm.step.make_tree_logprobs
+    tree_states: Callable  # see lm.step.make_tree_states
+    head_rows: Callable  # see lm.step.make_head_rows
+    make_generator: Callable  # (params, Sampling) -> Generator
 
 
 # XLA may leave out roundings to bf16 between operations that it fuses, and what it fuses depends on
@@ -55,141 +68,198 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class PredictFns:
-    """The compiled functions of one model on one mesh, for batches of `batch_size` rows of `length`
-    tokens.
+    """The compiled functions of one model on one mesh.
+
+    Args:
+      batch_size: rows of a batch of `token_logprobs`; trees go in batches of about as many tokens.
+      length: tokens of a row.
+      check_stop: called before each batch; may raise, to end an evaluation early.
     """
 
     def __init__(
         self,
         mesh: Mesh,
+        model_fns: ModelFns,
         *,
         batch_size: int,
         length: int,
-        token_logprobs: Callable,
-        tree_logprobs: Callable,
         check_stop: Callable[[], None],
-        make_generator: Callable | None = None,
-        tree_states: Callable | None = None,
-        head_rows: Callable | None = None,
     ):
-        whole = sharding.replicated(mesh)
-        self.length, self.batch_size, self.make_generator = length, batch_size, make_generator
-        self._mesh, self.check_stop = mesh, check_stop
-        compiled = functools.partial(
-            jax.jit, out_shardings=whole, compiler_options=COMPILER_OPTIONS
-        )
-        self._token_logprobs = compiled(token_logprobs)
-        self._tree_logprobs = compiled(tree_logprobs)
-        self._tree_states = compiled(lambda *args: (tree_states(*args),))
-        self._head_rows = jax.jit(lambda params, ids: head_rows(params, ids), out_shardings=whole)
+        self.batch_size = batch_size
+        self.length = length
+        self.check_stop = check_stop
+        self.make_generator = model_fns.make_generator
+        self._mesh = mesh
 
-    def _batches(self, rows):
-        yield from evaluation_batches(
-            rows, self.batch_size, sharding.batch_sharding(self._mesh), pack.empty_row(self.length)
+        # Results are replicated: every host gets all of them.
+        replicated = sharding.replicated(mesh)
+        compiled = functools.partial(
+            jax.jit, out_shardings=replicated, compiler_options=COMPILER_OPTIONS
         )
+        self._token_logprobs = compiled(model_fns.token_logprobs)
+        self._tree_logprobs = compiled(model_fns.tree_logprobs)
+        self._tree_states = compiled(model_fns.tree_states)
+        self._head_rows = jax.jit(model_fns.head_rows, out_shardings=replicated)
 
     def token_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
-        out = []
-        for batch in self._batches(rows):
+        """[rows, T] f32, the log-probability of each target."""
+        if not rows:
+            return np.zeros((0, self.length), np.float32)
+
+        layout = sharding.batch_sharding(self._mesh)
+        padding = pack.empty_row(self.length)
+        outputs = []
+        for batch in evaluation_batches(rows, self.batch_size, layout, padding):
             self.check_stop()
-            out.append(self._token_logprobs(params, batch))
-        return _fetch(out)[: len(rows)] if out else np.zeros((0, self.length), np.float32)
+            outputs.append(self._token_logprobs(params, batch))
+
+        # Fetched only now: the devices don't wait for the host between batches.
+        logprobs = np.concatenate([np.asarray(output) for output in outputs])
+        return logprobs[: len(rows)]
 
     def tree_logprobs(self, params, trees: Sequence[Tree]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each tree, in their order."""
-        return self._of_trees(self._tree_logprobs, params, trees)
+        """For each tree, in order: [Q] f32, the log-probability of each query's target, and [Q]
+        bool, whether no other token is likelier.
+        """
+        return self._run_on_trees(self._tree_logprobs, params, trees)
 
     def states(self, params, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        found = self._of_trees(
-            self._tree_states, params, [build_tree(prompt, [[0]]) for prompt in prompts]
-        )
-        return np.stack([states[0] for (states,) in found])
+        """[prompts, D] f32, the state that the head sees after each prompt."""
+        # A tree with a single query, whose target doesn't matter.
+        trees = [build_tree(prompt, [[0]]) for prompt in prompts]
+        states = self._run_on_trees(self._tree_states, params, trees)
+        return np.concatenate(states)
 
     def head_rows(self, params, ids: Sequence[int]) -> np.ndarray:
+        """[ids, D] f32, what the head multiplies a state with for each id."""
         return np.asarray(self._head_rows(params, np.asarray(ids, np.int32)))
 
-    def _of_trees(
-        self, function: Callable, params, trees: Sequence[Tree]
-    ) -> list[tuple[np.ndarray, ...]]:
-        """What a function of packed trees says of each one's queries, in the trees' order. Those
-        that begin alike share a row. Rows go through the model by length, in batches of about as
-        many tokens as one of `token_logprobs`, all of a few sizes, so that little is padding and
-        few programs are compiled.
+    def _run_on_trees(self, function: Callable, params, trees: Sequence[Tree]) -> list:
+        """What a compiled function of trees returns for the queries of each tree, in the trees'
+        order. Trees that begin alike share a row of the batch.
         """
-        joined = merge_trees(trees, self.length)
-        groups = collections.defaultdict(list)
-        for row in joined:
-            groups[_bucket(len(row.tree.tokens))].append(row)
-        parts, out, found = sharding.batch_parts(self._mesh), [], [None] * len(trees)
+        results: list = [None] * len(trees)
+        running = None  # the rows and the output of the batch before
+        for rows, shape in self._tree_batches(merge_trees(trees, self.length)):
+            self.check_stop()
+            arrays = _pack([row.tree for row in rows], shape)
+            output = function(params, *jax.tree.map(self._put_rows, arrays))
 
-        def collect(part, answers):
-            answers = jax.device_get(answers)
-            for number, row in enumerate(part):
-                for member, queries in row.members:
-                    found[member] = tuple(x[number, queries] for x in answers)
+            # Read one batch late: the device works on this one meanwhile.
+            if running is not None:
+                _split_by_tree(*running, results)
+            running = rows, output
 
-        # what needs most memory comes first
-        for length, rows in sorted(groups.items(), reverse=True):
-            batches = -(-len(rows) // max(self.batch_size * self.length // length, 1))
-            size = -(-math.ceil(len(rows) / batches) // parts) * parts  # batches as equal as can be
-            num_places, num_queries = (
-                _bucket(max(len(count(row.tree)) for row in rows), 1)
-                for count in (lambda t: np.unique(t.at), lambda t: t.at)
+        if running is not None:
+            _split_by_tree(*running, results)
+        return results
+
+    def _tree_batches(
+        self, rows: Sequence[MergedTree]
+    ) -> Iterator[tuple[Sequence[MergedTree], "_TreeBatchShape"]]:
+        """Yields rows that go through the model together, and the shape of their batch.
+
+        A batch holds rows of about the same length, and about as many tokens as one of
+        `token_logprobs`. There are only a few shapes, so that little is padding and few programs
+        are compiled.
+        """
+        rows_by_length = collections.defaultdict(list)
+        for row in rows:
+            rows_by_length[_padded_size(len(row.tree.tokens))].append(row)
+
+        num_parts = sharding.batch_parts(self._mesh)
+        # What needs most memory comes first.
+        for length, group in sorted(rows_by_length.items(), reverse=True):
+            # Batches of the same length are as equal as they can be, each a multiple of the parts
+            # that the mesh splits a batch into.
+            most_rows = max(self.batch_size * self.length // length, 1)
+            num_batches = _divide_up(len(group), most_rows)
+            num_rows = _divide_up(_divide_up(len(group), num_batches), num_parts) * num_parts
+
+            most_parents = max(len(np.unique(row.tree.query_parents)) for row in group)
+            most_queries = max(len(row.tree.query_targets) for row in group)
+            shape = _TreeBatchShape(
+                rows=num_rows,
+                length=length,
+                parents=_padded_size(most_parents, 1),
+                queries=_padded_size(most_queries, 1),
             )
-            for start in range(0, len(rows), size):
-                self.check_stop()
-                part = rows[start : start + size]
-                packed = _pack([row.tree for row in part], size, length, num_places, num_queries)
-                out.append((part, function(params, *jax.tree.map(self._rows, packed))))
-                if len(out) > 1:  # the device works on the next one meanwhile
-                    collect(*out.pop(0))
-        for rest in out:
-            collect(*rest)
-        return found
+            for start in range(0, len(group), num_rows):
+                yield group[start : start + num_rows], shape
 
-    def _rows(self, x: np.ndarray) -> jax.Array:
-        """On the mesh, split into its rows."""
+    def _put_rows(self, x: np.ndarray) -> jax.Array:
+        """A host array [B, ...] on the mesh, its rows distributed."""
         layout = jax.sharding.NamedSharding(self._mesh, sharding.spec(("batch", None), self._mesh))
         return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
-    def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-        """The most tokens that a prompt may have; ValueError if one has more, or none."""
-        room = self.length - max_new_tokens
-        for ids in prompts:
-            if not 0 < len(ids) <= room:
-                raise ValueError(
-                    f"a prompt has {len(ids)} tokens; wanted 1 to {room}: config.data.length = "
-                    f"{self.length} less max_new_tokens = {max_new_tokens}"
-                )
-        return room
+
+class _TreeBatchShape(NamedTuple):
+    rows: int
+    length: int  # tokens of a row
+    parents: int  # places of a row after which something is asked for
+    queries: int  # of a row
 
 
-def _bucket(size: int, least: int = 32) -> int:
-    """The next of the sizes that are compiled: eight to each doubling, of `least` and more."""
-    step = max((1 << (size - 1).bit_length()) // 16, least // 8, 1)
-    return max(-(-size // step) * step, least)
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
 
 
-def _pack(trees: Sequence[Tree], size: int, length: int, num_places: int, num_queries: int):
-    """(batch, after [B, P], which [B, Q]) of `lm.step.make_tree_logprobs`, filled up with zeros."""
+def _padded_size(size: int, least: int = 32) -> int:
+    """The next of the sizes that are compiled: eight to each doubling, none below `least`."""
+    power_of_two = 1 << (size - 1).bit_length()  # the one at or above `size`
+    step = max(power_of_two // 16, least // 8, 1)
+    return max(_divide_up(size, step) * step, least)
+
+
+def _pack(
+    trees: Sequence[Tree], shape: _TreeBatchShape
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Trees as the arguments of `lm.step.make_tree_logprobs` behind `params`, one tree a row.
+
+    Returns:
+      The batch; [B, P], the places of each row that the head sees; [B, Q], the column of the places
+      that each query is about. All are filled up with zeros.
+    """
+    by_token = (shape.rows, shape.length)
+    by_query = (shape.rows, shape.queries)
     batch = {
-        name: np.zeros((size, length), np.int32)
-        for name in ("tokens", "positions", "segments", "until")
+        "tokens": np.zeros(by_token, np.int32),
+        "positions": np.zeros(by_token, np.int32),
+        "segments": np.zeros(by_token, np.int32),
+        "until": np.zeros(by_token, np.int32),
+        "targets": np.zeros(by_query, np.int32),
     }
-    batch["targets"], which = (
-        np.zeros((size, num_queries), np.int32),
-        np.zeros((size, num_queries), np.int32),
-    )
-    after = np.zeros((size, num_places), np.int32)
+    places_BP = np.zeros((shape.rows, shape.parents), np.int32)
+    columns_BQ = np.zeros(by_query, np.int32)
+
     for row, tree in enumerate(trees):
-        for name in ("tokens", "positions", "until"):
-            batch[name][row, : len(tree.tokens)] = getattr(tree, name)
-        batch["segments"][row, : len(tree.tokens)] = 1
-        places, which[row, : len(tree.at)] = np.unique(tree.at, return_inverse=True)
-        after[row, : len(places)] = places
-        batch["targets"][row, : len(tree.at)] = tree.target
-    return batch, after, which
+        num_tokens = len(tree.tokens)
+        batch["tokens"][row, :num_tokens] = tree.tokens
+        batch["positions"][row, :num_tokens] = tree.positions
+        batch["segments"][row, :num_tokens] = 1  # 0 is padding
+        batch["until"][row, :num_tokens] = tree.until
+
+        # Queries with the same parent share a place: its logits are computed once.
+        places, columns = np.unique(tree.query_parents, return_inverse=True)
+        places_BP[row, : len(places)] = places
+        columns_BQ[row, : len(columns)] = columns
+        batch["targets"][row, : len(columns)] = tree.query_targets
+    return batch, places_BP, columns_BQ
 
 
-def _fetch(arrays) -> np.ndarray:
-    return np.concatenate([np.asarray(a) for a in arrays])
+def _split_by_tree(rows: Sequence[MergedTree], output, results: list) -> None:
+    """Puts the part of a batch's output that is each tree's into `results`.
+
+    Args:
+      output: arrays [B, Q, ...].
+      results: one entry for each tree, by its number.
+    """
+    arrays = jax.device_get(output)
+    for row_number, row in enumerate(rows):
+        for tree_number, queries in row.members:
+            results[tree_number] = _select(arrays, row_number, queries)
+
+
+def _select(arrays, row: int, queries: slice):
+    """The queries of one row of each array [B, Q, ...]."""
+    return jax.tree.map(lambda x: x[row, queries], arrays)

@@ -1,143 +1,195 @@
-"""Prompts out of records: templates over their columns, and examples before the question."""
+"""Prompts from records: templates over their columns, and examples before the question.
+
+All evals that ask about records share this. `source` is config.evals.NAME.source, a `pool` the
+records that examples are drawn from, `name` the NAME, for messages.
+"""
 
 import itertools
 import random
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lm.data import records as records_lib
-from lm.data.sources import evenly_spaced
 
 SAMPLERS = ("balanced", "first_n", "random")
-# What may stand behind a column's name: {passage:last}.
+
+
+def all_but_last_word(text: str) -> str:
+    return text.rstrip().rpartition(" ")[0]
+
+
+def last_word(text: str) -> str:
+    return text.rstrip().rpartition(" ")[2]
+
+
+# What may follow the name of a column after a colon: {passage:last}.
 FILTERS: dict[str, Callable[[str], str]] = {
-    "": lambda text: text,
+    "": str,
     "strip": str.strip,
     "lower": str.lower,
-    "head": lambda text: text.rstrip().rpartition(" ")[0],  # all but the last word
-    "last": lambda text: text.rstrip().rpartition(" ")[2],
+    "head": all_but_last_word,
+    "last": last_word,
 }
 
 
 class Template:
-    """A Python format string over the columns of a record: "Review: {sentence}\\nSentiment:",
-    {answers[text]} of a column in a column, {passage:last}.
+    """A Python format string over the columns of a record.
+
+    "Review: {sentence}\\nSentiment:" names a column, {answers[text]} a column within a column,
+    {passage:last} a filter.
+
+    Args:
+      text: the format string.
+      key: the configuration's key for it, for messages.
 
     Raises:
-      ValueError: it is none, or names an unknown filter.
+      ValueError: it is not a format string, or names an unknown filter.
     """
 
-    def __init__(self, text: str, what: str):
-        self.text, self._what = text, what
+    def __init__(self, text: str, key: str):
+        self.text = text
+        self._key = key
+
         try:
             parts = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ValueError(
-                f"{what} = {text!r} is no template: {error} (a brace that is meant is written "
-                "twice)"
+                f"{key} = {text!r} is no template: {error} (a brace that is meant is written twice)"
             ) from None
-        for _, field, spec, conversion in parts:
+
+        # (text before a column, the column, its filter); the last part may have no column.
+        self._parts: list[tuple[str, str | None, str]] = []
+        for literal, field, spec, conversion in parts:
             if field is not None and (not field or spec not in FILTERS or conversion):
                 raise ValueError(
-                    f"{what} = {text!r}: {{{field}:{spec}}} is not a column with one of the "
+                    f"{key} = {text!r}: {{{field}:{spec}}} is not a column with one of the "
                     f"filters {[name for name in FILTERS if name]}"
                 )
-        self._parts = [(literal, field, spec or "") for literal, field, spec, _ in parts]
+            self._parts.append((literal, field, spec or ""))
 
     @property
     def fields(self) -> list[str]:
+        """The columns in their order, one that is used twice twice."""
         return [field for _, field, _ in self._parts if field is not None]
 
+    @property
+    def tail(self) -> str:
+        """The text after the last column."""
+        literal, field, _ = self._parts[-1] if self._parts else ("", None, "")
+        return literal if field is None else ""
+
     def value(self, field: str, record: Mapping):
-        """What `record` has at a field. Raises ValueError if it has none."""
-        found, names = record, re.findall(r"[^\[\]]+", field)
-        for name in names:
+        """What a record holds in a column. Raises ValueError if it has no such column."""
+        value = record
+        # "answers[text][0]" is the path answers, text, 0.
+        for name in re.findall(r"[^\[\]]+", field):
             try:
-                found = found[int(name) if isinstance(found, list) else name]
+                value = value[int(name) if isinstance(value, list) else name]
             except (KeyError, IndexError, TypeError, ValueError):
                 raise ValueError(
-                    f"{self._what} = {self.text!r} needs the column {field!r}; the record has "
+                    f"{self._key} = {self.text!r} needs the column {field!r}; the record has "
                     f"{sorted(record)}"
                 ) from None
-        return found
+        return value
+
+    def fill(self, texts: Sequence[str]) -> str:
+        """The template with `texts` in place of its `fields`, after their filters."""
+        filled = ""
+        remaining = iter(texts)
+        for literal, field, spec in self._parts:
+            filled += literal
+            if field is not None:
+                filled += FILTERS[spec](next(remaining))
+        return filled
 
     def each(self, record: Mapping) -> list[str]:
-        """The texts of a record: one, or as many as the lists among its columns are long."""
-        values = {field: self.value(field, record) for field in self.fields}
-        lengths = {len(value) for value in values.values() if isinstance(value, list)}
+        """The texts of a record: as many as the lists among its columns are long, or one."""
+        values = [self.value(field, record) for field in self.fields]
+
+        # Parallel lists: text i takes element i of each.
+        lengths = {len(value) for value in values if isinstance(value, list)}
         if len(lengths) > 1:
             raise ValueError(
-                f"{self._what} = {self.text!r}: its lists differ in length, {sorted(lengths)}"
+                f"{self._key} = {self.text!r}: its lists differ in length, {sorted(lengths)}"
             )
 
-        def pick(field, i):
-            value = values[field][i] if isinstance(values[field], list) else values[field]
-            if not isinstance(value, (str, int, float)):
-                raise ValueError(
-                    f"{self._what} = {self.text!r}: {field!r} of a record is {value!r:.60}; "
-                    "wanted text or a number"
-                )
-            return str(value)
+        texts = []
+        for i in range(lengths.pop() if lengths else 1):
+            columns = []
+            for field, value in zip(self.fields, values):
+                # A column that is no list is the same in all texts.
+                element = value[i] if isinstance(value, list) else value
+                columns.append(self._spell(field, element))
+            texts.append(self.fill(columns))
+        return texts
 
-        return [
-            self._join(lambda field: pick(field, i))  # noqa: B023
-            for i in range(lengths.pop() if lengths else 1)
-        ]
+    def _spell(self, field: str, value) -> str:
+        """The text of a column's value. Raises ValueError if it has no obvious one."""
+        if not isinstance(value, (str, int, float)):
+            raise ValueError(
+                f"{self._key} = {self.text!r}: {field!r} of a record is {value!r:.60}; wanted text "
+                "or a number"
+            )
+        return str(value)
 
     def __call__(self, record: Mapping) -> str:
+        """The text of a record. Raises ValueError if a list gives it several, or none."""
         texts = self.each(record)
         if len(texts) != 1:
             raise ValueError(
-                f"{self._what} = {self.text!r} gives {len(texts)} texts for one record; wanted "
+                f"{self._key} = {self.text!r} gives {len(texts)} texts for one record; wanted "
                 f"one (name an element: {{answers[0]}})"
             )
         return texts[0]
 
-    def filled(self, text: str | Callable[[str], str]) -> str:
-        """With the same text in place of each column, or one that depends on its name."""
-        return self._join(text if callable(text) else lambda field: text)
-
-    @property
-    def tail(self) -> str:
-        """The text behind the last column."""
-        literal, field, _ = self._parts[-1] if self._parts else ("", None, "")
-        return literal if field is None else ""
-
-    def _join(self, value: Callable[[str], str]) -> str:
-        return "".join(
-            literal + (FILTERS[spec](value(field)) if field is not None else "")
-            for literal, field, spec in self._parts
-        )
-
 
 def load(source: Mapping, split: str, name: str) -> Sequence[dict]:
-    """The records of a split of config.evals.NAME.source."""
+    """The records of a split."""
     try:
         return records_lib.load(
-            split, **{key: source[key] for key in ("path", "lines", "tfds", "data_dir")}
+            split,
+            path=source["path"],
+            lines=source["lines"],
+            tfds=source["tfds"],
+            data_dir=source["data_dir"],
         )
     except ValueError as error:
         raise ValueError(f"the eval {name!r}: {error}") from None
 
 
 def evaluated(source: Mapping, name: str, max_documents: int) -> tuple[list[str], list[dict]]:
-    """(names, records) of what is evaluated."""
-    records = load(source, source["split"], name)
-    chosen = evenly_spaced(len(records), max_documents)
-    return [f"{source['split']}[{i}]" for i in chosen], [records[i] for i in chosen]
+    """(names, records) of the records that are evaluated: `max_documents` of them, evenly out of
+    the split; 0: all.
+    """
+    split = source["split"]
+    pool = load(source, split, name)
+    names = []
+    records = []
+    for i in records_lib.evenly_spaced(len(pool), max_documents):
+        names.append(f"{split}[{i}]")
+        records.append(pool[i])
+    return names, records
 
 
 def check_counts(name: str, **counts: int) -> None:
-    """Raises ValueError for a negative one."""
+    """Raises ValueError for a negative count; its keyword is its key in config.evals.NAME."""
     for key, value in counts.items():
         if value < 0:
             raise ValueError(f"config.evals.{name}: {key} = {value}; wanted 0 or above")
 
 
+def check_choice(name: str, key: str, value: str, valid: Sequence[str]) -> None:
+    """Raises ValueError if config.evals.NAME.KEY has another value than the valid ones."""
+    if value not in valid:
+        raise ValueError(f"config.evals.{name}.{key} = {value!r}; valid: {list(valid)}")
+
+
 def load_shots(source: Mapping, name: str) -> Sequence[dict]:
-    """The records that examples are drawn from. Raises ValueError where they would be those that
-    are evaluated.
+    """The records that examples are drawn from.
+
+    Raises:
+      ValueError: they are the records that are evaluated.
     """
     split = source["shots_split"]
     if not split or split == source["split"]:
@@ -145,8 +197,10 @@ def load_shots(source: Mapping, name: str) -> Sequence[dict]:
             f"the eval {name!r}: examples can't come from the split {source['split']!r} that is "
             "evaluated; set source.shots_split, or shots = 0"
         )
-    for file in filter(None, (source["path"], *source["lines"].values())):
-        if "{split}" not in file:
+
+    # A path without the split in it is the same file for both splits.
+    for file in (source["path"], *source["lines"].values()):
+        if file and "{split}" not in file:
             raise ValueError(
                 f"the eval {name!r}: examples can't come from {file}, which is evaluated; put "
                 f"'{{split}}' into the path, or set shots = 0"
@@ -162,69 +216,136 @@ def select_shots(
     seed: int,
     avoid: Callable[[dict], bool],
     name: str,
-    key: str = "prompt.shots",
-    label: Callable[[dict], object] = lambda record: None,
+    label: Callable[[dict], object] | None = None,
     num_labels: int = 1,
 ) -> list[dict]:
-    """`count` examples: the first ones ("first_n"; as they come for seed 0), any ("random"), or as
-    many of each label as of the others ("balanced"; one more of some), in random order.
-
-    Args:
-      avoid: records that are also among those evaluated.
-      key: of the count, for messages.
-      label: of a record, one of `num_labels`.
+    """Draws the examples before the question, see `draw_records`.
 
     Raises:
-      ValueError: another sampler, too few records.
+      ValueError: an unknown sampler, or fewer than `count` records that may be drawn.
     """
-    if sampler not in SAMPLERS:
+    check_choice(name, "prompt.sampler", sampler, SAMPLERS)
+    shots = draw_records(
+        pool, count, sampler=sampler, seed=seed, avoid=avoid, label=label, num_labels=num_labels
+    )
+    check_enough(shots, count, f"config.evals.{name}.prompt.shots")
+    return shots
+
+
+def check_enough(records: Sequence[dict], count: int, key: str) -> None:
+    """Raises ValueError if fewer records were drawn than the configuration's key wants."""
+    if len(records) < count:
         raise ValueError(
-            f"config.evals.{name}.prompt.sampler = {sampler!r}; valid: {list(SAMPLERS)}"
+            f"{key} = {count}, but there are {len(records)} examples that aren't evaluated "
+            "themselves"
         )
-    order, rng = list(range(len(pool))), random.Random(seed)
+
+
+def draw_records(
+    pool: Sequence[dict],
+    count: int,
+    *,
+    sampler: str,
+    seed: int,
+    avoid: Callable[[dict], bool],
+    label: Callable[[dict], object] | None = None,
+    num_labels: int = 1,
+) -> list[dict]:
+    """Draws up to `count` records.
+
+    first_n: the first ones, in their order for seed 0, shuffled for any other seed.
+    random: any, in random order.
+    balanced: as many of each label, in random order. Where `count` is not a multiple, or a label
+      has too few, other labels have more.
+
+    Args:
+      sampler: one of SAMPLERS.
+      avoid: whether a record may not be drawn, because it is evaluated.
+      label: the label of a record, one of `num_labels`; None: all records have the same.
+    """
+    # Indices are shuffled, not records, which may be on disk.
+    rng = random.Random(seed)
+    order = list(range(len(pool)))
     if sampler != "first_n":
         rng.shuffle(order)
-    good = (record for record in map(pool.__getitem__, order) if not avoid(record))
+    candidates = _allowed_records(pool, order, avoid)
+
     if sampler == "balanced":
-        groups: dict = {}
-        for record in good:
-            groups.setdefault(label(record), []).append(record)
-            if len(groups) == num_labels and min(map(len, groups.values())) * num_labels >= count:
-                break
-        rounds = itertools.chain(*itertools.zip_longest(*groups.values()))
-        good = iter(
-            rng.sample(
-                found := [record for record in rounds if record is not None][:count], len(found)
-            )
-        )
-    found = list(itertools.islice(good, count))
+        drawn = _take_balanced(candidates, count, label, num_labels)
+        # Otherwise the labels would come in turns.
+        return rng.sample(drawn, len(drawn))
+
+    drawn = list(itertools.islice(candidates, count))
     if sampler == "first_n" and seed:
-        rng.shuffle(found)
-    if len(found) < count:
-        raise ValueError(
-            f"config.evals.{name}.{key} = {count}, but there are {len(found)} examples that "
-            "aren't evaluated themselves"
-        )
-    return found
+        rng.shuffle(drawn)
+    return drawn
+
+
+def _allowed_records(
+    pool: Sequence[dict], order: Sequence[int], avoid: Callable[[dict], bool]
+) -> Iterator[dict]:
+    """The records in this order, but for those to avoid. They are read only as far as they are
+    needed: a pool may be a data set on disk.
+    """
+    for i in order:
+        record = pool[i]
+        if not avoid(record):
+            yield record
+
+
+def _take_balanced(
+    records: Iterator[dict],
+    count: int,
+    label: Callable[[dict], object] | None,
+    num_labels: int,
+) -> list[dict]:
+    """Up to `count` records, a record of each label in turn as long as there are any."""
+    groups: dict[object, list[dict]] = {}
+    for record in records:
+        group = label(record) if label else None
+        groups.setdefault(group, []).append(record)
+
+        # Every label has its share: the rest of the records need not be read.
+        smallest = min(map(len, groups.values()))
+        if len(groups) == num_labels and smallest * num_labels >= count:
+            break
+
+    # Labels in turn, so that the first `count` have as many of each as can be.
+    taken = []
+    for turn in itertools.zip_longest(*groups.values()):
+        taken += [record for record in turn if record is not None]
+    return taken[:count]
 
 
 def shots_text(
-    shots: Sequence[dict], template: Template, target: Callable[[dict], str], separator: str
+    shots: Sequence[dict], template: Template, answer: Callable[[dict], str], separator: str
 ) -> str:
-    """The text before the question: each example with its answer."""
-    return "".join(template(record) + target(record) + separator for record in shots)
+    """The text before the question: each example with its answer, and the separator behind it."""
+    text = ""
+    for record in shots:
+        text += template(record) + answer(record) + separator
+    return text
 
 
 def truncate_prompt(
     start: Sequence[int], prompt: Sequence[int], longest: int, length: int, name: str
 ) -> tuple[list[int], bool]:
-    """(the ids of a prompt that leave room for `longest` ids of which the last one needn't be read,
-    whether it was cut). A prompt that is too long loses its beginning, but for `start`, the ids
-    that stand before the text.
+    """Cuts the beginning off a prompt that leaves too little room for its continuations.
+
+    Args:
+      start: ids that stand before the prompt and stay (BOS).
+      prompt: ids of the prompt.
+      longest: how many ids the longest continuation has.
+      length: how many ids a row holds.
+      name: the eval's, for messages.
+
+    Returns:
+      (ids with `start`, whether the prompt was cut)
 
     Raises:
-      ValueError: no room for anything of the prompt.
+      ValueError: no room for any id of the prompt.
     """
+    # The last id of a continuation needs no place in the row.
     room = length - longest + 1 - len(start)
     if room < 1:
         raise ValueError(

@@ -1,140 +1,198 @@
-"""A prompt and its continuations in one row: the prompt is computed once, however many there are,
-and what they share too.
+"""A prompt and its continuations in one row of tokens. The prompt is computed once, however many
+continuations there are, and so is whatever the continuations share.
 """
 
-import itertools
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two sequences have in common at their beginning."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of ids that two sequences have in common at their beginning."""
+    length = 0
+    for a, b in zip(first, second):
+        if a != b:
+            break
+        length += 1
+    return length
 
 
 class Tree(NamedTuple):
-    """Each token sees those above it in the tree: the prompt, and the continuation that it is in so
-    far. What comes last in all continuations that have it needn't be read, only be predicted.
+    """Tokens whose common root is a prompt and whose branches are its continuations.
+
+    A token attends to those above it: the prompt, and its own continuation so far. A query asks for
+    the log-probability of one token of a continuation, given all that stands before it. A token
+    that is last in every continuation that has it is only asked for: it is no token of the row.
     """
 
-    tokens: np.ndarray  # [T] int32, the prompt, then the continuations, one behind the other
-    positions: np.ndarray  # [T] int32, in the prompt with its continuation
-    until: np.ndarray  # [T] int32: token k is seen by those from k up to here
-    at: np.ndarray  # [Q] int32: after which token a query is
-    target: np.ndarray  # [Q] int32: the id whose log-probability is asked
-    paths: list[list[int]]  # of each continuation, the queries of its tokens
+    tokens: np.ndarray  # [T] int32: the prompt, then the branches, depth first
+    positions: np.ndarray  # [T] int32: in the prompt with the token's own continuation
+    until: np.ndarray  # [T] int32: token k is attended to by the tokens k to until[k] - 1
+    query_parents: np.ndarray  # [Q] int32: the index in `tokens` of what stands before the target
+    query_targets: np.ndarray  # [Q] int32: the id whose log-probability is asked for
+    continuation_queries: list[list[int]]  # for each continuation, the queries of its tokens
 
     @property
     def prompt(self) -> list[int]:
-        """Its ids: the first query comes right after it."""
-        return self.tokens[: self.at.min() + 1].tolist()
+        """The prompt's ids. The first query comes right after them."""
+        return self.tokens[: self.query_parents.min() + 1].tolist()
+
+
+@dataclasses.dataclass
+class _Node:
+    """A token of the continuation that is being added to a tree."""
+
+    token: int
+    query: int  # the query that asks for it
+    index: int | None = None  # in the row; None while no token comes after it
 
 
 def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
-    """The tree of a prompt and its continuations, which are token ids and not empty. Common
-    beginnings are one path.
+    """The tree of a prompt and its continuations, all of them token ids and none empty.
+    Continuations that begin alike share a branch.
     """
-    assert len(prompt) and all(len(ids) for ids in continuations)
-    tokens, positions, until = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-    at: list[int] = []
-    target: list[int] = []
-    paths: list[list[int]] = [[] for _ in continuations]
-    # of the continuation before: (token, query, its place in the row, if it is there)
-    stem: list[tuple[int, int, int | None]] = []
+    assert len(prompt) and all(map(len, continuations))
+    tokens = list(prompt)
+    positions = list(range(len(prompt)))
+    until = [0] * len(prompt)
+    query_parents: list[int] = []
+    query_targets: list[int] = []
+    continuation_queries: list[list[int]] = [[]] * len(continuations)
+    path: list[_Node] = []  # from below the prompt to the last token that was added
 
-    def close(depth: int) -> None:
-        for _, _, place in stem[depth:]:
-            if place is not None:
-                until[place] = len(tokens)
-        del stem[depth:]
-
-    # depth first, a beginning before what it begins
+    # In sorted order the tree is walked depth first, so that a subtree is a contiguous part of the
+    # row and `until` can describe it. A beginning comes before what it begins.
     for number in sorted(range(len(continuations)), key=lambda i: tuple(continuations[i])):
         ids = continuations[number]
-        close(common_length(ids, [token for token, _, _ in stem]))
-        for depth in range(len(stem), len(ids)):
-            above = len(prompt) - 1
-            if depth:
-                token, query, place = stem[-1]
-                if place is None:
-                    place = len(tokens)
-                    tokens.append(token)
+        shared = common_length(ids, [node.token for node in path])
+        _end_subtrees(path[shared:], until, len(tokens))
+        del path[shared:]
+
+        for depth in range(shared, len(ids)):
+            if depth == 0:
+                parent_index = len(prompt) - 1
+            else:
+                parent = path[-1]
+                # Only now that a token follows it does the parent have to be read.
+                if parent.index is None:
+                    parent.index = len(tokens)
+                    tokens.append(parent.token)
                     positions.append(len(prompt) + depth - 1)
                     until.append(0)
-                    stem[-1] = token, query, place
-                above = place
-            stem.append((ids[depth], len(at), None))
-            at.append(above)
-            target.append(ids[depth])
-        paths[number] = [query for _, query, _ in stem]
-    close(0)
+                parent_index = parent.index
+
+            path.append(_Node(ids[depth], query=len(query_targets)))
+            query_parents.append(parent_index)
+            query_targets.append(ids[depth])
+
+        continuation_queries[number] = [node.query for node in path]
+
+    _end_subtrees(path, until, len(tokens))
     until[: len(prompt)] = [len(tokens)] * len(prompt)
-    return Tree(*(np.asarray(x, np.int32) for x in (tokens, positions, until, at, target)), paths)
+
+    return Tree(
+        tokens=np.asarray(tokens, np.int32),
+        positions=np.asarray(positions, np.int32),
+        until=np.asarray(until, np.int32),
+        query_parents=np.asarray(query_parents, np.int32),
+        query_targets=np.asarray(query_targets, np.int32),
+        continuation_queries=continuation_queries,
+    )
+
+
+def _end_subtrees(nodes: Sequence[_Node], until: list[int], end: int) -> None:
+    """Notes in `until` that nothing more will grow below these nodes."""
+    for node in nodes:
+        if node.index is not None:
+            until[node.index] = end
 
 
 class MergedTree(NamedTuple):
     """Trees that begin alike, as one."""
 
-    tree: Tree
-    members: list[tuple[int, slice]]  # (a tree's number, its queries)
+    tree: Tree  # without `continuation_queries`, which stay those of the members
+    members: list[tuple[int, slice]]  # (number of a tree, its queries among the merged tree's)
 
 
-def merge_trees(trees: Sequence[Tree], most: int, least: int = 32) -> list[MergedTree]:
-    """Puts trees whose prompts begin with the same tokens (the same examples before a question,
-    say) into one row, where that beginning is computed once. The trees' log-probabilities stay what
-    they are.
+def merge_trees(trees: Sequence[Tree], max_tokens: int, min_shared: int = 32) -> list[MergedTree]:
+    """Puts trees whose prompts begin alike into one row (the same examples before each question,
+    for instance), so that their common beginning is computed once. Each tree's log-probabilities
+    stay what they are.
 
     Args:
-      most: tokens of a row; a longer tree stays alone.
-      least: tokens that have to be shared, and half of each prompt.
+      max_tokens: tokens of a row. A tree that is longer by itself stays alone.
+      min_shared: tokens that the prompts of a row must share. Half of each prompt must be shared
+        too.
     """
     prompts = [tree.prompt for tree in trees]
-    found, row, shared = [], [], 0
+    merged: list[MergedTree] = []
+    group: list[int] = []  # the trees of the row that is being filled
+    shared = 0  # tokens that their prompts have in common
 
-    def finish():
-        if row:
-            found.append(_merge(trees, row, shared))
-            row.clear()
-
+    # In sorted order, prompts that begin alike are neighbours.
     for number in sorted(range(len(trees)), key=prompts.__getitem__):
-        common = common_length(prompts[row[0]][:shared], prompts[number]) if row else 0
-        longer = common + sum(len(trees[n].tokens) - common for n in (*row, number))
-        if (
-            not row
-            or common < least
-            or any(2 * common < len(prompts[n]) for n in (*row, number))
-            or longer > most
-        ):
-            finish()
-            common = len(prompts[number])
-        row.append(number)
-        shared = common
-    finish()
-    return found
+        common = 0
+        if group:
+            common = common_length(prompts[group[0]][:shared], prompts[number])
+            candidates = [*group, number]
+            merged_length = common + sum(len(trees[n].tokens) - common for n in candidates)
+            longest_prompt = max(len(prompts[n]) for n in candidates)
+            if common < min_shared or 2 * common < longest_prompt or merged_length > max_tokens:
+                merged.append(_merge(trees, group, shared))
+                group = []
+
+        shared = common if group else len(prompts[number])
+        group.append(number)
+
+    if group:
+        merged.append(_merge(trees, group, shared))
+    return merged
 
 
-def _merge(trees: Sequence[Tree], row: Sequence[int], shared: int) -> MergedTree:
-    if len(row) == 1:
-        return MergedTree(trees[row[0]], [(row[0], slice(0, len(trees[row[0]].at)))])
-    parts = {name: [getattr(trees[row[0]], name)[:shared]] for name in ("tokens", "positions")}
-    until, at, target, members, end, queries = [np.zeros(shared, np.int32)], [], [], [], shared, 0
-    for number in row:
+def _merge(trees: Sequence[Tree], group: Sequence[int], shared: int) -> MergedTree:
+    """One tree of those in `group`, whose first `shared` tokens are the same."""
+    first = trees[group[0]]
+    if len(group) == 1:
+        return MergedTree(first, [(group[0], slice(0, len(first.query_targets)))])
+
+    tokens = [first.tokens[:shared]]
+    positions = [first.positions[:shared]]
+    branches_until = []
+    query_parents = []
+    query_targets = []
+    members = []
+    length = shared  # of the row so far
+    num_queries = 0
+
+    for number in group:
         tree = trees[number]
-        move = end - shared  # of what isn't shared
-        for name, part in parts.items():
-            part.append(getattr(tree, name)[shared:])
-        until.append(tree.until[shared:] + move)
-        at.append(np.where(tree.at < shared, tree.at, tree.at + move))
-        target.append(tree.target)
-        members.append((number, slice(queries, queries + len(tree.at))))
-        end, queries = end + len(tree.tokens) - shared, queries + len(tree.at)
-    until[0] += end
-    return MergedTree(
-        Tree(
-            *(np.concatenate(x).astype(np.int32) for x in (*parts.values(), until, at, target)),
-            paths=[],
-        ),
-        members,
+        offset = length - shared  # by which this tree's own tokens move to the right
+        tokens.append(tree.tokens[shared:])
+        positions.append(tree.positions[shared:])
+        branches_until.append(tree.until[shared:] + offset)
+
+        parents = tree.query_parents
+        query_parents.append(np.where(parents < shared, parents, parents + offset))
+        query_targets.append(tree.query_targets)
+        members.append((number, slice(num_queries, num_queries + len(tree.query_targets))))
+
+        length += len(tree.tokens) - shared
+        num_queries += len(tree.query_targets)
+
+    # All of the row descends from the shared beginning.
+    until = [np.full(shared, length), *branches_until]
+    tree = Tree(
+        tokens=_concatenate(tokens),
+        positions=_concatenate(positions),
+        until=_concatenate(until),
+        query_parents=_concatenate(query_parents),
+        query_targets=_concatenate(query_targets),
+        continuation_queries=[],
     )
+    return MergedTree(tree, members)
+
+
+def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int32)

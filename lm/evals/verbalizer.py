@@ -1,21 +1,14 @@
-"""Verbalizers: the words of each label as token sequences after a prompt, and what is made of their
-log-probabilities.
+"""Label words as tokens after a prompt, and checks that a model can tell them apart.
 
-All scores are functions of one array, the log-probability of every token of every word: none needs
-the model again.
+Scores out of their log-probabilities are in lm/evals/scores/label_scores.py.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-import numpy as np
-from scipy.special import logsumexp
-
+from lm.evals.scores.label_scores import LabelWord
 from lm.evals.tree import common_length
 
 BOUNDARIES = ("strict", "common_prefix", "lm_eval")
-NORMS = ("none", "token", "char", "byte")
-AGGREGATES = ("sum", "mean", "max", "logmeanexp")
 
 
 def split(
@@ -24,211 +17,150 @@ def split(
     words: Sequence[str],
     boundary: str,
 ) -> tuple[list[int], list[list[int]]]:
-    """(ids of the prompt, ids of each word after it). The words are those that a reader of prompt +
-    word would see; where a tokenizer merges across the boundary, `boundary` says what happens.
+    """Token ids of a prompt, and of each word after it.
 
-    strict: an error. common_prefix: what all joined texts and the prompt have in common is the
-    prompt, the rest is each word's, so that every word is scored from the same point. lm_eval: as
-    lm-evaluation-harness 0.4 does, for comparisons with it: white space at the prompt's end goes to
-    the word, and of the joined text as many ids as the prompt has are cut off, be they the prompt's
-    or not.
+    The words are tokenized as a reader of prompt + word would see them. Where the tokenizer merges
+    the end of the prompt with the beginning of a word, `boundary` says what happens:
+
+    strict: an error.
+    common_prefix: the prompt is what it and all joined texts have in common. The rest belongs to
+      the words, so that all of them are scored from the same point.
+    lm_eval: as lm-evaluation-harness 0.4 does, for comparisons with it. White space at the end of
+      the prompt goes to the word. Then as many ids as the prompt has are cut off the joined text,
+      whether they are the prompt's or not.
 
     Args:
-      encode_batch: the ids of texts, without special ones; whoever calls puts BOS before them.
+      encode_batch: gives the ids of texts without special ones. The caller puts BOS before them.
+
+    Returns:
+      (ids of the prompt, ids of each word)
 
     Raises:
-      ValueError: an unknown boundary; a word that is left without tokens; strict: a prompt that
-        isn't tokenized as itself before one of the words.
+      ValueError: an unknown boundary; a word that is left without tokens; with "strict" a prompt
+        whose ids change when a word follows.
     """
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary = {boundary!r}; valid: {list(BOUNDARIES)}")
-    if boundary == "lm_eval" and (stripped := prompt.rstrip()) != prompt:
-        prompt, words = stripped, [prompt[len(stripped) :] + word for word in words]
-    ids, *joined = encode_batch([prompt, *(prompt + word for word in words)])
-    length = len(ids)
+
+    if boundary == "lm_eval":
+        stripped = prompt.rstrip()
+        white_space = prompt[len(stripped) :]
+        words = [white_space + word for word in words]
+        prompt = stripped
+
+    # One call, because tokenizers encode a batch in parallel.
+    prompt_ids, *joined_ids = encode_batch([prompt, *(prompt + word for word in words)])
+    length = len(prompt_ids)
+
     if boundary == "strict":
-        for word, whole in zip(words, joined):
-            if whole[:length] != ids:
+        for word, joined in zip(words, joined_ids):
+            if joined[:length] != prompt_ids:
                 raise ValueError(
                     f"{word!r} after {prompt[-20:]!r} is not tokenized as the prompt and "
-                    f"something more ({whole[max(length - 3, 0) :]}, the prompt ends {ids[-3:]}): "
-                    "begin the word, or end the prompt, elsewhere, or take boundary = "
-                    "'common_prefix'"
+                    f"something more ({joined[max(length - 3, 0) :]}, the prompt ends "
+                    f"{prompt_ids[-3:]}): begin the word, or end the prompt, elsewhere, or take "
+                    "boundary = 'common_prefix'"
                 )
-    if boundary == "common_prefix":
-        length = min(common_length(ids, whole) for whole in joined)
-    for word, whole in zip(words, joined):
-        if len(whole) <= length:
+    elif boundary == "common_prefix":
+        length = min(common_length(prompt_ids, joined) for joined in joined_ids)
+        prompt_ids = prompt_ids[:length]
+
+    # Nothing is left of a word that the tokenizer merges with the prompt.
+    for word, joined in zip(words, joined_ids):
+        if len(joined) <= length:
+            advice = ""
+            if boundary == "lm_eval":
+                advice = ", and boundary = 'lm_eval' cuts it off; take 'common_prefix'"
             raise ValueError(
                 f"{word!r} after {prompt[-20:]!r} has no tokens of its own: the tokenizer merges "
-                "it with the prompt"
-                + (
-                    ", and boundary = 'lm_eval' cuts it off; take 'common_prefix'"
-                    if boundary == "lm_eval"
-                    else ""
-                )
+                f"it with the prompt{advice}"
             )
-    return (ids if boundary == "lm_eval" else ids[:length]), [whole[length:] for whole in joined]
+    return prompt_ids, [joined[length:] for joined in joined_ids]
 
 
-def audit(labels: Sequence[str], words: Sequence[tuple[int, str, list[int]]]) -> None:
-    """Checks words, each (its label's index, the word, its token ids), against each other.
+def check_words(
+    labels: Sequence[str], words: Sequence[LabelWord], word_ids: Sequence[list[int]]
+) -> None:
+    """Checks that each label has words, and that their tokens tell all words apart.
+
+    Args:
+      word_ids: the token ids of each word.
 
     Raises:
       ValueError: a label twice, or without words; a word without tokens; two words with the same
-        tokens, or one that another begins with: the shorter could never score below the longer.
+        tokens; a word with whose tokens another one begins, because the longer word could never
+        score above it.
     """
     if len(labels) != len(set(labels)):
         raise ValueError(f"the verbalizer has a label twice: {list(labels)}")
-    for i, label in enumerate(labels):
-        if not any(k == i for k, _, _ in words):
+
+    labels_with_words = {word.label for word in words}
+    for k, label in enumerate(labels):
+        if k not in labels_with_words:
             raise ValueError(f"the verbalizer has no word for the label {label!r}")
-    for number, (i, word, ids) in enumerate(words):
+
+    # Each word against each other one, of all labels.
+    for i, (word, ids) in enumerate(zip(words, word_ids)):
         if not ids:
-            raise ValueError(f"the verbalizer's word {word!r} of {labels[i]!r} has no tokens")
-        for other_number, (k, other, longer) in enumerate(words):
-            if other_number != number and longer[: len(ids)] == ids:
-                how = "are the same tokens" if ids == longer else "begin with the same tokens"
+            raise ValueError(
+                f"the verbalizer's word {word.text!r} of {labels[word.label]!r} has no tokens"
+            )
+        for j, (other, other_ids) in enumerate(zip(words, word_ids)):
+            if i != j and other_ids[: len(ids)] == ids:
+                how = "are" if ids == other_ids else "begin with"
                 raise ValueError(
-                    f"the verbalizer's words {word!r} of {labels[i]!r} and {other!r} of "
-                    f"{labels[k]!r} {how} ({ids} and {longer}): the model can't tell them apart. "
-                    "Change a word, or take a tokenizer that splits them otherwise."
+                    f"the verbalizer's words {word.text!r} of {labels[word.label]!r} and "
+                    f"{other.text!r} of {labels[other.label]!r} {how} the same tokens ({ids} and "
+                    f"{other_ids}): the model can't tell them apart. Change a word, or take a "
+                    "tokenizer that splits them otherwise."
                 )
 
 
-def audit_spaces(end: str, words: Sequence[str]) -> None:
-    """Checks words against the end of the text that stands before all of them, "" if that differs.
+def check_spaces(prompt_end: str, words: Sequence[str]) -> None:
+    """Checks the space between the prompts and the words.
+
+    Two spaces, or none between two words of a text, make other tokens than those that a model has
+    learnt for the word.
+
+    Args:
+      prompt_end: the text with which all prompts end; "" if their ends differ.
 
     Raises:
-      ValueError: two spaces would meet, or none stand between two words: either is spelt in other
-        tokens than what was meant.
+      ValueError: two spaces would meet, or no space stands between two words.
     """
+    # Only ASCII is checked: many other scripts write no space between words.
+    ends_a_word = prompt_end.isascii() and (
+        prompt_end[-1:].isalnum() or prompt_end.endswith(tuple(".,:;!?)"))
+    )
     for word in words:
-        if end.endswith(" ") and word.startswith(" "):
+        if prompt_end.endswith(" ") and word.startswith(" "):
             raise ValueError(
-                f"the prompt ends {end[-20:]!r} and the word is {word!r}: two spaces would meet; "
-                "end the prompt without one"
+                f"the prompt ends {prompt_end[-20:]!r} and the word is {word!r}: two spaces would "
+                "meet; end the prompt without one"
             )
-        if (
-            end
-            and word
-            and (end[-1].isalnum() or end[-1] in ".,:;!?)")
-            and end.isascii()
-            and word[0].isascii()
-            and word[0].isalnum()
-        ):
+        if ends_a_word and word[:1].isascii() and word[:1].isalnum():
             raise ValueError(
-                f"the prompt ends {end[-20:]!r} and the word is {word!r}, with nothing between "
-                "them: begin the word with a space"
+                f"the prompt ends {prompt_end[-20:]!r} and the word is {word!r}, with nothing "
+                "between them: begin the word with a space"
             )
 
 
-def audit_round_trip(
+def check_round_trip(
     decode: Callable[[list[int]], str],
-    prompt: Sequence[int],
-    words: Sequence[tuple[str, Sequence[int]]],
+    prompt_ids: Sequence[int],
+    words: Sequence[str],
+    word_ids: Sequence[Sequence[int]],
 ) -> None:
-    """Checks that words, each with its ids after a prompt, come back from the tokenizer as they
-    are.
+    """Checks that the tokenizer decodes each word, after the prompt, as it was written.
 
     Raises:
-      ValueError: one doesn't: the tokenizer has no such characters, or writes them otherwise, and
+      ValueError: it decodes a word otherwise, because it lacks a character or normalises the text:
         another text would be scored.
     """
-    for word, ids in words:
-        if not (said := decode([*prompt, *ids])).rstrip().endswith(word.strip()):
+    for word, ids in zip(words, word_ids):
+        decoded = decode([*prompt_ids, *ids])
+        if not decoded.rstrip().endswith(word.strip()):
             raise ValueError(
-                f"the word {word!r} comes back from the tokenizer as {said[-len(word) - 10 :]!r}: "
-                "write it as the tokenizer does, or take another"
+                f"the word {word!r} comes back from the tokenizer as "
+                f"{decoded[-len(word) - 10 :]!r}: write it as the tokenizer does, or take another"
             )
-
-
-class WordLogprobs(NamedTuple):
-    """Of n prompts and W words of at most T tokens."""
-
-    tokens: np.ndarray  # [n, W, T], the log-probability of each token, 0 behind a word's last
-    num_tokens: np.ndarray  # [n, W]
-    label: np.ndarray  # [W], the label's index
-    num_chars: np.ndarray  # [W], without the space before a word
-    num_bytes: np.ndarray  # [W], in UTF-8, without that space
-
-
-def word_logprobs(
-    paths: Sequence[Sequence[np.ndarray]], label: Sequence[int], words: Sequence[str]
-) -> WordLogprobs:
-    """From the log-probabilities of each word's tokens, prompt by prompt."""
-    num_tokens = np.array([[len(path) for path in row] for row in paths])
-    tokens = np.zeros((*num_tokens.shape, num_tokens.max()))
-    for i, row in enumerate(paths):
-        for j, path in enumerate(row):
-            tokens[i, j, : len(path)] = path
-    bare = [word.lstrip() for word in words]
-    return WordLogprobs(
-        tokens,
-        num_tokens,
-        np.asarray(label),
-        np.array([len(word) for word in bare]),
-        np.array([len(word.encode()) for word in bare]),
-    )
-
-
-def word_scores(logprobs: WordLogprobs, norm: str = "none") -> np.ndarray:
-    """[n, W] scores of the words: the log-probability of the word as a sequence, over 1 ("none"),
-    its tokens, characters or bytes.
-
-    lm-evaluation-harness's acc, acc_norm and acc_bytes are those with "none", "char" and "byte".
-    Sums favour short words (Brown et al. 2020, arXiv 2005.14165, section 2.4); over bytes they
-    don't depend on the tokenizer (Biderman et al. 2024, arXiv 2405.14782, appendix A).
-
-    Raises:
-      ValueError: another norm.
-    """
-    if norm not in NORMS:
-        raise ValueError(f"length_norm = {norm!r}; valid: {list(NORMS)}")
-    total = logprobs.tokens.sum(axis=2)
-    return (
-        total
-        / {
-            "none": np.ones(1),
-            "token": logprobs.num_tokens,
-            "char": logprobs.num_chars,
-            "byte": logprobs.num_bytes,
-        }[norm]
-    )
-
-
-def label_scores(
-    words: np.ndarray, label: np.ndarray, aggregate: str = "sum", weights: np.ndarray | None = None
-) -> np.ndarray:
-    """[n, K] scores of the labels out of word scores [n, W]: log of the sum of their probabilities
-    ("sum": the probability of the label, if the words are log-probabilities; `weights` [W]
-    multiplies each), the mean of the logs (OpenPrompt's ManualVerbalizer, Ding et al. 2022, arXiv
-    2111.01998), the best word's ("max"), or "logmeanexp": "sum" without its favour for labels of
-    many words.
-
-    Raises:
-      ValueError: another aggregate; weights for one that takes none, or that aren't positive.
-    """
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate = {aggregate!r}; valid: {list(AGGREGATES)}")
-    if weights is not None:
-        if aggregate != "sum" or len(weights) != len(label) or (np.asarray(weights) <= 0).any():
-            raise ValueError(
-                f"word weights {weights}, aggregate = {aggregate!r}: wanted a positive one for "
-                f"each of {len(label)} words, and 'sum'"
-            )
-        words = words + np.log(weights)
-    of = {
-        "sum": lambda x: logsumexp(x, axis=1),
-        "mean": lambda x: x.mean(axis=1),
-        "max": lambda x: x.max(axis=1),
-        "logmeanexp": lambda x: logsumexp(x, axis=1) - np.log(x.shape[1]),
-    }[aggregate]
-    return np.stack([of(words[:, label == k]) for k in range(label.max() + 1)], axis=1)
-
-
-def label_mass(logprobs: WordLogprobs) -> np.ndarray:
-    """[n], the probability of all words together: how much of the model's belief the verbalizer
-    sees. A low one says that the words or the boundary are wrong.
-    """
-    return np.exp(logsumexp(word_scores(logprobs), axis=1))

@@ -1,5 +1,7 @@
-"""Directories of Hugging Face checkpoints: config.json, safetensors in one or many files, the
-tokenizer's files. Nothing is downloaded, no code of theirs is run.
+"""Directories of Hugging Face checkpoints: config.json, safetensors in one file or many.
+
+Nothing is downloaded, and no code of a checkpoint is run. As in `lm.hf.families`, `hf_name` is
+Hugging Face's name of a tensor, and `path` is that of our parameter.
 """
 
 import collections
@@ -8,360 +10,526 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lm.hf import families, safetensors
-from lm.hf.families import Family, Tensor
+from lm.hf.families import Family, ParamSlice, Tensor
 
 INDEX = "model.safetensors.index.json"
 
+# Called with the bytes done so far, and with all there are.
+ProgressFn = Callable[[int, int], None]
+# What a file says about a tensor: (dtype, shape).
+TensorSpec = tuple[np.dtype, tuple[int, ...]]
+
 
 def is_checkpoint(directory) -> bool:
-    """Whether there is a config.json that names a model_type; a run's own names none."""
+    """Whether there is a config.json that names a model_type; that of a run names none."""
     try:
         return "model_type" in json.loads((directory / "config.json").read_text())
     except (OSError, ValueError, TypeError):
         return False
 
 
-def progress_line(what: str) -> Callable[[int, int], None]:
-    """A line on stderr that grows: the share of the bytes done."""
-    shown = [-1]
+# --- progress ---
+
+
+def progress_line(label: str) -> ProgressFn:
+    """Shows the share of the bytes done as a line on stderr that is written over."""
+    last_percent = -1
 
     def show(done: int, total: int) -> None:
+        nonlocal last_percent
         percent = 100 * done // max(total, 1)
-        if percent != shown[0] and jax.process_index() == 0:
-            shown[0] = percent
-            end = "\n" if done == total else ""
-            print(
-                f"\r{what}: {percent}% of {total / 1e9:.2f} GB",
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )
+        if percent == last_percent or jax.process_index() != 0:
+            return
+        last_percent = percent
+        end = "\n" if done == total else ""
+        text = f"\r{label}: {percent}% of {total / 1e9:.2f} GB"
+        print(text, end=end, file=sys.stderr, flush=True)
 
     return show
 
 
-class Source:
-    """A checkpoint directory, its headers read and checked.
+def _no_progress(done: int, total: int) -> None:
+    pass
+
+
+class _ByteCounter:
+    """Adds up bytes, and calls a ProgressFn with each new sum."""
+
+    def __init__(self, progress: ProgressFn, total: int):
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._progress(self._done, self._total)
+
+
+# --- reading ---
+
+
+class Checkpoint:
+    """A checkpoint directory whose config.json and headers have been read and checked.
+
+    Attributes:
+      config: config.json.
+      family: the model's family.
+      fields: those of our Config that config.json says.
+      entries: hf_name -> entry of all tensors.
 
     Raises:
-      ValueError: what is missing, unknown, twice there or of another shape than config.json says;
-        pickled weights.
+      ValueError: something is missing, unknown or there twice, or the weights are pickled.
     """
 
     def __init__(self, directory):
-        self.directory = directory = Path(directory)
+        self.directory = Path(directory)
+        self.config = _read_config_json(self.directory)
         try:
-            self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-        except FileNotFoundError:
-            raise ValueError(
-                f"{directory} has no config.json; wanted the directory of a Hugging Face checkpoint"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"{directory}/config.json is not JSON: {error}") from None
-        try:
-            self.family = families.family_of(self.config)
+            self.family = families.family_of_config(self.config)
             self.fields = families.read_config(self.config)
         except ValueError as error:
             raise ValueError(f"{directory}/{error}") from None
-        self.entries = _entries(directory)
-        self._drop_prefix()
 
-    def _drop_prefix(self) -> None:
-        """Some checkpoints are of the body alone, whose names lack its prefix."""
-        prefix = self.family.prefix
-        self.bare = bool(prefix) and not any(name.startswith(prefix) for name in self.entries)
-        if self.bare:
-            heads = {row.theirs for row in self.family.tensors if not row.theirs.startswith(prefix)}
-            self.entries = {
-                name if name in heads else prefix + name: entry
-                for name, entry in self.entries.items()
-            }
+        self.entries = _read_entries(self.directory)
+        self._lacks_prefix = self._add_missing_prefix()
+
+    def _add_missing_prefix(self) -> bool:
+        """Gives tensors their full names if this is a checkpoint of a model's body alone, whose
+        names lack the prefix. Returns whether it is one.
+        """
+        prefix = self.family.body_prefix
+        if not prefix or any(name.startswith(prefix) for name in self.entries):
+            return False
+
+        # Names outside of the body never had the prefix.
+        outside = {row.hf_name for row in self.family.tensors}
+        outside = {name for name in outside if not name.startswith(prefix)}
+        entries = {}
+        for name, entry in self.entries.items():
+            entries[name if name in outside else prefix + name] = entry
+        self.entries = entries
+        return True
 
     def dtype(self) -> str:
-        """The dtype that holds all of its weights exactly: bfloat16 if all are, else float32."""
-        dtypes = {
-            str(entry.dtype)
-            for name, entry in self.entries.items()
-            if not re.search(self.family.buffers, name)
-        }
+        """The dtype that holds all weights exactly: bfloat16 if all of them are, else float32."""
+        dtypes = set()
+        for name, entry in self.entries.items():
+            if not self._is_buffer(name):
+                dtypes.add(str(entry.dtype))
         return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
     def record(self) -> dict[str, Any]:
-        """What `save_as` needs: config.json, and each tensor's dtype and file by the name that it
-        has there.
+        """What `save_as` needs, in JSON: config.json, and the dtype and file of each tensor, by the
+        name that it has in the file.
         """
-        prefix = self.family.prefix if self.bare else ""
-        return {
-            "config": self.config,
-            "tensors": {
-                name.removeprefix(prefix): [safetensors.NAMES[entry.dtype], entry.path.name]
-                for name, entry in self.entries.items()
-            },
-        }
+        prefix = self.family.body_prefix if self._lacks_prefix else ""
+        tensors = {}
+        for name, entry in self.entries.items():
+            dtype_name = safetensors.NAMES[entry.dtype]
+            tensors[name.removeprefix(prefix)] = [dtype_name, entry.path.name]
+        return {"config": self.config, "tensors": tensors}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises ValueError unless the tensors are those of a model with these parameters (path ->
-        shape).
-        """
-        wanted = _their_shapes(self.family, shapes)
-        tied = "head/table" not in shapes
-        extra = [
-            name
-            for name in self.entries
-            if name not in wanted and not re.search(self.family.buffers, name)
-        ]
-        if tied:
-            extra = [name for name in extra if name not in _named(self.family, "head/table")]
-        where = f"{self.directory}: a {self.family.name} of config.json's sizes"
-        if missing := [name for name in wanted if name not in self.entries]:
-            raise ValueError(
-                f"{where} needs {len(missing)} tensor(s) that are not there: {_some(missing)}; "
-                f"there are {_some(list(self.entries))}"
-            )
-        if extra:
-            raise ValueError(
-                f"{where} has no tensor(s) {_some(extra)}: what they are for would be lost"
-            )
-        if wrong := [
-            f"{name} {list(self.entries[name].shape)}, wanted {list(shape)}"
-            for name, shape in wanted.items()
-            if self.entries[name].shape != shape
-        ]:
-            raise ValueError(f"{where}: {_some(wrong)}")
-        if tied:
-            table, heads = (
-                _named(self.family, "embed/table")[0],
-                [n for n in _named(self.family, "head/table") if n in self.entries],
-            )
-            if heads and not np.array_equal(
-                self.entries[table].read(), self.entries[heads[0]].read()
-            ):
-                raise ValueError(
-                    f"{self.directory}: tie_word_embeddings is set, but {heads[0]} is not {table}"
-                )
-
-    def load(self, abstract, progress: Callable[[int, int], None] = lambda done, total: None):
-        """The parameters, on their devices. Beside them there is one tensor in memory, and where
-        devices have memory of their own, this process's part of one stack of layers.
+        """Checks that the tensors are those of a model with these parameters.
 
         Args:
-          abstract: tree of ShapeDtypeStructs with shardings.
-          progress: called with the bytes read and those there are.
+          shapes: path -> shape.
+
+        Raises:
+          ValueError: tensors are missing, of another shape, or not known.
         """
-        flat = _flat(abstract)
-        shapes = {path: leaf.shape for path, leaf in flat.items()}
-        self.check(shapes)
-        heads = self.fields["num_heads"]
-        by_path = collections.defaultdict(list)
-        for place in families.places(self.family, shapes):
-            by_path[place.row.ours].append(place)
-        total, done, arrays = (
-            sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flat.values()),
-            0,
-            {},
-        )
-        for path, leaf in flat.items():
-            devices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-            # devices with the same part share one buffer
-            parts = {str(index): index for index in devices.values()}
-            buffers = {
-                key: _aligned(_part_shape(leaf.shape, index), leaf.dtype)
-                for key, index in parts.items()
-            }
-            within = {
-                key: [range(size)[part] for size, part in zip(leaf.shape, index)]
-                for key, index in parts.items()
-            }
-            for row, at, name in by_path[path]:
-                shape = leaf.shape[len(at) :]
-                having = [
-                    key for key in parts if all(i in taken for i, taken in zip(at, within[key]))
-                ]
-                array = to_ours(row, self.entries[name].read(), shape, heads) if having else None
-                for key in having:
-                    inside = tuple(taken.index(i) for i, taken in zip(at, within[key]))
-                    safetensors.copy(buffers[key][inside], array[parts[key][len(at) :]])
-                done += math.prod(shape) * leaf.dtype.itemsize
-                progress(done, total)
-            on_devices = [
-                jax.device_put(buffers[str(index)], device) for device, index in devices.items()
-            ]
-            arrays[path] = jax.make_array_from_single_device_arrays(
-                leaf.shape, leaf.sharding, on_devices
+        expected = _hf_shapes(self.family, shapes)
+        # A model whose head is the embedding has no parameter for it.
+        is_tied = "head/table" not in shapes
+        where = f"{self.directory}: a {self.family.name} of config.json's sizes"
+
+        missing = [name for name in expected if name not in self.entries]
+        if missing:
+            raise ValueError(
+                f"{where} needs {len(missing)} tensor(s) that are not there: {_listed(missing)}; "
+                f"there are {_listed(list(self.entries))}"
             )
-        return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in flat])
+
+        # A tied head may be stored all the same.
+        known = set(expected)
+        if is_tied:
+            known |= set(_hf_names(self.family, "head/table"))
+        extra = [name for name in self.entries if name not in known and not self._is_buffer(name)]
+        if extra:
+            raise ValueError(
+                f"{where} has no tensor(s) {_listed(extra)}: what they are for would be lost"
+            )
+
+        wrong = []
+        for name, shape in expected.items():
+            stored = self.entries[name].shape
+            if stored != shape:
+                wrong.append(f"{name} {list(stored)}, wanted {list(shape)}")
+        if wrong:
+            raise ValueError(f"{where}: {_listed(wrong)}")
+
+        if is_tied:
+            self._check_tied_head()
+
+    def _check_tied_head(self) -> None:
+        """Raises ValueError if a head is stored that is not the embedding."""
+        table = _hf_names(self.family, "embed/table")[0]
+        heads = [name for name in _hf_names(self.family, "head/table") if name in self.entries]
+        if heads and not np.array_equal(self.entries[table].read(), self.entries[heads[0]].read()):
+            raise ValueError(
+                f"{self.directory}: tie_word_embeddings is set, but {heads[0]} is not {table}"
+            )
+
+    def _is_buffer(self, hf_name: str) -> bool:
+        return re.search(self.family.buffer_pattern, hf_name) is not None
+
+    def load(self, abstract_params, progress: ProgressFn = _no_progress):
+        """Loads the parameters onto their devices.
+
+        Besides the parameters there is one tensor in memory, and where devices have memory of their
+        own, this process's part of one stack of layers.
+
+        Args:
+          abstract_params: tree of ShapeDtypeStructs with shardings.
+          progress: counts the bytes of parameters.
+
+        Raises:
+          ValueError: see `check`.
+        """
+        flat = _flatten(abstract_params)
+        shapes = _shapes(flat)
+        self.check(shapes)
+
+        # One parameter after the other: only its part is in host memory, not that of the model.
+        slices = collections.defaultdict(list)
+        for param_slice in families.param_slices(self.family, shapes):
+            slices[param_slice.row.path].append(param_slice)
+
+        total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flat.values())
+        counter = _ByteCounter(progress, total)
+        params = [self._load_param(leaf, slices[path], counter) for path, leaf in flat.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract_params), params)
+
+    def _load_param(
+        self,
+        leaf: jax.ShapeDtypeStruct,
+        slices: Sequence[ParamSlice],
+        counter: _ByteCounter,
+    ) -> jax.Array:
+        """Builds one parameter from its slices, on the devices of its sharding."""
+        indices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+
+        # Devices with the same part share one buffer. Before Python 3.12 slices can't be hashed, so
+        # their texts are the keys.
+        parts = {}
+        for index in indices.values():
+            if str(index) not in parts:
+                parts[str(index)] = _make_local_part(leaf, index)
+
+        for param_slice in slices:
+            stack_index = param_slice.index
+            shape = leaf.shape[len(stack_index) :]
+
+            # A tensor that no device of this process has a part of is not read.
+            holders = [part for part in parts.values() if part.contains(stack_index)]
+            if holders:
+                array = self._read_slice(param_slice, shape)
+                for part in holders:
+                    part.fill(stack_index, array)
+            counter.add(math.prod(shape) * leaf.dtype.itemsize)
+
+        buffers = []
+        for device, index in indices.items():
+            buffers.append(jax.device_put(parts[str(index)].buffer, device))
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, buffers)
+
+    def _read_slice(self, param_slice: ParamSlice, shape: tuple[int, ...]) -> np.ndarray:
+        tensor = self.entries[param_slice.hf_name].read()
+        return to_param(param_slice.row, tensor, shape, self.fields["num_heads"])
 
 
-def _aligned(shape, dtype) -> np.ndarray:
+class _LocalPart(NamedTuple):
+    """A part of a parameter that devices of this process hold, and the memory to build it in."""
+
+    index: tuple[slice, ...]  # in the whole parameter
+    positions: list[range]  # the same, dim by dim
+    buffer: np.ndarray
+
+    def contains(self, stack_index: tuple[int, ...]) -> bool:
+        """Whether it has something of this layer (and expert)."""
+        return all(i in positions for i, positions in zip(stack_index, self.positions))
+
+    def fill(self, stack_index: tuple[int, ...], array: np.ndarray) -> None:
+        """Copies what it has of this layer (and expert) out of the whole layer's array."""
+        local_index = []
+        for i, positions in zip(stack_index, self.positions):
+            local_index.append(positions.index(i))
+
+        inner_index = self.index[len(stack_index) :]
+        safetensors.copy_into(self.buffer[tuple(local_index)], array[inner_index])
+
+
+def _make_local_part(leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> _LocalPart:
+    positions = [range(size)[part] for size, part in zip(leaf.shape, index)]
+    shape = tuple(map(len, positions))
+    return _LocalPart(index, positions, _empty_aligned(shape, leaf.dtype))
+
+
+def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
     """An empty array that a CPU device takes over as it is, instead of copying it."""
     dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
+    num_bytes = math.prod(shape) * dtype.itemsize
+
+    # XLA wants buffers to begin at a multiple of 64 bytes.
+    raw = np.empty(num_bytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def _part_shape(shape, index) -> tuple[int, ...]:
-    return tuple(len(range(size)[part]) for size, part in zip(shape, index))
+def _read_config_json(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{directory} has no config.json; wanted the directory of a Hugging Face checkpoint"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json is not JSON: {error}") from None
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _read_entries(directory: Path) -> dict[str, safetensors.Entry]:
+    """The entries of all tensors of a directory's files, by hf_name."""
+    # Checkpoints in several files have an index, those in one file don't.
+    has_index = (directory / INDEX).exists()
+    weight_map = _read_weight_map(directory) if has_index else {}
+    files = sorted(set(weight_map.values())) if has_index else [_only_file(directory)]
 
-
-def _named(family: Family, path: str) -> list[str]:
-    return [row.theirs for row in family.tensors if row.ours == path]
-
-
-def _entries(directory: Path) -> dict[str, safetensors.Entry]:
-    """All tensors of a directory's files."""
-    index = directory / INDEX
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{index} can't be read ({type(error).__name__}: {error}); wanted JSON with a "
-                "weight_map of tensors to files"
-            ) from None
-        if bad := [name for name in files if not isinstance(name, str) or Path(name).name != name]:
-            raise ValueError(f"{index} names {bad}; wanted files in the same directory")
-        if gone := [name for name in files if not (directory / name).exists()]:
-            raise ValueError(
-                f"{directory} lacks {_some(gone)}, which {INDEX} names; copy the whole directory"
-            )
-    else:
-        weight_map, files = None, sorted(path.name for path in directory.glob("*.safetensors"))
-        if not files:
-            pickled = sorted(path.name for path in directory.glob("*.bin")) + sorted(
-                path.name for path in directory.glob("*.pt")
-            )
-            raise ValueError(
-                f"{directory} has no safetensors"
-                + (
-                    f", but pickled weights ({_some(pickled)}), which can run any code when they "
-                    "are read, so they are not. Where you trust them, transformers' "
-                    "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes "
-                    "safetensors"
-                    if pickled
-                    else ""
-                )
-            )
-        if len(files) > 1:
-            raise ValueError(
-                f"{directory} has {_some(files)}, but no {INDEX} that says what belongs together"
-            )
-    found: dict[str, safetensors.Entry] = {}
-    for name in files:
-        for tensor, entry in safetensors.entries(directory / name).items():
-            if tensor in found:
+    entries: dict[str, safetensors.Entry] = {}
+    for file in files:
+        for name, entry in safetensors.entries(directory / file).items():
+            if name in entries:
                 raise ValueError(
-                    f"{directory}: tensor {tensor} is in {found[tensor].path.name} and in {name}"
+                    f"{directory}: tensor {name} is in {entries[name].path.name} and in {file}"
                 )
-            found[tensor] = entry
-    if weight_map is not None:
-        if moved := [
-            name
-            for name, file in weight_map.items()
-            if name not in found or found[name].path.name != file
-        ]:
-            raise ValueError(
-                f"{directory}: {INDEX} names tensors that their files don't have: {_some(moved)}"
-            )
-    return found
+            entries[name] = entry
+
+    # Files that were copied apart, or of different versions, don't fit their index.
+    misplaced = []
+    for name, file in weight_map.items():
+        if name not in entries or entries[name].path.name != file:
+            misplaced.append(name)
+    if misplaced:
+        raise ValueError(
+            f"{directory}: {INDEX} names tensors that their files don't have: {_listed(misplaced)}"
+        )
+    return entries
 
 
-def _split(row: Tensor, array_shape, heads: int) -> tuple[tuple[int, ...], int]:
-    """The shape in which a fused tensor's parts have a dim of their own, and which dim that is."""
-    axis = len(array_shape) - 1 if row.layout == "conv1d" else 0
-    groups, parts = heads if row.per_head else 1, row.part[1]
-    return (
-        *array_shape[:axis],
-        groups,
-        parts,
-        array_shape[axis] // (groups * parts),
-        *array_shape[axis + 1 :],
-    ), axis + 1
+def _read_weight_map(directory: Path) -> dict[str, str]:
+    """The index of a checkpoint in several files, hf_name -> file.
+
+    Raises:
+      ValueError: it can't be read, or names files elsewhere, or files that are missing.
+    """
+    index = directory / INDEX
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} can't be read ({type(error).__name__}: {error}); wanted JSON with a "
+            "weight_map of tensors to files"
+        ) from None
+
+    # A stranger's index must not lead to files outside of its directory.
+    bad = [name for name in files if not isinstance(name, str) or Path(name).name != name]
+    if bad:
+        raise ValueError(f"{index} names {bad}; wanted files in the same directory")
+
+    missing = [name for name in files if not (directory / name).exists()]
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {_listed(missing)}, which {INDEX} names; copy the whole directory"
+        )
+    return weight_map
 
 
-def to_ours(row: Tensor, array: np.ndarray, shape: tuple[int, ...], heads: int) -> np.ndarray:
-    """Our parameter (of one layer) out of their tensor; a view where it can be."""
-    if row.part[1] > 1:
-        split, axis = _split(row, array.shape, heads)
-        array = np.take(array.reshape(split), row.part[0], axis)
-        array = array.reshape(*array.shape[: axis - 1], -1, *array.shape[axis + 1 :])
-    return (array.T if row.layout == "linear" else array).reshape(shape)
+def _only_file(directory: Path) -> str:
+    """The safetensors file of a directory without an index.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(files) > 1:
+        raise ValueError(
+            f"{directory} has {_listed(files)}, but no {INDEX} that says what belongs together"
+        )
+    if files:
+        return files[0]
+
+    pickled = [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt"))]
+    problem = f"{directory} has no safetensors"
+    if pickled:
+        problem += (
+            f", but pickled weights ({_listed([path.name for path in pickled])}), which can run "
+            "any code when they are read, so they are not. Where you trust them, transformers' "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors"
+        )
+    raise ValueError(problem)
 
 
-def to_theirs(group: list[tuple[Tensor, np.ndarray]], heads: int) -> np.ndarray:
-    """Their tensor out of our parameters, one or those that it fuses."""
-    arrays = []
-    for row, array in sorted(group, key=lambda item: item[0].part):
-        if row.layout == "table":
-            flat = array
-        elif row.layout == "vector":
-            flat = array.reshape(-1)
-        else:
-            flat = array.reshape(math.prod(array.shape[: row.inputs]), -1)
-            flat = flat.T if row.layout == "linear" else flat
-        arrays.append(flat)
-    row = group[0][0]
-    if row.part[1] == 1:
+def _listed(names: Sequence[str]) -> str:
+    """The first six names, and how many more there are."""
+    rest = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + rest
+
+
+# --- tensors of the files and our parameters ---
+
+
+def _output_axis(row: Tensor, num_dims: int) -> int:
+    """The dim of a tensor in the files that fused parts lie along."""
+    return num_dims - 1 if row.layout == "conv1d" else 0
+
+
+def to_param(row: Tensor, tensor: np.ndarray, shape: tuple[int, ...], num_heads: int) -> np.ndarray:
+    """Our parameter (of one layer) from a tensor of the files; a view where it can be.
+
+    Args:
+      row: of the family's table.
+      shape: of the parameter.
+    """
+    part, num_parts = row.part
+    if num_parts > 1:
+        # [..., groups * parts * size, ...] -> [..., groups, parts, size, ...], of which one part is
+        # taken. Where the parts alternate from head to head each head is a group.
+        axis = _output_axis(row, tensor.ndim)
+        before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
+        groups = num_heads if row.per_head else 1
+        size = tensor.shape[axis] // (groups * num_parts)
+
+        apart = tensor.reshape(*before, groups, num_parts, size, *after)
+        tensor = np.take(apart, part, axis + 1).reshape(*before, groups * size, *after)
+
+    return (tensor.T if row.layout == "linear" else tensor).reshape(shape)
+
+
+def from_params(parts: Iterable[tuple[Tensor, np.ndarray]], num_heads: int) -> np.ndarray:
+    """A tensor of the files from our parameters (of one layer): the inverse of `to_param`.
+
+    Args:
+      parts: the parameter, or all those that the tensor fuses, with their rows of the table.
+    """
+    in_order = sorted(parts, key=_part_number)
+    arrays = [_in_hf_layout(row, array) for row, array in in_order]
+    if len(arrays) == 1:
         return arrays[0]
-    shape = list(arrays[0].shape)
-    axis = len(shape) - 1 if row.layout == "conv1d" else 0
-    groups = heads if row.per_head else 1
-    apart = [a.reshape(*shape[:axis], groups, -1, *shape[axis + 1 :]) for a in arrays]
-    return np.stack(apart, axis + 1).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    row = in_order[0][0]
+    axis = _output_axis(row, arrays[0].ndim)
+    before, after = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
+    groups = num_heads if row.per_head else 1
+
+    # [..., groups * size, ...] each -> [..., groups, parts, size, ...] -> [..., out, ...].
+    grouped = [array.reshape(*before, groups, -1, *after) for array in arrays]
+    return np.stack(grouped, axis + 1).reshape(*before, -1, *after)
 
 
-def _grouped(family: Family, shapes) -> dict[str, list[families.Place]]:
-    """Their tensors in order, each with the places that it is made of."""
+def _part_number(part: tuple[Tensor, np.ndarray]) -> int:
+    row, _ = part
+    return row.part[0]
+
+
+def _in_hf_layout(row: Tensor, array: np.ndarray) -> np.ndarray:
+    """A parameter (of one layer) as a table, a vector or a matrix, as the files have it."""
+    if row.layout == "table":
+        return array
+    if row.layout == "vector":
+        return array.reshape(-1)
+
+    # Ours have a dim each for heads and their size, [D, N, H] or [N, H, D]; theirs are matrices.
+    num_inputs = math.prod(array.shape[: row.num_inputs])
+    matrix = array.reshape(num_inputs, -1)
+    return matrix.T if row.layout == "linear" else matrix
+
+
+def _hf_shapes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """hf_name -> shape of every tensor of a model whose parameters have these shapes."""
+    hf_shapes = {}
+    for name, slices in _slices_by_tensor(family, shapes).items():
+        # Fused parameters are equal parts: the first one tells the size of all.
+        row, stack_index, _ = slices[0]
+        shape = shapes[row.path][len(stack_index) :]
+        _, num_parts = row.part
+        num_inputs = math.prod(shape[: row.num_inputs])
+        num_outputs = math.prod(shape[row.num_inputs :]) * num_parts
+
+        if row.layout == "table":
+            hf_shapes[name] = tuple(shape)
+        elif row.layout == "vector":
+            hf_shapes[name] = (math.prod(shape) * num_parts,)
+        elif row.layout == "conv1d":
+            hf_shapes[name] = (num_inputs, num_outputs)
+        else:
+            hf_shapes[name] = (num_outputs, num_inputs)
+    return hf_shapes
+
+
+def _slices_by_tensor(
+    family: Family, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[ParamSlice]]:
+    """hf_name -> the slices of parameters that the tensor holds, layer by layer."""
     groups = collections.defaultdict(list)
-    for place in families.places(family, shapes):
-        groups[place.theirs].append(place)
+    for param_slice in families.param_slices(family, shapes):
+        groups[param_slice.hf_name].append(param_slice)
     return groups
 
 
-def _their_shapes(family: Family, shapes) -> dict[str, tuple[int, ...]]:
-    """name -> shape of every tensor of a model with these parameters."""
-    found = {}
-    for name, group in _grouped(family, shapes).items():
-        row, at, _ = group[0]
-        whole = shapes[row.ours][len(at) :]
-        sizes = math.prod(whole[: row.inputs]), math.prod(whole[row.inputs :]) * row.part[1]
-        found[name] = {
-            "table": tuple(whole),
-            "vector": (math.prod(whole) * row.part[1],),
-            "conv1d": sizes,
-            "linear": sizes[::-1],
-        }[row.layout]
-    return found
+def _hf_names(family: Family, path: str) -> list[str]:
+    return [row.hf_name for row in family.tensors if row.path == path]
 
 
-def their_tensors(family: Family, params, heads: int) -> dict[str, Callable[[], np.ndarray]]:
-    """name -> a function that makes that tensor of theirs out of our parameters, in the order of
-    the layers.
+def _flatten(tree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _shapes(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+# --- writing ---
+
+
+def hf_tensors(family: Family, params, num_heads: int) -> dict[str, Callable[[], np.ndarray]]:
+    """The tensors of the files from our parameters.
+
+    Returns:
+      hf_name -> a function that makes the tensor, layer by layer: one is in memory at a time.
     """
-    flat = _flat(params)
-    part = lambda place: (place.row, np.asarray(flat[place.row.ours][place.index]))
-    return {
-        name: functools.partial(
-            lambda group: to_theirs([part(place) for place in group], heads), group
-        )
-        for name, group in _grouped(
-            family, {path: leaf.shape for path, leaf in flat.items()}
-        ).items()
-    }
+    flat = _flatten(params)
+    makers = {}
+    for name, slices in _slices_by_tensor(family, _shapes(flat)).items():
+        makers[name] = functools.partial(_make_hf_tensor, flat, slices, num_heads)
+    return makers
+
+
+def _make_hf_tensor(
+    flat_params: Mapping[str, Any], slices: Sequence[ParamSlice], num_heads: int
+) -> np.ndarray:
+    parts = []
+    for row, stack_index, _ in slices:
+        parts.append((row, np.asarray(flat_params[row.path][stack_index])))
+    return from_params(parts, num_heads)
 
 
 def save(
@@ -372,55 +540,62 @@ def save(
     *,
     token_ids: Mapping[str, int | None],
     shard_bytes: int = 5 * 10**9,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressFn = _no_progress,
 ) -> None:
     """Writes a checkpoint that transformers loads: config.json and safetensors, each tensor in its
     parameter's dtype.
 
     Args:
+      fields: of the model's Config.
       token_ids: bos_token_id, eos_token_id and pad_token_id.
-      shard_bytes: of a file, at most (a tensor is never cut).
+      shard_bytes: the most of a file, unless a single tensor is larger.
+      progress: counts the bytes of tensors.
 
     Raises:
       ValueError: the family has no such model.
     """
-    flat = _flat(params)
-    shapes = {path: leaf.shape for path, leaf in flat.items()}
-    dtypes = {
-        name: np.dtype(flat[group[0].row.ours].dtype)
-        for name, group in _grouped(family, shapes).items()
-    }
-    about = {name: (dtypes[name], shape) for name, shape in _their_shapes(family, shapes).items()}
-    config = (
-        families.write_config(family, fields)
-        | token_ids
-        | {"torch_dtype": "bfloat16" if "bfloat16" in map(str, dtypes.values()) else "float32"}
-    )
+    flat = _flatten(params)
+    shapes = _shapes(flat)
+    hf_shapes = _hf_shapes(family, shapes)
+    specs = {}
+    for name, slices in _slices_by_tensor(family, shapes).items():
+        dtype = np.dtype(flat[slices[0].row.path].dtype)
+        specs[name] = (dtype, hf_shapes[name])
+
+    # Norms are in f32 beside weights in bf16; the config has one dtype for all.
+    has_bfloat16 = any(str(dtype) == "bfloat16" for dtype, _ in specs.values())
+    config = families.write_config(family, fields)
+    config |= token_ids
+    config |= {"torch_dtype": "bfloat16" if has_bfloat16 else "float32"}
+
+    files = _split_into_files(specs, shard_bytes)
+    makers = hf_tensors(family, params, fields["num_heads"])
+    _write(directory, config, files, specs, makers, progress)
+
+
+def _split_into_files(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict[str, list[str]]:
+    """file -> hf_names of its tensors: in order, each file as full as it may be."""
     shards: list[list[str]] = [[]]
-    for name, size in (
-        (name, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in about.items()
-    ):
-        if (
-            shards[-1]
-            and size + sum(about[n][0].itemsize * math.prod(about[n][1]) for n in shards[-1])
-            > shard_bytes
-        ):
+    shard_size = 0
+    for name, spec in specs.items():
+        size = _num_bytes(spec)
+        if shards[-1] and shard_size + size > shard_bytes:
             shards.append([])
+            shard_size = 0
         shards[-1].append(name)
-    files = {
-        "model.safetensors"
-        if len(shards) == 1
-        else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names
-        for i, names in enumerate(shards)
-    }
-    _write(
-        directory,
-        config,
-        files,
-        about,
-        their_tensors(family, params, fields["num_heads"]),
-        progress,
-    )
+        shard_size += size
+
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    files = {}
+    for number, names in enumerate(shards, 1):
+        files[f"model-{number:05d}-of-{len(shards):05d}.safetensors"] = names
+    return files
+
+
+def _num_bytes(spec: TensorSpec) -> int:
+    dtype, shape = spec
+    return dtype.itemsize * math.prod(shape)
 
 
 def save_as(
@@ -429,69 +604,91 @@ def save_as(
     fields: Mapping[str, Any],
     params,
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressFn = _no_progress,
 ) -> None:
-    """Writes a checkpoint back as it came: config.json, names, dtypes and files.
+    """Writes a checkpoint back as it came: the same config.json, names, dtypes and files.
 
     Args:
-      original: `Source.record()` of the checkpoint that the parameters came from.
+      original: `Checkpoint.record()` of the one that the parameters came from.
+      fields: of the model's Config.
+      progress: counts the bytes of tensors.
 
     Raises:
       ValueError: the parameters are of another model than that checkpoint's.
     """
     config, recorded = original["config"], original["tensors"]
-    family = families.family_of(config)
-    theirs = families.read_config(config)
-    if wrong := [name for name in theirs if theirs[name] != fields[name]]:
-        raise ValueError(
-            "the model was changed since it was imported: "
-            f"{', '.join(f'{name} = {fields[name]!r}, was {theirs[name]!r}' for name in wrong)}"
-        )
-    flat = _flat(params)
-    shapes = _their_shapes(family, {path: leaf.shape for path, leaf in flat.items()})
-    make = their_tensors(family, params, fields["num_heads"])
-    table = _named(family, "embed/table")[0]
-    for head in _named(family, "head/table"):  # tied, and there all the same
-        if head in recorded and head not in make:
-            make[head], shapes[head] = make[table], shapes[table]
-    bare = lambda name: name if name in recorded else name.removeprefix(family.prefix)
-    make, shapes = ({bare(name): value for name, value in d.items()} for d in (make, shapes))
-    about = {
-        name: (np.dtype(safetensors.DTYPES[recorded[name][0]]), shape)
-        for name, shape in shapes.items()
-    }
+    family = families.family_of_config(config)
+    original_fields = families.read_config(config)
+    changed = [name for name, value in original_fields.items() if value != fields[name]]
+    if changed:
+        changes = [f"{name} = {fields[name]!r}, was {original_fields[name]!r}" for name in changed]
+        raise ValueError(f"the model was changed since it was imported: {', '.join(changes)}")
+
+    shapes = _hf_shapes(family, _shapes(_flatten(params)))
+    makers = hf_tensors(family, params, fields["num_heads"])
+
+    # Some checkpoints store a tied head all the same.
+    table = _hf_names(family, "embed/table")[0]
+    for head in _hf_names(family, "head/table"):
+        if head in recorded and head not in makers:
+            makers[head] = makers[table]
+            shapes[head] = shapes[table]
+
+    recorded_makers = {}
+    specs = {}
+    for full_name, make in makers.items():
+        # A checkpoint of a body alone has names without the prefix.
+        lacks_prefix = full_name not in recorded
+        name = full_name.removeprefix(family.body_prefix) if lacks_prefix else full_name
+        dtype_name, _ = recorded[name]
+        recorded_makers[name] = make
+        specs[name] = (np.dtype(safetensors.DTYPES[dtype_name]), shapes[full_name])
+
     files = collections.defaultdict(list)
-    for name in recorded:
-        if name in make:  # buffers are left out
-            files[recorded[name][1]].append(name)
-    _write(directory, config, files, about, make, progress)
+    for name, (_, file) in recorded.items():
+        # Buffers are no parameters, and are left out.
+        if name in recorded_makers:
+            files[file].append(name)
+    _write(directory, config, files, specs, recorded_makers, progress)
 
 
-def _flat(tree) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+def _write(
+    directory: Path,
+    config: Mapping[str, Any],
+    files: Mapping[str, Sequence[str]],
+    specs: Mapping[str, TensorSpec],
+    makers: Mapping[str, Callable[[], np.ndarray]],
+    progress: ProgressFn,
+) -> None:
+    """Writes the files of a checkpoint. config.json, which `is_checkpoint` looks for, comes last.
 
-
-def _write(directory: Path, config, files: Mapping[str, list[str]], about, make, progress) -> None:
+    Args:
+      files: file -> hf_names of its tensors.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    total, done = sum(dtype.itemsize * math.prod(shape) for dtype, shape in about.values()), 0
-
-    def arrays(names):
-        nonlocal done
-        for name in names:
-            dtype, shape = about[name]
-            yield make[name]().astype(dtype)
-            done += dtype.itemsize * math.prod(shape)
-            progress(done, total)
-
+    total = sum(map(_num_bytes, specs.values()))
+    counter = _ByteCounter(progress, total)
     for file, names in files.items():
-        safetensors.write(directory / file, {name: about[name] for name in names}, arrays(names))
+        file_specs = {name: specs[name] for name in names}
+        arrays = _make_arrays(file_specs, makers, counter)
+        safetensors.write(directory / file, file_specs, arrays)
+
     if len(files) > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: file for file, names in files.items() for name in names},
-        }
+        weight_map = {}
+        for file, names in files.items():
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _make_arrays(
+    specs: Mapping[str, TensorSpec],
+    makers: Mapping[str, Callable[[], np.ndarray]],
+    counter: _ByteCounter,
+) -> Iterator[np.ndarray]:
+    """Yields the tensors, each made when it is asked for."""
+    for name, spec in specs.items():
+        dtype, _ = spec
+        yield makers[name]().astype(dtype)
+        counter.add(_num_bytes(spec))

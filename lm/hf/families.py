@@ -1,619 +1,582 @@
 """The model families of Hugging Face checkpoints: one table each, read both ways.
 
-A table says what each attribute of config.json is in `lm.models.transformer.Config`, and where each
-tensor lies in our parameters. Their spellings appear in this folder only.
+A family's table says which key of config.json is which field of `lm.models.transformer.Config`, and
+which tensor of the files is which of our parameters. `hf_name` is always Hugging Face's name, for a
+key or for a tensor; `field` and `path` are our names. Hugging Face's names appear in this folder
+only.
+
+To add a family, write its `Family` below: `read_config` and `write_config`, import and export all
+follow from it.
 """
 
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 REQUIRED = object()
 
 
 class Key(NamedTuple):
-    """An attribute that is one of our fields."""
+    """A key of config.json, and the field of our Config that it sets."""
 
-    ours: str
-    theirs: str
-    # what its absence (or null) means; a function is given our fields read so far
+    field: str
+    hf_name: str  # "" for a field that config.json never says
+    # The field where the key is missing or null; a function is given the fields read so far.
     default: Any = REQUIRED
-    values: Mapping[Any, Any] | None = None  # theirs -> ours, where they differ
+    values: Mapping[Any, Any] | None = None  # Hugging Face's value -> ours, where they differ
 
 
 class Tensor(NamedTuple):
-    """A tensor of theirs that holds one of our parameters, or a part of it that does."""
+    """A tensor of the files, or an equal part of one, and the parameter that it holds.
 
-    ours: str  # path; a stack of layers has one tensor for each, one of experts too
-    theirs: str  # name, with {i} for the layer, {e} for the expert
+    A path under "layers/" is a stack of all layers' parameters, and under "layers/mlp/" of all
+    experts' too where there are some: each layer (and expert) has a tensor of its own.
+    """
+
+    path: str
+    hf_name: str  # with {i} for the layer and {e} for the expert
     layout: str  # vector | table (as ours) | linear ([out, in]) | conv1d ([in, out])
-    inputs: int = 1  # our leading dims that are `in`
-    part: tuple[int, int] = (0, 1)  # which of how many equal parts of `out`
+    num_inputs: int = 1  # how many leading dims of our parameter are `in`
+    part: tuple[int, int] = (0, 1)  # (which, of how many) equal parts along `out`
     per_head: bool = False  # the parts alternate from head to head
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
+    """A model type of Hugging Face's that our Transformer can be."""
+
     name: str  # model_type
-    architecture: str
+    architecture: str  # the class in transformers
     keys: tuple[Key, ...]
     tensors: tuple[Tensor, ...]
-    constants: Mapping[str, Any]  # our fields that are the same in all its models
-    bias: tuple[str, ...] = ()  # parts that always have one
-    # (attribute, its default, the parts whose bias it turns on)
-    flags: tuple[tuple[str, bool, tuple[str, ...]], ...] = ()
-    # attribute -> values that we know
-    only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
-    ignored: tuple[str, ...] = ()  # attributes that don't change logits
-    theta: float = 10000.0  # rope_theta where config.json doesn't say
-    # the fraction of a head that turns where config.json doesn't say; None: learned positions
-    rope: float | None = None
-    # sliding_window where config.json doesn't say; None: it has no such attribute
-    window: int | None = None
-    switched: bool = False  # the window is off unless use_sliding_window turns it on
-    # other names of attributes
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    prefix: str = ""  # of all names of the body, which some checkpoints leave out
-    buffers: str = r"$."  # names that are no parameters
+    constants: Mapping[str, Any]  # fields that are the same in all models of the family
+
+    # Biases, by the names of Config.bias: those that all models have, and those that a key turns on
+    # (hf_name, its default, the parts that get a bias).
+    biases: tuple[str, ...] = ()
+    bias_flags: tuple[tuple[str, bool, tuple[str, ...]], ...] = ()
+
+    # Keys that are no fields: those that must have one of these values, the first by default,
+    # because our model can't do others; and those that don't change logits.
+    supported_values: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    ignored_keys: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other name -> hf_name
+
+    # What holds where config.json doesn't say.
+    rope_theta: float = 10000.0
+    rope_fraction: float | None = None  # None: the family has learned positions
+    window: int | None = None  # None: the family has no sliding_window
+    has_window_switch: bool = False  # the window is off unless use_sliding_window turns it on
+
+    # Names of tensors: how those of the body begin, which some checkpoints leave out, and a regular
+    # expression of those that are no parameters.
+    body_prefix: str = ""
+    buffer_pattern: str = r"$."  # matches nothing
 
 
-# Attributes of any family that say nothing about the logits of a text.
-_IGNORED = frozenset(
+# --- parts of the tables ---
+
+
+# Keys of any family that say nothing about the logits of a text.
+_IGNORED_KEYS = frozenset(
     """
-    _name_or_path _commit_hash _attn_implementation architectures model_type transformers_version torch_dtype dtype auto_map use_cache
-    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
-    initializer_range init_std attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop attn_pdrop layerdrop classifier_dropout
-    activation_dropout attention_probs_dropout_prob hidden_dropout_prob
-    output_attentions output_hidden_states output_router_logits return_dict return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss
-    pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    _name_or_path _commit_hash _attn_implementation architectures model_type transformers_version
+    torch_dtype dtype auto_map use_cache
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id
+    initializer_range init_std attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop
+    attn_pdrop layerdrop classifier_dropout activation_dropout attention_probs_dropout_prob
+    hidden_dropout_prob
+    output_attentions output_hidden_states output_router_logits return_dict return_dict_in_generate
+    torchscript use_bfloat16 tf_legacy_loss
+    pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
+    cross_attention_hidden_size tie_encoder_decoder
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    finetuning_task id2label label2id num_labels tokenizer_class prefix problem_type task_specific_params
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj pretraining_tp
-    max_window_layers unsloth_version unsloth_fixed gradient_checkpointing predict_special_tokens n_special
-""".split()  # noqa: E501
+    finetuning_task id2label label2id num_labels tokenizer_class prefix problem_type
+    task_specific_params
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    pretraining_tp max_window_layers unsloth_version unsloth_fixed gradient_checkpointing
+    predict_special_tokens n_special
+""".split()
 )
-_ROPE = (
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "rotary_emb_base",
-    "partial_rotary_factor",
-    "rotary_pct",
+# Keys that `_read_rope` reads: those of transformers 5, of 4, and GPT-NeoX's spellings.
+_ROPE_KEYS = frozenset(
+    """
+    rope_parameters rope_scaling rope_theta partial_rotary_factor rotary_emb_base rotary_pct
+""".split()
 )
+# Parameters of rope_type "llama3", in the order of Config.rope_scaling.
+_LLAMA3_SCALING = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+# Fields of a model with learned positions, which doesn't use them.
+_NO_ROPE = dict(rope_theta=10000.0, rope_fraction=1.0, rope_scaling=(), rope_interleaved=False)
+# Fields of a model without experts, which uses the first one only.
+_DENSE = dict(num_experts=0, experts_per_token=2, normalize_router=True, shared_mlp_dim=0)
+
+# fmt: off
 ACTIVATIONS = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu_squared",
-    "swish": "silu",
+    "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu_squared", "swish": "silu",
 }
+# fmt: on
 
 
-def _head_dim(fields):
+def _all_heads(fields):
+    return fields["num_heads"]
+
+
+def _even_head_dim(fields):
     return fields["embed_dim"] // fields["num_heads"]
 
 
-def _sizes(layers, width, heads, length, **more):
+def _four_embed_dims(fields):
+    return 4 * fields["embed_dim"]
+
+
+def _embed_dim(fields):
+    return fields["embed_dim"]
+
+
+def _sizes(layers: str, width: str, heads: str, length: str) -> tuple[Key, ...]:
+    """The keys of the sizes that every model has, by their names in config.json."""
     return (
         Key("vocab_size", "vocab_size"),
         Key("num_layers", layers),
         Key("embed_dim", width),
         Key("num_heads", heads),
         Key("context_length", length),
-        *(Key(ours, theirs) for ours, theirs in more.items()),
     )
 
 
+def _replaced(keys: Sequence[Key], *new: Key) -> tuple[Key, ...]:
+    """The keys, without those of the new ones' fields, and the new ones."""
+    new_fields = {key.field for key in new}
+    others = [key for key in keys if key.field not in new_fields]
+    return (*others, *new)
+
+
+def _in_layers(hf_prefix: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of every layer, from those of one."""
+    stacks = []
+    for tensor in tensors:
+        path = f"layers/{tensor.path}"
+        hf_name = f"{hf_prefix}.{{i}}.{tensor.hf_name}"
+        stacks.append(tensor._replace(path=path, hf_name=hf_name))
+    return tuple(stacks)
+
+
+def _linear(path: str, hf_name: str, num_inputs: int = 1) -> tuple[Tensor, ...]:
+    """The weight of torch.nn.Linear and its bias."""
+    return (
+        Tensor(path, f"{hf_name}.weight", "linear", num_inputs),
+        Tensor(f"{path}_bias", f"{hf_name}.bias", "vector"),
+    )
+
+
+def _conv1d(path: str, hf_name: str, num_inputs: int = 1) -> tuple[Tensor, ...]:
+    """The weight and bias of transformers' Conv1D: a linear layer, its weight transposed."""
+    return (
+        Tensor(path, f"{hf_name}.weight", "conv1d", num_inputs),
+        Tensor(f"{path}_bias", f"{hf_name}.bias", "vector"),
+    )
+
+
+def _norm(path: str, hf_name: str) -> tuple[Tensor, ...]:
+    return (
+        Tensor(f"{path}/scale", f"{hf_name}.weight", "vector"),
+        Tensor(f"{path}/bias", f"{hf_name}.bias", "vector"),
+    )
+
+
+def _fused(
+    paths: Sequence[str], hf_name: str, layout: str, per_head: bool = False
+) -> tuple[Tensor, ...]:
+    """Parameters that are equal parts of one tensor, in this order."""
+    rows = []
+    for i, path in enumerate(paths):
+        rows.append(Tensor(path, hf_name, layout, part=(i, len(paths)), per_head=per_head))
+    return tuple(rows)
+
+
+_COMMON_SIZES = _sizes(
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"
+)
+_QKV = ("attention/query", "attention/key", "attention/value")
+_QKV_BIAS = ("attention/query_bias", "attention/key_bias", "attention/value_bias")
+
+
+# --- Llama, and what differs from it in a few rows ---
+
+
+# fmt: off
 _LLAMA_KEYS = (
-    *_sizes(
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "max_position_embeddings",
-        mlp_dim="intermediate_size",
-    ),
-    Key("num_kv_heads", "num_key_value_heads", lambda fields: fields["num_heads"]),
-    Key("head_dim", "head_dim", _head_dim),
+    *_COMMON_SIZES,
+    Key("mlp_dim", "intermediate_size"),
+    Key("num_kv_heads", "num_key_value_heads", _all_heads),
+    Key("head_dim", "head_dim", _even_head_dim),
     Key("norm_eps", "rms_norm_eps", 1e-6),
     Key("activation", "hidden_act", "silu", ACTIVATIONS),
     Key("tie_embeddings", "tie_word_embeddings", False),
 )
-# Without experts these fields don't matter.
-_DENSE = dict(num_experts=0, experts_per_token=2, normalize_router=True, shared_mlp_dim=0)
-_LLAMA = (
-    dict(
-        norm="rmsnorm",
-        gated_mlp=True,
-        positions="rope",
-        residual="pre_norm",
-        qk_norm=False,
-        rope_interleaved=False,
-        table_dim=0,
-        position_offset=0,
-    )
-    | _DENSE
-)
-
-
-def _renamed(keys, *new: Key):
-    """The keys with some replaced, by our field."""
-    names = {key.ours for key in new}
-    return (*(key for key in keys if key.ours not in names), *new)
-
-
-def _in_layers(start: str, *rows: tuple) -> tuple[Tensor, ...]:
-    return tuple(
-        Tensor(f"layers/{ours}", f"{start}.{{i}}.{theirs}", *rest) for ours, theirs, *rest in rows
-    )
-
-
-def _linear(ours: str, theirs: str, inputs: int = 1, bias: str = "") -> tuple[tuple, ...]:
-    """A dense layer's weight and its bias."""
-    return (ours, f"{theirs}.weight", "linear", inputs), (
-        bias or f"{ours}_bias",
-        f"{theirs}.bias",
-        "vector",
-    )
-
-
-def _norm(ours: str, theirs: str) -> tuple[tuple, ...]:
-    return (f"{ours}/scale", f"{theirs}.weight", "vector"), (
-        f"{ours}/bias",
-        f"{theirs}.bias",
-        "vector",
-    )
-
-
-_QKVO = (
+_SEPARATE_QKV = (
     *_linear("attention/query", "self_attn.q_proj"),
     *_linear("attention/key", "self_attn.k_proj"),
     *_linear("attention/value", "self_attn.v_proj"),
 )
-_LLAMA_TENSORS = (
+_LLAMA_TENSORS_BUT_MLP = (
     Tensor("embed/table", "model.embed_tokens.weight", "table"),
     Tensor("head/table", "lm_head.weight", "table"),
-    *(Tensor(*row) for row in _norm("norm", "model.norm")),
+    *_norm("norm", "model.norm"),
     *_in_layers(
         "model.layers",
-        *_QKVO,
+        *_SEPARATE_QKV,
         *_linear("attention/out", "self_attn.o_proj", 2),
         *_norm("attention_norm", "input_layernorm"),
         *_norm("mlp_norm", "post_attention_layernorm"),
-        ("attention/query_norm/scale", "self_attn.q_norm.weight", "vector"),
-        ("attention/key_norm/scale", "self_attn.k_norm.weight", "vector"),
+        Tensor("attention/query_norm/scale", "self_attn.q_norm.weight", "vector"),
+        Tensor("attention/key_norm/scale", "self_attn.k_norm.weight", "vector"),
+    ),
+)
+_LLAMA_TENSORS = (
+    *_LLAMA_TENSORS_BUT_MLP,
+    *_in_layers(
+        "model.layers",
         *_linear("mlp/gate", "mlp.gate_proj"),
         *_linear("mlp/up", "mlp.up_proj"),
         *_linear("mlp/down", "mlp.down_proj"),
     ),
 )
+_LLAMA_EXPERTS_CONSTANTS = dict(
+    norm="rmsnorm", gated_mlp=True, positions="rope", residual="pre_norm", qk_norm=False,
+    rope_interleaved=False, table_dim=0, position_offset=0,
+)
+_LLAMA_CONSTANTS = _LLAMA_EXPERTS_CONSTANTS | _DENSE
+# Frequencies of RoPE, which older checkpoints have as buffers.
+_INV_FREQ = r"\.rotary_emb\.inv_freq$"
+# fmt: on
 
 
-def _experts(
+def _expert_tensors(
     block: str, up: str = "up_proj", gate: str = "gate_proj", down: str = "down_proj"
 ) -> tuple[Tensor, ...]:
-    """Llama's tensors with a router and experts in the MLP's place."""
-    names = dict(up=up, gate=gate, down=down)
+    """Llama's tensors with a router and experts in the MLP's place.
+
+    Args:
+      block: name of the module that replaces the MLP; the others are those of an expert's weights.
+    """
     return (
-        *(t for t in _LLAMA_TENSORS if not t.ours.startswith("layers/mlp/")),
+        *_LLAMA_TENSORS_BUT_MLP,
         *_in_layers(
             "model.layers",
-            ("mlp/router", f"{block}.gate.weight", "linear"),
-            *(
-                (f"mlp/{ours}", f"{block}.experts.{{e}}.{theirs}.weight", "linear")
-                for ours, theirs in names.items()
-            ),
+            Tensor("mlp/router", f"{block}.gate.weight", "linear"),
+            Tensor("mlp/up", f"{block}.experts.{{e}}.{up}.weight", "linear"),
+            Tensor("mlp/gate", f"{block}.experts.{{e}}.{gate}.weight", "linear"),
+            Tensor("mlp/down", f"{block}.experts.{{e}}.{down}.weight", "linear"),
         ),
     )
 
 
-_MOE = {name: value for name, value in _LLAMA.items() if name not in _DENSE}
-# Layers that have no experts, and windows, are refused.
-_QWEN_ONLY = dict(decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
-_QWEN_IGNORED = ("router_aux_loss_coef", "intermediate_size")
-_FREQUENCIES = r"\.rotary_emb\.inv_freq$"
+# fmt: off
+_ATTENTION_BIAS = ("attention_bias", False, ("qkv", "out"))
+_MLP_BIAS = ("mlp_bias", False, ("mlp",))
 
-
-def _gpt(keys, tensors, **more) -> dict:
-    """What GPT-1 and GPT-2 share."""
-    names = [f"transformer.{name}" for name in tensors]
-    fused = lambda name, i: (f"attention/{name}", "attn.c_attn.weight", "conv1d", 1, (i, 3))
-    fused_bias = lambda name, i: (f"attention/{name}_bias", "attn.c_attn.bias", "vector", 1, (i, 3))
-    conv = lambda ours, theirs, inputs=1: (
-        (ours, f"{theirs}.weight", "conv1d", inputs),
-        (f"{ours}_bias", f"{theirs}.bias", "vector"),
-    )
-    body = _in_layers(
-        "transformer.h",
-        *(
-            f(name, i)
-            for i, name in enumerate(("query", "key", "value"))
-            for f in (fused, fused_bias)
+_LLAMA = Family(
+    "llama", "LlamaForCausalLM",
+    _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope_fraction=1.0, buffer_pattern=_INV_FREQ,
+)
+_MISTRAL = Family(
+    "mistral", "MistralForCausalLM",
+    _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    rope_fraction=1.0, window=4096, buffer_pattern=_INV_FREQ,
+)
+_QWEN2 = Family(
+    "qwen2", "Qwen2ForCausalLM",
+    _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    biases=("qkv",), rope_fraction=1.0, window=4096, has_window_switch=True,
+    buffer_pattern=_INV_FREQ,
+)
+_QWEN3 = Family(
+    "qwen3", "Qwen3ForCausalLM",
+    _replaced(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(qk_norm=True),
+    bias_flags=(_ATTENTION_BIAS,), rope_fraction=1.0, window=4096, has_window_switch=True,
+    buffer_pattern=_INV_FREQ,
+)
+_ARCEE = Family(  # Llama with an MLP of two layers
+    "arcee", "ArceeForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("activation", "hidden_act", "relu2", ACTIVATIONS),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(gated_mlp=False),
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope_fraction=1.0,
+)
+_STABLELM = Family(
+    "stablelm", "StableLmForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("norm_eps", "layer_norm_eps", 1e-5),
+        Key("head_dim", "", _even_head_dim),
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(norm="layernorm"),
+    biases=("norm",), bias_flags=(("use_qkv_bias", False, ("qkv",)),),
+    supported_values=dict(qk_layernorm=(False,), use_parallel_residual=(False,)),
+    rope_fraction=0.25, buffer_pattern=_INV_FREQ,
+)
+_GLM = Family(  # gate and up are one tensor
+    "glm", "GlmForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("head_dim", "head_dim", 128),
+        Key("norm_eps", "rms_norm_eps", 1.5625e-7),
+    ),
+    (
+        *_LLAMA_TENSORS_BUT_MLP,
+        *_in_layers(
+            "model.layers",
+            *_fused(("mlp/gate", "mlp/up"), "mlp.gate_up_proj.weight", "linear"),
+            *_linear("mlp/down", "mlp.down_proj"),
         ),
-        *conv("attention/out", "attn.c_proj", 2),
-        *conv("mlp/up", "mlp.c_fc"),
-        *conv("mlp/down", "mlp.c_proj"),
-        *_norm("attention_norm", "ln_1"),
-        *_norm("mlp_norm", "ln_2"),
-    )
-    return dict(
-        keys=(
-            *_sizes("n_layer", "n_embd", "n_head", "n_positions"),
-            Key("mlp_dim", "n_inner", lambda fields: 4 * fields["embed_dim"]),
-            Key("num_kv_heads", "", lambda fields: fields["num_heads"]),
-            Key("head_dim", "", _head_dim),
-            Key("norm_eps", "layer_norm_epsilon", 1e-5),
-            Key("tie_embeddings", "tie_word_embeddings", True),
-            *keys,
-        ),
-        tensors=(
-            Tensor("embed/table", names[0], "table"),
-            Tensor("position_embed/table", names[1], "table"),
-            Tensor("head/table", "lm_head.weight", "table"),
-            *(Tensor(*row) for row in _norm("norm", "transformer.ln_f")),
-            *body,
-        ),
-        bias=("qkv", "out", "mlp", "norm"),
-        prefix="transformer.",
-        buffers=r"\.attn\.(bias|masked_bias)$",
-        ignored=("n_ctx", "reorder_and_upcast_attn"),
-        **more,
-    )
-
-
-_GPT = (
-    dict(
-        norm="layernorm",
-        gated_mlp=False,
-        positions="learned",
-        qk_norm=False,
-        table_dim=0,
-        position_offset=0,
-    )
-    | _DENSE
+    ),
+    _LLAMA_CONSTANTS | dict(rope_interleaved=True),
+    bias_flags=(("attention_bias", True, ("qkv",)),), rope_fraction=0.5, buffer_pattern=_INV_FREQ,
 )
 
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family(
-            "gpt2",
-            "GPT2LMHeadModel",
-            **_gpt(
-                (Key("activation", "activation_function", "gelu_new", ACTIVATIONS),),
-                ("wte.weight", "wpe.weight"),
-                constants=_GPT | dict(residual="pre_norm"),
-                only=dict(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,)),
-            ),
-        ),
-        Family(
-            "openai-gpt",
-            "OpenAIGPTLMHeadModel",
-            **_gpt(
-                (
-                    Key(
-                        "activation",
-                        "afn",
-                        "gelu",
-                        {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"},
-                    ),
-                ),
-                ("tokens_embed.weight", "positions_embed.weight"),
-                constants=_GPT | dict(residual="post_norm"),
-            ),
-        ),
-        Family(
-            "opt",
-            "OPTForCausalLM",
-            keys=(
-                *_sizes(
-                    "num_hidden_layers",
-                    "hidden_size",
-                    "num_attention_heads",
-                    "max_position_embeddings",
-                    mlp_dim="ffn_dim",
-                ),
-                Key("num_kv_heads", "", lambda fields: fields["num_heads"]),
-                Key("head_dim", "", _head_dim),
-                Key("norm_eps", "", 1e-5),
-                Key("activation", "activation_function", "relu", ACTIVATIONS),
-                Key("tie_embeddings", "tie_word_embeddings", True),
-                Key(
-                    "residual",
-                    "do_layer_norm_before",
-                    "pre_norm",
-                    {True: "pre_norm", False: "post_norm"},
-                ),
-                Key("table_dim", "word_embed_proj_dim", lambda fields: fields["embed_dim"]),
-            ),
-            constants=dict(
-                norm="layernorm",
-                gated_mlp=False,
-                positions="learned",
-                qk_norm=False,
-                position_offset=2,
-            )
-            | _DENSE,
-            bias=("norm",),
-            flags=(("enable_bias", True, ("qkv", "out", "mlp")),),
-            only=dict(_remove_final_layer_norm=(False,), layer_norm_elementwise_affine=(True,)),
-            prefix="model.",
-            tensors=(
-                Tensor("embed/table", "model.decoder.embed_tokens.weight", "table"),
-                Tensor("head/table", "lm_head.weight", "table"),
-                Tensor("position_embed/table", "model.decoder.embed_positions.weight", "table"),
-                Tensor("project_in", "model.decoder.project_in.weight", "linear"),
-                Tensor("project_out", "model.decoder.project_out.weight", "linear"),
-                *(Tensor(*row) for row in _norm("norm", "model.decoder.final_layer_norm")),
-                *_in_layers(
-                    "model.decoder.layers",
-                    *_QKVO,
-                    *_linear("attention/out", "self_attn.out_proj", 2),
-                    *_linear("mlp/up", "fc1"),
-                    *_linear("mlp/down", "fc2"),
-                    *_norm("attention_norm", "self_attn_layer_norm"),
-                    *_norm("mlp_norm", "final_layer_norm"),
-                ),
-            ),
-        ),
-        Family(
-            "gpt_neox",
-            "GPTNeoXForCausalLM",
-            keys=(
-                *_sizes(
-                    "num_hidden_layers",
-                    "hidden_size",
-                    "num_attention_heads",
-                    "max_position_embeddings",
-                    mlp_dim="intermediate_size",
-                ),
-                Key("num_kv_heads", "", lambda fields: fields["num_heads"]),
-                Key("head_dim", "", _head_dim),
-                Key("norm_eps", "layer_norm_eps", 1e-5),
-                Key("activation", "hidden_act", "gelu", ACTIVATIONS),
-                Key("tie_embeddings", "tie_word_embeddings", False),
-                Key(
-                    "residual",
-                    "use_parallel_residual",
-                    "parallel",
-                    {True: "parallel", False: "pre_norm"},
-                ),
-            ),
-            constants=dict(
-                norm="layernorm",
-                gated_mlp=False,
-                positions="rope",
-                qk_norm=False,
-                rope_interleaved=False,
-                table_dim=0,
-                position_offset=0,
-            )
-            | _DENSE,
-            bias=("mlp", "norm"),
-            flags=(("attention_bias", True, ("qkv", "out")),),
-            rope=0.25,
-            prefix="gpt_neox.",
-            buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
-            tensors=(
-                Tensor("embed/table", "gpt_neox.embed_in.weight", "table"),
-                Tensor("head/table", "embed_out.weight", "table"),
-                *(Tensor(*row) for row in _norm("norm", "gpt_neox.final_layer_norm")),
-                *_in_layers(
-                    "gpt_neox.layers",
-                    *(
-                        (
-                            f"attention/{name}",
-                            "attention.query_key_value.weight",
-                            "linear",
-                            1,
-                            (i, 3),
-                            True,
-                        )
-                        for i, name in enumerate(("query", "key", "value"))
-                    ),
-                    *(
-                        (
-                            f"attention/{name}_bias",
-                            "attention.query_key_value.bias",
-                            "vector",
-                            1,
-                            (i, 3),
-                            True,
-                        )
-                        for i, name in enumerate(("query", "key", "value"))
-                    ),
-                    *_linear("attention/out", "attention.dense", 2),
-                    *_linear("mlp/up", "mlp.dense_h_to_4h"),
-                    *_linear("mlp/down", "mlp.dense_4h_to_h"),
-                    *_norm("attention_norm", "input_layernorm"),
-                    *_norm("mlp_norm", "post_attention_layernorm"),
-                ),
-            ),
-        ),
-        Family(
-            "llama",
-            "LlamaForCausalLM",
-            _LLAMA_KEYS,
-            _LLAMA_TENSORS,
-            _LLAMA,
-            rope=1.0,
-            buffers=_FREQUENCIES,
-            flags=(("attention_bias", False, ("qkv", "out")), ("mlp_bias", False, ("mlp",))),
-        ),
-        Family(
-            "mistral",
-            "MistralForCausalLM",
-            _LLAMA_KEYS,
-            _LLAMA_TENSORS,
-            _LLAMA,
-            rope=1.0,
-            window=4096,
-            buffers=_FREQUENCIES,
-        ),
-        Family(
-            "mixtral",
-            "MixtralForCausalLM",
-            _renamed(
-                _LLAMA_KEYS,
-                Key("num_experts", "num_local_experts", 8),
-                Key("experts_per_token", "num_experts_per_tok", 2),
-                Key("norm_eps", "rms_norm_eps", 1e-5),
-            ),
-            _experts("block_sparse_moe", up="w3", gate="w1", down="w2"),
-            _MOE | dict(normalize_router=True, shared_mlp_dim=0),
-            rope=1.0,
-            theta=1e6,
-            window=0,
-            only=dict(router_jitter_noise=(0.0,)),
-            ignored=("router_aux_loss_coef",),
-            buffers=_FREQUENCIES,
-        ),
-        Family(
-            "qwen2",
-            "Qwen2ForCausalLM",
-            _LLAMA_KEYS,
-            _LLAMA_TENSORS,
-            _LLAMA,
-            rope=1.0,
-            window=4096,
-            switched=True,
-            bias=("qkv",),
-            buffers=_FREQUENCIES,
-        ),
-        Family(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            _renamed(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)),
-            _LLAMA_TENSORS,
-            _LLAMA | dict(qk_norm=True),
-            rope=1.0,
-            window=4096,
-            switched=True,
-            flags=(("attention_bias", False, ("qkv", "out")),),
-            buffers=_FREQUENCIES,
-        ),
-        Family(
-            "qwen2_moe",
-            "Qwen2MoeForCausalLM",
-            _renamed(
-                _LLAMA_KEYS,
-                Key("num_experts", "num_experts", 60),
-                Key("experts_per_token", "num_experts_per_tok", 4),
-                Key("normalize_router", "norm_topk_prob", False),
-                Key("mlp_dim", "moe_intermediate_size", 1408),
-                Key("shared_mlp_dim", "shared_expert_intermediate_size", 5632),
-            ),
-            (
-                *_experts("mlp"),
-                *_in_layers(
-                    "model.layers",
-                    *(
-                        row
-                        for ours in ("up", "gate", "down")
-                        for row in _linear(f"mlp/shared/{ours}", f"mlp.shared_expert.{ours}_proj")
-                    ),
-                    ("mlp/shared_gate", "mlp.shared_expert_gate.weight", "linear"),
-                ),
-            ),
-            _MOE,
-            rope=1.0,
-            window=4096,
-            switched=True,
-            flags=(("qkv_bias", True, ("qkv",)),),
-            only=_QWEN_ONLY,
-            ignored=_QWEN_IGNORED,
-            buffers=_FREQUENCIES,
-        ),
-        Family(
-            "qwen3_moe",
-            "Qwen3MoeForCausalLM",
-            _renamed(
-                _LLAMA_KEYS,
-                Key("num_experts", "num_experts", 128),
-                Key("experts_per_token", "num_experts_per_tok", 8),
-                Key("normalize_router", "norm_topk_prob", False),
-                Key("mlp_dim", "moe_intermediate_size", 768),
-            ),
-            _experts("mlp"),
-            _MOE | dict(qk_norm=True, shared_mlp_dim=0),
-            rope=1.0,
-            window=4096,
-            switched=True,
-            flags=(("attention_bias", False, ("qkv", "out")),),
-            only=_QWEN_ONLY,
-            ignored=_QWEN_IGNORED,
-            aliases={"num_local_experts": "num_experts"},
-            buffers=_FREQUENCIES,
-        ),
-        # Llama with an MLP of two layers.
-        Family(
-            "arcee",
-            "ArceeForCausalLM",
-            _renamed(
-                _LLAMA_KEYS,
-                Key("activation", "hidden_act", "relu2", ACTIVATIONS),
-                Key("norm_eps", "rms_norm_eps", 1e-5),
-            ),
-            _LLAMA_TENSORS,
-            _LLAMA | dict(gated_mlp=False),
-            rope=1.0,
-            flags=(("attention_bias", False, ("qkv", "out")), ("mlp_bias", False, ("mlp",))),
-        ),
-        Family(
-            "stablelm",
-            "StableLmForCausalLM",
-            _renamed(
-                _LLAMA_KEYS, Key("norm_eps", "layer_norm_eps", 1e-5), Key("head_dim", "", _head_dim)
-            ),
-            _LLAMA_TENSORS,
-            _LLAMA | dict(norm="layernorm"),
-            rope=0.25,
-            bias=("norm",),
-            flags=(("use_qkv_bias", False, ("qkv",)),),
-            only=dict(qk_layernorm=(False,), use_parallel_residual=(False,)),
-            buffers=_FREQUENCIES,
-        ),
-        Family(
-            "glm",
-            "GlmForCausalLM",
-            _renamed(
-                _LLAMA_KEYS,
-                Key("head_dim", "head_dim", 128),
-                Key("norm_eps", "rms_norm_eps", 1.5625e-7),
-            ),
-            (
-                *(t for t in _LLAMA_TENSORS if t.ours not in ("layers/mlp/gate", "layers/mlp/up")),
-                *_in_layers(
-                    "model.layers",
-                    *(
-                        (f"mlp/{name}", "mlp.gate_up_proj.weight", "linear", 1, (i, 2))
-                        for i, name in enumerate(("gate", "up"))
-                    ),
-                ),
-            ),
-            _LLAMA | dict(rope_interleaved=True),
-            rope=0.5,
-            flags=(("attention_bias", True, ("qkv",)),),
-            buffers=_FREQUENCIES,
-        ),
-    )
-}
+
+# --- Llama with experts ---
 
 
-def _unsupported(family: Family, name: str, value, known) -> ValueError:
-    return ValueError(
-        f"config.json: {name} = {value!r} is not supported for {family.name}; this reads {known}"
-    )
+_MIXTRAL = Family(
+    "mixtral", "MixtralForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("num_experts", "num_local_experts", 8),
+        Key("experts_per_token", "num_experts_per_tok", 2),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+    ),
+    _expert_tensors("block_sparse_moe", up="w3", gate="w1", down="w2"),
+    _LLAMA_EXPERTS_CONSTANTS | dict(normalize_router=True, shared_mlp_dim=0),
+    supported_values=dict(router_jitter_noise=(0.0,)), ignored_keys=("router_aux_loss_coef",),
+    rope_theta=1e6, rope_fraction=1.0, window=0, buffer_pattern=_INV_FREQ,
+)
+# Qwen's models may have layers without experts, and windows: those are refused.
+_QWEN_SUPPORTED = dict(decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
+_QWEN_IGNORED = ("router_aux_loss_coef", "intermediate_size")
+_QWEN2_MOE = Family(
+    "qwen2_moe", "Qwen2MoeForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("num_experts", "num_experts", 60),
+        Key("experts_per_token", "num_experts_per_tok", 4),
+        Key("normalize_router", "norm_topk_prob", False),
+        Key("mlp_dim", "moe_intermediate_size", 1408),
+        Key("shared_mlp_dim", "shared_expert_intermediate_size", 5632),
+    ),
+    (
+        *_expert_tensors("mlp"),
+        *_in_layers(
+            "model.layers",
+            *_linear("mlp/shared/up", "mlp.shared_expert.up_proj"),
+            *_linear("mlp/shared/gate", "mlp.shared_expert.gate_proj"),
+            *_linear("mlp/shared/down", "mlp.shared_expert.down_proj"),
+            Tensor("mlp/shared_gate", "mlp.shared_expert_gate.weight", "linear"),
+        ),
+    ),
+    _LLAMA_EXPERTS_CONSTANTS,
+    bias_flags=(("qkv_bias", True, ("qkv",)),),
+    supported_values=_QWEN_SUPPORTED, ignored_keys=_QWEN_IGNORED,
+    rope_fraction=1.0, window=4096, has_window_switch=True, buffer_pattern=_INV_FREQ,
+)
+_QWEN3_MOE = Family(
+    "qwen3_moe", "Qwen3MoeForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("num_experts", "num_experts", 128),
+        Key("experts_per_token", "num_experts_per_tok", 8),
+        Key("normalize_router", "norm_topk_prob", False),
+        Key("mlp_dim", "moe_intermediate_size", 768),
+    ),
+    _expert_tensors("mlp"),
+    _LLAMA_EXPERTS_CONSTANTS | dict(qk_norm=True, shared_mlp_dim=0),
+    bias_flags=(_ATTENTION_BIAS,),
+    supported_values=_QWEN_SUPPORTED, ignored_keys=_QWEN_IGNORED,
+    aliases={"num_local_experts": "num_experts"},
+    rope_fraction=1.0, window=4096, has_window_switch=True, buffer_pattern=_INV_FREQ,
+)
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """Raises ValueError, listing the families, for a model_type that isn't one of them."""
+# --- OpenAI's GPTs, OPT and GPT-NeoX ---
+
+
+_GPT_KEYS = (
+    *_sizes("n_layer", "n_embd", "n_head", "n_positions"),
+    Key("mlp_dim", "n_inner", _four_embed_dims),
+    Key("num_kv_heads", "", _all_heads),
+    Key("head_dim", "", _even_head_dim),
+    Key("norm_eps", "layer_norm_epsilon", 1e-5),
+    Key("tie_embeddings", "tie_word_embeddings", True),
+)
+_GPT_TENSORS = (
+    Tensor("head/table", "lm_head.weight", "table"),
+    *_norm("norm", "transformer.ln_f"),
+    *_in_layers(
+        "transformer.h",
+        *_fused(_QKV, "attn.c_attn.weight", "conv1d"),
+        *_fused(_QKV_BIAS, "attn.c_attn.bias", "vector"),
+        *_conv1d("attention/out", "attn.c_proj", 2),
+        *_conv1d("mlp/up", "mlp.c_fc"),
+        *_conv1d("mlp/down", "mlp.c_proj"),
+        *_norm("attention_norm", "ln_1"),
+        *_norm("mlp_norm", "ln_2"),
+    ),
+)
+_GPT_CONSTANTS = dict(
+    norm="layernorm", gated_mlp=False, positions="learned", qk_norm=False, table_dim=0,
+    position_offset=0,
+) | _DENSE
+_GPT_BIASES = ("qkv", "out", "mlp", "norm")
+_GPT_IGNORED = ("n_ctx", "reorder_and_upcast_attn")
+_GPT_BUFFERS = r"\.attn\.(bias|masked_bias)$"
+_GPT2 = Family(
+    "gpt2", "GPT2LMHeadModel",
+    (*_GPT_KEYS, Key("activation", "activation_function", "gelu_new", ACTIVATIONS)),
+    (
+        Tensor("embed/table", "transformer.wte.weight", "table"),
+        Tensor("position_embed/table", "transformer.wpe.weight", "table"),
+        *_GPT_TENSORS,
+    ),
+    _GPT_CONSTANTS | dict(residual="pre_norm"),
+    supported_values=dict(
+        scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,)
+    ),
+    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED,
+    body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
+)
+_OPENAI_GPT = Family(
+    "openai-gpt", "OpenAIGPTLMHeadModel",
+    (
+        *_GPT_KEYS,
+        # This model's "gelu" is the approximation that others call gelu_new.
+        Key("activation", "afn", "gelu",
+            {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}),
+    ),
+    (
+        Tensor("embed/table", "transformer.tokens_embed.weight", "table"),
+        Tensor("position_embed/table", "transformer.positions_embed.weight", "table"),
+        *_GPT_TENSORS,
+    ),
+    _GPT_CONSTANTS | dict(residual="post_norm"),
+    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED,
+    body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
+)
+_OPT = Family(
+    "opt", "OPTForCausalLM",
+    (
+        *_COMMON_SIZES,
+        Key("mlp_dim", "ffn_dim"),
+        Key("num_kv_heads", "", _all_heads),
+        Key("head_dim", "", _even_head_dim),
+        Key("norm_eps", "", 1e-5),
+        Key("activation", "activation_function", "relu", ACTIVATIONS),
+        Key("tie_embeddings", "tie_word_embeddings", True),
+        Key("residual", "do_layer_norm_before", "pre_norm", {True: "pre_norm", False: "post_norm"}),
+        Key("table_dim", "word_embed_proj_dim", _embed_dim),
+    ),
+    (
+        Tensor("embed/table", "model.decoder.embed_tokens.weight", "table"),
+        Tensor("head/table", "lm_head.weight", "table"),
+        Tensor("position_embed/table", "model.decoder.embed_positions.weight", "table"),
+        Tensor("project_in", "model.decoder.project_in.weight", "linear"),
+        Tensor("project_out", "model.decoder.project_out.weight", "linear"),
+        *_norm("norm", "model.decoder.final_layer_norm"),
+        *_in_layers(
+            "model.decoder.layers",
+            *_SEPARATE_QKV,
+            *_linear("attention/out", "self_attn.out_proj", 2),
+            *_linear("mlp/up", "fc1"),
+            *_linear("mlp/down", "fc2"),
+            *_norm("attention_norm", "self_attn_layer_norm"),
+            *_norm("mlp_norm", "final_layer_norm"),
+        ),
+    ),
+    dict(
+        norm="layernorm", gated_mlp=False, positions="learned", qk_norm=False, position_offset=2,
+    ) | _DENSE,
+    biases=("norm",), bias_flags=(("enable_bias", True, ("qkv", "out", "mlp")),),
+    supported_values=dict(
+        _remove_final_layer_norm=(False,), layer_norm_elementwise_affine=(True,)
+    ),
+    body_prefix="model.",
+)
+_GPT_NEOX = Family(
+    "gpt_neox", "GPTNeoXForCausalLM",
+    (
+        *_COMMON_SIZES,
+        Key("mlp_dim", "intermediate_size"),
+        Key("num_kv_heads", "", _all_heads),
+        Key("head_dim", "", _even_head_dim),
+        Key("norm_eps", "layer_norm_eps", 1e-5),
+        Key("activation", "hidden_act", "gelu", ACTIVATIONS),
+        Key("tie_embeddings", "tie_word_embeddings", False),
+        Key("residual", "use_parallel_residual", "parallel", {True: "parallel", False: "pre_norm"}),
+    ),
+    (
+        Tensor("embed/table", "gpt_neox.embed_in.weight", "table"),
+        Tensor("head/table", "embed_out.weight", "table"),
+        *_norm("norm", "gpt_neox.final_layer_norm"),
+        *_in_layers(
+            "gpt_neox.layers",
+            *_fused(_QKV, "attention.query_key_value.weight", "linear", per_head=True),
+            *_fused(_QKV_BIAS, "attention.query_key_value.bias", "vector", per_head=True),
+            *_linear("attention/out", "attention.dense", 2),
+            *_linear("mlp/up", "mlp.dense_h_to_4h"),
+            *_linear("mlp/down", "mlp.dense_4h_to_h"),
+            *_norm("attention_norm", "input_layernorm"),
+            *_norm("mlp_norm", "post_attention_layernorm"),
+        ),
+    ),
+    dict(
+        norm="layernorm", gated_mlp=False, positions="rope", qk_norm=False, rope_interleaved=False,
+        table_dim=0, position_offset=0,
+    ) | _DENSE,
+    biases=("mlp", "norm"), bias_flags=(("attention_bias", True, ("qkv", "out")),),
+    rope_fraction=0.25,
+    body_prefix="gpt_neox.",
+    buffer_pattern=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
+)
+
+# In this order: a model that several families have is written as the first of them.
+_IN_ORDER = (
+    _GPT2, _OPENAI_GPT, _OPT, _GPT_NEOX, _LLAMA, _MISTRAL, _MIXTRAL, _QWEN2, _QWEN3, _QWEN2_MOE,
+    _QWEN3_MOE, _ARCEE, _STABLELM, _GLM,
+)
+# fmt: on
+FAMILIES = {family.name: family for family in _IN_ORDER}
+
+
+# --- the family of a model ---
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family that a config.json is of.
+
+    Raises:
+      ValueError: its model_type is none of the families.
+    """
     name = config.get("model_type")
     if name not in FAMILIES:
         raise ValueError(
@@ -623,201 +586,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model fields (but those of execution) of a config.json.
+def family_of_fields(fields: Mapping[str, Any]) -> Family:
+    """The first family that has a model of these fields.
 
     Raises:
-      ValueError: a missing attribute, or one whose value would change the logits in a way that the
-        model doesn't have.
-    """
-    family = family_of(config)
-    config = {family.aliases.get(name, name): value for name, value in config.items()}
-    given = {name: value for name, value in config.items() if value is not None}
-    fields = dict(family.constants)
-    for key in family.keys:
-        if key.theirs in given:
-            value = given[key.theirs]
-            if key.values is not None:
-                if value not in key.values:
-                    raise _unsupported(family, key.theirs, value, list(key.values))
-                value = key.values[value]
-        elif key.default is REQUIRED:
-            raise ValueError(
-                f"config.json: {key.theirs} is missing; a {family.name} can't do without"
-            )
-        else:
-            value = key.default(fields) if callable(key.default) else key.default
-        fields[key.ours] = value
-        if key.ours == "num_experts" and value < 1:
-            raise _unsupported(family, key.theirs, value, "1 and more")
-    if fields.get("table_dim") == fields["embed_dim"]:
-        fields["table_dim"] = 0
-    biases = [*family.bias]
-    for name, default, parts in family.flags:
-        biases += parts if given.get(name, default) else ()
-    fields["bias"] = ",".join(part for part in ("qkv", "out", "mlp", "norm") if part in biases)
-    fields |= _read_rope(family, given) if family.rope is not None else dict(_NO_ROPE)
-    fields["window"] = _read_window(family, config) if family.window is not None else 0
-    for name, values in family.only.items():
-        if given.get(name, values[0]) not in values:
-            raise _unsupported(family, name, given[name], list(values))
-    known = (
-        {key.theirs for key in family.keys}
-        | {name for name, *_ in family.flags}
-        | set(family.only)
-        | set(family.ignored)
-        | _IGNORED
-    )
-    known |= set(_ROPE) if family.rope is not None else set()
-    known |= {"sliding_window"} if family.window is not None else set()
-    known |= {"use_sliding_window", "layer_types"} if family.switched else set()
-    if unknown := sorted(set(given) - known):
-        raise ValueError(
-            f"config.json: {', '.join(f'{name} = {given[name]!r}' for name in unknown)}: not "
-            f"known for {family.name}. Where that changes nothing in the model's outputs, take it "
-            "out of config.json"
-        )
-    return fields
-
-
-_NO_ROPE = dict(rope_theta=10000.0, rope_fraction=1.0, rope_scaling=(), rope_interleaved=False)
-
-
-def _read_rope(family: Family, given) -> dict[str, Any]:
-    """rope_theta, rope_fraction and rope_scaling, as transformers 5 writes them (rope_parameters)
-    or as 4 did.
-    """
-    parameters = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
-    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-    theta = parameters.pop(
-        "rope_theta", given.get("rope_theta", given.get("rotary_emb_base", family.theta))
-    )
-    fraction = parameters.pop(
-        "partial_rotary_factor",
-        given.get("partial_rotary_factor", given.get("rotary_pct", family.rope)),
-    )
-    wanted = {
-        "default": (),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }
-    if kind not in wanted or set(parameters) - {"type"} != set(wanted[kind]):
-        kinds = [f"{name} with {list(parts)}" for name, parts in wanted.items()]
-        raise _unsupported(
-            family,
-            "rope_parameters",
-            given.get("rope_parameters") or given.get("rope_scaling"),
-            kinds,
-        )
-    return dict(
-        rope_theta=float(theta),
-        rope_fraction=float(fraction),
-        rope_scaling=tuple(float(parameters[name]) for name in wanted[kind]),
-    )
-
-
-def _read_window(family: Family, config: Mapping[str, Any]) -> int:
-    """The window of all layers: 0 for none. A window that is null is none, one that isn't there is
-    the family's own.
-    """
-    window = config.get("sliding_window", family.window) or 0
-    if not family.switched:
-        return window
-    first = config.get("max_window_layers") or 0 if "max_window_layers" in config else 28
-    by_switch = [
-        "sliding_attention" if config.get("use_sliding_window") and i >= first else "full_attention"
-        for i in range(config["num_hidden_layers"])
-    ]
-    kinds = config.get("layer_types") or by_switch
-    if set(kinds) == {"full_attention"}:
-        return 0
-    if set(kinds) != {"sliding_attention"} or not config.get("use_sliding_window"):
-        raise _unsupported(
-            family,
-            "layer_types",
-            kinds,
-            "layers that are all full_attention, or all sliding_attention with use_sliding_window",
-        )
-    return window
-
-
-def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json's attributes for a model of these fields, such that `read_config` gives them
-    back.
-
-    Raises:
-      ValueError: the family has no such model.
-    """
-    if not fields["num_experts"] and any(key.ours == "num_experts" for key in family.keys):
-        raise ValueError(f"no {family.name} has num_experts = 0")
-    config: dict[str, Any] = {"model_type": family.name, "architectures": [family.architecture]}
-    for key in family.keys:
-        value = fields[key.ours]
-        if key.ours == "table_dim":
-            value = value or fields["embed_dim"]
-        if key.theirs:
-            back = {
-                ours: theirs for theirs, ours in reversed((key.values or {value: value}).items())
-            }
-            config |= {key.theirs: back[value]} if value in back else {}
-    for name, _, parts in family.flags:
-        config[name] = set(parts) <= set(fields["bias"].split(","))
-    if family.rope is not None:
-        config["rotary_emb_base" if family.name == "gpt_neox" else "rope_theta"] = fields[
-            "rope_theta"
-        ]
-        if family.rope != 1.0 or fields["rope_fraction"] != 1.0:
-            config["rotary_pct" if family.name == "gpt_neox" else "partial_rotary_factor"] = fields[
-                "rope_fraction"
-            ]
-        if fields["rope_scaling"]:
-            names = (
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            )
-            config["rope_scaling"] = dict(zip(names, fields["rope_scaling"])) | {
-                "rope_type": "llama3"
-            }
-            config["rope_scaling"]["original_max_position_embeddings"] = int(
-                config["rope_scaling"]["original_max_position_embeddings"]
-            )
-    if family.window is not None:
-        config["sliding_window"] = fields["window"] or None
-        if family.switched:
-            config |= dict(
-                use_sliding_window=bool(fields["window"]),
-                max_window_layers=0 if fields["window"] else fields["num_layers"],
-            )
-    try:
-        found = read_config(config)
-    except ValueError:
-        found = {}
-    if family.rope is None:  # these fields don't matter there
-        found |= {name: fields[name] for name in _NO_ROPE}
-    if found and not fields["num_experts"] and not found["num_experts"]:
-        found |= {name: fields[name] for name in _DENSE}
-    if wrong := [name for name in found if _plain(found[name]) != _plain(fields[name])] or (
-        [] if found else ["its values"]
-    ):
-        raise ValueError(
-            f"no {family.name} has {', '.join(f'{name} = {fields.get(name)!r}' for name in wrong)}"
-        )
-    return config
-
-
-def _plain(value):
-    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else value
-
-
-def fitting(fields: Mapping[str, Any]) -> Family:
-    """The first family that has a model of these fields. Raises ValueError, saying what stands
-    against each, if none has.
+      ValueError: none has; says for each what it doesn't have.
     """
     reasons = []
     for family in FAMILIES.values():
@@ -831,31 +604,304 @@ def fitting(fields: Mapping[str, Any]) -> Family:
     )
 
 
-class Place(NamedTuple):
-    """Where in our parameters a tensor of theirs has its row."""
-
-    row: Tensor
-    index: tuple[int, ...]  # in the stack: (), (layer,) or (layer, expert)
-    theirs: str
+# --- config.json to our fields ---
 
 
-def places(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
-    """All of them, layer by layer.
+def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `lm.models.transformer.Config`, but for those of execution, of a config.json.
+
+    Raises:
+      ValueError: a key is missing, or may change the logits in a way that our model doesn't have.
+    """
+    family = family_of_config(config)
+    config = {family.aliases.get(name, name): value for name, value in config.items()}
+
+    # Null means the same as a missing key, but for windows.
+    given = {name: value for name, value in config.items() if value is not None}
+
+    fields = dict(family.constants)
+    for key in family.keys:
+        fields[key.field] = _read_key(family, key, given, fields)
+
+    # Config has 0 where the embedding needs no projection.
+    if fields.get("table_dim") == fields["embed_dim"]:
+        fields["table_dim"] = 0
+
+    fields["bias"] = _read_biases(family, given)
+    fields |= _NO_ROPE if family.rope_fraction is None else _read_rope(family, given)
+    fields["window"] = 0 if family.window is None else _read_window(family, config)
+
+    # Whatever is left over may change the logits in a way that the fields don't say.
+    for name, values in family.supported_values.items():
+        if given.get(name, values[0]) not in values:
+            raise _unsupported(family, name, given[name], list(values))
+    _check_all_known(family, given)
+    return fields
+
+
+def _unsupported(family: Family, hf_name: str, value, supported) -> ValueError:
+    return ValueError(
+        f"config.json: {hf_name} = {value!r} is not supported for {family.name}; this reads "
+        f"{supported}"
+    )
+
+
+def _read_key(family: Family, key: Key, given: Mapping[str, Any], fields: Mapping[str, Any]):
+    """The value of a key's field.
 
     Args:
-      shapes: our parameters' paths -> shapes; those under "layers/" are stacks.
+      given: config.json without nulls.
+      fields: those read so far, which a default may be computed from.
     """
-    found = []
+    if key.hf_name in given:
+        value = given[key.hf_name]
+        if key.values is not None:
+            if value not in key.values:
+                raise _unsupported(family, key.hf_name, value, list(key.values))
+            value = key.values[value]
+    elif key.default is REQUIRED:
+        raise ValueError(f"config.json: {key.hf_name} is missing; a {family.name} can't do without")
+    else:
+        value = key.default(fields) if callable(key.default) else key.default
+
+    if key.field == "num_experts" and value < 1:
+        raise _unsupported(family, key.hf_name, value, "1 and more")
+    return value
+
+
+def _read_biases(family: Family, given: Mapping[str, Any]) -> str:
+    """Config.bias: the parts that have one, with commas between them."""
+    biased = set(family.biases)
+    for name, default, parts in family.bias_flags:
+        if given.get(name, default):
+            biased |= set(parts)
+    return ",".join(part for part in ("qkv", "out", "mlp", "norm") if part in biased)
+
+
+def _read_rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta, rope_fraction and rope_scaling. transformers 5 writes them into rope_parameters;
+    4 wrote the first two on their own and the others into rope_scaling.
+    """
+    written = given.get("rope_parameters") or given.get("rope_scaling")
+    parameters = dict(written or {})
+    rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
+
+    # Several keys may say the same: those among the parameters come first, GPT-NeoX's last.
+    theta = given.get("rope_theta", given.get("rotary_emb_base", family.rope_theta))
+    theta = parameters.pop("rope_theta", theta)
+    fraction = given.get("rotary_pct", family.rope_fraction)
+    fraction = given.get("partial_rotary_factor", fraction)
+    fraction = parameters.pop("partial_rotary_factor", fraction)
+
+    # What is left must be the scaling's parameters, all of them and no others.
+    rope_types = {"default": (), "llama3": _LLAMA3_SCALING}
+    names = rope_types.get(rope_type)
+    if names is None or set(parameters) - {"type"} != set(names):
+        supported = [f"{name} with {list(parts)}" for name, parts in rope_types.items()]
+        raise _unsupported(family, "rope_parameters", written, supported)
+
+    return dict(
+        rope_theta=float(theta),
+        rope_fraction=float(fraction),
+        rope_scaling=tuple(float(parameters[name]) for name in names),
+    )
+
+
+def _read_window(family: Family, config: Mapping[str, Any]) -> int:
+    """The window of all layers; 0 for none.
+
+    A sliding_window of null is none; where the key is missing the family's own default holds.
+    """
+    window = config.get("sliding_window", family.window) or 0
+    if not family.has_window_switch:
+        return window
+
+    # Layers from max_window_layers on have the window, if use_sliding_window turns it on.
+    # layer_types, which newer checkpoints have, says the same layer by layer.
+    layer_types = config.get("layer_types") or _layer_types_by_switch(config)
+    if set(layer_types) == {"full_attention"}:
+        return 0
+    if set(layer_types) != {"sliding_attention"} or not config.get("use_sliding_window"):
+        raise _unsupported(
+            family,
+            "layer_types",
+            layer_types,
+            "layers that are all full_attention, or all sliding_attention with use_sliding_window",
+        )
+    return window
+
+
+def _layer_types_by_switch(config: Mapping[str, Any]) -> list[str]:
+    # 28 is transformers' default for Qwen's models.
+    first_windowed = config.get("max_window_layers", 28) or 0
+
+    layer_types = []
+    for layer in range(config["num_hidden_layers"]):
+        windowed = config.get("use_sliding_window") and layer >= first_windowed
+        layer_types.append("sliding_attention" if windowed else "full_attention")
+    return layer_types
+
+
+def _check_all_known(family: Family, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key that nothing here reads: it might change the logits."""
+    known = {key.hf_name for key in family.keys}
+    known |= {name for name, _, _ in family.bias_flags}
+    known |= set(family.supported_values) | set(family.ignored_keys) | _IGNORED_KEYS
+    if family.rope_fraction is not None:
+        known |= _ROPE_KEYS
+    if family.window is not None:
+        known.add("sliding_window")
+    if family.has_window_switch:
+        known |= {"use_sliding_window", "layer_types"}
+
+    unknown = sorted(set(given) - known)
+    if unknown:
+        listed = ", ".join(f"{name} = {given[name]!r}" for name in unknown)
+        raise ValueError(
+            f"config.json: {listed}: not known for {family.name}. Where that changes nothing in "
+            "the model's outputs, take it out of config.json"
+        )
+
+
+# --- our fields to config.json ---
+
+
+def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model of these fields, such that `read_config` gives them back.
+
+    Raises:
+      ValueError: the family has no such model.
+    """
+    has_experts = any(key.field == "num_experts" for key in family.keys)
+    if has_experts and not fields["num_experts"]:
+        raise ValueError(f"no {family.name} has num_experts = 0")
+
+    config: dict[str, Any] = {"model_type": family.name, "architectures": [family.architecture]}
+    config |= _write_keys(family, fields)
+    # A key that turns on biases of several parts is set if all of them have one.
+    for name, _, parts in family.bias_flags:
+        config[name] = set(parts) <= set(fields["bias"].split(","))
+    if family.rope_fraction is not None:
+        config |= _write_rope(family, fields)
+    if family.window is not None:
+        config |= _write_window(family, fields)
+
+    # What the family can't say shows when its words are read again.
+    _check_reads_back(family, config, fields)
+    return config
+
+
+def _write_keys(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The family's keys. A value that Hugging Face has no word for is left out, which
+    `_check_reads_back` finds.
+    """
+    config = {}
+    for key in family.keys:
+        value = fields[key.field]
+        if key.field == "table_dim":
+            value = value or fields["embed_dim"]
+
+        if not key.hf_name:
+            continue
+        if key.values is None:
+            config[key.hf_name] = value
+            continue
+
+        # Of several words for a value the first is written.
+        for hf_value, our_value in key.values.items():
+            if our_value == value:
+                config[key.hf_name] = hf_value
+                break
+    return config
+
+
+def _write_rope(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE's keys as transformers 4 wrote them, which both versions read."""
+    is_neox = family.name == "gpt_neox"
+    config = {"rotary_emb_base" if is_neox else "rope_theta": fields["rope_theta"]}
+    if family.rope_fraction != 1.0 or fields["rope_fraction"] != 1.0:
+        fraction_name = "rotary_pct" if is_neox else "partial_rotary_factor"
+        config[fraction_name] = fields["rope_fraction"]
+
+    if fields["rope_scaling"]:
+        scaling = dict(zip(_LLAMA3_SCALING, fields["rope_scaling"]))
+        scaling["rope_type"] = "llama3"
+        # A number of positions; the fields are all floats.
+        original_length = int(scaling["original_max_position_embeddings"])
+        config["rope_scaling"] = scaling | {"original_max_position_embeddings": original_length}
+    return config
+
+
+def _write_window(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+    window = fields["window"]
+    config = {"sliding_window": window or None}
+    if family.has_window_switch:
+        # The window is for all layers, from layer 0 on, or for none.
+        config["use_sliding_window"] = bool(window)
+        config["max_window_layers"] = 0 if window else fields["num_layers"]
+    return config
+
+
+def _check_reads_back(family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `read_config` makes these fields of a config.json."""
+    read = read_config(config)
+
+    # Fields that the model doesn't use may be anything.
+    if family.rope_fraction is None:
+        read |= {name: fields[name] for name in _NO_ROPE}
+    if not fields["num_experts"] and not read["num_experts"]:
+        read |= {name: fields[name] for name in _DENSE}
+
+    wrong = [name for name in read if _comparable(read[name]) != _comparable(fields[name])]
+    if wrong:
+        listed = ", ".join(f"{name} = {fields.get(name)!r}" for name in wrong)
+        raise ValueError(f"no {family.name} has {listed}")
+
+
+def _comparable(value):
+    """The value, or a tuple of floats for a sequence: JSON has lists for tuples."""
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else value
+
+
+# --- tensors ---
+
+
+class ParamSlice(NamedTuple):
+    """The part of one of our parameters that comes from one tensor of the files."""
+
+    row: Tensor
+    index: tuple[int, ...]  # in the parameter's stack: (), (layer,) or (layer, expert)
+    hf_name: str  # with the numbers of layer and expert
+
+
+def param_slices(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[ParamSlice]:
+    """The slices that parameters are made of: those that are in no stack, then layer by layer.
+
+    Args:
+      shapes: path -> shape of the parameters.
+    """
+    slices = []
     for row in family.tensors:
-        if row.ours in shapes:
-            stack = shapes[row.ours][: row.theirs.count("{")]
-            found += [
-                Place(row, index, row.theirs.format(**dict(zip("ie", index))))
-                for index in itertools.product(*map(range, stack))
-            ]
-    missing = set(shapes) - {place.row.ours for place in found}
+        # A table has rows for all models of its family: with biases and without, tied and not.
+        if row.path not in shapes:
+            continue
+
+        # {i} and {e} are the leading dims of the stack.
+        stack_shape = shapes[row.path][: row.hf_name.count("{")]
+        for index in itertools.product(*map(range, stack_shape)):
+            hf_name = row.hf_name.format(**dict(zip("ie", index)))
+            slices.append(ParamSlice(row, index, hf_name))
+
+    missing = set(shapes) - {param_slice.row.path for param_slice in slices}
     assert not missing, f"the table of {family.name} has no {sorted(missing)}"
-    natural: Callable = lambda name: [
-        int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
-    ]
-    return sorted(found, key=lambda place: (place.index != (), natural(place.theirs)))
+    return sorted(slices, key=_layer_order)
+
+
+def _layer_order(param_slice: ParamSlice) -> tuple[bool, list]:
+    """Sorts what is in no stack first, and layer 2 before layer 10: numbers in names are compared
+    as such.
+    """
+    natural_name: list[int | str] = []
+    for part in re.split(r"(\d+)", param_slice.hf_name):
+        natural_name.append(int(part) if part.isdigit() else part)
+    return param_slice.index != (), natural_name

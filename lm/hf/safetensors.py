@@ -1,15 +1,19 @@
-"""The safetensors format, read and written a tensor at a time: eight bytes with the header's
-length, a JSON header, the bytes of the tensors.
+"""The safetensors format, read and written a tensor at a time.
 
-(huggingface.co/docs/safetensors, "Format". The library of that name reads into NumPy no bfloat16,
-and writes only what is in memory whole.)
+A file is eight bytes with the header's length, a JSON header, and the bytes of the tensors
+(huggingface.co/docs/safetensors, "Format"). The library of that name reads no bfloat16 into NumPy,
+and writes only what is in memory as a whole.
+
+Files come from strangers: nothing in a header is believed before it is checked against the file.
 """
 
+import collections
 import json
+import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +31,8 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # the format's own limit
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class Entry(NamedTuple):
@@ -39,92 +44,135 @@ class Entry(NamedTuple):
     offset: int  # of its bytes in the file
 
     def read(self) -> np.ndarray:
-        """The tensor, mapped, not copied."""
+        """The tensor, mapped into memory, not copied."""
+        # A map of no bytes is an error.
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
 
+# --- reading ---
+
+
 def entries(path: Path) -> dict[str, Entry]:
-    """The tensors of a file, by name; nothing of them is read.
+    """The tensors of a file by name. Reads the header only.
 
     Raises:
-      ValueError: a file cut short, a header that is no header, or that says other than the file
-        holds.
+      ValueError: the file is truncated, its header is none, or the header describes another file
+        than this one.
     """
-    size = path.stat().st_size
-    bad = lambda what: ValueError(
-        f"{path} is not a whole safetensors file: {what}. Copy it again from its source."
-    )
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise bad(f"its header should be {length} bytes long, and the file is {size}")
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
-    except ValueError as error:
-        raise bad(f"its header can't be read ({error})") from None
-    if not isinstance(header, dict):
-        raise bad("its header is no JSON object")
+    file_size = path.stat().st_size
+    header, data_start = _read_header(path, file_size)
     header.pop("__metadata__", None)
-    found, spans = {}, []
-    for name, about in header.items():
-        try:
-            dtype, shape, (begin, end) = (
-                about["dtype"],
-                tuple(about["shape"]),
-                about["data_offsets"],
-            )
-            whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-        except (TypeError, KeyError, ValueError):
-            whole = False
-        if not whole:
-            raise bad(f"its entry for {name!r} is {about!r}")
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"{path}: {name} is of dtype {dtype}, which can't be read; there are {list(DTYPES)}"
-            )
-        needed = int(np.prod(shape, dtype=object)) * np.dtype(DTYPES[dtype]).itemsize
-        if end - begin != needed:
-            raise bad(
-                f"{name} is {dtype}{list(shape)}, {needed} bytes, but its place has {end - begin}"
-            )
-        if end > size - 8 - length:
-            raise bad(f"{name} ends at byte {8 + length + end} of {size}")
-        found[name] = Entry(path, np.dtype(DTYPES[dtype]), shape, 8 + length + begin)
+
+    tensors = {}
+    spans = []  # (begin, end, name) in the data
+    for name, description in header.items():
+        dtype, shape, begin, end = _parse_description(path, name, description)
+        if end > file_size - data_start:
+            raise _damaged(path, f"{name} ends at byte {data_start + end} of {file_size}")
+        tensors[name] = Entry(path, dtype, shape, data_start + begin)
         spans.append((begin, end, name))
-    at = 0
+
+    _check_spans(path, spans, data_size=file_size - data_start)
+    return tensors
+
+
+def _read_header(path: Path, file_size: int) -> tuple[dict[str, Any], int]:
+    """(the header, where the data begins)."""
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
+        # The length is checked before anything of that size is read.
+        if not 2 <= length <= min(file_size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+            raise _damaged(
+                path, f"its header should be {length} bytes long, and the file is {file_size}"
+            )
+        text = file.read(length)
+
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_dict_of_unique_names)
+    except ValueError as error:
+        raise _damaged(path, f"its header can't be read ({error})") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    return header, _LENGTH_BYTES + length
+
+
+def _dict_of_unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for names that come twice, of which json would take the last."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"{twice} twice")
+    return unique
+
+
+def _parse_description(
+    path: Path, name: str, description
+) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, begin and end in the data) of a tensor, from its entry in the header."""
+    try:
+        dtype_name = description["dtype"]
+        shape = tuple(description["shape"])
+        begin, end = description["data_offsets"]
+        is_valid = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise _damaged(path, f"its entry for {name!r} is {description!r}")
+
+    if dtype_name not in DTYPES:
+        raise ValueError(
+            f"{path}: {name} is of dtype {dtype_name}, which can't be read; there are "
+            f"{list(DTYPES)}"
+        )
+
+    # Python's integers don't overflow: sizes may be made up.
+    dtype = np.dtype(DTYPES[dtype_name])
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if end - begin != num_bytes:
+        raise _damaged(
+            path,
+            f"{name} is {dtype_name}{list(shape)}, {num_bytes} bytes, but its place has "
+            f"{end - begin}",
+        )
+    return dtype, shape, begin, end
+
+
+def _check_spans(path: Path, spans: Sequence[tuple[int, int, str]], data_size: int) -> None:
+    """Raises ValueError unless the tensors lie one behind the other and fill the data."""
+    position = 0
     for begin, end, name in sorted(spans):
-        if begin != at:
-            raise bad(f"{name} begins at byte {begin} of the data, where byte {at} is next")
-        at = end
-    if at != size - 8 - length:
-        raise bad(f"its tensors fill {at} bytes, and it holds {size - 8 - length}")
-    return found
+        if begin != position:
+            raise _damaged(
+                path, f"{name} begins at byte {begin} of the data, where byte {position} is next"
+            )
+        position = end
+    if position != data_size:
+        raise _damaged(path, f"its tensors fill {position} bytes, and it holds {data_size}")
 
 
-def _no_duplicates(pairs):
-    names = [name for name, _ in pairs]
-    if (
-        twice := {name for name in names if names.count(name) > 1}
-        if len(set(names)) < len(names)
-        else ()
-    ):
-        raise ValueError(f"{sorted(twice)} twice")
-    return dict(pairs)
+def _damaged(path: Path, problem: str) -> ValueError:
+    return ValueError(
+        f"{path} is not a whole safetensors file: {problem}. Copy it again from its source."
+    )
 
 
-def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source. A transposed source goes in strips that caches hold, which is five
-    times as fast.
+# --- writing ---
+
+
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies an array, target[...] = source. A transposed source goes in strips that caches hold,
+    which is five times as fast.
     """
     if source.ndim < 2 or source.strides[-1] == source.itemsize:
         target[...] = source
         return
-    for i in range(0, target.shape[-1], 16):
-        target[..., i : i + 16] = source[..., i : i + 16]
+
+    for start in range(0, target.shape[-1], 16):
+        target[..., start : start + 16] = source[..., start : start + 16]
 
 
 def write(
@@ -138,31 +186,39 @@ def write(
     Args:
       tensors: name -> (dtype, shape).
       arrays: the tensors in that order, taken one at a time.
+      metadata: texts for the header.
     """
-    header, at = {"__metadata__": dict(metadata or {"format": "pt"})}, 0
+    # transformers reads only files that say which framework they are for.
+    header = _make_header(tensors, metadata or {"format": "pt"})
+
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for (name, (dtype, shape)), array in zip(tensors.items(), arrays, strict=True):
+            got = (array.dtype, array.shape)
+            assert got == (dtype, tuple(shape)), (name, got, (dtype, shape))
+            if not array.flags.c_contiguous:
+                contiguous = np.empty(array.shape, array.dtype)
+                copy_into(contiguous, array)
+                array = contiguous
+            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+    partial.replace(path)
+
+
+def _make_header(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
     for name, (dtype, shape) in tensors.items():
-        end = at + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        end = position + math.prod(shape) * np.dtype(dtype).itemsize
         header[name] = {
             "dtype": NAMES[np.dtype(dtype)],
             "shape": list(shape),
-            "data_offsets": [at, end],
+            "data_offsets": [position, end],
         }
-        at = end
+        position = end
+
+    # Spaces align the data to 8 bytes, as the format's own library does.
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for (name, (dtype, shape)), array in zip(tensors.items(), arrays, strict=True):
-            assert array.shape == tuple(shape) and array.dtype == dtype, (
-                name,
-                array.shape,
-                array.dtype,
-                shape,
-                dtype,
-            )
-            if not array.flags.c_contiguous:
-                copy(whole := np.empty(array.shape, array.dtype), array)
-                array = whole
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
-    partial.replace(path)
+    return text + b" " * (-len(text) % 8)

@@ -11,18 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm import config as config_lib
 from lm.collectives import gather_sequence
-from lm.nn.attention import (
-    SPLASH,
-    Attention,
-    Cache,
-    Visible,
-    cache_mask,
-    cache_slots,
-    causal_mask,
-    tree_mask,
-)
+from lm.nn.attention import SPLASH, Attention, Cache
 from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed, dense, param
+from lm.nn.masks import Mask, cache_mask, cache_slots, causal_mask, tree_mask
 from lm.nn.moe import MoE
 from lm.sharding import constrain
 
@@ -36,155 +29,125 @@ REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down"
 REMAT = {"none": REMAT_NAMES, "full": (), "dots": REMAT_NAMES}
 
 
-def kept_results(remat: str) -> tuple[list[str], list[str]]:
-    """The names that config.model.remat keeps (on the chip, in the host's memory): a key of
-    `REMAT`, or names of `REMAT_NAMES` with commas between them, those to be kept in the host's
-    memory with ":host" behind them. "none" keeps others besides.
+def saved_names(remat: str) -> tuple[list[str], list[str]]:
+    """The names that config.model.remat saves: (on the chip, in the host's memory).
+
+    Args:
+      remat: a key of `REMAT`, or names of `REMAT_NAMES` with commas between them. Those to be saved
+        in the host's memory have ":host" behind them. "none" saves others besides.
 
     Raises:
       ValueError: anything else.
     """
-    names = [name.partition(":") for name in (REMAT[remat] if remat in REMAT else remat.split(","))]
-    if wrong := [
-        f"{name}{colon}{place}"
-        for name, colon, place in names
-        if name not in REMAT_NAMES or (colon and place != "host")
-    ]:
+    names = REMAT[remat] if remat in REMAT else remat.split(",")
+    on_chip, on_host, wrong = [], [], []
+    for name in names:
+        result, colon, place = name.partition(":")
+        if result not in REMAT_NAMES or (colon and place != "host"):
+            wrong.append(name)
+        elif place:
+            on_host.append(result)
+        else:
+            on_chip.append(result)
+
+    if wrong:
         raise ValueError(
             f"config.model.remat = {remat!r}: {wrong}; valid: {list(REMAT)}, or names of "
-            f"{list(REMAT_NAMES)} with commas between "  # noqa: E501
-            f'them, with ":host" behind those to be kept in the host\'s memory'
+            f'{list(REMAT_NAMES)} with commas between them, with ":host" behind those to be kept '
+            "in the host's memory"
         )
-    return [name for name, _, place in names if not place], [
-        name for name, _, place in names if place
-    ]
+    return on_chip, on_host
 
 
 def remat_policy(remat: str):
-    """The policy of jax.checkpoint for config.model.remat. What is not kept is computed again in
-    the backward pass; gathered weights always are gathered again.
+    """The policy of jax.checkpoint for config.model.remat.
+
+    What is not saved is computed again in the backward pass. Gathered weights always are gathered
+    again.
 
     Raises:
-      ValueError: see `kept_results`.
+      ValueError: see `saved_names`.
     """
     policies = jax.checkpoint_policies
     if remat == "none":
         return policies.save_anything_except_these_names("weights")
-    saved, offloaded = kept_results(remat)
-    if offloaded:
+    on_chip, on_host = saved_names(remat)
+    if on_host:
         return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=saved,
-            names_which_can_be_offloaded=offloaded,
+            names_which_can_be_saved=on_chip,
+            names_which_can_be_offloaded=on_host,
             offload_src="device",
             offload_dst="pinned_host",
         )
-    return policies.save_only_these_names(*saved)
+    return policies.save_only_these_names(*on_chip)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The model. Every field changes parameters or logits, but for the last five (how it is
-    executed).
+class Config(config_lib.ModelFields):
+    """The model's fields (lm.config.ModelFields), checked.
+
+    Every field changes parameters or logits, but for `EXECUTION_FIELDS`: how it is executed.
+
+    Raises:
+      ValueError: values that no model can have, each with those that are valid.
     """
 
-    vocab_size: int
-    # longest sequence; the size of the position table when positions are learned
-    context_length: int
-    num_layers: int
-    embed_dim: int
-    mlp_dim: int  # of each expert, where there are experts
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm: str  # layernorm | rmsnorm
-    norm_eps: float
-    qk_norm: bool  # RMSNorm of each head's queries and keys
-    # pre_norm | post_norm (of the sum; no norm at the end) | parallel (attention and MLP both on
-    # the layer's input)
-    residual: str
-    activation: str  # gelu | gelu_tanh | relu | silu | relu_squared
-    gated_mlp: bool
-    num_experts: int  # of every layer, in the MLP's place, see lm.nn.moe; 0: none
-    experts_per_token: int
-    normalize_router: bool  # the weights of a token's experts sum to 1
-    shared_mlp_dim: int  # of an expert that takes every token; 0: none
-    window: int  # positions that a query sees, itself included; 0: all before it
-    positions: str  # learned | rope
-    position_offset: int  # rows of the position table before that of position 0 (learned)
-    rope_theta: float
-    rope_fraction: float  # of a head's dims that turn
-    rope_interleaved: bool  # see lm.nn.positions.rope
-    rope_scaling: tuple[float, ...]  # see lm.nn.positions.frequencies
-    # which layers have one, with commas between them: qkv, out (of attention), mlp, norm
-    # (layernorm)
-    bias: str
-    tie_embeddings: bool
-    # of the embedding and the head where it isn't embed_dim, with a projection between them; 0:
-    # embed_dim
-    table_dim: int
-    # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
-    init_std: float
-    param_dtype: Any  # of all parameters but the norms', which are f32
-    compute_dtype: Any
-    # xla | cudnn (GPU, bf16) | splash (TPU) | splash_interpreted (anywhere, slowly: for tests)
-    attention: str
-    remat: str  # see remat_policy
-    scan_unroll: int  # layers in one iteration of the loop over layers
-
     def __post_init__(self):
-        for field, valid in (
-            ("norm", NORMS),
-            ("residual", RESIDUALS),
-            ("activation", ACTIVATIONS),
-            ("positions", POSITIONS),
-            ("attention", ATTENTION),
-        ):
-            if getattr(self, field) not in valid:
-                raise ValueError(
-                    f"config.model.{field} = {getattr(self, field)!r}; valid: {sorted(valid)}"
-                )
-        for field in ("param_dtype", "compute_dtype"):
-            if getattr(self, field) not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
-                raise ValueError(
-                    f"config.model.{field} = {getattr(self, field)!r}; valid: ['bfloat16', "
-                    "'float32']"
-                )
-        remat_policy(self.remat)
-        sizes = (
-            "vocab_size",
-            "context_length",
-            "num_layers",
-            "embed_dim",
-            "mlp_dim",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "scan_unroll",
+        self._check_names()
+        self._check_sizes()
+        self._check_experts()
+        self._check_rope()
+
+    def _check_names(self) -> None:
+        names = dict(
+            norm=NORMS,
+            residual=RESIDUALS,
+            activation=ACTIVATIONS,
+            positions=POSITIONS,
+            attention=ATTENTION,
         )
-        if small := [f for f in sizes if getattr(self, f) < 1]:
+        for field, valid in names.items():
+            value = getattr(self, field)
+            if value not in valid:
+                raise ValueError(f"config.model.{field} = {value!r}; valid: {sorted(valid)}")
+
+        for field in ("param_dtype", "compute_dtype"):
+            value = getattr(self, field)
+            if value not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
+                raise ValueError(
+                    f"config.model.{field} = {value!r}; valid: ['bfloat16', 'float32']"
+                )
+
+        remat_policy(self.remat)
+        unknown = [name for name in self.biases if name not in BIASES]
+        if unknown:
             raise ValueError(
-                f"config.model: {', '.join(f'{f} = {getattr(self, f)}' for f in small)}; sizes "
-                "must be at least 1"
+                f"config.model.bias = {self.bias!r}: {unknown}; valid: names of {list(BIASES)} "
+                'with commas between them, or ""'
             )
+
+    def _check_sizes(self) -> None:
+        positive = ("vocab_size", "context_length", "num_layers", "embed_dim", "mlp_dim")
+        positive += ("num_heads", "num_kv_heads", "head_dim", "scan_unroll")
+        if small := self._assignments(positive, below=1):
+            raise ValueError(f"config.model: {small}; sizes must be at least 1")
+
+        not_negative = ("window", "position_offset", "table_dim", "num_experts", "shared_mlp_dim")
+        if negative := self._assignments(not_negative, below=0):
+            raise ValueError(f"config.model: {negative}; must not be negative")
+
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"config.model: num_heads = {self.num_heads} must be a multiple of num_kv_heads = "
                 f"{self.num_kv_heads}"
             )
-        if unknown := [name for name in self.biases if name not in BIASES]:
-            raise ValueError(
-                f"config.model.bias = {self.bias!r}: {unknown}; valid: names of {list(BIASES)} "
-                'with commas between them, or ""'
-            )
-        if negative := [
-            f
-            for f in ("window", "position_offset", "table_dim", "num_experts", "shared_mlp_dim")
-            if getattr(self, f) < 0
-        ]:
-            raise ValueError(
-                f"config.model: {', '.join(f'{f} = {getattr(self, f)}' for f in negative)}; must "
-                "not be negative"
-            )
+
+    def _assignments(self, fields: tuple[str, ...], below: int) -> str:
+        """ "field = value, ..." of the fields below a limit."""
+        small = [field for field in fields if getattr(self, field) < below]
+        return ", ".join(f"{field} = {getattr(self, field)}" for field in small)
+
+    def _check_experts(self) -> None:
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"config.model.experts_per_token = {self.experts_per_token}: wanted 1 to "
@@ -200,17 +163,20 @@ class Config:
                 f"config.model.shared_mlp_dim = {self.shared_mlp_dim} needs num_experts; without "
                 "experts mlp_dim is the MLP's size"
             )
-        if self.positions == "rope":
-            if not 0 < self.rope_fraction <= 1 or int(self.head_dim * self.rope_fraction) % 2:
-                raise ValueError(
-                    f"config.model.head_dim = {self.head_dim}, rope_fraction = "
-                    f"{self.rope_fraction}: an even number of dims must turn, 2 to all"
-                )
-            if len(self.rope_scaling) not in (0, 4):
-                raise ValueError(
-                    f"config.model.rope_scaling = {self.rope_scaling}; wanted () or (factor, "
-                    "low_frequency_factor, high_frequency_factor, original context)"
-                )
+
+    def _check_rope(self) -> None:
+        if self.positions != "rope":
+            return
+        if not 0 < self.rope_fraction <= 1 or int(self.head_dim * self.rope_fraction) % 2:
+            raise ValueError(
+                f"config.model.head_dim = {self.head_dim}, rope_fraction = "
+                f"{self.rope_fraction}: an even number of dims must turn, 2 to all"
+            )
+        if len(self.rope_scaling) not in (0, 4):
+            raise ValueError(
+                f"config.model.rope_scaling = {self.rope_scaling}; wanted () or (factor, "
+                "low_frequency_factor, high_frequency_factor, original context)"
+            )
 
     @property
     def biases(self) -> tuple[str, ...]:
@@ -235,6 +201,7 @@ class Block(nnx.Module):
         attention_key, mlp_key = jax.random.split(key)
         # GPT-2's (Radford et al. 2019, section 2.3)
         out_std = c.init_std / (2 * c.num_layers) ** 0.5
+
         norm = dict(eps=c.norm_eps, use_bias="norm" in c.biases)
         self.residual = c.residual
         self.attention_norm = NORMS[c.norm](c.embed_dim, **norm)
@@ -243,99 +210,99 @@ class Block(nnx.Module):
         if c.num_experts:
             self.mlp = MoE(mlp_key, c, out_std=out_std)
         else:
-            self.mlp = MLP(
-                mlp_key,
-                c.embed_dim,
-                c.mlp_dim,
-                activation=c.activation,
-                gated=c.gated_mlp,
-                use_bias="mlp" in c.biases,
-                std=c.init_std,
-                out_std=out_std,
-                dtype=c.param_dtype,
-                compute_dtype=c.compute_dtype,
-            )
+            use_bias = "mlp" in c.biases
+            self.mlp = MLP(mlp_key, c, mlp_dim=c.mlp_dim, use_bias=use_bias, out_std=out_std)
 
-    def __call__(self, x_BTD, positions_BT, visible, real_BT, cache=None):
-        """(x_BTD, cache, aux)."""
-        stream = lambda x: constrain(x, "batch", "length", "act_embed")
-        mlp = (
-            (lambda x: self.mlp(x, real_BT))
-            if isinstance(self.mlp, MoE)
-            else (lambda x: (self.mlp(x), {}))
-        )
-        # the first Transformer's (Vaswani et al. 2017, arXiv 1706.03762, section 3.1)
+    def __call__(self, x_BTD, positions_BT, mask: Mask, valid_BT, cache=None, *, decode=False):
+        """Returns (x_BTD, cache, aux). The arguments are those of `Attention` and `MoE`."""
+
+        def attend(x_BTD):
+            return self.attention(x_BTD, positions_BT, mask, cache, decode=decode)
+
+        # The first Transformer's (Vaswani et al. 2017, arXiv 1706.03762, section 3.1).
         if self.residual == "post_norm":
-            attended_BTD, cache = self.attention(x_BTD, positions_BT, visible, cache)
-            x_BTD = stream(self.attention_norm(x_BTD + attended_BTD))
-            out_BTD, aux = mlp(x_BTD)
-            return stream(self.mlp_norm(x_BTD + out_BTD)), cache, aux
-        attended_BTD, cache = self.attention(
-            self.attention_norm(x_BTD), positions_BT, visible, cache
-        )
-        # GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745, section 2.1)
+            attended_BTD, cache = attend(x_BTD)
+            x_BTD = _stream(self.attention_norm(x_BTD + attended_BTD))
+            out_BTD, aux = self._mlp(x_BTD, valid_BT)
+            return _stream(self.mlp_norm(x_BTD + out_BTD)), cache, aux
+
+        attended_BTD, cache = attend(self.attention_norm(x_BTD))
+        # GPT-NeoX-20B's (Black et al. 2022, arXiv 2204.06745, section 2.1).
         if self.residual == "parallel":
-            out_BTD, aux = mlp(self.mlp_norm(x_BTD))
-            return stream(x_BTD + attended_BTD + out_BTD), cache, aux
-        x_BTD = stream(x_BTD + attended_BTD)
-        out_BTD, aux = mlp(self.mlp_norm(x_BTD))
-        return stream(x_BTD + out_BTD), cache, aux
+            out_BTD, aux = self._mlp(self.mlp_norm(x_BTD), valid_BT)
+            return _stream(x_BTD + attended_BTD + out_BTD), cache, aux
+
+        x_BTD = _stream(x_BTD + attended_BTD)
+        out_BTD, aux = self._mlp(self.mlp_norm(x_BTD), valid_BT)
+        return _stream(x_BTD + out_BTD), cache, aux
+
+    def _mlp(self, x_BTD, valid_BT):
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x_BTD, valid_BT)
+        return self.mlp(x_BTD), {}
+
+
+def _stream(x_BTD: jax.Array) -> jax.Array:
+    """The residual stream, where it lies."""
+    return constrain(x_BTD, "batch", "length", "act_embed")
 
 
 class Transformer(nnx.Module):
-    """`model(tokens, positions, segments)` gives hidden states; `model.logits(hidden)` is the head,
-    so that whoever needs few positions pays for few. Modules own parameters and these two calls,
+    """A decoder-only Transformer.
+
+    `model(tokens, positions, segments)` gives hidden states; `model.logits(hidden)` is the head, so
+    that whoever needs few positions pays for few. Modules own parameters and these two calls,
     nothing else: there is no random state in them.
+
+    Args:
+      stacked: each parameter of the layers is one array for all of them, and a loop runs over it.
+        Otherwise each layer has its own: for decoding on CPUs, where taking a layer out of a stack
+        copies it. `unstack` turns the one's parameters into the other's.
     """
 
     def __init__(self, config: Config, key: jax.Array, *, stacked: bool = True):
-        """Args: stacked: each parameter of the layers is one array for all of them, and a loop runs
-        over it. Otherwise each layer has its own: for decoding on CPUs, where taking a layer out
-        of a stack copies it. `unstack` turns the one's parameters into the other's.
-        """
         c = self.config = config
         embed_key, position_key, layers_key, head_key = jax.random.split(key, 4)
         table = dict(std=c.init_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
         table_dim = c.table_dim or c.embed_dim
+
         self.embed = Embed(embed_key, c.vocab_size, table_dim, axis="vocab", **table)
-        learned = c.positions == "learned"
-        self.position_embed = (
-            Embed(
-                position_key,
-                c.position_offset + c.context_length,
-                c.embed_dim,
-                axis="position",
-                **table,
-            )
-            if learned
-            else None
-        )
+        if c.positions == "learned":
+            rows = c.position_offset + c.context_length
+            self.position_embed = Embed(position_key, rows, c.embed_dim, axis="position", **table)
+        else:
+            self.position_embed = None
+
+        def make_block(key):
+            return Block(key, c)
+
         keys = jax.random.split(layers_key, c.num_layers)
-        self.layers = (
-            nnx.vmap(lambda k: Block(k, c), in_axes=0, out_axes=0)(keys)
-            if stacked
-            else nnx.List([Block(k, c) for k in keys])
-        )
-        self.norm = (
-            NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias="norm" in c.biases)
-            if c.residual != "post_norm"
-            else None
-        )
+        if stacked:
+            self.layers = nnx.vmap(make_block, in_axes=0, out_axes=0)(keys)
+        else:
+            self.layers = nnx.List([make_block(key) for key in keys])
+
+        if c.residual != "post_norm":
+            use_bias = "norm" in c.biases
+            self.norm = NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias=use_bias)
+        else:
+            self.norm = None
         # Tied weights are one parameter that is called twice; the same Param under two attributes
         # would break tree transforms.
-        self.head = (
-            None
-            if c.tie_embeddings
-            else Embed(head_key, c.vocab_size, table_dim, axis="vocab", **table)
-        )
+        if c.tie_embeddings:
+            self.head = None
+        else:
+            self.head = Embed(head_key, c.vocab_size, table_dim, axis="vocab", **table)
+
         # OPT-350M's, after the embedding and before the head.
-        between = lambda number, shape, axes: (
-            param(jax.random.fold_in(key, number), shape, axes, c.param_dtype, std=c.init_std)
-            if table_dim != c.embed_dim
-            else None
-        )
-        self.project_in = between(1, (table_dim, c.embed_dim), ("table", "embed"))
-        self.project_out = between(2, (c.embed_dim, table_dim), ("embed", "table"))
+        if table_dim != c.embed_dim:
+            in_key, out_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+            shape, axes = (table_dim, c.embed_dim), ("table", "embed")
+            options = dict(dtype=c.param_dtype, std=c.init_std)
+            self.project_in = param(in_key, shape, axes, **options)
+            self.project_out = param(out_key, shape[::-1], axes[::-1], **options)
+        else:
+            self.project_in = self.project_out = None
 
     def __call__(
         self,
@@ -345,12 +312,19 @@ class Transformer(nnx.Module):
         *,
         until_BT: jax.Array | None = None,
         cache: Cache | None = None,
+        decode: bool = False,
     ) -> Output:
-        """Args: tokens_BT: int32 ids. positions_BT: int32, each token's place in its document.
-        segments_BT: int32; tokens attend within their segment only. With a cache each row is one
-        sequence, and 0 is padding behind it. until_BT: int32, of rows in which a sequence
-        branches: see `lm.nn.attention.tree_mask`. cache: keys and values of all layers, see
-        `init_cache`. A call with several positions is the first one, and fills it.
+        """Hidden states of each position.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32, each token's place in its document.
+          segments_BT: int32; tokens attend within their segment only. With a cache each row is one
+            sequence, and 0 is padding behind it.
+          until_BT: int32, of rows in which a sequence branches: see `lm.nn.masks.tree_mask`.
+          cache: keys and values of all layers, see `init_cache`. The first call with one (prefill)
+            fills it.
+          decode: this is a later call: T is 1, and the token attends to the cache.
         """
         c = self.config
         x_BTD = self.embed(tokens_BT)
@@ -358,56 +332,65 @@ class Transformer(nnx.Module):
             x_BTD = dense("btp,pd->btd", x_BTD, self.project_in, c.compute_dtype, "project_in")
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
-        x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
-        real_BT, segments_BT = segments_BT > 0, gather_sequence(segments_BT)
-        slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
-        if slots and tokens_BT.shape[1] == 1:
-            mask_BTS = cache_mask(positions_BT, slots, c.window)
+        x_BTD = _stream(x_BTD)
+
+        valid_BT = segments_BT > 0
+        mask = self._mask(positions_BT, segments_BT, until_BT, cache, decode)
+        run = self._scan_layers if not isinstance(self.layers, nnx.List) else self._loop_layers
+        x_BTD, cache, aux = run(x_BTD, cache, (positions_BT, mask, valid_BT), decode)
+
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        if self.project_out is not None:
+            x_BTD = dense("btd,dp->btp", x_BTD, self.project_out, c.compute_dtype, "project_out")
+        mean_of_layers = jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
+        return Output(x_BTD, cache, mean_of_layers)
+
+    def _mask(self, positions_BT, segments_BT, until_BT, cache, decode: bool) -> Mask:
+        """What each query may attend to, of whole rows."""
+        c = self.config
+        segments_BT = gather_sequence(segments_BT)
+        num_slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
+
+        if decode:
+            mask_BTS = cache_mask(positions_BT, num_slots, c.window)
         elif until_BT is not None:
-            mask_BTS = tree_mask(
-                segments_BT, gather_sequence(positions_BT), gather_sequence(until_BT), c.window
-            )
+            positions, until = gather_sequence(positions_BT), gather_sequence(until_BT)
+            mask_BTS = tree_mask(segments_BT, positions, until, c.window)
         else:
             mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT, c.window)
-        visible = Visible(
-            mask_BTS, segments_BT, cache_slots(positions_BT, segments_BT, slots) if slots else None
-        )
-        if isinstance(self.layers, nnx.List):
-            caches, auxes = [], []
-            for layer, layer_cache in zip(self.layers, cache or [None] * c.num_layers):
-                x_BTD, layer_cache, aux = layer(x_BTD, positions_BT, visible, real_BT, layer_cache)
-                caches.append(layer_cache)
-                auxes.append(aux)
-            return Output(
-                self._finish(x_BTD),
-                caches if cache else None,
-                _mean_of_layers(jax.tree.map(lambda *xs: jnp.stack(xs), *auxes)),
-            )
+
+        slots_BT = cache_slots(positions_BT, segments_BT, num_slots) if num_slots else None
+        return Mask(mask_BTS, segments_BT, slots_BT)
+
+    def _scan_layers(self, x_BTD, cache, inputs, decode: bool):
+        """Runs stacked layers. Returns (x_BTD, cache, aux), the latter two stacked."""
+        c = self.config
         graphdef, stack = nnx.split(self.layers)
 
         def body(x_BTD, layer):
             params, layer_cache = layer
-            x_BTD, layer_cache, aux = nnx.merge(graphdef, params)(
-                x_BTD, positions_BT, visible, real_BT, layer_cache
-            )
+            block = nnx.merge(graphdef, params)
+            x_BTD, layer_cache, aux = block(x_BTD, *inputs, layer_cache, decode=decode)
             return x_BTD, (layer_cache, aux)
 
+        # On one device "none" has no gathered weights to drop. There it is no jax.checkpoint at
+        # all, which on CPUs rounds what it saves in an operation of its own.
         mesh = jax.sharding.get_abstract_mesh()
-        # on one device "none" has no gathered weights to drop
         if cache is None and (c.remat != "none" or mesh.size > 1):
             body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
         x_BTD, (cache, aux) = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
-        return Output(self._finish(x_BTD), cache, _mean_of_layers(aux))
+        return x_BTD, cache, aux
 
-    def _finish(self, x_BTD):
-        """From the last layer to the head."""
-        if self.norm is not None:
-            x_BTD = self.norm(x_BTD)
-        if self.project_out is not None:
-            x_BTD = dense(
-                "btd,dp->btp", x_BTD, self.project_out, self.config.compute_dtype, "project_out"
-            )
-        return x_BTD
+    def _loop_layers(self, x_BTD, cache, inputs, decode: bool):
+        """Runs layers of their own. Returns (x_BTD, list of caches, aux stacked)."""
+        caches, auxes = [], []
+        for layer, layer_cache in zip(self.layers, cache or [None] * self.config.num_layers):
+            x_BTD, layer_cache, aux = layer(x_BTD, *inputs, layer_cache, decode=decode)
+            caches.append(layer_cache)
+            auxes.append(aux)
+        aux = jax.tree.map(lambda *layers: jnp.stack(layers), *auxes)
+        return x_BTD, caches if cache else None, aux
 
     @property
     def head_table(self) -> nnx.Param:
@@ -425,28 +408,26 @@ class Transformer(nnx.Module):
         """
         c = self.config
         shape = (batch_size, c.num_kv_heads, min(length, c.window or length), c.head_dim)
-        empty = lambda *stack: constrain(
-            jnp.zeros((*stack, *shape), c.compute_dtype),
-            *["layers"] * len(stack),
-            "batch",
-            "kv_heads",
-            None,
-            None,
-        )
+        axes = ("batch", "kv_heads", None, None)
         if isinstance(self.layers, nnx.List):
-            return [Cache(empty(), empty()) for _ in range(c.num_layers)]
-        return Cache(empty(c.num_layers), empty(c.num_layers))
+            return [Cache(*_zeros(shape, axes, c.compute_dtype)) for _ in range(c.num_layers)]
+        return Cache(*_zeros((c.num_layers, *shape), ("layers", *axes), c.compute_dtype))
 
 
-def _mean_of_layers(aux):
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
+def _zeros(shape, axes, dtype) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of an empty cache."""
+    key = constrain(jnp.zeros(shape, dtype), *axes)
+    return key, constrain(jnp.zeros(shape, dtype), *axes)
 
 
 def unstack(model: Transformer, params: dict) -> tuple[Any, dict]:
     """(graphdef, parameters) of the same model with layers of their own."""
-    graphdef = nnx.split(
-        nnx.eval_shape(lambda: Transformer(model.config, jax.random.key(0), stacked=False)),
-        nnx.Param,
-    )[0]
-    layer = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
-    return graphdef, params | {"layers": {i: layer(i) for i in range(model.config.num_layers)}}
+    abstract = nnx.eval_shape(lambda: Transformer(model.config, jax.random.key(0), stacked=False))
+    graphdef = nnx.split(abstract, nnx.Param)[0]
+    layers = {i: _layer(params["layers"], i) for i in range(model.config.num_layers)}
+    return graphdef, params | {"layers": layers}
+
+
+def _layer(stack: dict, index: int) -> dict:
+    """The parameters of one layer of a stack."""
+    return jax.tree.map(lambda p: p[index], stack)

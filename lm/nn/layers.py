@@ -1,4 +1,7 @@
-"""Norms, MLP and embedding. Letters: B batch, T length, D embed, F mlp, V vocab."""
+"""Parameters, the dense layer, norms, MLP and embedding.
+
+Letters: B batch, T length, D embed, F mlp, V vocab.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm import collectives
+from lm.nn.kernels.matmul import matmul, weight_grad
 from lm.sharding import constrain
 
 
@@ -21,7 +25,7 @@ def param(
     std: float = 0.0,
     mean: float = 0.0,
 ) -> nnx.Param:
-    """A parameter with its logical axes. Normal(mean, std) drawn in f32, then rounded to `dtype`; a
+    """A parameter with its logical axes: Normal(mean, std), drawn in f32 and rounded to `dtype`; a
     constant if std is 0.
     """
     assert len(shape) == len(logical_axes), (shape, logical_axes)
@@ -33,9 +37,8 @@ def param(
 
 def gather(weight: nnx.Param, dtype) -> jax.Array:
     """A parameter as a layer computes with it, see `lm.collectives.gather_weight`."""
-    return collectives.gather_weight(
-        weight[...], weight.get_metadata("logical_axes"), jnp.dtype(dtype)
-    )
+    logical_axes = weight.get_metadata("logical_axes")
+    return collectives.gather_weight(weight[...], logical_axes, jnp.dtype(dtype))
 
 
 def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype, name: str) -> jax.Array:
@@ -49,58 +52,37 @@ def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype, name: str) -> jax.A
       name: of the result, for remat policies (`lm.models.transformer.REMAT_NAMES`). The gathered
         weight is named "weights".
     """
-    return checkpoint_name(
-        _dense(spec, weight.get_metadata("logical_axes"), jnp.dtype(dtype), x, weight[...]), name
-    )
+    logical_axes = weight.get_metadata("logical_axes")
+    return checkpoint_name(_dense(spec, logical_axes, jnp.dtype(dtype), x, weight[...]), name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _dense(spec, logical_axes, dtype, x, weight):
-    return _matmul(
-        spec, x.astype(dtype), collectives.gather_weight(weight, logical_axes, dtype), x.dtype
-    )
-
-
-def _matmul(spec, a, b, dtype):
-    # Accelerators would round f32 operands to bf16 or TF32: a router's choice is meant to be f32's.
-    return jnp.einsum(
-        spec,
-        a,
-        b,
-        preferred_element_type=jnp.float32,
-        precision="highest" if a.dtype == jnp.float32 else None,
-    ).astype(dtype)
+    x_cast = x.astype(dtype)
+    return matmul(spec, x_cast, collectives.gather_weight(weight, logical_axes, dtype), x.dtype)
 
 
 def _dense_forward(spec, logical_axes, dtype, x, weight):
-    gathered = checkpoint_name(collectives.gather_weight(weight, logical_axes, dtype), "weights")
+    gathered = collectives.gather_weight(weight, logical_axes, dtype)
+    gathered = checkpoint_name(gathered, "weights")
     x_cast = x.astype(dtype)
-    return _matmul(spec, x_cast, gathered, x.dtype), (x_cast, gathered, jnp.zeros((), weight.dtype))
+    saved = (x_cast, gathered, jnp.zeros((), weight.dtype))
+    return matmul(spec, x_cast, gathered, x.dtype), saved
 
 
-def _dense_backward(spec, logical_axes, dtype, saved, g):
+def _dense_backward(spec, logical_axes, dtype, saved, grad):
     x, gathered, like = saved
     inputs, out = spec.split("->")
-    a, b = inputs.split(",")
-    x_grad = _matmul(f"{out},{b}->{a}", g.astype(dtype), gathered, g.dtype)
-    g = g.astype(dtype)
-    plain = lambda x, g: _matmul(f"{a},{out}->{b}", x, g, jnp.float32)
-    # XLA's CPU compiler transposes the first operand, and computes it again with all that led to
-    # it: let it be the smaller one.
-    turned = lambda x, g: (
-        jax.lax.optimization_barrier(_matmul(f"{out},{a}->{b[::-1]}", g, x, jnp.float32)).T
-    )
-    if len(b) == 2 and x.size > g.size:
-        weight_grad = jax.lax.platform_dependent(x, g, cpu=turned, default=plain)
-    else:
-        weight_grad = plain(x, g)
-    return x_grad, collectives.scatter_grad(weight_grad, logical_axes, like.dtype)
+    x_dims, weight_dims = inputs.split(",")
+    x_grad = matmul(f"{out},{weight_dims}->{x_dims}", grad.astype(dtype), gathered, grad.dtype)
+    grad_of_weight = weight_grad(spec, x, grad.astype(dtype))
+    return x_grad, collectives.scatter_grad(grad_of_weight, logical_axes, like.dtype)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
-# Norms keep f32 parameters whatever the others are: a scale starts at 1, where neighbouring bf16
+# Norms keep f32 parameters whatever the others are. A scale starts at 1, where neighbouring bf16
 # numbers are 0.4 to 0.8% apart, some ten updates. Rounding them stochastically makes them a random
 # walk; plainly, they never move.
 class RMSNorm(nnx.Module):
@@ -135,8 +117,11 @@ class LayerNorm(nnx.Module):
         return x.astype(x_BTD.dtype)
 
 
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
 def add_bias(x: jax.Array, bias: nnx.Param) -> jax.Array:
-    """x plus a bias over its last dims, in x's dtype."""
+    """x plus a bias over its last dims, in x's dtype. The bias's gradient is summed in f32."""
     return _add_bias(x, gather(bias, x.dtype))
 
 
@@ -145,80 +130,97 @@ def _add_bias(x, value):
     return x + value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
 
 
-# The gradient is summed in f32, whatever it arrives in.
-_add_bias.defvjp(
-    lambda x, value: (_add_bias(x, value), jnp.zeros((0, *value.shape), value.dtype)),
-    lambda like, g: (
-        g,
-        jnp.sum(g, axis=tuple(range(g.ndim - like.ndim + 1)), dtype=jnp.float32).astype(like.dtype),
-    ),
-)
+def _add_bias_forward(x, value):
+    # The backward pass needs the bias's rank and dtype alone.
+    return _add_bias(x, value), jnp.zeros((0, *value.shape), value.dtype)
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+def _add_bias_backward(like, grad):
+    summed_dims = tuple(range(grad.ndim - like.ndim + 1))
+    return grad, jnp.sum(grad, axis=summed_dims, dtype=jnp.float32).astype(like.dtype)
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+def gelu_exact(x: jax.Array) -> jax.Array:
+    """GPT-NeoX's GELU, by the error function (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GPT-2's GELU, by its tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def relu_squared(x: jax.Array) -> jax.Array:
+    """Primer's activation (So et al. 2021, arXiv 2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # GPT-NeoX's
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT-2's
+    "gelu": gelu_exact,
+    "gelu_tanh": gelu_tanh,
     "relu": jax.nn.relu,  # OPT's
     "silu": jax.nn.silu,
-    # Primer (So et al. 2021, arXiv 2109.08668)
-    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu_squared": relu_squared,
 }
 
 
 class MLP(nnx.Module):
-    """Two dense layers, or three when gated (Shazeer 2020, arXiv 2002.05202)."""
+    """Two dense layers, or three when gated: act(gate) * up (Shazeer 2020, arXiv 2002.05202).
 
-    def __init__(
-        self,
-        key: jax.Array,
-        embed_dim: int,
-        mlp_dim: int,
-        *,
-        activation: str,
-        gated: bool,
-        use_bias: bool,
-        std: float,
-        out_std: float,
-        dtype,
-        compute_dtype,
-    ):
+    Args:
+      config: of lm.models.transformer.
+      mlp_dim: F, which a shared expert has of its own.
+      use_bias: of all its dense layers.
+      out_std: of the initial weights of the last layer.
+    """
+
+    def __init__(self, key: jax.Array, config, *, mlp_dim: int, use_bias: bool, out_std: float):
+        c = config
         up_key, gate_key, down_key = jax.random.split(key, 3)
-        self.activation, self.compute_dtype = activation, compute_dtype
-        self.up = param(up_key, (embed_dim, mlp_dim), ("embed", "mlp"), dtype, std=std)
-        self.gate = (
-            param(gate_key, (embed_dim, mlp_dim), ("embed", "mlp"), dtype, std=std)
-            if gated
-            else None
-        )
-        self.down = param(down_key, (mlp_dim, embed_dim), ("mlp", "embed"), dtype, std=out_std)
-        self.up_bias = param(None, (mlp_dim,), ("mlp_bias",), dtype) if use_bias else None
-        self.gate_bias = (
-            param(None, (mlp_dim,), ("mlp_bias",), dtype) if use_bias and gated else None
-        )
-        self.down_bias = param(None, (embed_dim,), ("embed",), dtype) if use_bias else None
+        self.activation = c.activation
+        self.compute_dtype = c.compute_dtype
+
+        shape, axes = (c.embed_dim, mlp_dim), ("embed", "mlp")
+        self.up = param(up_key, shape, axes, c.param_dtype, std=c.init_std)
+        gated = c.gated_mlp
+        self.gate = param(gate_key, shape, axes, c.param_dtype, std=c.init_std) if gated else None
+        self.down = param(down_key, shape[::-1], axes[::-1], c.param_dtype, std=out_std)
+
+        def bias(dim, axis):
+            return param(None, (dim,), (axis,), c.param_dtype) if use_bias else None
+
+        self.up_bias = bias(mlp_dim, "mlp_bias")
+        self.gate_bias = bias(mlp_dim, "mlp_bias") if gated else None
+        self.down_bias = bias(c.embed_dim, "embed")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
         up_BTF = dense("btd,df->btf", x_BTD, self.up, self.compute_dtype, "up")
         if self.up_bias is not None:
             up_BTF = add_bias(up_BTF, self.up_bias)
-        if self.gate is not None:
-            gate_BTF = dense("btd,df->btf", x_BTD, self.gate, self.compute_dtype, "gate")
-            hidden_BTF = (
-                act(gate_BTF if self.gate_bias is None else add_bias(gate_BTF, self.gate_bias))
-                * up_BTF
-            )
-        else:
+
+        if self.gate is None:
             hidden_BTF = act(up_BTF)
+        else:
+            gate_BTF = dense("btd,df->btf", x_BTD, self.gate, self.compute_dtype, "gate")
+            if self.gate_bias is not None:
+                gate_BTF = add_bias(gate_BTF, self.gate_bias)
+            hidden_BTF = act(gate_BTF) * up_BTF
+
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
         out_BTD = dense("btf,fd->btd", hidden_BTF, self.down, self.compute_dtype, "down")
         return out_BTD if self.down_bias is None else add_bias(out_BTD, self.down_bias)
 
 
 class Embed(nnx.Module):
-    """A table of vectors: looked up by id, or attended to (the output head)."""
+    """A table of vectors: looked up by id, or attended to (the output head).
+
+    Args:
+      axis: logical axis of the rows: "vocab" or "position".
+    """
 
     def __init__(
         self, key: jax.Array, num: int, dim: int, *, axis: str, std: float, dtype, compute_dtype
@@ -227,14 +229,12 @@ class Embed(nnx.Module):
         self.table = param(key, (num, dim), (axis, "embed"), dtype, std=std)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        return collectives.embedding_lookup(
-            self.table[...],
-            ids_BT,
-            self.table.get_metadata("logical_axes"),
-            jnp.dtype(self.compute_dtype),
-        )
+        """The rows of these ids, [B, T, D]."""
+        logical_axes = self.table.get_metadata("logical_axes")
+        dtype = jnp.dtype(self.compute_dtype)
+        return collectives.embedding_lookup(self.table[...], ids_BT, logical_axes, dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Logits [..., num] in f32 from vectors [..., dim]."""
+        """Logits [..., num] in f32 from vectors [B, T, D] or [B, D]."""
         spec = "btd,vd->btv" if x.ndim == 3 else "bd,vd->bv"
         return dense(spec, x.astype(jnp.float32), self.table, self.compute_dtype, "logits")

@@ -1,5 +1,6 @@
-"""The vocabulary loss in chunks: never all logits at once. Letters: B batch, T length, D embed, V
-vocab, C positions of a chunk.
+"""The vocabulary's cross entropy in chunks, so that never all logits exist at once.
+
+Letters: B batch, T length, D embed, V vocab, C positions of a chunk.
 """
 
 import functools
@@ -14,23 +15,24 @@ from lm import collectives, sharding
 def chunked_cross_entropy(
     hidden_BTD, table: nnx.Param, targets_BT, weights_BT, *, z_loss: float, chunk: int, dtype
 ):
-    """(nll_sum + z_loss * z_sum, nll_sum, z_sum) of the head `table` [V, D] on hidden states, as
-    `lm.objectives.causal` defines them.
+    """Returns (nll_sum + z_loss * z_sum, nll_sum, z_sum) of the head `table` [V, D] on hidden
+    states, as `lm.objectives.causal` defines them.
 
     Logits exist for `chunk` positions of each row at a time, in f32. The gradient is computed with
-    the value, chunk by chunk: nothing is computed twice, and all that is kept is the gradient
+    the value, chunk by chunk. Nothing is computed twice, and all that is kept is the gradient
     itself (Hsu et al. 2024, arXiv 2410.10989, section 3.2). Only the first result has a gradient.
 
     Raises:
       ValueError: a chunk that doesn't divide T.
     """
-    if hidden_BTD.shape[1] % chunk:
+    length = hidden_BTD.shape[1]
+    if length % chunk:
         raise ValueError(
-            f"config.objective.chunk = {chunk} must divide the row's {hidden_BTD.shape[1]} "
-            "positions"
+            f"config.objective.chunk = {chunk} must divide the row's {length} positions"
         )
+    logical_axes = table.get_metadata("logical_axes")
     return _loss(
-        table.get_metadata("logical_axes"),
+        logical_axes,
         jnp.dtype(dtype),
         z_loss,
         chunk,
@@ -46,14 +48,12 @@ def _loss(logical_axes, dtype, z_loss, chunk, hidden_BTD, table, targets_BT, wei
     gathered_VD = collectives.gather_weight(table, logical_axes, dtype)
 
     def body(sums, inputs):
-        nll, z, _ = _chunk(gathered_VD, *inputs)
+        nll, z, _ = _chunk_sums(gathered_VD, *inputs)
         return (sums[0] + nll, sums[1] + z), None
 
-    (nll_sum, z_sum), _ = jax.lax.scan(
-        body,
-        (jnp.float32(0), jnp.float32(0)),
-        _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, weights_BT),
-    )
+    start = (jnp.float32(0), jnp.float32(0))
+    chunks = _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, weights_BT)
+    (nll_sum, z_sum), _ = jax.lax.scan(body, start, chunks)
     return nll_sum + z_loss * z_sum, nll_sum, z_sum
 
 
@@ -62,18 +62,22 @@ def _chunks(chunk, *arrays):
     return tuple(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1) for x in arrays)
 
 
-def _chunk(gathered_VD, hidden_BCD, targets_BC, weights_BC):
-    """Sums over a chunk, and what its gradient needs."""
+def _chunk_sums(gathered_VD, hidden_BCD, targets_BC, weights_BC):
+    """The sums over a chunk, and what its gradient needs."""
     logits_BCV = jnp.einsum(
         "bcd,vd->bcv", hidden_BCD, gathered_VD, preferred_element_type=jnp.float32
     )
     logits_BCV = sharding.constrain(logits_BCV, "batch", "length", "act_vocab")
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+
     # A comparison, not a gather: it fuses, and every shard of the vocabulary has its part.
-    at_target = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == targets_BC[..., None]
-    target_BC = jnp.sum(jnp.where(at_target, logits_BCV, 0.0), axis=-1)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
+    is_target_BCV = ids == targets_BC[..., None]
+    target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1)
+
     nll_sum = jnp.sum((log_z_BC - target_BC) * weights_BC)
-    return nll_sum, jnp.sum(jnp.square(log_z_BC) * weights_BC), (logits_BCV, log_z_BC, at_target)
+    z_sum = jnp.sum(jnp.square(log_z_BC) * weights_BC)
+    return nll_sum, z_sum, (logits_BCV, log_z_BC, is_target_BCV)
 
 
 def _loss_forward(logical_axes, dtype, z_loss, chunk, hidden_BTD, table, targets_BT, weights_BT):
@@ -82,37 +86,36 @@ def _loss_forward(logical_axes, dtype, z_loss, chunk, hidden_BTD, table, targets
     def body(carry, inputs):
         nll_sum, z_sum, table_grad_VD = carry
         hidden_BCD, targets_BC, weights_BC = inputs
-        nll, z, (logits_BCV, log_z_BC, at_target) = _chunk(gathered_VD, *inputs)
-        probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
-        slope_BCV = probabilities_BCV * (1 + 2 * z_loss * log_z_BC)[..., None] - at_target.astype(
-            jnp.float32
-        )
-        slope_BCV = (slope_BCV * weights_BC[..., None]).astype(dtype)
+        nll, z, (logits_BCV, log_z_BC, is_target_BCV) = _chunk_sums(gathered_VD, *inputs)
+
+        probs_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
+        dlogits_BCV = probs_BCV * (1 + 2 * z_loss * log_z_BC)[..., None]
+        dlogits_BCV = dlogits_BCV - is_target_BCV.astype(jnp.float32)
+        dlogits_BCV = (dlogits_BCV * weights_BC[..., None]).astype(dtype)
+
         hidden_grad_BCD = jnp.einsum(
-            "bcv,vd->bcd", slope_BCV, gathered_VD, preferred_element_type=jnp.float32
+            "bcv,vd->bcd", dlogits_BCV, gathered_VD, preferred_element_type=jnp.float32
         ).astype(hidden_BTD.dtype)
         table_grad_VD = table_grad_VD + jnp.einsum(
-            "bcv,bcd->vd", slope_BCV, hidden_BCD, preferred_element_type=jnp.float32
+            "bcv,bcd->vd", dlogits_BCV, hidden_BCD, preferred_element_type=jnp.float32
         )
         return (nll_sum + nll, z_sum + z, table_grad_VD), hidden_grad_BCD
 
     start = (jnp.float32(0), jnp.float32(0), jnp.zeros(gathered_VD.shape, jnp.float32))
-    (nll_sum, z_sum, table_grad_VD), hidden_grad = jax.lax.scan(
-        body, start, _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, weights_BT)
-    )
-    saved = (
-        hidden_grad.swapaxes(0, 1).reshape(hidden_BTD.shape),
-        collectives.scatter_grad(table_grad_VD, logical_axes, table.dtype),
-    )
-    return (nll_sum + z_loss * z_sum, nll_sum, z_sum), saved
+    chunks = _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, weights_BT)
+    (nll_sum, z_sum, table_grad_VD), hidden_grad = jax.lax.scan(body, start, chunks)
+
+    hidden_grad_BTD = hidden_grad.swapaxes(0, 1).reshape(hidden_BTD.shape)
+    table_grad = collectives.scatter_grad(table_grad_VD, logical_axes, table.dtype)
+    return (nll_sum + z_loss * z_sum, nll_sum, z_sum), (hidden_grad_BTD, table_grad)
 
 
-def _loss_backward(logical_axes, dtype, z_loss, chunk, saved, slopes):
+def _loss_backward(logical_axes, dtype, z_loss, chunk, saved, grads):
     hidden_grad_BTD, table_grad = saved
-    slope = slopes[0]
+    grad = grads[0]
     return (
-        hidden_grad_BTD * slope.astype(hidden_grad_BTD.dtype),
-        table_grad * slope.astype(table_grad.dtype),
+        hidden_grad_BTD * grad.astype(hidden_grad_BTD.dtype),
+        table_grad * grad.astype(table_grad.dtype),
         None,
         None,
     )

@@ -1,4 +1,7 @@
-"""Next-token prediction."""
+"""Next-token prediction.
+
+Letters: B batch, T length, D embed, V vocab.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +11,8 @@ from lm.nn.loss import chunked_cross_entropy
 
 def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target, and the log-partition function, both [B, T] in f32."""
-    return _logprobs(
-        model,
-        model(batch["tokens"], batch["positions"], batch["segments"]).hidden,
-        batch["targets"],
-    )
+    output = model(batch["tokens"], batch["positions"], batch["segments"])
+    return _logprobs(model, output.hidden, batch["targets"])
 
 
 def _logprobs(model, hidden_BTD, targets_BT):
@@ -23,9 +23,10 @@ def _logprobs(model, hidden_BTD, targets_BT):
 
 
 def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
-    """Cross entropy of the next token, in nats, plus `z_loss` * log(Z)^2 (PaLM, Chowdhery et al.
-    2022, section 5), plus `balance_loss` * router_balance, the mean over the layers, for a mixture
-    of experts (lm.nn.moe.balance).
+    """Makes the loss: cross entropy of the next token, in nats, and its regularisers.
+
+    `z_loss` * log(Z)^2 is added (PaLM, Chowdhery et al. 2022, section 5), and for a mixture of
+    experts `balance_loss` * router_balance, the mean over the layers (lm.nn.moe.balance).
 
     Args:
       chunk: positions of each row whose logits exist at a time; 0: all.
@@ -48,6 +49,7 @@ def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
                 f"config.objective.balance_loss = {balance_loss} needs experts, and "
                 "config.model.num_experts is 0"
             )
+
         if chunk:
             total, nll_sum, z_sum = chunked_cross_entropy(
                 hidden_BTD,
@@ -63,9 +65,13 @@ def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
             nll_sum = -jnp.sum(logprobs_BT * weights_BT)
             z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
             total = nll_sum + z_loss * z_sum
+
+        # The balance is a mean over tokens: times `count`, it takes part in the one division.
         if balance_loss:
             value, tokens = aux["router_balance"]
             total = total + balance_loss * value / jnp.maximum(tokens, 1.0) * count
-        return total, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count), **aux}
+
+        terms = {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count), **aux}
+        return total, count, terms
 
     return loss

@@ -1,8 +1,8 @@
-"""Compiles a configuration for a TPU pod, without one: python -m lm.plan
---config=configs/pods.py:llama2_7b-v5p-4x4x4 --topology=v5p:4x4x4
+"""Compiles a configuration for a TPU pod, without one, and prints what it takes.
 
-libtpu's compiler runs on any x86-64 Linux machine (pip install 'lm[plan]'). Memory, FLOPs,
-collectives and kernels are its facts; times are models of them (lm/hlo.py), given as a range.
+    python -m lm.plan --config=configs/pods.py:llama2_7b-v5p-4x4x4 --topology=v5p:4x4x4
+
+docs/pods.md has what is the compiler's fact here, and what is modelled.
 """
 
 import functools
@@ -13,150 +13,165 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from lm import command_line, files
-from lm.plan import cards, hlo, search
-from lm.plan.compile import PROGRAMS, DoesNotFit, describe, libtpu_version, plan
+from lm.plan import cards, search
+from lm.plan.compile import (
+    PROGRAMS,
+    DoesNotFit,
+    describe,
+    libtpu_version,
+    memory_limit_gib,
+    plan,
+)
+
+_TOPOLOGY = flags.DEFINE_string("topology", "", "Chips of the pod, such as v5p:4x4x8 or v5e:16x16.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
+_PROGRAMS = flags.DEFINE_list("programs", ["train"], f"Of {', '.join(PROGRAMS)}.")
+_JSON = flags.DEFINE_boolean("json", False, "Print the report as JSON.")
+_SEARCH = flags.DEFINE_boolean(
+    "search", False, "Look for faster settings: mesh, remat, microbatches, chunks of the loss."
+)
+_MINUTES = flags.DEFINE_float("search_minutes", 27.0, "How long to look.")
+_OVERRIDES = flags.DEFINE_string(
+    "overrides",
+    "overrides.txt",
+    "Where --search writes the fastest settings, as flags of lm.main.",
+)
+_CARD = flags.DEFINE_string("card", "", "Write the report to configs/cards/CARD.json.")
+_CHECK = flags.DEFINE_boolean(
+    "check", False, "Compile the cards named (all by default) again, and fail where figures moved."
+)
+
+CACHE = Path("~/.cache/lm/plan")  # of the search's reports
 
 
-def run_search(
-    config: ConfigDict, topology: str, slices: int, *, minutes: float, out: Path, say
+def log_progress(text: str) -> None:
+    """Prints to stderr: stdout is the report's."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def search_settings(
+    config: ConfigDict, topology: str, slices: int, *, minutes: float, overrides: Path
 ) -> str:
-    """Looks for faster settings (lm/search.py), writes those of the fastest to `out` as flags, and
-    returns the ranking.
+    """Looks for faster settings (lm/plan/search.py) and writes those of the fastest as flags.
+
+    Returns:
+      The ranking, and what to do with it.
     """
-    evaluate = search.remembered(
+    evaluate = search.cached(
         functools.partial(plan, topology=topology, slices=slices),
-        Path("~/.cache/lm/plan").expanduser(),
+        CACHE.expanduser(),
         topology,
         str(slices),
         jax.__version__,
         libtpu_version(),
     )
+
     devices = describe(topology, slices)
-    tried = search.search(
+    trials = search.search(
         config,
         len(devices),
-        hlo.CHIPS[devices[0].device_kind].memory / 2**30,
+        memory_limit_gib(devices),
         evaluate,
         minutes=minutes,
-        say=say,
+        progress=log_progress,
     )
+
+    # The configuration as given may be the fastest: then there is nothing to change.
     base = search.settings_of(config, len(devices))
-    changes = search.overrides(tried[0].settings, base)
-    files.write_whole(out, "\n".join(changes) + "\n" if changes else "")
+    changes = search.overrides(trials[0].settings, base)
+    files.write_whole(overrides, "\n".join(changes) + "\n" if changes else "")
     return (
-        f"{search.table(tried, base)}\n\nfastest: "
-        f"{' '.join(changes) or 'the configuration as given'}\nwritten to {out}: python -m "
-        f"lm.main --config=... $(cat {out})"
+        f"{search.table(trials, base)}\n\n"
+        f"fastest: {' '.join(changes) or 'the configuration as given'}\n"
+        f"written to {overrides}: python -m lm.main --config=... $(cat {overrides})"
     )
 
 
-def _nearest(config: ConfigDict, topology: str, slices: int, error: DoesNotFit, say) -> str:
-    """A change that makes a train step fit, found by compiling; "" if none was."""
+def suggest_change(config: ConfigDict, topology: str, slices: int, error: DoesNotFit) -> str:
+    """A sentence with a change that makes a train step fit, found by compiling; "" if none was."""
     devices = describe(topology, slices)
-    limit = hlo.CHIPS[devices[0].device_kind].memory / 2**30
-    found = search.nearest_that_fits(
+    trial = search.nearest_that_fits(
         config,
         len(devices),
         functools.partial(plan, topology=topology, slices=slices),
         needed_gib=error.needed_gib,
-        limit_gib=limit,
-        say=say,
+        limit_gib=memory_limit_gib(devices),
+        progress=log_progress,
     )
-    if not found:
+    if not trial:
         return ""
-    changes = search.overrides(found.settings, search.settings_of(config, len(devices)))
-    return (
-        f" The nearest change that fits: {' '.join(changes)} "
-        f"({found.report['train']['memory_gib']:.1f} GiB)."
-    )
+
+    changes = search.overrides(trial.settings, search.settings_of(config, len(devices)))
+    memory_gib = trial.report["train"]["memory_gib"]
+    return f" The nearest change that fits: {' '.join(changes)} ({memory_gib:.1f} GiB)."
 
 
-def load_config(path: str, size: str) -> ConfigDict:
-    import runpy
+def plan_or_suggest(config: ConfigDict, topology: str, slices: int, programs: list[str]) -> dict:
+    """The report of a configuration.
 
-    return runpy.run_path(path)["get_config"](*([size] if size else [])).lock()
+    Raises:
+      MemoryError: it doesn't fit; the message ends with a change that does, if there is one.
+    """
+    try:
+        return plan(config, topology, slices, programs=programs, progress=log_progress)
+    except DoesNotFit as error:
+        suggestion = ""
+        if error.needed_gib:
+            suggestion = suggest_change(config, topology, slices, error)
+        raise MemoryError(f"{error}{suggestion}") from None
 
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
     )
+    # libtpu is there to compile only; what runs here runs on the CPU.
     jax.config.update("jax_platforms", "cpu")
-    say = lambda text: print(text, file=sys.stderr, flush=True)
+
     try:
         if _CHECK.value:
-            failures = cards.check(argv[1:], load_config, say)
+            failures = cards.check(argv[1:], log_progress)
             print("\n".join(failures) or "all cards hold")
             return 1 if failures else 0
+
         config = command_line.CONFIG.value
         if config is None:
             raise ValueError(
                 "--config is missing, such as --config=configs/pods.py:llama2_7b-v5p-4x4x4"
             )
-        topology = _TOPOLOGY.value
+
         if _SEARCH.value:
             if _JSON.value or _CARD.value or _PROGRAMS.value != ["train"]:
                 raise ValueError(
                     "--search ranks settings of the train step in a table; --json, --card and "
                     "--programs go without it"
                 )
-            print(
-                run_search(
-                    config,
-                    topology,
-                    _SLICES.value,
-                    minutes=_MINUTES.value,
-                    out=Path(_OVERRIDES.value),
-                    say=say,
-                )
+            ranking = search_settings(
+                config,
+                _TOPOLOGY.value,
+                _SLICES.value,
+                minutes=_MINUTES.value,
+                overrides=Path(_OVERRIDES.value),
             )
+            print(ranking)
             return 0
-        try:
-            report = plan(
-                config, topology, _SLICES.value, programs=tuple(_PROGRAMS.value), progress=say
-            )
-        except DoesNotFit as error:
-            raise MemoryError(
-                f"{error}{_nearest(config, topology, _SLICES.value, error, say) if error.needed_gib else ''}"  # noqa: E501
-            ) from None
+
+        report = plan_or_suggest(config, _TOPOLOGY.value, _SLICES.value, _PROGRAMS.value)
     except (ValueError, MemoryError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
+
     print(json.dumps(report, indent=1) if _JSON.value else cards.table(report))
     if _CARD.value:
-        path, _, size = next(
-            a.split("=", 1)[1] for a in sys.argv if a.lstrip("-").startswith("config=")
-        ).partition(":")
-        files.write_whole(
-            cards.CARDS / f"{_CARD.value}.json",
-            json.dumps({"config": [path, size]} | report, indent=1) + "\n",
-        )
+        # As it was given: "path:size".
+        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+        path, _, size = config_file.partition(":")
+        cards.save(_CARD.value, path, size, report)
     return 0
 
 
 if __name__ == "__main__":
-    _TOPOLOGY = flags.DEFINE_string(
-        "topology", "", "Chips of the pod, such as v5p:4x4x8 or v5e:16x16."
-    )
-    _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
-    _PROGRAMS = flags.DEFINE_list("programs", ["train"], f"Of {', '.join(PROGRAMS)}.")
-    _JSON = flags.DEFINE_boolean("json", False, "Print the report as JSON.")
-    _SEARCH = flags.DEFINE_boolean(
-        "search", False, "Look for faster settings: mesh, remat, microbatches, chunks of the loss."
-    )
-    _MINUTES = flags.DEFINE_float("search_minutes", 27.0, "How long to look.")
-    _OVERRIDES = flags.DEFINE_string(
-        "overrides",
-        "overrides.txt",
-        "Where --search writes the fastest settings, as flags of lm.main.",
-    )
-    _CARD = flags.DEFINE_string("card", "", "Write the report to configs/cards/CARD.json.")
-    _CHECK = flags.DEFINE_boolean(
-        "check",
-        False,
-        "Compile the cards named (all by default) again, and fail where figures moved.",
-    )
     app.run(main, flags_parser=command_line.parse)

@@ -1,113 +1,162 @@
 """Cards: the reports of the configurations of configs/pods.py, how they are checked and shown."""
 
 import json
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from lm import files
 from lm.plan.compile import PROGRAMS, plan
 
 CARDS = Path(__file__).parent.parent.parent / "configs" / "cards"
 
-
-# What a card holds still, and how far it may move (a share) before --check fails.
+# What --check compares, and the share by which it may differ from the card.
 TOLERANCES = {"memory_gib": 0.02, "executed_tflops": 0.005, "model_tflops": 1e-6, "wire_gb": 0.02}
+# A kind of collective that sends less than this may come and go.
+NOTICED_GB = 0.05
+
+
+# Showing
 
 
 def table(report: dict) -> str:
     """The report for people."""
+    slices = f" x {report['slices']} slices" if report["slices"] > 1 else ""
     lines = [
         f"{report['parameters'] / 1e9:.2f}B parameters on {report['chips']} chips "
-        f"({report['topology']}"
-        f"{' x ' + str(report['slices']) + ' slices' if report['slices'] > 1 else ''}), mesh "
-        f"{report['mesh'] or 'one device'}, batch {report['batch'][0]} x {report['batch'][1]}; "
-        f"jax {report['versions']['jax']}, libtpu {report['versions']['libtpu']}",
+        f"({report['topology']}{slices}), mesh {report['mesh'] or 'one device'}, batch "
+        f"{report['batch'][0]} x {report['batch'][1]}; jax {report['versions']['jax']}, libtpu "
+        f"{report['versions']['libtpu']}",
         f"parameters {report['parameters_gib']:.2f} GiB, optimizer {report['optimizer_gib']:.2f} "
         "GiB a chip",
     ]
-    spread = lambda values, form: " | ".join(
-        f"{form.format(values[m])} ({m})" for m in ("roofline", "calibrated", "compiler")
-    )
+
     for name in PROGRAMS:
-        if name not in report:
-            continue
-        r = report[name]
-        lines += [
-            f"\n{name}: memory {r['memory_gib']:.2f} of {r['limit_gib']:.1f} GiB: fits (arguments "
-            f"{r['arguments_gib']:.2f}, temporaries {r['temporaries_gib']:.2f}; in the host's "
-            f"memory {r['host_gib']:.2f}); compiled in {r['compile_seconds']:.0f} s",
-            "  largest: " + "; ".join(r["largest_buffers"][:4]),
-            f"  TFLOP a chip: model {r['model_tflops']:.1f} (full attention "
-            f"{r['model_tflops_full_attention']:.1f}), executed {r['executed_tflops']:.1f}; HBM "
-            f"{r['hbm_gb']:.1f} GB; on the wire {r['wire_gb']:.2f} GB",
-            "  time, modelled: " + spread(r["step_ms"], "{:,.1f} ms"),
-            "  MFU, modelled: " + spread(r["mfu"], "{:.1%}"),
-            "  of it: "
-            + ", ".join(f"{k} {v:,.1f} ms" for k, v in r["breakdown_ms"].items() if v >= 0.05),
-            "  kernels: " + (", ".join(f"{k} x{n}" for k, n in r["kernels"].items()) or "none"),
-        ]
-        lines += [
-            f"  {k}: {v['count']} x, {v['wire_gb']:.2f} GB, {v['ms']:.1f} ms, exposed "
-            f"{v['exposed_ms']:.1f} ms"
-            for k, v in r["collectives"].items()
-        ]
-        lines += [
-            "  not modelled: contention for memory, stalls of the "
-            f"input{''.join(', ' + note for note in r['not_timed'])}"
-        ]
+        if name in report:
+            lines += _program_lines(name, report[name])
+
     if "tokens_per_second_per_chip" in report:
-        lines.append(
-            "\ntokens/s a chip: " + spread(report["tokens_per_second_per_chip"], "{:,.0f}")
-        )
+        speeds = _by_model(report["tokens_per_second_per_chip"], "{:,.0f}")
+        lines.append(f"\ntokens/s a chip: {speeds}")
     if "days" in report:
+        days = _by_model(report["days"], "{:,.1f} days")
+        chip_hours = _by_model(report["chip_hours"], "{:,.0f}")
+        lines.append(f"{report['tokens']:.3g} tokens: {days}; chip-hours: {chip_hours}")
+    lines.append(report.get("in_words", ""))
+    return "\n".join(lines)
+
+
+def _by_model(values: dict[str, float], form: str) -> str:
+    """Modelled values side by side, from the most hopeful to the most pessimistic model."""
+    models = ("roofline", "calibrated", "compiler")
+    return " | ".join(f"{form.format(values[model])} ({model})" for model in models)
+
+
+def _program_lines(name: str, report: dict) -> list[str]:
+    """What one program takes on a chip."""
+    # Parts of less than 0.05 ms would be shown as 0.0.
+    breakdown = [f"{k} {ms:,.1f} ms" for k, ms in report["breakdown_ms"].items() if ms >= 0.05]
+    kernels = [f"{kernel} x{count}" for kernel, count in report["kernels"].items()]
+    lines = [
+        f"\n{name}: memory {report['memory_gib']:.2f} of {report['limit_gib']:.1f} GiB: fits "
+        f"(arguments {report['arguments_gib']:.2f}, temporaries {report['temporaries_gib']:.2f}; "
+        f"in the host's memory {report['host_gib']:.2f}); compiled in "
+        f"{report['compile_seconds']:.0f} s",
+        "  largest: " + "; ".join(report["largest_buffers"][:4]),
+        f"  TFLOP a chip: model {report['model_tflops']:.1f} (full attention "
+        f"{report['model_tflops_full_attention']:.1f}), executed {report['executed_tflops']:.1f}; "
+        f"HBM {report['hbm_gb']:.1f} GB; on the wire {report['wire_gb']:.2f} GB",
+        "  time, modelled: " + _by_model(report["step_ms"], "{:,.1f} ms"),
+        "  MFU, modelled: " + _by_model(report["mfu"], "{:.1%}"),
+        "  of it: " + ", ".join(breakdown),
+        "  kernels: " + (", ".join(kernels) or "none"),
+    ]
+
+    for collective, row in report["collectives"].items():
         lines.append(
-            f"{report['tokens']:.3g} tokens: "
-            + spread(report["days"], "{:,.1f} days")
-            + "; chip-hours: "
-            + spread(report["chip_hours"], "{:,.0f}")
+            f"  {collective}: {row['count']} x, {row['wire_gb']:.2f} GB, {row['ms']:.1f} ms, "
+            f"exposed {row['exposed_ms']:.1f} ms"
         )
-    return "\n".join([*lines, report.get("in_words", "")])
+    not_modelled = ["contention for memory", "stalls of the input", *report["not_timed"]]
+    lines.append("  not modelled: " + ", ".join(not_modelled))
+    return lines
+
+
+# Keeping and checking
+
+
+def save(name: str, config_path: str, size: str, report: dict) -> None:
+    """Writes a report to configs/cards/, with what `load_config` needs to compile it again."""
+    card = {"config": [config_path, size]} | report
+    files.write_whole(CARDS / f"{name}.json", json.dumps(card, indent=1) + "\n")
+
+
+def load_config(path: str, size: str) -> ConfigDict:
+    """The configuration of a file, at its default size for ""."""
+    get_config = runpy.run_path(path)["get_config"]
+    config = get_config(size) if size else get_config()
+    return config.lock()
 
 
 def differences(card: dict, report: dict) -> list[str]:
-    """What of a card's figures moved beyond `TOLERANCES`, or in kind."""
-    found = []
-    old, new = card["train"], report["train"]
+    """What of a train step's report differs from the card by more than `TOLERANCES`, or in kind."""
+    lines = []
+    old = card["train"]
+    new = report["train"]
     for key, tolerance in TOLERANCES.items():
         if abs(new[key] - old[key]) > tolerance * abs(old[key]):
-            found.append(f"{key}: {old[key]:.4g} on the card, {new[key]:.4g} now")
+            lines.append(f"{key}: {old[key]:.4g} on the card, {new[key]:.4g} now")
+
     if old["kernels"] != new["kernels"]:
-        found.append(f"kernels: {old['kernels']} on the card, {new['kernels']} now")
-    kinds = lambda r: {
-        name.split(",")[0] for name, row in r["collectives"].items() if row["wire_gb"] > 0.05
-    }
-    if kinds(old) != kinds(new):
-        found.append(
-            f"collectives: gone {sorted(kinds(old) - kinds(new))}, new "
-            f"{sorted(kinds(new) - kinds(old))}"
+        lines.append(f"kernels: {old['kernels']} on the card, {new['kernels']} now")
+
+    old_collectives = _noticed_collectives(old)
+    new_collectives = _noticed_collectives(new)
+    if old_collectives != new_collectives:
+        lines.append(
+            f"collectives: gone {sorted(old_collectives - new_collectives)}, new "
+            f"{sorted(new_collectives - old_collectives)}"
         )
-    return found
+    return lines
 
 
-def check(names: list[str], load, progress=print) -> list[str]:
-    """Compiles the cards' configurations again. Returns the failures.
+def _noticed_collectives(train: dict) -> set[str]:
+    """Opcodes with their axes; the compiler may make the same one synchronous or asynchronous."""
+    names = set()
+    for name, row in train["collectives"].items():
+        if row["wire_gb"] > NOTICED_GB:
+            names.add(name.split(",")[0])
+    return names
+
+
+def check(names: list[str], progress: Callable[[str], None] = print) -> list[str]:
+    """Compiles the cards' configurations again.
 
     Args:
       names: of cards, without .json; [] for all.
-      load: (config file, size) -> config.
+
+    Returns:
+      The failures, a line each.
 
     Raises:
       ValueError: no such card.
     """
-    cards = {path.stem: path for path in sorted(CARDS.glob("*.json"))}
-    if unknown := sorted(set(names) - set(cards)):
-        raise ValueError(f"no cards {unknown} in {CARDS}; there are {sorted(cards)}")
+    paths = {path.stem: path for path in sorted(CARDS.glob("*.json"))}
+    if unknown := sorted(set(names) - set(paths)):
+        raise ValueError(f"no cards {unknown} in {CARDS}; there are {sorted(paths)}")
+
     failures = []
-    for number, name in enumerate(names or cards):
-        card = json.loads(cards[name].read_text())
-        report = plan(load(*card["config"]), card["topology"], card["slices"])
-        moved = differences(card, report)
-        failures += [f"{name}: {line}" for line in moved]
+    names = names or list(paths)
+    for number, name in enumerate(names, 1):
+        card = json.loads(paths[name].read_text())
+        config = load_config(*card["config"])
+        report = plan(config, card["topology"], card["slices"])
+        lines = differences(card, report)
+        failures += [f"{name}: {line}" for line in lines]
         progress(
-            f"{number + 1}/{len(names or cards)} {name}: {'; '.join(moved) or 'as on the card'} "
+            f"{number}/{len(names)} {name}: {'; '.join(lines) or 'as on the card'} "
             f"({report['train']['compile_seconds']:.0f} s)"
         )
     return failures

@@ -1,8 +1,7 @@
-"""Compiles a configuration for a TPU pod, without one: python -m lm.plan
---config=configs/pods.py:llama2_7b-v5p-4x4x4 --topology=v5p:4x4x4
+"""Compiles a configuration's programs for a TPU pod, without one, and reports what they take.
 
 libtpu's compiler runs on any x86-64 Linux machine (pip install 'lm[plan]'). Memory, FLOPs,
-collectives and kernels are its facts; times are models of them (lm/hlo.py), given as a range.
+collectives and kernels are its facts; times are models of them (lm/plan/hlo.py), given as a range.
 """
 
 import collections
@@ -11,7 +10,10 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +22,38 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from lm import build, flops, sharding, step
+from lm import config as config_lib
 from lm.decoding.generator import decode_step, prefill
 from lm.plan import hlo
 
 PROGRAMS = ("train", "eval", "prefill", "decode")
+# Tokens of the prompts that the prefill program is compiled for, at most.
+PROMPT_LENGTH = 1024
+# Dims of a pod's torus, by the generation of TPU.
+TORUS_DIMS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+# No lock file, no metadata server, no noise.
+LIBTPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
 
 
 class DoesNotFit(MemoryError):
-    """A program that is too big: what is, and `needed_gib` by the compiler's count, 0 if it doesn't
-    say.
+    """A program that is too big for a chip. The message says what is big and what helps.
+
+    `needed_gib` is what a train step needs by the compiler's count, 0 if it doesn't say.
     """
 
-    needed_gib = 0.0
+    def __init__(self, message: str, needed_gib: float = 0.0):
+        super().__init__(message)
+        self.needed_gib = needed_gib
+
+
+# The pod and the compiler
 
 
 def describe(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -40,61 +62,59 @@ def describe(topology: str, slices: int = 1) -> list[jax.Device]:
     Raises:
       ValueError: no libtpu, no such topology.
     """
-    for name, value in dict(
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-16",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_STDERR_LOG_LEVEL="3",
-        TPU_MIN_LOG_LEVEL="3",
-    ).items():
-        os.environ.setdefault(name, value)  # no lock file, no metadata server, no noise
-    kind, _, shape = topology.partition(":")
+    for name, value in LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+    generation, _, shape = topology.partition(":")
     sides = shape.split("x")
-    if (
-        kind not in ("v4", "v5e", "v5p", "v6e")
-        or not all(side.isdigit() for side in sides)
-        or len(sides) != (2 if kind in ("v5e", "v6e") else 3)
-    ):
+    if not all(side.isdigit() for side in sides) or len(sides) != TORUS_DIMS.get(generation):
         raise ValueError(
             f"--topology={topology}; wanted v4:XxYxZ, v5p:XxYxZ, v5e:XxY or v6e:XxY, such as "
             "v5p:4x4x8 (chips in each dim of the torus)"
         )
-    options = (
-        dict(chips_per_host_bounds=(2, 2, 1), chip_config_name="megacore") if kind == "v4" else {}
-    )
+
+    options = {}
+    if generation == "v4":
+        # Megacore makes one device of a chip's two cores.
+        options.update(chips_per_host_bounds=(2, 2, 1), chip_config_name="megacore")
     if math.prod(int(side) for side in sides) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        options["num_slices"] = slices
+
     try:
-        return topologies.get_topology_desc(
-            topology, "tpu", **options, **(dict(num_slices=slices) if slices > 1 else {})
-        ).devices
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
     except Exception as error:
+        first_line = str(error).splitlines()[0]
         if "libtpu" in str(error):
             raise ValueError(
                 "compiling for TPUs needs libtpu: pip install 'lm[plan]' (x86-64 Linux). "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line}"
             ) from None
         raise ValueError(
-            f"--topology={topology} --slices={slices} can't be described: "
-            f"{str(error).splitlines()[0]}. Sides are even on pods (hosts hold 2x2 chips), such "
-            "as v5e:4x4, v5p:4x4x8"
+            f"--topology={topology} --slices={slices} can't be described: {first_line}. Sides are "
+            "even on pods (hosts hold 2x2 chips), such as v5e:4x4, v5p:4x4x8"
         ) from None
 
 
-def total_tokens(config: ConfigDict) -> float | None:
-    """The run's token budget; None where it hangs on the corpus (epochs)."""
-    batch = config.data.batch_size * config.data.length
-    try:
-        return batch * build.total_steps(
-            config.train.length, batch_tokens=batch, epoch_tokens=lambda: None
-        )
-    except TypeError:
-        return None
+def memory_limit_gib(devices: Sequence[jax.Device]) -> float:
+    """What a program may use of a chip's memory."""
+    return hlo.CHIPS[devices[0].device_kind].memory / 2**30
 
 
-def compile_text(jitted, *arguments) -> tuple[jax.stages.Compiled, str, list[str], float]:
-    """(compiled, its optimized HLO, its largest buffers, seconds it took).
+def libtpu_version() -> str:
+    return metadata.version("libtpu")
+
+
+class CompiledText(NamedTuple):
+    executable: jax.stages.Compiled
+    hlo_text: str  # optimized and scheduled
+    largest_buffers: list[str]
+    seconds: float  # that the compiler took
+
+
+def compile_text(jitted, *arguments) -> CompiledText:
+    """Compiles a jitted function for abstract arguments.
 
     Raises:
       MemoryError: it doesn't fit; the compiler's words.
@@ -103,94 +123,242 @@ def compile_text(jitted, *arguments) -> tuple[jax.stages.Compiled, str, list[str
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            # `as_text` fails on programs with parts on the SparseCore.
-            compiled = jitted.lower(*arguments).compile(
+            # The text is read from a dump: `as_text` fails on programs with parts on the
+            # SparseCore.
+            executable = jitted.lower(*arguments).compile(
                 compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             )
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
-                raise MemoryError(str(error)) from None
-            if "option" in str(error) or "FAILED_PRECONDITION" in str(error):
+            message = str(error)
+            if "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message:
+                raise MemoryError(message) from None
+            if "option" in message or "FAILED_PRECONDITION" in message:
                 raise ValueError(
                     f"libtpu {libtpu_version()} refuses an option of lm/startup.py's "
-                    f"COMPILER_OPTIONS: {str(error).splitlines()[0]}. constraints.txt has the "
+                    f"COMPILER_OPTIONS: {message.splitlines()[0]}. constraints.txt has the "
                     "version that they were chosen for"
                 ) from None
             raise ValueError(
                 f"libtpu {libtpu_version()}'s compiler fails on this program: "
-                f"{str(error).splitlines()[0]}. Another mesh, remat or number of microbatches may "
-                "do"
+                f"{message.splitlines()[0]}. Another mesh, remat or number of microbatches may do"
             ) from error
         seconds = time.monotonic() - began
-        largest = lambda pattern: max(
-            Path(folder).glob(pattern), key=lambda path: path.stat().st_size
-        )
-        text = largest("*after_codegen.txt").read_text()
-        usage = largest("*memory-usage-report.txt").read_text()
-    rows = re.findall(r"^\s*[\d.]+[KMG]iB\(\s*\d+%\);\s*([\d.]+[KMG]iB);.*;\s*(.*)$", usage, re.M)
-    return compiled, text, [f"{size} {shapes[:90]}" for size, shapes in rows[:8]], seconds
+
+        # Other modules may be dumped beside the program; it is the largest.
+        text = _largest_file(folder, "*after_codegen.txt").read_text()
+        usage = _largest_file(folder, "*memory-usage-report.txt").read_text()
+
+    # Rows are "cumulative size(share); size; offset; values; shapes", the largest first.
+    row = r"^\s*[\d.]+[KMG]iB\(\s*\d+%\);\s*([\d.]+[KMG]iB);.*;\s*(.*)$"
+    buffers = re.findall(row, usage, re.M)[:8]
+    largest_buffers = [f"{size} {shapes[:90]}" for size, shapes in buffers]
+    return CompiledText(executable, text, largest_buffers, seconds)
 
 
-def measure(
-    program: build.Program, jitted, arguments: tuple, model_flops: dict[str, float]
-) -> dict:
-    """What a program takes on each chip, as a JSON-able report. `model_flops`: of the whole
-    program, all chips.
+def _largest_file(folder: str, pattern: str) -> Path:
+    return max(Path(folder).glob(pattern), key=lambda path: path.stat().st_size)
+
+
+# The programs
+
+
+class ModelFlops(NamedTuple):
+    """Model FLOPs of a program, on all chips together."""
+
+    causal: float  # attention's masked half not counted
+    full: float
+
+
+class _Job(NamedTuple):
+    """A program to compile."""
+
+    jitted: Callable
+    arguments: tuple  # abstract, with shardings
+    model_flops: ModelFlops
+
+
+def _model_flops(program: build.Program, rows: int, length: int, share: float = 1) -> ModelFlops:
+    """Model FLOPs of `rows` rows of `length` tokens; a forward pass is a `share` of 1/3 of a train
+    step.
     """
+
+    def total(causal: bool) -> float:
+        per_token = flops.model_flops_per_token(program.model_config, length, causal=causal)
+        return share * rows * length * per_token
+
+    return ModelFlops(causal=total(True), full=total(False))
+
+
+def _train_job(config: ConfigDict, program: build.Program) -> _Job:
+    batch = program.abstract_batch(config.data.batch_size)
+    return _Job(
+        program.train_step,
+        (program.abstract_state, batch),
+        _model_flops(program, config.data.batch_size, config.data.length),
+    )
+
+
+def _eval_job(config: ConfigDict, program: build.Program) -> _Job:
+    objective = build.resolve(config.objective.type, "config.objective.type")
+    token_logprobs = step.make_token_logprobs(program.graphdef, objective.token_logprobs)
+    batch = program.abstract_batch(config.data.batch_size)
+    return _Job(
+        jax.jit(token_logprobs),
+        (program.abstract_state.params, batch),
+        _model_flops(program, config.data.batch_size, config.data.length, 1 / 3),
+    )
+
+
+def _abstract_ids(program: build.Program, *shape: int) -> jax.ShapeDtypeStruct:
+    """Integers for each row of a batch, split over the chips as batches are."""
+    layout = sharding.batch_sharding(program.mesh, len(shape))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
+
+
+def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
+    """Prefill of a prompt a chip."""
+    rows = len(program.devices)
+    length = min(PROMPT_LENGTH, config.data.length)
+
+    def run(params, prompts_BT, lengths_B):
+        model = nnx.merge(program.graphdef, params)
+        return prefill(model, prompts_BT, lengths_B, config.data.length)
+
+    prompts_BT = _abstract_ids(program, rows, length)
+    lengths_B = _abstract_ids(program, rows)
+    return _Job(
+        jax.jit(run),
+        (program.abstract_state.params, prompts_BT, lengths_B),
+        _model_flops(program, rows, length, 1 / 3),
+    )
+
+
+def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
+    """A decode step of a row a chip, with a cache of config.data.length positions."""
+    rows = len(program.devices)
+    params = program.abstract_state.params
+
+    def init_cache(params):
+        return nnx.merge(program.graphdef, params).init_cache(rows, config.data.length)
+
+    def run(params, token_B, position_B, cache):
+        return decode_step(nnx.merge(program.graphdef, params), token_B, position_B, cache)
+
+    spec = sharding.spec(("layers", "batch", None, "act_heads", None), program.mesh)
+    layout = jax.sharding.NamedSharding(program.mesh, spec)
+
+    def lay_out(array):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=layout)
+
+    cache = jax.tree.map(lay_out, jax.eval_shape(init_cache, params))
+    ids_B = _abstract_ids(program, rows)
+    return _Job(
+        jax.jit(run, donate_argnums=3),
+        (params, ids_B, ids_B, cache),
+        _model_flops(program, rows, 1, 1 / 3),
+    )
+
+
+_JOBS = {
+    "train": _train_job,
+    "eval": _eval_job,
+    "prefill": _prefill_job,
+    "decode": _decode_job,
+}
+
+
+# The report
+
+
+def _total_steps(config: ConfigDict) -> int | None:
+    """Steps of the run; None where they hang on the corpus (epochs)."""
+
+    def no_corpus():
+        raise LookupError
+
+    batch_tokens = config.data.batch_size * config.data.length
+    try:
+        return config_lib.total_steps(
+            config.train.length, batch_tokens=batch_tokens, epoch_tokens=no_corpus
+        )
+    except LookupError:
+        return None
+
+
+def _collective_rows(collectives: list[hlo.Collective]) -> dict[str, dict]:
+    """What the collectives of one opcode, axes and manner take together."""
+    rows = collections.defaultdict(lambda: dict(count=0, wire_gb=0.0, ms=0.0, exposed_ms=0.0))
+    for collective in collectives:
+        # Nothing is sent in a group of one device.
+        if not collective.axes:
+            continue
+        axes = "+".join(collective.axes)
+        manner = "asynchronous" if collective.asynchronous else "synchronous"
+        row = rows[f"{collective.opcode} over {axes}, {manner}"]
+        row["count"] += collective.count
+        row["wire_gb"] += collective.count * (collective.interconnect_bytes / 1e9)
+        row["ms"] += collective.count * (collective.seconds * 1e3)
+        row["exposed_ms"] += collective.count * (collective.exposed * 1e3)
+
+    rounded = {}
+    for name, row in sorted(rows.items()):
+        rounded[name] = {key: round(value, 6) for key, value in row.items()}
+    return rounded
+
+
+def _program_report(program: build.Program, job: _Job) -> dict:
+    """What a program takes on each chip, in JSON's types."""
     with jax.set_mesh(program.mesh):
-        compiled, text, largest, seconds = compile_text(jitted, *arguments)
-    devices, chip = list(program.mesh.devices.flat), hlo.CHIPS[program.devices[0].device_kind]
+        compiled = compile_text(job.jitted, *job.arguments)
+
+    devices = list(program.mesh.devices.flat)
+    chip = hlo.CHIPS[program.devices[0].device_kind]
+
     module = hlo.HloModule(
-        text,
+        compiled.hlo_text,
         chip,
-        [(getattr(d, "slice_index", 0), *d.coords) for d in devices],
+        [(getattr(device, "slice_index", 0), *device.coords) for device in devices],
         dict(program.mesh.shape),
     )
+
     costs = {model: module.cost(model) for model in hlo.MODELS}
-    middle = costs["calibrated"]
-    memory = compiled.memory_analysis()
-    collectives = collections.defaultdict(
-        lambda: dict(count=0, wire_gb=0.0, ms=0.0, exposed_ms=0.0)
-    )
-    for c in middle.collectives:
-        if c.axes:
-            row = collectives[
-                f"{c.kind} over {'+'.join(c.axes)}, "
-                f"{'asynchronous' if c.asynchronous else 'synchronous'}"
-            ]
-            for key, value in (
-                ("count", 1),
-                ("wire_gb", c.wire / 1e9),
-                ("ms", c.seconds * 1e3),
-                ("exposed_ms", c.exposed * 1e3),
-            ):
-                row[key] += c.count * value
-    per_chip = {name: total / len(devices) for name, total in model_flops.items()}
+    # The breakdown and the exposed times are the calibrated model's.
+    cost = costs["calibrated"]
+    sent_bytes = sum(c.count * c.interconnect_bytes for c in cost.collectives)
+
+    memory = compiled.executable.memory_analysis()
+    causal_flops = job.model_flops.causal / len(devices)
+    full_flops = job.model_flops.full / len(devices)
     return {
         "memory_gib": memory.peak_memory_in_bytes / 2**30,
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
         "temporaries_gib": memory.temp_size_in_bytes / 2**30,
         "host_gib": memory.host_temp_size_in_bytes / 2**30,
         "limit_gib": chip.memory / 2**30,
-        "largest_buffers": largest,
-        "model_tflops": per_chip["causal"] / 1e12,
-        "model_tflops_full_attention": per_chip["full"] / 1e12,
-        "executed_tflops": (middle.flops + middle.kernel_flops) / 1e12,
-        "hbm_gb": middle.hbm / 1e9,
-        "wire_gb": sum(c.count * c.wire for c in middle.collectives) / 1e9,
-        "kernels": dict(sorted(middle.kernels.items())),
-        "collectives": {
-            name: {k: round(v, 6) for k, v in row.items()}
-            for name, row in sorted(collectives.items())
-        },
+        "largest_buffers": compiled.largest_buffers,
+        "model_tflops": causal_flops / 1e12,
+        "model_tflops_full_attention": full_flops / 1e12,
+        "executed_tflops": (cost.flops + cost.kernel_flops) / 1e12,
+        "hbm_gb": cost.hbm_bytes / 1e9,
+        "wire_gb": sent_bytes / 1e9,
+        "kernels": dict(sorted(cost.kernels.items())),
+        "collectives": _collective_rows(cost.collectives),
         "step_ms": {model: cost.seconds * 1e3 for model, cost in costs.items()},
         "mfu": {
-            model: per_chip["causal"] / chip.peak / cost.seconds for model, cost in costs.items()
+            model: causal_flops / chip.peak_flops / cost.seconds for model, cost in costs.items()
         },
-        "breakdown_ms": {name: value * 1e3 for name, value in middle.time.most_common()},
+        "breakdown_ms": {name: value * 1e3 for name, value in cost.time.most_common()},
         "not_timed": sorted(module.notes),
-        "compile_seconds": seconds,
+        "compile_seconds": compiled.seconds,
     }
+
+
+def _gib_per_device(tree) -> float:
+    """Memory that abstract arrays with shardings take on each device."""
+    nbytes = 0
+    for leaf in jax.tree.leaves(tree):
+        nbytes += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return nbytes / 2**30
 
 
 def plan(
@@ -198,199 +366,154 @@ def plan(
     topology: str,
     slices: int = 1,
     *,
-    programs: tuple[str, ...] = ("train",),
-    progress=lambda text: None,
+    programs: Sequence[str] = ("train",),
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict:
-    """The report of a configuration on a pod: for each of `programs` (of `PROGRAMS`) what `measure`
-    says, and what the run takes.
+    """Compiles a configuration for a pod.
+
+    Args:
+      programs: of `PROGRAMS`.
+
+    Returns:
+      The report, in JSON's types: the run, and what each program takes on a chip.
 
     Raises:
       ValueError: a configuration that can't run there.
-      MemoryError: one that doesn't fit, with what is big and what to change.
+      DoesNotFit: one that doesn't fit, with what is big and what to change.
     """
+    if unknown := sorted(set(programs) - set(PROGRAMS)):
+        raise ValueError(f"no programs {unknown}; valid: {list(PROGRAMS)}")
     devices = describe(topology, slices)
-    c = config
-    if not c.model.vocab_size:
+    if not config.model.vocab_size:
         raise ValueError(
             "config.model.vocab_size = 0 (the tokenizer's): there is no tokenizer here; set "
             "config.model.vocab_size"
         )
-    tokens = total_tokens(c)
-    steps = math.ceil(tokens / (c.data.batch_size * c.data.length)) if tokens else 10**6
-    program = build.program(c, devices, c.model.vocab_size, steps)
-    model_flops = lambda batch, length, share: {
-        name: share
-        * batch
-        * length
-        * flops.model_flops_per_token(program.model_config, length, causal=name == "causal")
-        for name in ("causal", "full")
-    }
+
+    # The learning rate's schedule needs a length; any will do to compile it.
+    total_steps = _total_steps(config)
+    program = build.program(config, devices, config.model.vocab_size, total_steps or 10**6)
     params = program.abstract_state.params
-    objective = build.resolve(c.objective.type, "config.objective.type")
-    prompts = (len(devices), min(1024, c.data.length))  # a row a chip
-
-    def made(name):
-        if name == "train":
-            return (
-                program.train_step,
-                (program.abstract_state, program.abstract_batch(c.data.batch_size)),
-                model_flops(c.data.batch_size, c.data.length, 1),
-            )
-        if name == "eval":
-            return (
-                jax.jit(step.make_token_logprobs(program.graphdef, objective.token_logprobs)),
-                (params, program.abstract_batch(c.data.batch_size)),
-                model_flops(c.data.batch_size, c.data.length, 1 / 3),
-            )
-        ids = lambda *shape: jax.ShapeDtypeStruct(
-            shape, jnp.int32, sharding=sharding.batch_sharding(program.mesh, len(shape))
-        )
-        if name == "prefill":
-            run = lambda params, *arguments: prefill(
-                nnx.merge(program.graphdef, params), *arguments, c.data.length
-            )
-            return (
-                jax.jit(run),
-                (params, ids(*prompts), ids(prompts[0])),
-                model_flops(*prompts, 1 / 3),
-            )
-        run = lambda params, token, position, cache: decode_step(
-            nnx.merge(program.graphdef, params), token, position, cache
-        )
-        cache = jax.eval_shape(
-            lambda params: nnx.merge(program.graphdef, params).init_cache(
-                prompts[0], c.data.length
-            ),
-            params,
-        )
-        place = jax.sharding.NamedSharding(
-            program.mesh, sharding.spec(("layers", "batch", None, "act_heads", None), program.mesh)
-        )
-        cache = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache
-        )
-        return (
-            jax.jit(run, donate_argnums=3),
-            (params, ids(prompts[0]), ids(prompts[0]), cache),
-            model_flops(prompts[0], 1, 1 / 3),
-        )
-
-    per_device = lambda tree: (
-        sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(tree)
-        )
-        / 2**30
-    )
     report = {
         "topology": topology,
         "slices": slices,
         "chips": len(devices),
-        "mesh": {axis: n for axis, n in program.mesh.shape.items() if n > 1},
+        "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
         "parameters": sum(p.size for p in jax.tree.leaves(params)),
-        "batch": [c.data.batch_size, c.data.length],
-        "parameters_gib": per_device(params),
-        "optimizer_gib": per_device(program.abstract_state.opt_state),
+        "batch": [config.data.batch_size, config.data.length],
+        "parameters_gib": _gib_per_device(params),
+        "optimizer_gib": _gib_per_device(program.abstract_state.opt_state),
         "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
     }
+
     for name in programs:
         progress(f"compiling the {name} program for {len(devices)} x {devices[0].device_kind}")
-        jitted, arguments, model_flops = made(name)
         try:
-            report[name] = measure(program, jitted, arguments, model_flops)
+            report[name] = _program_report(program, _JOBS[name](config, program))
         except MemoryError as error:
-            raise _too_big(c, name, str(error)) from None
-    train = report.get("train")
-    if train:
-        batch = c.data.batch_size * c.data.length
-        report["tokens_per_second_per_chip"] = {
-            m: batch / len(devices) / ms * 1e3 for m, ms in train["step_ms"].items()
-        }
-        if tokens:
-            report["tokens"] = tokens
-            report["days"] = {
-                m: tokens / batch * ms / 1e3 / 86400 for m, ms in train["step_ms"].items()
-            }
-            report["chip_hours"] = {
-                m: days * 24 * len(devices) for m, days in report["days"].items()
-            }
-        report["in_words"] = in_words(c, train)
+            raise _does_not_fit(config, name, str(error)) from None
+
+    if "train" in report:
+        report |= _run_report(report["train"], config, len(devices), total_steps)
     return report
 
 
-def libtpu_version() -> str:
-    from importlib import metadata
+def _run_report(train: dict, config: ConfigDict, chips: int, total_steps: int | None) -> dict:
+    """What the whole run takes, by the report of its train step."""
+    batch_tokens = config.data.batch_size * config.data.length
+    step_ms = train["step_ms"]
+    report = {
+        "tokens_per_second_per_chip": {
+            model: batch_tokens / chips / ms * 1e3 for model, ms in step_ms.items()
+        }
+    }
 
-    return metadata.version("libtpu")
+    if total_steps:
+        tokens = batch_tokens * total_steps
+        report["tokens"] = tokens
+        report["days"] = {
+            model: tokens / batch_tokens * ms / 1e3 / 86400 for model, ms in step_ms.items()
+        }
+        report["chip_hours"] = {model: days * 24 * chips for model, days in report["days"].items()}
+
+    report["in_words"] = summary(train)
+    return report
 
 
-def _too_big(config: ConfigDict, name: str, error: str) -> DoesNotFit:
-    used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+[MG]) hbm", error) or re.search(
-        r"\(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+[MG])\)", error
+def _does_not_fit(config: ConfigDict, program_name: str, compiler_message: str) -> DoesNotFit:
+    """The error of a program that the compiler finds too big."""
+    used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+[MG]) hbm", compiler_message) or re.search(
+        r"\(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+[MG])\)", compiler_message
     )
-    large = re.findall(r"Size: ([\d.]+[MG])\s[\s\S]*?Shape: (\S+)", error)[:3]
-    ways = []
-    if name == "train":
-        ways += (
-            []
-            if config.model.remat == "full"
-            else [
+    if used:
+        amount, unit, limit = used.groups()
+        needed = f"{amount}{unit} of {limit}"
+    else:
+        needed = compiler_message.splitlines()[0]
+
+    buffers = re.findall(r"Size: ([\d.]+[MG])\s[\s\S]*?Shape: (\S+)", compiler_message)[:3]
+    largest = ", ".join(f"{size} {shape}" for size, shape in buffers) or "unknown"
+
+    remedies = []
+    if program_name == "train":
+        if config.model.remat != "full":
+            remedies.append(
                 "keep less for the backward pass (config.model.remat with fewer names, or 'full')"
-            ]
-        )
-        ways += (
-            []
-            if config.objective.chunk
-            else [f"chunk the loss (config.objective.chunk={max(config.data.length // 4, 1)})"]
-        )
-        ways += [
-            f"smaller microbatches (config.train.accumulation={config.train.accumulation * 2})"
-        ]
-    ways += ["more chips, or a smaller batch"]
-    found = DoesNotFit(
-        f"the {name} program does not fit: "
-        f"{f'{used.group(1)}{used.group(2)} of {used.group(3)}' if used else error.splitlines()[0]}. "  # noqa: E501
-        f"Largest: {', '.join(f'{size} {shape}' for size, shape in large) or 'unknown'}. What "
-        f"helps: {'; '.join(ways)}."
+            )
+        if not config.objective.chunk:
+            chunk = max(config.data.length // 4, 1)
+            remedies.append(f"chunk the loss (config.objective.chunk={chunk})")
+        accumulation = config.train.accumulation * 2
+        remedies.append(f"smaller microbatches (config.train.accumulation={accumulation})")
+    remedies.append("more chips, or a smaller batch")
+
+    needed_gib = 0.0
+    if used and program_name == "train":
+        needed_gib = float(amount) / (1 if unit == "G" else 1024)
+    return DoesNotFit(
+        f"the {program_name} program does not fit: {needed}. Largest: {largest}. What helps: "
+        f"{'; '.join(remedies)}.",
+        needed_gib,
     )
-    found.needed_gib = (
-        float(used.group(1)) / (1 if used.group(2) == "G" else 1024)
-        if used and name == "train"
-        else 0.0
-    )
-    return found
 
 
-def in_words(config: ConfigDict, train: dict) -> str:
-    """What bounds the step, and what to change."""
-    times = train["breakdown_ms"]
-    total = sum(times.values())
-    waiting = sum(v for k, v in times.items() if k.startswith("waiting"))
-    share = lambda value: f"{value / total:.0%}"
-    experts = f"experts' {share(times[name])}, " if (name := "experts' matmuls") in times else ""
-    said = [
-        f"Matmuls take {share(times.get('matmuls', 0))} of the step, {experts}attention kernels "
-        f"{share(times.get('kernels', 0))}, other compute {share(times.get('other compute', 0))}, "
-        f"waiting for transfers {share(waiting)}."
-    ]
-    extra = train["executed_tflops"] / train["model_tflops"] - 1
-    room = train["limit_gib"] - train["memory_gib"]
-    if waiting > 0.15 * total:
-        worst = max((k for k in times if k.startswith("waiting")), key=times.get)
-        said.append(
-            f"It is bound by communication (mostly {worst.removeprefix('waiting for ')}): more "
-            "rows a chip hide it, or a mesh with smaller groups."
+def summary(train: dict) -> str:
+    """What bounds a train step, by its report, and what to change."""
+    breakdown_ms = train["breakdown_ms"]
+    total_ms = sum(breakdown_ms.values())
+    waiting = {name: ms for name, ms in breakdown_ms.items() if name.startswith("waiting")}
+    waiting_ms = sum(waiting.values())
+
+    def share(ms: float) -> str:
+        return f"{ms / total_ms:.0%}"
+
+    experts_ms = breakdown_ms.get("experts' matmuls")
+    experts = "" if experts_ms is None else f"experts' {share(experts_ms)}, "
+    shares = (
+        f"Matmuls take {share(breakdown_ms.get('matmuls', 0))} of the step, {experts}attention "
+        f"kernels {share(breakdown_ms.get('kernels', 0))}, other compute "
+        f"{share(breakdown_ms.get('other compute', 0))}, waiting for transfers "
+        f"{share(waiting_ms)}."
+    )
+
+    recomputed = train["executed_tflops"] / train["model_tflops"] - 1
+    free_gib = train["limit_gib"] - train["memory_gib"]
+    if waiting_ms > 0.15 * total_ms:
+        slowest = max(waiting, key=waiting.get).removeprefix("waiting for ")
+        advice = (
+            f"It is bound by communication (mostly {slowest}): more rows a chip hide it, or a mesh "
+            "with smaller groups."
         )
-    elif extra > 0.12 and room > 0.1 * train["limit_gib"]:
-        said.append(
-            f"It computes {extra:.0%} more than the model needs, and {room:.0f} GiB are free: "
-            "keep more results (config.model.remat)."
+    elif recomputed > 0.12 and free_gib > 0.1 * train["limit_gib"]:
+        advice = (
+            f"It computes {recomputed:.0%} more than the model needs, and {free_gib:.0f} GiB are "
+            "free: keep more results (config.model.remat)."
         )
-    elif extra > 0.12:
-        said.append(
-            f"It computes {extra:.0%} more than the model needs, for memory's sake: more chips or "
-            "smaller microbatches would let it keep more."
+    elif recomputed > 0.12:
+        advice = (
+            f"It computes {recomputed:.0%} more than the model needs, for memory's sake: more "
+            "chips or smaller microbatches would let it keep more."
         )
     else:
-        said.append("It is bound by the matrix units, as it should be.")
-    return " ".join(said)
+        advice = "It is bound by the matrix units, as it should be."
+    return f"{shares} {advice}"

@@ -1,164 +1,245 @@
-"""Two models on the same examples: what evals left in predictions/ of two run directories,
-paired.
-"""
+"""Compares two models on the same examples: the predictions/ of two run directories, paired."""
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from lm.evals.scores import calibration, statistics
+from lm.evals.scores.statistics import SampleScore
 
-LEAST = 10  # examples, fewer can't be resampled
+MIN_EXAMPLES = 10  # fewer can't be resampled
 
 
 def newest_predictions(workdir: epath.Path) -> dict[str, tuple[int, epath.Path]]:
-    """Eval -> (its newest step, the file of that), in a run directory."""
-    found: dict[str, tuple[int, epath.Path]] = {}
+    """Eval -> (its newest step, the file of that step), in a run directory."""
+    newest: dict[str, tuple[int, epath.Path]] = {}
     folder = workdir / "predictions"
-    for path in folder.iterdir() if folder.exists() else ():
+    if not folder.exists():
+        return newest
+
+    for path in folder.iterdir():
+        # NAME-STEP.jsonl; the folder holds files of other kinds too.
         name, _, step = path.name.removesuffix(".jsonl").rpartition("-")
-        if (
-            path.name.endswith(".jsonl")
-            and step.isdigit()
-            and int(step) >= found.get(name, (-1,))[0]
-        ):
-            found[name] = int(step), path
-    return dict(sorted(found.items()))
+        if not path.name.endswith(".jsonl") or not step.isdigit():
+            continue
+        if name not in newest or int(step) >= newest[name][0]:
+            newest[name] = int(step), path
+    return dict(sorted(newest.items()))
 
 
-def compare(first: list[dict], second: list[dict], what: str = "the eval") -> dict[str, float]:
-    """Of two models' predictions (the lines of predictions/): each score of both, their difference
-    (first less second) with its 95% interval by the paired bootstrap. Scores are accuracy where
-    lines have predictions, with McNemar's exact p and the smallest difference that examples like
-    these show four times in five (left out where both are right on the same ones); macro-F1 and NLL
-    where they have label distributions; and what they have as `scores`.
+def compare(
+    first: Sequence[Mapping], second: Sequence[Mapping], name: str = "the eval"
+) -> dict[str, float]:
+    """Compares the predictions of two models on the same examples.
+
+    The scores are accuracy, where lines have predictions; macro_f1 and nll, where they have
+    distributions over one label space; and what lines have as `scores`.
+
+    Args:
+      first, second: the lines of predictions/.
+      name: the eval's, for messages.
+
+    Returns:
+      examples. For each SCORE: SCORE of the first model, SCORE_other of the second, and by the
+      paired bootstrap SCORE_difference (first less second), its 95% interval SCORE_low to
+      SCORE_high, and SCORE_p. With accuracy also McNemar's exact mcnemar_p, and
+      smallest_difference: that which examples like these show four times in five (left out where
+      both models are right on the same ones).
 
     Raises:
       ValueError: not the same examples in the same order, too few of them, or other labels.
     """
-    if len(first) < LEAST:
-        raise ValueError(f"{what}: {len(first)} examples; wanted {LEAST} or more")
-    identity = lambda line: (
-        line["name"],
-        line.get("label"),
-        line.get("references"),
-        line.get("choices"),
-    )
-    if list(map(identity, first)) != list(map(identity, second)):
+    _check_pairs(first, second, name)
+    n = len(first)
+    result: dict[str, float] = {"examples": n}
+
+    if "prediction" in first[0]:
+        first_right = _is_right(first)
+        second_right = _is_right(second)
+        result["mcnemar_p"] = statistics.mcnemar_p(first_right, second_right)
+        error = statistics.standard_error(first_right - second_right)
+        if error > 0:
+            result["smallest_difference"] = statistics.smallest_difference(error)
+
+    second_scores = _sample_scores(second)
+    for score_name, first_score in _sample_scores(first).items():
+        second_score = second_scores[score_name]
+        difference = statistics.paired_bootstrap(first_score, second_score, n)
+        result |= {
+            score_name: first_score(np.arange(n)),
+            f"{score_name}_other": second_score(np.arange(n)),
+            f"{score_name}_difference": difference.value,
+            f"{score_name}_low": difference.low,
+            f"{score_name}_high": difference.high,
+            f"{score_name}_p": difference.p,
+        }
+    return result
+
+
+def _check_pairs(first: Sequence[Mapping], second: Sequence[Mapping], name: str) -> None:
+    """Raises ValueError for predictions that can't be paired, see `compare`."""
+    if len(first) < MIN_EXAMPLES:
+        raise ValueError(f"{name}: {len(first)} examples; wanted {MIN_EXAMPLES} or more")
+    if list(map(_identity, first)) != list(map(_identity, second)):
         raise ValueError(
-            f"{what}: the two runs were evaluated on other examples ({len(first)} and "
+            f"{name}: the two runs were evaluated on other examples ({len(first)} and "
             f"{len(second)}); pairs need the same, in order"
         )
-    both, n = (first, second), len(first)
-    found: dict[str, float] = {"examples": n}
-    scores = {}
-    if "prediction" in first[0]:
-        right = [
-            np.array([line["prediction"] == line["label"] for line in lines], float)
-            for lines in both
-        ]
-        found["mcnemar_p"] = statistics.mcnemar(*right).p
-        if (error := statistics.standard_error(right[0] - right[1])) > 0:
-            found["smallest_difference"] = statistics.smallest_difference(error)
-        scores["accuracy"] = [lambda i, r=r: float(r[i].mean()) for r in right]
-    if "distribution" in first[0] and "scores" not in first[0]:  # of one label space
+    if _has_label_space(first):
         labels = sorted(first[0]["distribution"])
-        if labels != sorted(second[0]["distribution"]):
+        other_labels = sorted(second[0]["distribution"])
+        if labels != other_labels:
             raise ValueError(
-                f"{what}: the labels are {labels} in one run and "
-                f"{sorted(second[0]['distribution'])} in the other"
+                f"{name}: the labels are {labels} in one run and {other_labels} in the other"
             )
-        y = np.array([labels.index(line["label"]) for line in first])
-        P = [
-            np.array([[line["distribution"][label] for label in labels] for line in lines])
-            for lines in both
-        ]
-        predicted = [
-            np.array([labels.index(line["prediction"]) for line in lines]) for lines in both
-        ]
-        scores["macro_f1"] = [
-            lambda i, p=p: statistics.prediction_scores(
-                statistics.confusion(p[i], y[i], len(labels))
-            )["macro_f1"]
-            for p in predicted
-        ]
-        scores["nll"] = [lambda i, q=q: calibration.nll(q[i], y[i]) for q in P]
-    for name in first[0].get("scores", {}):
-        each = [np.array([line["scores"][name] for line in lines]) for lines in both]
-        scores[name] = [lambda i, x=x: float(x[i].mean()) for x in each]
-    for name, (one, other) in scores.items():
-        difference = statistics.paired_bootstrap(one, other, n)
-        found |= {
-            name: one(np.arange(n)),
-            f"{name}_other": other(np.arange(n)),
-            f"{name}_difference": difference.value,
-            f"{name}_low": difference.low,
-            f"{name}_high": difference.high,
-            f"{name}_p": difference.p,
-        }
-    return found
+
+
+def _identity(line: Mapping) -> tuple:
+    """What a line says of its example, and not of the model."""
+    return line["name"], line.get("label"), line.get("references"), line.get("choices")
+
+
+def _has_label_space(lines: Sequence[Mapping]) -> bool:
+    """Whether distributions are over the same labels for all examples. Those of multiple choice,
+    which have scores beside them, are over each example's own choices.
+    """
+    return "distribution" in lines[0] and "scores" not in lines[0]
+
+
+def _is_right(lines: Sequence[Mapping]) -> np.ndarray:
+    """[n] f64, 1 where the prediction is the label."""
+    return np.array([line["prediction"] == line["label"] for line in lines], float)
+
+
+def _sample_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
+    """A model's scores as functions of a sample of the examples."""
+    scores = {}
+    if "prediction" in lines[0]:
+        scores["accuracy"] = _sample_mean(_is_right(lines))
+    if _has_label_space(lines):
+        scores |= _label_scores(lines)
+    for name in lines[0].get("scores", {}):
+        values = np.array([line["scores"][name] for line in lines])
+        scores[name] = _sample_mean(values)
+    return scores
+
+
+def _sample_mean(values: np.ndarray) -> SampleScore:
+    def score(index: np.ndarray) -> float:
+        return float(values[index].mean())
+
+    return score
+
+
+def _label_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
+    """Scores of distributions over one label space."""
+    labels = sorted(lines[0]["distribution"])
+    y = np.array([labels.index(line["label"]) for line in lines])
+    predicted = np.array([labels.index(line["prediction"]) for line in lines])
+    P = np.zeros((len(lines), len(labels)))
+    for i, line in enumerate(lines):
+        P[i] = [line["distribution"][label] for label in labels]
+
+    def macro_f1(index: np.ndarray) -> float:
+        matrix = statistics.confusion(predicted[index], y[index], len(labels))
+        return statistics.prediction_scores(matrix)["macro_f1"]
+
+    def nll(index: np.ndarray) -> float:
+        return calibration.nll(P[index], y[index])
+
+    return {"macro_f1": macro_f1, "nll": nll}
 
 
 def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, float]]:
-    """Eval that has scores of single examples -> `compare` of its newest predictions in both run
-    directories, their steps, and p_holm: McNemar's p, or the first score's where there is none,
-    corrected for the number of evals.
+    """Compares the newest predictions of each eval that has some in both run directories.
+
+    Returns:
+      Eval -> `compare` of them, with the steps that they are of (step, step_other), and p_holm:
+      McNemar's p, or the first score's where there is none, corrected for the number of evals.
 
     Raises:
       ValueError: no eval has predictions in both; see `compare`.
     """
-    here, there = newest_predictions(workdir), newest_predictions(other)
-    if not (names := [name for name in here if name in there]):
+    newest = newest_predictions(workdir)
+    newest_other = newest_predictions(other)
+    names = [name for name in newest if name in newest_other]
+    if not names:
         raise ValueError(
-            f"no eval has predictions/ in both: {workdir} has {list(here)}, {other} "
-            f"{list(there)}. Evaluate both (--mode=eval) with the same config.evals"
+            f"no eval has predictions/ in both: {workdir} has {list(newest)}, {other} "
+            f"{list(newest_other)}. Evaluate both (--mode=eval) with the same config.evals"
         )
-    read = lambda path: [json.loads(line) for line in path.read_text().split("\n") if line]
-    found = {}
+
+    comparisons = {}
     for name in names:
-        first, second = (read(runs[name][1]) for runs in (here, there))
-        if len(first) < LEAST and len(names) > 1:
-            logging.warning("%s has %d examples, too few to compare (%d)", name, len(first), LEAST)
-            continue
-        made = compare(first, second, name)
-        if any(key.endswith("_difference") for key in made):
-            found[name] = {"step": here[name][0], "step_other": there[name][0]} | made
-        else:
-            # BLEU is of a corpus
-            logging.warning("%s has no score of single examples: there is nothing to pair", name)
-    first_p = lambda c: c.get(
-        "mcnemar_p", next((value for key, value in c.items() if key.endswith("_p")), 1.0)
-    )
-    for c, p in zip(found.values(), statistics.holm([first_p(c) for c in found.values()])):
-        c["p_holm"] = p
-    return found
-
-
-def table(found: dict[str, dict[str, float]]) -> str:
-    """A comparison in words."""
-    lines = []
-    for name, c in found.items():
-        lines.append(
-            f"{name}, {c['examples']} examples, step {c['step']} and step {c['step_other']}:"
-        )
-        for score in (
-            key.removesuffix("_difference")
-            for key in c
-            if key.endswith("_difference") and key != "smallest_difference"
-        ):
-            lines.append(
-                f"  {score:<13} {c[score]:8.4f}  {c[score + '_other']:8.4f}  difference "
-                f"{c[score + '_difference']:+.4f} (95%: {c[score + '_low']:+.4f} to "
-                f"{c[score + '_high']:+.4f}), p = {c[score + '_p']:.3g}"
+        step, path = newest[name]
+        step_other, path_other = newest_other[name]
+        first = _read_lines(path)
+        second = _read_lines(path_other)
+        # A single eval that is too small is an error, see `compare`.
+        if len(first) < MIN_EXAMPLES and len(names) > 1:
+            logging.warning(
+                "%s has %d examples, too few to compare (%d)", name, len(first), MIN_EXAMPLES
             )
-        smallest = (
-            "; the smallest difference of accuracies that this set shows: "
-            f"{c['smallest_difference']:.4f}"
-            if "smallest_difference" in c
-            else ""
+            continue
+
+        result = compare(first, second, name)
+        if any(key.endswith("_difference") for key in result):
+            comparisons[name] = {"step": step, "step_other": step_other} | result
+        else:
+            # BLEU, for instance, is of a corpus.
+            logging.warning("%s has no score of single examples: there is nothing to pair", name)
+
+    p_values = [_main_p(result) for result in comparisons.values()]
+    for result, p in zip(comparisons.values(), statistics.holm(p_values)):
+        result["p_holm"] = p
+    return comparisons
+
+
+def _read_lines(path: epath.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def _main_p(result: Mapping[str, float]) -> float:
+    """The p-value that stands for an eval: McNemar's, or the first score's."""
+    if "mcnemar_p" in result:
+        return result["mcnemar_p"]
+    for key, value in result.items():
+        if key.endswith("_p"):
+            return value
+    return 1.0
+
+
+def table(comparisons: Mapping[str, Mapping[str, float]]) -> str:
+    """Comparisons as text, to be printed."""
+    lines = []
+    for name, result in comparisons.items():
+        lines.append(
+            f"{name}, {result['examples']} examples, step {result['step']} and step "
+            f"{result['step_other']}:"
         )
-        mcnemar = f"McNemar's p = {c['mcnemar_p']:.3g}, " if "mcnemar_p" in c else ""
-        lines.append(f"  {mcnemar}p = {c['p_holm']:.3g} for {len(found)} eval(s) (Holm){smallest}")
+        for key in result:
+            if key.endswith("_difference") and key != "smallest_difference":
+                lines.append(_score_line(key.removesuffix("_difference"), result))
+
+        tests = f"p = {result['p_holm']:.3g} for {len(comparisons)} eval(s) (Holm)"
+        if "mcnemar_p" in result:
+            tests = f"McNemar's p = {result['mcnemar_p']:.3g}, {tests}"
+        if "smallest_difference" in result:
+            tests += (
+                "; the smallest difference of accuracies that this set shows: "
+                f"{result['smallest_difference']:.4f}"
+            )
+        lines.append(f"  {tests}")
     return "\n".join(lines)
+
+
+def _score_line(score: str, result: Mapping[str, float]) -> str:
+    """A score of both models and their difference."""
+    interval = f"{result[score + '_low']:+.4f} to {result[score + '_high']:+.4f}"
+    return (
+        f"  {score:<13} {result[score]:8.4f}  {result[score + '_other']:8.4f}  difference "
+        f"{result[score + '_difference']:+.4f} (95%: {interval}), p = {result[score + '_p']:.3g}"
+    )

@@ -6,6 +6,8 @@ import numpy as np
 
 from lm.evals.scores import calibration, statistics
 
+NUM_BINS = 10  # of the reliability diagram
+
 
 def png(figure) -> bytes:
     """A matplotlib figure as PNG."""
@@ -15,26 +17,25 @@ def png(figure) -> bytes:
 
 
 def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
-    """A confusion matrix as PNG: shares of each right label, counts written in."""
+    """A confusion matrix [K, K] as PNG: colours are shares of each right label, counts are written
+    in.
+    """
     from matplotlib.figure import Figure
 
-    many = len(labels) > 20  # counts would be a tenth of a second each, and unreadable
-    size = 2.5 + (0.2 if many else 0.8) * len(labels)
+    # Written counts would take a tenth of a second each, and be unreadable.
+    is_large = len(labels) > 20
+    size = 2.5 + (0.2 if is_large else 0.8) * len(labels)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axis = figure.subplots()
+
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure.colorbar(
-        axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), label="share of the right label"
-    )
-    for i, j in () if many else np.ndindex(*matrix.shape):
-        axis.text(
-            j,
-            i,
-            str(matrix[i, j]),
-            ha="center",
-            va="center",
-            color="white" if shares[i, j] > 0.6 else "black",
-        )
+    image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, label="share of the right label")
+    if not is_large:
+        for i, j in np.ndindex(*matrix.shape):
+            colour = "white" if shares[i, j] > 0.6 else "black"
+            axis.text(j, i, str(matrix[i, j]), ha="center", va="center", color=colour)
+
     axis.set(
         xticks=range(len(labels)),
         yticks=range(len(labels)),
@@ -43,61 +44,80 @@ def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
         ylabel="right label",
         title=title,
     )
-    axis.set_xticklabels(labels, rotation=90 if len(labels) > 8 else 0)
+    _write_labels(axis, labels)
     return png(figure)
 
 
 def plot_reliability(P: np.ndarray, y: np.ndarray, labels: list[str], name: str) -> bytes:
-    """Two pictures as PNG: how often predictions of some confidence are right, in ten bins, with
-    how many there are; and the labels' shares among the right ones, the predicted ones, and in the
-    mean distribution.
+    """Two pictures side by side as PNG: a reliability diagram, and the labels' frequencies.
+
+    Args:
+      P: [n, K], the label distributions.
+      y: [n], the right labels.
+      name: for the title.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 + max(5.5, 0.2 * len(labels)), 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(5.5, max(5.5, 0.2 * len(labels))))
-    confidence, hit = P.max(axis=1), P.argmax(axis=1) == y
-    numbers = calibration.bin_numbers(confidence, 10, "width")
-    counts = np.bincount(numbers, minlength=10)
-    there = counts > 0
-    accuracy = np.bincount(numbers, hit, 10)[there] / counts[there]
-    intervals = np.array(
-        [statistics.proportion_interval(round(a * n), n) for a, n in zip(accuracy, counts[there])]
-    )
-    left.bar(
-        np.arange(10) / 10 + 0.05,
-        counts / len(y),
-        0.09,
-        color="lightgrey",
-        label="share of the predictions",
-    )
-    left.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
-    left.errorbar(
-        np.bincount(numbers, confidence, 10)[there] / counts[there],
+    right_width = max(5.5, 0.2 * len(labels))
+    figure = Figure(figsize=(5.5 + right_width, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(5.5, right_width))
+    _draw_reliability(left, P, y)
+    left.set(title=f"{name}: ECE {calibration.ece(P, y):.3f}, NLL {calibration.nll(P, y):.3f}")
+    _draw_label_shares(right, P, y, labels)
+    return png(figure)
+
+
+def _draw_reliability(axis, P: np.ndarray, y: np.ndarray) -> None:
+    """Draws how often predictions of some confidence are right, in ten bins, with the number of
+    predictions in each.
+    """
+    confidence = P.max(axis=1)
+    is_right = P.argmax(axis=1) == y
+    numbers = calibration.bin_numbers(confidence, NUM_BINS, "width")
+    counts = np.bincount(numbers, minlength=NUM_BINS)
+
+    filled = counts > 0
+    counts_filled = counts[filled]
+    accuracy = np.bincount(numbers, is_right, NUM_BINS)[filled] / counts_filled
+    mean_confidence = np.bincount(numbers, confidence, NUM_BINS)[filled] / counts_filled
+    intervals = []
+    for share, count in zip(accuracy, counts_filled):
+        intervals.append(statistics.proportion_interval(round(share * count), count))
+
+    middles = np.arange(NUM_BINS) / NUM_BINS + 0.5 / NUM_BINS
+    axis.bar(middles, counts / len(y), 0.09, color="lightgrey", label="share of the predictions")
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")  # calibrated
+    axis.errorbar(
+        mean_confidence,
         accuracy,
-        np.abs(intervals - accuracy[:, None]).T,
+        np.abs(np.array(intervals) - accuracy[:, None]).T,
         marker="o",
         capsize=3,
         linestyle="none",
         label="accuracy (Wilson 95%)",
     )
-    left.set(
-        xlim=(0, 1),
-        ylim=(0, 1),
-        xlabel="confidence",
-        title=f"{name}: ECE {calibration.ece(P, y):.3f}, NLL {calibration.nll(P, y):.3f}",
-    )
-    left.legend(loc="upper left")
-    place = np.arange(len(labels))
-    for i, (what, shares) in enumerate(
-        (
-            ("right", np.bincount(y, minlength=len(labels)) / len(y)),
-            ("predicted", np.bincount(P.argmax(axis=1), minlength=len(labels)) / len(y)),
-            ("mean distribution", P.mean(axis=0)),
-        )
-    ):
-        right.bar(place + 0.27 * (i - 1), shares, 0.25, label=what)
-    right.set(xticks=place, ylabel="share", title="labels")
-    right.set_xticklabels(labels, rotation=90 if len(labels) > 8 else 0)
-    right.legend()
-    return png(figure)
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence")
+    axis.legend(loc="upper left")
+
+
+def _draw_label_shares(axis, P: np.ndarray, y: np.ndarray, labels: list[str]) -> None:
+    """Draws each label's share among the right labels, among the predicted ones, and in the mean
+    distribution.
+    """
+    num_labels = len(labels)
+    shares = {
+        "right": np.bincount(y, minlength=num_labels) / len(y),
+        "predicted": np.bincount(P.argmax(axis=1), minlength=num_labels) / len(y),
+        "mean distribution": P.mean(axis=0),
+    }
+    places = np.arange(num_labels)
+    for i, (name, values) in enumerate(shares.items()):
+        axis.bar(places + 0.27 * (i - 1), values, 0.25, label=name)
+    axis.set(xticks=places, ylabel="share", title="labels")
+    _write_labels(axis, labels)
+    axis.legend()
+
+
+def _write_labels(axis, labels: list[str]) -> None:
+    """Writes labels below the axis, upright where they are many."""
+    axis.set_xticklabels(labels, rotation=90 if len(labels) > 8 else 0)

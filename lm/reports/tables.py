@@ -1,67 +1,198 @@
-"""What evals found, to be read."""
+"""Results as tables: eval-STEP.md, and the one that ends a run."""
 
-INTERVAL = ("_low", "_high")
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+Metrics = Mapping[str, float]
+
+INTERVAL_SUFFIXES = ("_low", "_high")
+STANDARD_ERROR = "_stderr"
 
 
 def cell(value: float | int) -> str:
-    """A figure in few characters."""
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.4g}"
-        if abs(value) >= 1e5
-        else f"{value:.4f}"
-    )
+    """A number in few characters."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if abs(value) >= 1e5:
+        return f"{value:.4g}"
+    return f"{value:.4f}"
 
 
-def markdown(about: dict, values: dict[str, float]) -> str:
-    """The results of a checkpoint: a table for each eval, intervals beside their figures.
+# --- eval-STEP.md ---
+
+
+def markdown(about: Mapping, values: Metrics) -> str:
+    """The results of a checkpoint: a table for each eval, intervals beside their values.
 
     Args:
       about: step, from, versions, tokenizer, and evals: name -> what the evaluator says of its
         data.
       values: eval/NAME/METRIC -> value.
     """
-    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"# Step {about['step']} of {about['from']}",
         "",
         f"{versions}; tokenizer {about['tokenizer']}",
     ]
     for name, data in about["evals"].items():
-        found = {
-            key.removeprefix(f"eval/{name}/"): value
-            for key, value in values.items()
-            if key.startswith(f"eval/{name}/")
-        }
-        if not found:
-            continue
-        lines += ["", f"## {name}", ""]
-        if data:
-            lines += [
-                "; ".join(
-                    f"{key} {value}"
-                    for key, value in data.items()
-                    if isinstance(value, (str, int)) and value
-                ),
-                "",
-            ]
-        for words in data.get("words", ()):
-            lines += [
-                "words and their tokens: "
-                + "; ".join(
-                    f"{label}: {', '.join(map(repr, split.values()))}"
-                    for label, split in words.items()
-                ),
-                "",
-            ]
-        lines += ["| | | 95% interval |", "|---|---|---|"]
-        for key, value in found.items():
-            if key.endswith(INTERVAL) and key.rpartition("_")[0] in found:
-                continue
-            low, high = (found.get(key + end) for end in INTERVAL)
-            lines.append(
-                f"| {key} | {cell(value)} | "
-                f"{'' if low is None or high is None else f'{cell(low)} to {cell(high)}'} |"
-            )
+        prefix = f"eval/{name}/"
+        metrics = {}
+        for key, value in values.items():
+            if key.startswith(prefix):
+                metrics[key.removeprefix(prefix)] = value
+        if metrics:
+            lines += ["", f"## {name}", ""]
+            lines += _data_lines(data)
+            lines += _metric_lines(metrics)
     return "\n".join(lines) + "\n"
+
+
+def _data_lines(data: Mapping) -> list[str]:
+    """What an evaluator says of its data, and into which tokens its words fall."""
+    lines = []
+    if data:
+        facts = []
+        for key, value in data.items():
+            if isinstance(value, (str, int)) and value:
+                facts.append(f"{key} {value}")
+        lines += ["; ".join(facts), ""]
+
+    # One entry for each variant of the prompt: label -> word -> the texts of its tokens.
+    for words in data.get("words", ()):
+        labels = []
+        for label, tokens_of_words in words.items():
+            labels.append(f"{label}: {', '.join(map(repr, tokens_of_words.values()))}")
+        lines += [f"words and their tokens: {'; '.join(labels)}", ""]
+    return lines
+
+
+def _metric_lines(metrics: Metrics) -> list[str]:
+    lines = ["| | | 95% interval |", "|---|---|---|"]
+    for key, value in metrics.items():
+        # The bounds of an interval stand beside its metric.
+        if key.endswith(INTERVAL_SUFFIXES) and key.rpartition("_")[0] in metrics:
+            continue
+        lines.append(f"| {key} | {cell(value)} | {_interval(key, metrics)} |")
+    return lines
+
+
+def _interval(metric: str, metrics: Metrics) -> str:
+    """The 95% interval of a metric; "" if it has none."""
+    low = metrics.get(f"{metric}_low")
+    high = metrics.get(f"{metric}_high")
+    if low is None or high is None:
+        return ""
+    return f"{cell(low)} to {cell(high)}"
+
+
+# --- the table that ends a run ---
+
+# A metric by which a kind of eval is known -> the metrics that stand for it, the most important
+# first. In order: label words, several choices, a single choice, perplexity.
+HEADLINES = {
+    "majority_accuracy": ("accuracy", "accuracy_mean", "nll", "ece"),
+    "chance": ("accuracy", "accuracy_char", "accuracy_byte"),
+    "greedy_accuracy": ("accuracy", "perplexity"),
+    "xz_bits_per_byte": ("bits_per_byte", "perplexity", "loss"),
+}
+# (metric, the metric that is its baseline, what that is)
+BASELINES = (
+    ("accuracy", "majority_accuracy", "majority label"),
+    ("accuracy", "chance", "chance"),
+    ("accuracy_char", "chance", "chance"),
+    ("accuracy_byte", "chance", "chance"),
+    ("bits_per_byte", "xz_bits_per_byte", "xz -9e"),
+)
+ROWS_OF_AN_EVAL = 2
+# Metrics that say how much was evaluated, not how well.
+COUNTS = ("examples", "cut", "tokens", "bytes", "documents", "seconds")
+
+
+class Row(NamedTuple):
+    eval: str
+    metric: str
+    value: str
+    interval: str
+    baseline: str
+
+
+def headline(values: Metrics) -> str:
+    """The main metrics of each eval as a table in plain text; "" if there are none.
+
+    Args:
+      values: eval/NAME/METRIC -> value, among others. A NAME may have parts of its own, such as
+        the eval and the task of lm_eval.
+    """
+    evals: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        prefix, _, path = key.partition("/")
+        name, _, metric = path.rpartition("/")
+        if prefix == "eval" and name and isinstance(value, (int, float)):
+            evals.setdefault(name, {})[metric] = value
+
+    rows = []
+    for name, metrics in evals.items():
+        for number, metric in enumerate(_main_metrics(metrics)):
+            row = Row(
+                eval=name if number == 0 else "",
+                metric=metric,
+                value=cell(metrics[metric]),
+                interval=_spread(metric, metrics),
+                baseline=_baseline(metric, metrics),
+            )
+            rows.append(row)
+    if not rows:
+        return ""
+    return _align([Row("eval", "metric", "value", "95% interval", "baseline"), *rows])
+
+
+def _main_metrics(metrics: Metrics) -> list[str]:
+    """The one or two metrics that stand for an eval; [] if it has counts only."""
+    for known_by, preferred in HEADLINES.items():
+        if known_by in metrics:
+            return [key for key in preferred if key in metrics][:ROWS_OF_AN_EVAL]
+
+    # Generated texts and tasks of lm_eval have scores of any name, the main one first. Their scores
+    # have intervals, what is said of them beside (such as the share of empty answers) has none.
+    scores = []
+    for key in metrics:
+        is_bound = key.endswith(INTERVAL_SUFFIXES) and key.rpartition("_")[0] in metrics
+        if not is_bound and STANDARD_ERROR not in key and key not in COUNTS:
+            scores.append(key)
+    with_interval = [key for key in scores if _spread(key, metrics)]
+    return (with_interval or scores)[:ROWS_OF_AN_EVAL]
+
+
+def _spread(metric: str, metrics: Metrics) -> str:
+    """The 95% interval of a metric, or the range of accuracy over prompts; "" if there is none."""
+    if metric == "accuracy_mean" and "accuracy_min" in metrics:
+        return f"{cell(metrics['accuracy_min'])} to {cell(metrics['accuracy_max'])} (min to max)"
+
+    # lm_eval has standard errors instead: METRIC_stderr, or METRIC_stderr_FILTER.
+    for key, error in metrics.items():
+        if STANDARD_ERROR in key and key.replace(STANDARD_ERROR, "") == metric:
+            if math.isfinite(error):
+                low = metrics[metric] - 1.96 * error
+                high = metrics[metric] + 1.96 * error
+                return f"{cell(low)} to {cell(high)}"
+    return _interval(metric, metrics)
+
+
+def _baseline(metric: str, metrics: Metrics) -> str:
+    for of_metric, baseline, description in BASELINES:
+        if of_metric == metric and baseline in metrics:
+            return f"{cell(metrics[baseline])} ({description})"
+    return ""
+
+
+def _align(rows: Sequence[Row]) -> str:
+    """Rows as lines whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths)]
+        cells[2] = row.value.rjust(widths[2])  # numbers by their decimal point
+        lines.append("   ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""Nothing is downloaded: the reference models are made on the spot, small and random."""
+"""Keeps transformers offline: the reference models are made on the spot, small and random."""
 
 import os
 
+# Set before the libraries are imported: they read them then.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

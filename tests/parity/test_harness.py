@@ -156,10 +156,10 @@ def ours(directory, batch_size, sizes):
     config = build.apply_hf_config(config.lock()).copy_and_resolve_references().unlock()
     config.mesh.update({"fsdp": 1, **sizes})
     tokenizer = tokenizers.load(directory)
-    made = build.weights(
+    made = build.abstract_model(
         config, jax.devices()[: int(np.prod(list(sizes.values())))], tokenizer.vocab_size
     )
-    params = hf.Source(directory).load(made.params)
+    params = hf.Checkpoint(directory).load(made.params)
     fns = PredictFns(
         made.mesh,
         batch_size=batch_size,

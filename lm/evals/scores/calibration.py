@@ -1,160 +1,179 @@
-"""Scores of label distributions, and corrections of them. P is [n, K], rows sum to 1; y is [n], the
-right label's index.
+"""Scores of label distributions, and corrections of distributions.
+
+P is [n, K], one distribution over K labels for each example, whose rows sum to 1; y is [n], the
+index of the right label.
 """
 
 import numpy as np
 
-TINY = np.finfo(np.float64).tiny
+BINS = ("width", "mass")
+TINY = np.finfo(np.float64).tiny  # where a logarithm of 0 would be taken
 
 
 def nll(P: np.ndarray, y: np.ndarray) -> float:
     """Mean negative log-likelihood of the right label, in nats."""
-    return float(-np.mean(np.log(np.maximum(P[np.arange(len(y)), y], TINY))))
+    right_probs = P[np.arange(len(y)), y]
+    return float(-np.mean(np.log(np.maximum(right_probs, TINY))))
 
 
 def brier(P: np.ndarray, y: np.ndarray) -> float:
-    """Mean over examples of sum_k (p_k - 1[y = k])^2 (Brier 1950): 0 to 2, twice the usual figure
-    for two labels.
+    """Mean over examples of sum_k (p_k - 1[y = k])^2 (Brier 1950). It lies between 0 and 2, and is
+    twice the usual figure for two labels.
     """
-    return float(np.mean(np.sum(np.square(P - np.eye(P.shape[1])[y]), axis=1)))
-
-
-BINS = ("width", "mass")
+    one_hot = np.eye(P.shape[1])[y]
+    return float(np.mean(np.sum(np.square(P - one_hot), axis=1)))
 
 
 def bin_numbers(confidence: np.ndarray, bins: int, equal: str) -> np.ndarray:
-    """[n], the bin of each value: "width", bin b is (b / bins, (b + 1) / bins]; "mass", the values
-    in order, in groups whose sizes differ by at most one.
+    """[n], the bin of each value.
+
+    Args:
+      equal: "width": bin b is (b / bins, (b + 1) / bins]; "mass": the values in order are cut into
+        groups whose sizes differ by at most one.
+
+    Raises:
+      ValueError: another `equal`.
     """
     if equal not in BINS:
         raise ValueError(f"bins of equal {equal!r}; valid: {list(BINS)}")
     if equal == "width":
+        # The upper edge belongs to a bin; 0 is put into the first one.
         return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
     numbers = np.empty(len(confidence), int)
-    for number, group in enumerate(np.array_split(np.argsort(confidence, kind="stable"), bins)):
+    groups = np.array_split(np.argsort(confidence, kind="stable"), bins)
+    for number, group in enumerate(groups):
         numbers[group] = number
     return numbers
 
 
-def _gap(confidence, right, bins, equal) -> float:
+def _calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int, equal: str) -> float:
+    """Sum over bins of (share of the examples) * |mean confidence - share that is right|."""
     numbers = bin_numbers(confidence, bins, equal)
-    return float(np.sum(np.abs(np.bincount(numbers, confidence - right, bins))) / len(right))
+    # The bin's size cancels: the sums of confidence - right are all that is needed.
+    differences = np.bincount(numbers, confidence - right, bins)
+    return float(np.sum(np.abs(differences)) / len(right))
 
 
 def ece(P: np.ndarray, y: np.ndarray, bins: int = 15, equal: str = "width") -> float:
     """Expected calibration error of the predicted label (Guo et al. 2017, arXiv 1706.04599, eq. 3);
-    equal="mass": bins with as many examples each (Nixon et al. 2019, arXiv 1904.01685).
+    with equal="mass" in bins of as many examples each (Nixon et al. 2019, arXiv 1904.01685).
     """
-    return _gap(P.max(axis=1), P.argmax(axis=1) == y, bins, equal)
+    return _calibration_error(P.max(axis=1), P.argmax(axis=1) == y, bins, equal)
 
 
 def classwise_ece(P: np.ndarray, y: np.ndarray, bins: int = 15, equal: str = "width") -> float:
     """Mean over labels of the calibration error of that label's probability (Kull et al. 2019,
     arXiv 1910.12656, eq. 3).
     """
-    return float(np.mean([_gap(P[:, k], y == k, bins, equal) for k in range(P.shape[1])]))
+    errors = [_calibration_error(P[:, k], y == k, bins, equal) for k in range(P.shape[1])]
+    return float(np.mean(errors))
 
 
 def auroc(P: np.ndarray, y: np.ndarray) -> float | None:
-    """Area under the ROC curve, each label against the rest, the mean over the labels that occur
-    and aren't all; None if there is none.
+    """Area under the ROC curve of each label against the rest: the mean over the labels that occur
+    and aren't all. None if there is no such label.
     """
-    found = [
-        _ranked_higher(P[y == k, k], P[y != k, k])
-        for k in range(P.shape[1])
-        if 0 < np.sum(y == k) < len(y)
-    ]
-    return float(np.mean(found)) if found else None
+    areas = []
+    for k in range(P.shape[1]):
+        is_k = y == k
+        if is_k.any() and not is_k.all():
+            areas.append(_area_under_roc(P[is_k, k], P[~is_k, k]))
+    return float(np.mean(areas)) if areas else None
 
 
 def auroc_ovo(P: np.ndarray, y: np.ndarray) -> float | None:
-    """The mean over all pairs of labels that occur, both ways round, of the area under the ROC
-    curve of one label's probability among the examples of these two alone (Hand and Till 2001, eq.
-    7): it doesn't depend on how frequent labels are. None for a single label.
+    """Area under the ROC curve of each label against each other one (Hand and Till 2001, eq. 7).
+
+    It is that of the first label's probability among the examples of the two alone, the mean over
+    all ordered pairs of labels that occur. Unlike `auroc` it doesn't depend on how frequent labels
+    are. None for a single label.
     """
-    there = np.unique(y)
-    found = [
-        _ranked_higher(P[y == k, k], P[y == other, k])
-        for k in there
-        for other in there
-        if k != other
-    ]
-    return float(np.mean(found)) if found else None
+    labels = np.unique(y)
+    areas = []
+    for k in labels:
+        for other in labels:
+            if k != other:
+                areas.append(_area_under_roc(P[y == k, k], P[y == other, k]))
+    return float(np.mean(areas)) if areas else None
 
 
 def confidence_auroc(P: np.ndarray, y: np.ndarray) -> float | None:
-    """How well confidence tells right predictions from wrong ones; None if all are right, or
-    none.
+    """How well confidence tells right predictions from wrong ones, as an area under the ROC curve.
+    None if all are right, or none.
     """
-    right, confidence = P.argmax(axis=1) == y, P.max(axis=1)
-    return (
-        _ranked_higher(confidence[right], confidence[~right])
-        if 0 < right.sum() < len(right)
-        else None
-    )
+    right = P.argmax(axis=1) == y
+    confidence = P.max(axis=1)
+    if right.all() or not right.any():
+        return None
+    return _area_under_roc(confidence[right], confidence[~right])
 
 
-def _ranked_higher(these: np.ndarray, those: np.ndarray) -> float:
-    """The chance that one of these is above one of those, ties counting half, which is the area
-    under the ROC curve (Hanley and McNeil 1982).
+def _area_under_roc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The chance that a positive example scores above a negative one, ties counting half, which is
+    the area under the ROC curve (Hanley and McNeil 1982).
     """
     from scipy.stats import rankdata
 
-    n = len(these)
-    return float(
-        (rankdata(np.concatenate([these, those]))[:n].sum() - n * (n + 1) / 2) / (n * len(those))
-    )
+    n = len(positive)
+    ranks = rankdata(np.concatenate([positive, negative]))
+    # The sum of the positive ones' ranks, less what it would be if all were below the negative.
+    pairs_above = ranks[:n].sum() - n * (n + 1) / 2
+    return float(pairs_above / (n * len(negative)))
 
 
 def selective_accuracy(P: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(coverage [n], accuracy [n]) of answering only the examples with the highest confidence
-    (El-Yaniv and Wiener 2010); those that are equally confident are answered together, at their
-    mean.
+    (El-Yaniv and Wiener 2010).
     """
-    confidence, right = P.max(axis=1), (P.argmax(axis=1) == y).astype(np.float64)
-    _, group = np.unique(-confidence, return_inverse=True)
-    right = np.bincount(group, right) / np.bincount(group)
-    order = np.sort(group)
-    answered = np.arange(1, len(y) + 1)
-    return answered / len(y), np.cumsum(right[order]) / answered
+    confidence = P.max(axis=1)
+    right = (P.argmax(axis=1) == y).astype(np.float64)
+
+    # Examples of equal confidence have no order: each counts as their mean.
+    _, tie_group = np.unique(-confidence, return_inverse=True)
+    mean_right = np.bincount(tie_group, right) / np.bincount(tie_group)
+    right_by_confidence = mean_right[np.sort(tie_group)]
+
+    num_answered = np.arange(1, len(y) + 1)
+    return num_answered / len(y), np.cumsum(right_by_confidence) / num_answered
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
     """[n, K] distributions from label scores."""
-    from scipy.special import softmax as of
+    from scipy import special
 
-    return of(scores, axis=1)
+    return special.softmax(scores, axis=1)
 
 
 def best_temperature(scores: np.ndarray, y: np.ndarray) -> float:
-    """T for which softmax(scores / T) has the lowest NLL (Guo et al. 2017, section 4.2). It changes
-    no prediction. Fit it on other examples than those that it is judged by.
+    """The T for which softmax(scores / T) has the lowest NLL (Guo et al. 2017, section 4.2).
+
+    It changes no prediction. Fit it on other examples than those that it is judged by.
     """
     from scipy.optimize import minimize_scalar
 
-    found = minimize_scalar(
-        lambda log_t: nll(softmax(scores / np.exp(log_t)), y),
-        bounds=(-5.0, 5.0),
-        method="bounded",
-        options=dict(xatol=1e-8),
-    )
-    return float(np.exp(found.x))
+    def nll_at(log_temperature: float) -> float:
+        return nll(softmax(scores / np.exp(log_temperature)), y)
+
+    result = minimize_scalar(nll_at, bounds=(-5.0, 5.0), method="bounded", options=dict(xatol=1e-8))
+    return float(np.exp(result.x))
 
 
-def divided(P: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """P / prior, normalised: what the prompt says beyond the label's own probability.
+def divide_by_prior(P: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """P / prior, normalised: the prior correction of what the prompt adds to the labels' own
+    probabilities [K].
 
-    With the prior [K] of content-free prompts it is contextual calibration (Zhao et al. 2021, arXiv
-    2102.09690, section 5, without its redundant bias), of prompts with random words of the domain
-    domain-context calibration (Fei et al. 2023, arXiv 2305.19148, eq. 5), of the domain premise
-    alone PMI_DC (Holtzman et al. 2021, arXiv 2104.08315, section 3).
+    With the prior of content-free prompts it is contextual calibration (Zhao et al. 2021, arXiv
+    2102.09690, section 5, without its redundant bias). With that of prompts of random words of the
+    domain it is domain-context calibration (Fei et al. 2023, arXiv 2305.19148, eq. 5), with that of
+    the domain premise alone PMI_DC (Holtzman et al. 2021, arXiv 2104.08315, section 3).
     """
     odds = np.exp(np.log(np.maximum(P, TINY)) - np.log(np.maximum(prior, TINY)))
     return odds / odds.sum(axis=1, keepdims=True)
 
 
 def batch_prior(P: np.ndarray) -> np.ndarray:
-    """The mean distribution [K], `divided` by which is batch calibration (Zhou et al. 2023, arXiv
+    """The mean distribution [K], the prior of batch calibration (Zhou et al. 2023, arXiv
     2309.17249, eq. 3). It looks at the test inputs, and takes labels to be equally frequent.
     """
     return P.mean(axis=0)

@@ -1,5 +1,5 @@
 """Scores of generated texts against references. Each is another project's own implementation, or
-the data set's official one told again.
+the data set's official one written again.
 """
 
 import collections
@@ -18,24 +18,33 @@ class Score(NamedTuple):
     value: float
     low: float  # of its 95% bootstrap interval over examples
     high: float
-    each: list[float] | None  # of the examples; None where there is only one for all
+    each: list[float] | None  # by example; None for scores of a whole corpus
 
 
-def squad(text: str) -> str:
-    """SQuAD's normalisation: lower case, without punctuation, articles and white space beyond one
+# (prediction of each example, references of each example) -> Score
+CorpusScore = Callable[[Sequence[str], Sequence[Sequence[str]]], Score]
+
+
+def normalize_squad(text: str) -> str:
+    """Lower case, without punctuation, articles and repeated white space: SQuAD's normalisation
     (Rajpurkar et al. 2016, arXiv 1606.05250, section 6.1).
     """
     text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    return " ".join(text.split())
 
 
-def number(text: str) -> str:
-    """A number without thousands' commas, currency signs, and a last point."""
+def normalize_number(text: str) -> str:
+    """A number without thousands' commas, currency signs, and a point at its end."""
     text = text.strip().replace(",", "").replace("$", "").removesuffix(".")
     return text.removesuffix(".0").removesuffix(".00")
 
 
-NORMALIZE: dict[str, Callable[[str], str]] = {"none": str.strip, "squad": squad, "number": number}
+NORMALIZE: dict[str, Callable[[str], str]] = {
+    "none": str.strip,
+    "squad": normalize_squad,
+    "number": normalize_number,
+}
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -43,90 +52,82 @@ def exact_match(prediction: str, reference: str) -> float:
 
 
 def f1(prediction: str, reference: str) -> float:
-    """Of the two bags of words, 1 if both are empty (Rajpurkar et al. 2016, section 6.1; SQuAD
-    2.0's script for empty ones).
+    """F1 of the two bags of words (Rajpurkar et al. 2016, section 6.1). If either is empty it is 1
+    where both are, else 0, as in SQuAD 2.0's script.
     """
-    ours, theirs = prediction.split(), reference.split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    same = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
-    return 2 * same / (len(ours) + len(theirs))
+    predicted_words = prediction.split()
+    reference_words = reference.split()
+    if not predicted_words or not reference_words:
+        return float(predicted_words == reference_words)
+
+    shared = collections.Counter(predicted_words) & collections.Counter(reference_words)
+    return 2 * sum(shared.values()) / (len(predicted_words) + len(reference_words))
 
 
-def _mean(
-    of: Callable[[str, str], float],
-) -> Callable[[Sequence[str], Sequence[Sequence[str]]], Score]:
-    """Each example against its best reference, then the mean."""
+def _mean_over_examples(metric: Callable[[str, str], float]) -> CorpusScore:
+    """The mean over examples of `metric(prediction, reference)` with the best reference."""
 
-    def score(predictions, references):
-        each = np.array(
-            [
-                max(of(prediction, one) for one in several)
-                for prediction, several in zip(predictions, references)
-            ]
-        )
-        return Score(
-            float(each.mean()),
-            *statistics.bootstrap_interval(lambda index: each[index].mean(), len(each)),
-            each.tolist(),
-        )
+    def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+        best = []
+        for prediction, texts in zip(predictions, references):
+            best.append(max(metric(prediction, reference) for reference in texts))
+
+        values = np.array(best)
+        low, high = statistics.bootstrap_interval(lambda index: values[index].mean(), len(values))
+        return Score(float(values.mean()), low, high, values.tolist())
 
     return score
 
 
-def require(name: str) -> None:
-    """Raises ValueError if the package of a score isn't there."""
-    package = (
-        "rouge_score"
-        if name.startswith("rouge")
-        else "sacrebleu"
-        if name in ("bleu", "chrf", "chrf++", "ter")
-        else "numpy"
-    )
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{name} needs the package {package}: pip install 'lm[evals]'")
+def _rouge(variant: str) -> CorpusScore:
+    """rouge_score's F-measure, stemmed (Lin 2004).
 
+    Args:
+      variant: "rouge1", "rouge2" or "rougeL".
+    """
 
-def _rouge(kind: str):
-    """rouge_score's F-measure, stemmed (Lin 2004)."""
-
-    def score(predictions, references):
+    def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
         from rouge_score import rouge_scorer
 
-        scorer = rouge_scorer.RougeScorer([kind], use_stemmer=True)
-        return _mean(lambda prediction, one: scorer.score(one, prediction)[kind].fmeasure)(
-            predictions, references
-        )
+        scorer = rouge_scorer.RougeScorer([variant], use_stemmer=True)
+
+        def f_measure(prediction: str, reference: str) -> float:
+            return scorer.score(reference, prediction)[variant].fmeasure
+
+        return _mean_over_examples(f_measure)(predictions, references)
 
     return score
 
 
-def _sacrebleu(name: str, **options):
-    """sacreBLEU's (Post 2018, arXiv 1804.08771), of the corpus, 0 to 100, with its own
-    bootstrap.
+def _sacrebleu(metric: str, **options) -> CorpusScore:
+    """sacreBLEU's score of a corpus (Post 2018, arXiv 1804.08771), 0 to 100, with its own bootstrap
+    interval.
+
+    Args:
+      metric: a class of sacrebleu.metrics, which takes `options`.
     """
 
-    def score(predictions, references):
+    def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
         import sacrebleu.metrics
 
-        most = max(map(len, references))
-        columns = [
-            [several[i] if i < len(several) else None for several in references]
-            for i in range(most)
-        ]
-        found = getattr(sacrebleu.metrics, name)(**options).corpus_score(
-            list(predictions), columns, n_bootstrap=1000
-        )
-        return Score(
-            float(found.score), float(found._mean - found._ci), float(found._mean + found._ci), None
-        )
+        # sacreBLEU takes references by column: all first ones, all second ones, and so on. None
+        # stands where an example has fewer.
+        columns = []
+        for i in range(max(map(len, references))):
+            columns.append([texts[i] if i < len(texts) else None for texts in references])
+
+        scorer = getattr(sacrebleu.metrics, metric)(**options)
+        result = scorer.corpus_score(list(predictions), columns, n_bootstrap=1000)
+        low = result._mean - result._ci
+        high = result._mean + result._ci
+        return Score(float(result.score), float(low), float(high), None)
 
     return score
 
 
-SCORES = {
-    "exact_match": _mean(exact_match),
-    "f1": _mean(f1),
+SCORES: dict[str, CorpusScore] = {
+    "exact_match": _mean_over_examples(exact_match),
+    "f1": _mean_over_examples(f1),
     "rouge1": _rouge("rouge1"),
     "rouge2": _rouge("rouge2"),
     "rougeL": _rouge("rougeL"),
@@ -135,3 +136,21 @@ SCORES = {
     "chrf++": _sacrebleu("CHRF", word_order=2),
     "ter": _sacrebleu("TER"),
 }
+
+# Those of SCORES that need one: it is imported only when the score is computed.
+PACKAGES = {
+    "rouge1": "rouge_score",
+    "rouge2": "rouge_score",
+    "rougeL": "rouge_score",
+    "bleu": "sacrebleu",
+    "chrf": "sacrebleu",
+    "chrf++": "sacrebleu",
+    "ter": "sacrebleu",
+}
+
+
+def require_package(score: str) -> None:
+    """Raises ValueError if the package that a score needs isn't installed."""
+    package = PACKAGES.get(score)
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"{score} needs the package {package}: pip install 'lm[evals]'")

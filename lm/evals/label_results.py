@@ -1,0 +1,433 @@
+"""Results of asking for labels: the model's log-probabilities, metrics, files and pictures.
+
+The evaluators in classification.py make the prompts. A *variant* is one way to ask: a template, a
+verbalizer, and examples in an order. With several variants the label distributions are averaged.
+
+Letters in shapes: n examples, K labels. P is a distribution over labels, [n, K].
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.evals.predict import Artifact, PredictFns
+from lm.evals.scores import calibration, statistics
+from lm.evals.scores.label_scores import (
+    LabelScorer,
+    LabelWord,
+    WordLogprobs,
+    label_mass,
+    pad_word_logprobs,
+    word_scores,
+)
+from lm.evals.tree import Tree
+from lm.reports import pictures
+
+ENSEMBLES = ("mean_prob", "mean_logprob")
+
+
+class Variant(NamedTuple):
+    """The prompts of one variant. Each tree has the label words as its continuations."""
+
+    name: str
+    words: list[LabelWord]
+    trees: list[Tree]  # one for each example
+    prior_trees: dict[str, list[Tree]]  # prior -> prompts whose mean distribution it is
+    calibration_trees: list[Tree]  # prompts that the temperature is fitted on
+    truncated: set[int]  # examples whose prompt was too long and lost its beginning
+
+    def word_tokens(
+        self, labels: Sequence[str], decode: Callable[[list[int]], str]
+    ) -> dict[str, dict[str, list[str]]]:
+        """Label -> word -> the texts of its tokens after the first prompt."""
+        tree = self.trees[0]
+        tokens: dict[str, dict[str, list[str]]] = {label: {} for label in labels}
+        for word, queries in zip(self.words, tree.continuation_queries):
+            ids = tree.query_targets[queries].tolist()
+            tokens[labels[word.label]][word.text] = [decode([i]) for i in ids]
+        return tokens
+
+    def first_tokens(self) -> list[int]:
+        """The id of each word's first token after the first prompt."""
+        tree = self.trees[0]
+        return [int(tree.query_targets[queries[0]]) for queries in tree.continuation_queries]
+
+
+class PromptSet(NamedTuple):
+    """All that an eval asks the model, with the right answers."""
+
+    name: str  # the eval's, for files and messages
+    labels: list[str]
+    example_names: list[str]
+    gold: np.ndarray  # [n], index of the right label
+    variants: list[Variant]
+    calibration_gold: np.ndarray  # index of the right label of each calibration example
+
+    @property
+    def num_truncated(self) -> int:
+        """How many examples lost the beginning of their prompt in any variant."""
+        truncated: set[int] = set()
+        for variant in self.variants:
+            truncated |= variant.truncated
+        return len(truncated)
+
+
+class VariantLogprobs(NamedTuple):
+    """The log-probabilities of the label words after the prompts of a variant."""
+
+    examples: WordLogprobs
+    priors: dict[str, WordLogprobs]
+    calibration: WordLogprobs | None  # None without calibration examples
+
+
+def score_prompts(predict_fns: PredictFns, params, prompt_set: PromptSet) -> list[VariantLogprobs]:
+    """The model's log-probabilities for each variant."""
+    # All variants in one call: what their prompts share is computed once.
+    trees: list[Tree] = []
+    for variant in prompt_set.variants:
+        trees += variant.trees
+        for prior_trees in variant.prior_trees.values():
+            trees += prior_trees
+        trees += variant.calibration_trees
+    outputs = iter(predict_fns.tree_logprobs(params, trees))
+
+    # Taken off again in the order of `trees`.
+    variant_logprobs = []
+    for variant in prompt_set.variants:
+        examples = _next_logprobs(outputs, variant.trees, variant.words)
+        priors = {}
+        for prior, prior_trees in variant.prior_trees.items():
+            priors[prior] = _next_logprobs(outputs, prior_trees, variant.words)
+        calibration_logprobs = None
+        if variant.calibration_trees:
+            calibration_logprobs = _next_logprobs(outputs, variant.calibration_trees, variant.words)
+        variant_logprobs.append(VariantLogprobs(examples, priors, calibration_logprobs))
+    return variant_logprobs
+
+
+def _next_logprobs(
+    outputs: Iterator, trees: Sequence[Tree], words: Sequence[LabelWord]
+) -> WordLogprobs:
+    """Takes the log-probabilities of these trees off the model's outputs."""
+    word_paths = []
+    for tree in trees:
+        logprobs, _ = next(outputs)
+        word_paths.append([logprobs[queries] for queries in tree.continuation_queries])
+    return pad_word_logprobs(word_paths, words)
+
+
+def results(
+    prompt_set: PromptSet,
+    variant_logprobs: Sequence[VariantLogprobs],
+    scorer: LabelScorer,
+    *,
+    ensemble: str = "mean_prob",
+    batch_prior: bool = True,
+) -> Iterator[tuple[str, float | Artifact]]:
+    """Yields all metrics and artifacts, see `lm.evals.classification.PromptClassification`.
+
+    Args:
+      ensemble: one of ENSEMBLES.
+      batch_prior: whether to correct by the mean distribution too.
+
+    Raises:
+      ValueError: log-probabilities that aren't finite.
+    """
+    _check_finite(prompt_set.name, variant_logprobs)
+    gold = prompt_set.gold
+
+    # The label distributions: one for each variant, and their mean, which all metrics are about.
+    variant_P = []
+    masses = []
+    for logprobs in variant_logprobs:
+        variant_P.append(scorer.distributions(logprobs.examples))
+        masses.append(label_mass(logprobs.examples))
+    P = ensemble_mean(variant_P, ensemble)
+    mass = np.mean(masses, axis=0)
+    yield from label_metrics(P, gold)
+    yield "label_mass", float(np.mean(mass))
+
+    # Prior correction: what the prompt says beyond the label's own probability.
+    priors = mean_priors(variant_logprobs, scorer)
+    if "content_free" in priors:
+        # The accuracy of always giving the label that the model prefers without a text.
+        preferred = np.mean(priors["content_free"], axis=0).argmax()
+        yield "content_free_accuracy", float(np.mean(gold == preferred))
+    if batch_prior:
+        priors["batch"] = [calibration.batch_prior(distribution) for distribution in variant_P]
+    yield from prior_metrics(variant_P, priors, gold, ensemble)
+
+    # Temperature scaling.
+    if len(prompt_set.calibration_gold):
+        distributions = []
+        for logprobs in variant_logprobs:
+            distributions.append(scorer.distributions(logprobs.calibration))
+        calibration_P = ensemble_mean(distributions, ensemble)
+        yield from temperature_metrics(P, gold, calibration_P, prompt_set.calibration_gold)
+
+    # How much the variant matters.
+    if len(variant_P) > 1:
+        yield from variant_metrics(prompt_set, variant_P, masses)
+
+    yield "examples", len(gold)
+    yield "cut", prompt_set.num_truncated
+    yield "priors", priors_artifact(prompt_set, variant_logprobs)
+    details = word_details(prompt_set, variant_logprobs, mass)
+    yield "predictions", predictions_artifact(prompt_set, P, details)
+    yield from picture_artifacts(prompt_set, P)
+
+
+def _check_finite(name: str, variant_logprobs: Sequence[VariantLogprobs]) -> None:
+    """Raises ValueError if an example has a log-probability that isn't finite."""
+    for logprobs in variant_logprobs:
+        finite = np.isfinite(word_scores(logprobs.examples)).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"the eval {name!r}: the model's log-probabilities of label words are not finite "
+                f"for {int((~finite).sum())} of {len(finite)} examples; its weights or "
+                "activations are broken"
+            )
+
+
+# Metrics
+
+
+def ensemble_mean(distributions: Sequence[np.ndarray], ensemble: str) -> np.ndarray:
+    """The mean of several distributions [n, K] ("mean_prob"), or the distribution of their mean
+    log-probabilities ("mean_logprob").
+    """
+    if ensemble == "mean_prob":
+        return np.mean(distributions, axis=0)
+    return calibration.softmax(np.mean(_log(distributions), axis=0))
+
+
+def _log(P) -> np.ndarray:
+    """Logarithms that are finite where a probability has underflowed to 0."""
+    return np.log(np.maximum(P, calibration.TINY))
+
+
+def label_metrics(P: np.ndarray, gold: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Yields the metrics of label distributions [n, K], given the right labels [n]."""
+    predicted = P.argmax(axis=1)
+    n, num_labels = P.shape
+
+    num_right = int((predicted == gold).sum())
+    low, high = statistics.proportion_interval(num_right, n)
+    yield "accuracy", num_right / n
+    yield "accuracy_low", low
+    yield "accuracy_high", high
+    yield "majority_accuracy", int(np.bincount(gold).max()) / n
+
+    matrix = statistics.confusion(predicted, gold, num_labels)
+    yield from statistics.prediction_scores(matrix).items()
+
+    def macro_f1(sample: np.ndarray) -> float:
+        matrix = statistics.confusion(predicted[sample], gold[sample], num_labels)
+        return statistics.prediction_scores(matrix)["macro_f1"]
+
+    # F1 is not a mean over examples, so that its interval comes from resampling.
+    low, high = statistics.bootstrap_interval(macro_f1, n)
+    yield "macro_f1_low", low
+    yield "macro_f1_high", high
+
+    # How far the probabilities can be trusted.
+    yield "nll", calibration.nll(P, gold)
+    yield "brier", calibration.brier(P, gold)
+    yield "ece", calibration.ece(P, gold)
+    yield "ece_equal_mass", calibration.ece(P, gold, equal="mass")
+    yield "classwise_ece", calibration.classwise_ece(P, gold)
+
+    # These compare examples of two labels, or right predictions with wrong ones: where the data has
+    # only one of them, they are not defined and left out.
+    areas = {
+        "auroc": calibration.auroc(P, gold),
+        "auroc_ovo": calibration.auroc_ovo(P, gold),
+        "confidence_auroc": calibration.confidence_auroc(P, gold),
+    }
+    for name, value in areas.items():
+        if value is not None:
+            yield name, value
+    _, accuracies = calibration.selective_accuracy(P, gold)
+    yield "selective_accuracy", float(np.mean(accuracies))
+
+
+def mean_priors(
+    variant_logprobs: Sequence[VariantLogprobs], scorer: LabelScorer
+) -> dict[str, list[np.ndarray]]:
+    """Prior -> for each variant the mean distribution [K] after the prompts of that prior."""
+    priors = {}
+    for prior in variant_logprobs[0].priors:
+        means = []
+        for logprobs in variant_logprobs:
+            means.append(scorer.distributions(logprobs.priors[prior]).mean(axis=0))
+        priors[prior] = means
+    return priors
+
+
+def prior_metrics(
+    variant_P: Sequence[np.ndarray],
+    priors: Mapping[str, Sequence[np.ndarray]],
+    gold: np.ndarray,
+    ensemble: str,
+) -> Iterator[tuple[str, float]]:
+    """Yields metrics after each prior correction. Each variant has priors [K] of its own."""
+    for name, variant_priors in priors.items():
+        corrected = []
+        for P, prior in zip(variant_P, variant_priors):
+            corrected.append(calibration.divide_by_prior(P, prior))
+        corrected_P = ensemble_mean(corrected, ensemble)
+
+        yield f"accuracy_{name}", float(np.mean(corrected_P.argmax(axis=1) == gold))
+        yield f"nll_{name}", calibration.nll(corrected_P, gold)
+        yield f"ece_{name}", calibration.ece(corrected_P, gold)
+
+
+def temperature_metrics(
+    P: np.ndarray, gold: np.ndarray, calibration_P: np.ndarray, calibration_gold: np.ndarray
+) -> Iterator[tuple[str, float]]:
+    """Yields metrics after temperature scaling, fitted on other examples than those evaluated. No
+    prediction changes.
+    """
+    temperature = calibration.best_temperature(_log(calibration_P), calibration_gold)
+    scaled_P = calibration.softmax(_log(P) / temperature)
+    yield "temperature", temperature
+    yield "nll_temperature", calibration.nll(scaled_P, gold)
+    yield "ece_temperature", calibration.ece(scaled_P, gold)
+
+
+def variant_metrics(
+    prompt_set: PromptSet, variant_P: Sequence[np.ndarray], masses: Sequence[np.ndarray]
+) -> Iterator[tuple[str, float | Artifact]]:
+    """Yields statistics of the accuracy over variants, and a table of the variants.
+
+    Args:
+      masses: for each variant, the label mass of each example.
+    """
+    gold = prompt_set.gold
+    table = []
+    for variant, P, mass in zip(prompt_set.variants, variant_P, masses):
+        row = {
+            # The key's name is older than "variant", and files have it.
+            "way": variant.name,
+            "accuracy": float(np.mean(P.argmax(axis=1) == gold)),
+            "nll": calibration.nll(P, gold),
+            "label_mass": float(np.mean(mass)),
+        }
+        table.append(row)
+
+    accuracies = [row["accuracy"] for row in table]
+    yield "ways", len(table)
+    yield "accuracy_mean", float(np.mean(accuracies))
+    yield "accuracy_min", min(accuracies)
+    yield "accuracy_max", max(accuracies)
+    yield "accuracy_spread", float(np.std(accuracies, ddof=1))
+
+    path = f"predictions/{prompt_set.name}-ways-{{step}}.json"
+    yield "ways_table", Artifact(path, json.dumps(table, indent=1) + "\n")
+
+
+# Files and pictures
+
+
+def priors_artifact(prompt_set: PromptSet, variant_logprobs: Sequence[VariantLogprobs]) -> Artifact:
+    """For each variant and prior, the log-probabilities of the words after each of its prompts."""
+    rows = []
+    for variant, logprobs in zip(prompt_set.variants, variant_logprobs):
+        row: dict[str, list[dict]] = {}
+        for prior, prior_logprobs in logprobs.priors.items():
+            row[prior] = []
+            for i in range(len(prior_logprobs.tokens)):
+                by_label = logprobs_by_label(prompt_set.labels, variant.words, prior_logprobs, i)
+                row[prior].append(by_label)
+        rows.append(row)
+    return Artifact(f"predictions/{prompt_set.name}-priors-{{step}}.json", json.dumps(rows) + "\n")
+
+
+def word_details(
+    prompt_set: PromptSet, variant_logprobs: Sequence[VariantLogprobs], mass: np.ndarray
+) -> list[dict]:
+    """For each example, its label mass and the log-probabilities that all its scores come from."""
+    details = []
+    for i, example_mass in enumerate(mass):
+        by_variant = []
+        for variant, logprobs in zip(prompt_set.variants, variant_logprobs):
+            by_label = logprobs_by_label(prompt_set.labels, variant.words, logprobs.examples, i)
+            by_variant.append(by_label)
+        details.append({"label_mass": float(example_mass), "word_logprobs": by_variant})
+    return details
+
+
+def logprobs_by_label(
+    labels: Sequence[str], words: Sequence[LabelWord], logprobs: WordLogprobs, i: int
+) -> dict[str, dict[str, list[float]]]:
+    """Label -> word -> the log-probability of each of its tokens after prompt i."""
+    by_label: dict[str, dict[str, list[float]]] = {label: {} for label in labels}
+    for j, word in enumerate(words):
+        # Without the padding behind shorter words.
+        tokens = logprobs.tokens[i, j, : logprobs.num_tokens[i, j]]
+        by_label[labels[word.label]][word.text] = np.round(tokens, 6).tolist()
+    return by_label
+
+
+def predictions_artifact(
+    prompt_set: PromptSet, P: np.ndarray, details: Sequence[dict] | None = None
+) -> Artifact:
+    """A line for each example: its label, prediction and label distribution.
+
+    Args:
+      details: more keys for the line of each example.
+    """
+    labels = prompt_set.labels
+    lines = []
+    for i, name in enumerate(prompt_set.example_names):
+        line = {
+            "name": name,
+            "label": labels[prompt_set.gold[i]],
+            "prediction": labels[P[i].argmax()],
+            "distribution": dict(zip(labels, P[i].tolist())),
+        }
+        if details:
+            line |= details[i]
+        lines.append(json.dumps(line) + "\n")
+    return Artifact(f"predictions/{prompt_set.name}-{{step}}.jsonl", "".join(lines))
+
+
+def picture_artifacts(prompt_set: PromptSet, P: np.ndarray) -> Iterator[tuple[str, Artifact]]:
+    """Yields the confusion matrix, and the reliability diagram with the distribution of labels."""
+    name = prompt_set.name
+    gold = prompt_set.gold
+    labels = prompt_set.labels
+    predicted = P.argmax(axis=1)
+
+    matrix = statistics.confusion(predicted, gold, len(labels))
+    title = f"{name}: accuracy {np.mean(predicted == gold):.1%}"
+    picture = pictures.plot_confusion(matrix, labels, title)
+    yield "confusion", Artifact(f"confusion-{name}.png", picture)
+
+    picture = pictures.plot_reliability(P, gold, labels, name)
+    yield "reliability", Artifact(f"reliability-{name}.png", picture)
+
+
+def read_word_logprobs(
+    lines: Sequence[Mapping], variant: int = 0
+) -> tuple[list[str], WordLogprobs]:
+    """Reads log-probabilities back from the lines of predictions/, for scores by another aggregate,
+    norm or correction without the model.
+
+    Returns:
+      (labels, log-probabilities of the words)
+    """
+    by_label = lines[0]["word_logprobs"][variant]
+    labels = list(by_label)
+    words = []
+    for k, label in enumerate(labels):
+        for text in by_label[label]:
+            words.append(LabelWord(k, text))
+
+    logprobs = []
+    for line in lines:
+        by_label = line["word_logprobs"][variant]
+        logprobs.append([np.asarray(by_label[labels[word.label]][word.text]) for word in words])
+    return labels, pad_word_logprobs(logprobs, words)

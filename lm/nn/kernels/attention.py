@@ -1,0 +1,154 @@
+"""Softmax attention of whole rows, as each backend wants it.
+
+`plain_attention` says what is meant, and tests compare the others with it. Query head n attends to
+kv head n // (N / K); scores, softmax and sums are f32.
+
+Letters: B batch, T query length, S key length, N query heads, K kv heads, G = N / K, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from lm import sharding
+
+
+def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
+    """Attention under a mask, [B, T, N, H]: the reference of the others here."""
+    batch, length, heads, size = q_BTNH.shape
+    q_BTKGH = q_BTNH.reshape(batch, length, k_BSKH.shape[2], -1, size)
+    scores_BKGTS = (
+        jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+        * size**-0.5
+    )
+    probs_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -1e30), axis=-1)
+    out_BTKGH = jnp.einsum(
+        "bkgts,bskh->btkgh",
+        probs_BKGTS.astype(v_BSKH.dtype),
+        v_BSKH,
+        preferred_element_type=jnp.float32,
+    )
+    return out_BTKGH.astype(v_BSKH.dtype).reshape(batch, length, heads, size)
+
+
+def blocked_attention(
+    q_BTNH, k_BTKH, v_BTKH, mask_BTT, *, block: int = 128, max_blocks: int = 8
+) -> jax.Array:
+    """Attention under a mask within the causal one, [B, T, N, H].
+
+    Queries go in at most `max_blocks` blocks of `block` positions or more, each against the keys up
+    to its own end. What lies right of the diagonal's blocks is never computed. XLA on CPUs and GPUs
+    would compute the whole square.
+    """
+    batch, length, heads, size = q_BTNH.shape
+    kv_heads = k_BTKH.shape[2]
+    block = max(block, -(-length // max_blocks))
+
+    # Heads come first: both matmuls then contract and produce the last dims.
+    q = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
+    k, v = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+
+    blocks = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        scores = (
+            jnp.einsum(
+                "bkgth,bksh->bkgts",
+                q[:, :, :, start:end],
+                k[:, :, :end],
+                preferred_element_type=jnp.float32,
+            )
+            * size**-0.5
+        )
+        scores = jnp.where(mask_BTT[:, None, None, start:end, :end], scores, -1e30)
+        probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum(
+            "bkgts,bksh->bkgth", probs, v[:, :, :end], preferred_element_type=jnp.float32
+        )
+        blocks.append(out.astype(v.dtype))
+
+    out_BKGTH = jnp.concatenate(blocks, axis=3)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
+def splash_attention(
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    segments_BT,
+    *,
+    window: int = 0,
+    block: int = 1024,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention within segments by JAX's Pallas kernel for TPU, [B, T, N, H].
+
+    GSPMD can't split a kernel. Under it the call is a shard_map of its own: rows and heads go to
+    their devices.
+
+    Args:
+      window: positions that a query sees, itself included; 0: all.
+      block: queries and keys of a tile.
+      interpret: run the kernel's program without a TPU, slowly.
+
+    Raises:
+      ValueError: a length that tiles don't fill.
+    """
+    length = q_BTNH.shape[1]
+    mesh = jax.sharding.get_abstract_mesh()
+    block = min(block, length)
+    if length % block or length % 128:
+        raise ValueError(
+            f"config.data.length = {length}: config.model.attention = 'splash' needs a multiple "
+            f"of {max(block, 128)}"
+        )
+
+    def heads_first(x):
+        return x.swapaxes(1, 2)
+
+    def local(q, k, v, segments):
+        kernel = _splash_kernel(q.shape[2], length, window, block, interpret)
+
+        def attend(q, k, v, segments):
+            return kernel(q, k, v, splash.SegmentIds(segments, segments))
+
+        # The kernel doesn't scale the scores.
+        scale = np.asarray(q.shape[-1] ** -0.5, q.dtype)
+        return heads_first(
+            jax.vmap(attend)(heads_first(q * scale), heads_first(k), heads_first(v), segments)
+        )
+
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    heads = sharding.spec(("batch", None, "attention_heads", None), mesh)
+    rows = sharding.spec(("batch", None), mesh)
+    return jax.shard_map(
+        local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def _splash_kernel(num_heads: int, length: int, window: int, block: int, interpret: bool):
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        # One kernel for the three gradients takes a third less than two, see docs/pods.md.
+        use_fused_bwd_kernel=True,
+    )
+    if window:
+        mask = splash_mask.LocalMask((length, length), (window - 1, 0), 0)
+    else:
+        mask = splash_mask.CausalMask((length, length))
+    return splash.make_splash_mha(
+        splash_mask.MultiHeadMask([mask] * num_heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )

@@ -1,0 +1,186 @@
+"""What several test files share: small models, a corpus, and runs of the whole trainer."""
+
+import json
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from lm import checkpoint, train
+from lm import config as config_lib
+from lm.models.transformer import Config, Transformer
+
+ROOT = Path(__file__).parents[1]
+
+# Labels of the tiny corpus, and a verbalizer that has one word for each.
+COLOURS = ("red", "green", "blue")
+VERBALIZER = {colour: (" " + colour,) for colour in COLOURS}
+
+PNG = b"\x89PNG\r\n\x1a\n"  # what a PNG file begins with
+CLOCK = ("tokens_per_second", "mfu", "seconds", "goodput")  # metrics that two runs never share
+
+# A config file for the command line, its `text` the configuration as JSON.
+CONFIG_FILE = """
+import json
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(json.loads({text!r}))
+"""
+
+# A data source slow enough for a test to stop the run between two given steps.
+SLOW_SOURCE = """
+import time
+from lm.data import sources
+
+class Slow(list):
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return list.__getitem__(self, index)
+
+def jsonl(split, **arguments):
+    documents = sources.jsonl(split, **arguments)
+    return sources.Documents(Slow(documents.items), documents.fingerprint)
+"""
+
+
+def slow(*values):
+    """A parameter of a test that only `pytest -m slow` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# Models.
+
+
+def model_config(**changes):
+    """The Config of a small Transformer in f32; `changes` replace fields of it."""
+    fields = config_lib.default().model.to_dict()
+    del fields["type"]
+    small = dict(
+        vocab_size=40,
+        context_length=16,
+        num_layers=2,
+        embed_dim=32,
+        mlp_dim=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        activation="silu",
+        tie_embeddings=False,
+        param_dtype="float32",
+        compute_dtype="float32",
+    )
+    return Config(**fields | small | changes)
+
+
+def abstract_model(config):
+    """(graphdef, abstract nnx state of the parameters) of a Transformer; nothing is computed."""
+
+    def init():
+        return Transformer(config, jax.random.key(0))
+
+    return nnx.split(nnx.eval_shape(init), nnx.Param)
+
+
+def random_model(config, seed=1):
+    """(graphdef, parameters large enough for every part to matter, biases not 0)."""
+    graphdef, abstract = abstract_model(config)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        # Scales of norms lie around 1, everything else around 0.
+        mean = "scale" in jax.tree_util.keystr(path)
+        return (rng.normal(0, 0.3, leaf.shape) + mean).astype(leaf.dtype)
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
+
+
+# Corpora.
+
+
+def write_corpus(path, num=64, seed=0):
+    """A JSONL corpus of documents of 3 to 120 characters, whose label follows from their words."""
+    rng = random.Random(seed)
+    with open(path, "w") as file:
+        for i in range(num):
+            label = COLOURS[i % 3]
+            words = [rng.choice((label[:2], "ab", "cde", "é")) for _ in range(rng.randint(1, 30))]
+            file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+
+
+# Runs.
+
+
+def run_training(config, run, devices=1):
+    """Trains in the directory `run` on the first `devices` devices; returns the last metrics."""
+    return train.train(config, epath.Path(run), jax.devices()[:devices])
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_clock(values):
+    """`values` without the metrics that depend on the clock."""
+    return {key: v for key, v in values.items() if not any(word in key for word in CLOCK)}
+
+
+def read_metrics(run):
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    return [without_clock(line) for line in read_jsonl(run / "metrics.jsonl")]
+
+
+def saved_steps(run):
+    """The steps of a run's checkpoints."""
+    return checkpoint.steps(epath.Path(run) / "checkpoints")
+
+
+def read_checkpoint(run, step):
+    """({path: (dtype, shape, bytes)} of everything in a checkpoint's state, its meta)."""
+    checkpointer = checkpoint.Checkpointer(epath.Path(run) / "checkpoints", keep=99)
+    stored = checkpointer._manager.item_metadata(step).state.tree
+    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first_device)
+        for path, leaf in stored.items()
+    }
+
+    state, meta = checkpointer.restore(step, abstract)
+    checkpointer.close()
+
+    arrays = {}
+    for path, leaf in state.items():
+        arrays[path] = (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes())
+    return arrays, meta
+
+
+def read_artifacts(run):
+    """{name: bytes} of what a run's evaluators wrote."""
+    return {p.name: p.read_bytes() for p in [*run.glob("predictions/*"), *run.glob("samples.md")]}
+
+
+def snapshot(directory):
+    """{relative path: bytes} of all files below a directory."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
+
+
+def assert_same_run(run, reference, step):
+    """Bit-equal: all arrays of the state, the data streams' states, running metrics, every line of
+    the metrics, predictions.
+    """
+    state, meta = read_checkpoint(run, step)
+    wanted_state, wanted_meta = read_checkpoint(reference, step)
+
+    assert state.keys() == wanted_state.keys()
+    assert [path for path in wanted_state if state[path] != wanted_state[path]] == []
+    for key in (meta.keys() | wanted_meta.keys()) - {"config"}:
+        assert meta[key] == wanted_meta[key], key
+
+    metrics, wanted_metrics = read_metrics(run), read_metrics(reference)
+    assert metrics == wanted_metrics
+    assert read_artifacts(run) == read_artifacts(reference)
