@@ -1,5 +1,6 @@
-"""Every key of a run's configuration, once, with what it means. configs/*.py start from here and
-say what differs.
+"""Every key of a run's configuration, once, with its default and what it means.
+
+configs/*.py start from here and say what differs.
 
 The configuration is locked before it is used: a key that is not here is an error. Each run writes
 what it ran with, complete, to config.json.
@@ -29,7 +30,7 @@ RESUMABLE = (
     "model.remat",
     "model.scan_unroll",
     "data.cache_dir",
-    # Where the corpus lies; that it is the same text is held by its fingerprint.
+    # Where the corpus lies; its fingerprint says whether it is the same text.
     "data.source_args.data_dir",
     "data.source_args.path",
 )
@@ -159,12 +160,13 @@ def default() -> ConfigDict:
     c.train = ConfigDict()
     c.train.length = "1000 steps"  # "N steps", "N tokens" (positions of the batches) or "X epochs"
     c.train.accumulation = 1  # microbatches a step
-    # who writes FSDP's collectives: partitioner | by_hand (faster on TPU pods)
+    # FSDP's collectives: partitioner (auto, by GSPMD) | by_hand (manual, by shard_map: faster on TPU
+    # pods)
     c.train.fsdp = "partitioner"
-    # of gradients on the wire: float32 | bfloat16 (by_hand only)
+    # of gradients between devices: float32 | bfloat16 (by_hand only)
     c.train.grad_reduce_dtype = "float32"
-    # by_hand over fsdp and fsdp2: one after the other (v4, v5p, v6e) | joint, in one all-gather
-    # (v5e)
+    # by_hand, over fsdp and fsdp2: staged, one after the other (v4, v5p, v6e) | joint, in one
+    # all-gather (v5e)
     c.train.fsdp_gather = "staged"
     # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
     c.train.nonfinite = "halt"

@@ -12,7 +12,6 @@ Letters in shapes: P prompts, V vocabulary, D size of a state, K labels.
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -184,36 +183,18 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
 
 
-def main(argv: list[str]) -> int:
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
-    )
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE"
-        )
-
+@command_line.command
+def main(argv: list[str]) -> None:
+    command_line.no_arguments(argv)
     config = command_line.CONFIG.value
-    try:
-        devices = startup.start(config.platform)
-        suggestions = suggest(
-            config,
-            epath.Path(os.path.expanduser(_WORKDIR.value)),
-            devices,
-            _EVAL.value,
-            _EXAMPLES.value,
-            _WORDS.value,
-        )
-    except (ValueError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
+    workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
+    devices = startup.start(config.platform)
+    suggestions = suggest(config, workdir, devices, _EVAL.value, _EXAMPLES.value, _WORDS.value)
 
     for label, words_by_method in suggestions.items():
         print(label)
         for method, words in words_by_method.items():
             print(f"  {method}: {', '.join(map(repr, words))}")
-    return 0
 
 
 if __name__ == "__main__":

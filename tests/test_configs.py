@@ -226,7 +226,14 @@ def run_command(config, workdir, patch):
     patch.setattr(startup, "start", lambda platform, processes: start(platform)[:1])
     patch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=config))
     flags = dict(
-        _WORKDIR=str(workdir), _MODE="train", _PROFILE="", _COORDINATOR="", _COMPARE="", _STEPS=""
+        _WORKDIR=str(workdir),
+        _MODE="train",
+        _PROFILE="",
+        _COORDINATOR="",
+        _COMPARE="",
+        _STEPS="",
+        _NUM_PROCESSES=0,
+        _PROCESS_ID=-1,
     )
     for flag, value in flags.items():
         patch.setattr(main, flag, types.SimpleNamespace(value=value))

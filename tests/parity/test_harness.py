@@ -6,6 +6,7 @@ import json
 import os
 import random
 
+# Read when lm_eval and datasets are imported.
 os.environ |= {"HF_DATASETS_OFFLINE": "1", "DISABLE_MULTIPROC": "1"}
 
 import jax
@@ -18,14 +19,15 @@ from lm_eval.tasks import TaskManager
 
 from lm import build, step
 from lm import config as config_lib
+from lm import evaluate as evaluate_lib
 from lm.data import pack
 from lm.data import tokenizer as tokenizers
 from lm.decoding.generator import Generator
 from lm.evals import choice, classification, entries, harness, predict
-from lm.evals.predict import PredictFns
+from lm.evals.predict import ModelFns, PredictFns
 from lm.hf import directory as hf
 from lm.objectives import causal
-from lm.reports import comparison
+from lm.reports import comparison, tables
 from tests.parity import references
 from tests.parity.test_convert import write_tokenizer
 
@@ -33,109 +35,139 @@ LENGTH = 64
 RANDOM = random.Random(0)
 WORDS = "the cat and hat then other one a of on sat ran big red".split()
 
+# A task of each kind of request: name -> keys of its file.
+TASKS = {
+    "sentiment": dict(
+        output_type="multiple_choice",
+        doc_to_text="{{text}}.",
+        doc_to_target="label",
+        doc_to_choice=["the cat", "hat"],
+        num_fewshot=2,
+        target_delimiter=" ",
+    ),
+    "topics": dict(
+        output_type="multiple_choice",
+        doc_to_text="{{text}}\n",
+        doc_to_target="label",
+        doc_to_choice=["one", "the other one", "a hat"],
+        target_delimiter="",
+    ),
+    "choice": dict(
+        output_type="multiple_choice",
+        doc_to_text="{{text}}",
+        doc_to_target="label",
+        doc_to_choice="choices",
+    ),
+    "pairs": dict(
+        output_type="multiple_choice",
+        doc_to_text="",
+        doc_to_target=0,
+        doc_to_choice="{{[good, bad]}}",
+    ),
+    "texts": dict(
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="text",
+    ),
+    "last_word": dict(
+        output_type="loglikelihood",
+        doc_to_text="{{text}}",
+        doc_to_target="{{last}}",
+    ),
+    "answers": dict(
+        output_type="generate_until",
+        doc_to_text="{{text}}:",
+        doc_to_target="answer",
+        generation_kwargs=dict(until=["h", " t"], max_gen_toks=20, do_sample=False),
+    ),
+}
+METRICS = {
+    "sentiment": ["acc", "acc_norm", "acc_bytes"],
+    "topics": ["acc", "acc_norm", "brier_score"],
+    "choice": ["acc", "acc_norm", "acc_mutual_info"],
+    "pairs": ["acc"],
+    "texts": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+    "last_word": ["perplexity", "acc"],
+    "answers": ["exact_match"],
+}
+
 
 def sentence(least, most):
+    """Random words, at least and at most so many."""
     return " ".join(RANDOM.choice(WORDS) for _ in range(RANDOM.randint(least, most)))
 
 
+def draw_document(task, number):
+    """A document of one of TASKS; some are longer than the model's 64 tokens."""
+    if task == "sentiment":
+        return dict(text=sentence(2, 9), label=number % 2)
+    if task == "topics":
+        return dict(text=sentence(2, 40), label=number % 3)
+    if task == "choice":
+        choices = [sentence(1, 4) for _ in range(3)]
+        return dict(text=sentence(2, 8), choices=choices, label=number % 3)
+    if task == "pairs":
+        return dict(good=sentence(3, 7), bad=sentence(3, 7))
+    if task == "texts":
+        return dict(text=sentence(3, 60))
+    if task == "last_word":
+        return dict(text=sentence(2, 10), last=RANDOM.choice(WORDS))
+    return dict(text=sentence(2, 10), answer="cat")
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_task(folder, name, data_files, metrics, **keys):
+    """A task file of lm_eval, NAME.yaml. JSON is YAML."""
+    task = dict(
+        task=name,
+        dataset_path="json",
+        dataset_kwargs=dict(data_files={split: str(file) for split, file in data_files.items()}),
+        fewshot_config=dict(sampler="first_n"),
+        metric_list=[dict(metric=metric) for metric in metrics],
+        **keys,
+    )
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+
+
 def write_tasks(folder):
-    """A task of each kind, a dozen documents each; some longer than the model's 64 tokens."""
-    rows = {
-        "sentiment": [dict(text=sentence(2, 9), label=i % 2) for i in range(12)],
-        "topics": [dict(text=sentence(2, 40), label=i % 3) for i in range(12)],
-        "choice": [
-            dict(text=sentence(2, 8), choices=[sentence(1, 4) for _ in range(3)], label=i % 3)
-            for i in range(12)
-        ],
-        "pairs": [dict(good=sentence(3, 7), bad=sentence(3, 7)) for _ in range(12)],
-        "texts": [dict(text=sentence(3, 60)) for _ in range(6)],
-        "last_word": [dict(text=sentence(2, 10), last=RANDOM.choice(WORDS)) for _ in range(12)],
-        "answers": [dict(text=sentence(2, 10), answer="cat") for _ in range(10)],
-    }
-    tasks = {
-        "sentiment": dict(
-            output_type="multiple_choice",
-            doc_to_text="{{text}}.",
-            doc_to_target="label",
-            doc_to_choice=["the cat", "hat"],
-            num_fewshot=2,
-            metric_list=["acc", "acc_norm", "acc_bytes"],
-            target_delimiter=" ",
-        ),
-        "topics": dict(
-            output_type="multiple_choice",
-            doc_to_text="{{text}}\n",
-            doc_to_target="label",
-            doc_to_choice=["one", "the other one", "a hat"],
-            metric_list=["acc", "acc_norm", "brier_score"],
-            target_delimiter="",
-        ),
-        "choice": dict(
-            output_type="multiple_choice",
-            doc_to_text="{{text}}",
-            doc_to_target="label",
-            doc_to_choice="choices",
-            metric_list=["acc", "acc_norm", "acc_mutual_info"],
-        ),
-        "pairs": dict(
-            output_type="multiple_choice",
-            doc_to_text="",
-            doc_to_target=0,
-            doc_to_choice="{{[good, bad]}}",
-            metric_list=["acc"],
-        ),
-        "texts": dict(
-            output_type="loglikelihood_rolling",
-            doc_to_text="",
-            doc_to_target="text",
-            metric_list=["word_perplexity", "byte_perplexity", "bits_per_byte"],
-        ),
-        "last_word": dict(
-            output_type="loglikelihood",
-            doc_to_text="{{text}}",
-            doc_to_target="{{last}}",
-            metric_list=["perplexity", "acc"],
-        ),
-        "answers": dict(
-            output_type="generate_until",
-            doc_to_text="{{text}}:",
-            doc_to_target="answer",
-            metric_list=["exact_match"],
-            generation_kwargs=dict(until=["h", " t"], max_gen_toks=20, do_sample=False),
-        ),
-    }
-    for name, task in tasks.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
-        metrics = [dict(metric=m) for m in task.pop("metric_list")]
-        about = dict(
-            task=f"local_{name}",
-            dataset_path="json",
-            dataset_kwargs=dict(data_files=dict(validation=str(folder / f"{name}.jsonl"))),
+    """Writes TASKS with a dozen documents each (texts: six), and returns their names."""
+    for name, keys in TASKS.items():
+        file = folder / f"{name}.jsonl"
+        num_documents = 6 if name == "texts" else 12
+        write_jsonl(file, [draw_document(name, i) for i in range(num_documents)])
+        write_task(
+            folder,
+            f"local_{name}",
+            dict(validation=file),
+            METRICS[name],
             validation_split="validation",
             fewshot_split="validation",
-            fewshot_config=dict(sampler="first_n"),
-            metric_list=metrics,
-            **task,
+            **keys,
         )
-        (folder / f"local_{name}.yaml").write_text(json.dumps(about))  # JSON is YAML
-    return [f"local_{name}" for name in tasks]
+    return [f"local_{name}" for name in TASKS]
 
 
 def make_checkpoint(directory, adds_bos):
+    """A small random Llama of transformers, with a tokenizer that adds BOS or doesn't."""
     write_tokenizer(directory, "tokenizer.json")
     if adds_bos:
-        about = json.loads((directory / "tokenizer.json").read_text())
-        single = [
+        file = directory / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        template = [
             dict(SpecialToken=dict(id="<s>", type_id=0)),
             dict(Sequence=dict(id="A", type_id=0)),
         ]
-        about["post_processor"] = dict(
+        tokenizer["post_processor"] = dict(
             type="TemplateProcessing",
-            single=single,
-            pair=single,
+            single=template,
+            pair=template,
             special_tokens={"<s>": dict(id="<s>", ids=[1], tokens=["<s>"])},
         )
-        (directory / "tokenizer.json").write_text(json.dumps(about))
+        file.write_text(json.dumps(tokenizer))
+
     model = references.make("llama-3.2")
     # transformers would draw ids that aren't the tokenizer's
     model.resize_token_embeddings(tokenizers.load(directory).vocab_size)
@@ -149,44 +181,88 @@ def _checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("llama"), adds_bos=False)
 
 
-def ours(directory, batch_size, sizes):
+def load_ours(directory, batch_size, sizes):
+    """(HarnessModel of a checkpoint, its mesh)."""
     config = config_lib.default()
     config.init_from = str(directory)
     config.model.param_dtype = "float32"
     config = build.apply_hf_config(config.lock()).copy_and_resolve_references().unlock()
     config.mesh.update({"fsdp": 1, **sizes})
     tokenizer = tokenizers.load(directory)
-    made = build.abstract_model(
-        config, jax.devices()[: int(np.prod(list(sizes.values())))], tokenizer.vocab_size
-    )
-    params = hf.Checkpoint(directory).load(made.params)
-    fns = PredictFns(
-        made.mesh,
-        batch_size=batch_size,
-        length=LENGTH,
-        token_logprobs=step.make_token_logprobs(made.graphdef, causal.token_logprobs),
-        tree_logprobs=step.make_tree_logprobs(made.graphdef),
-        make_generate=None,
-        check_stop=lambda: None,
-        make_generator=lambda params, sampling: Generator(
-            made.model_config,
-            made.graphdef,
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    model = build.abstract_model(config, devices, tokenizer.vocab_size)
+    params = hf.Checkpoint(directory).load(model.params)
+
+    def make_generator(params, sampling):
+        return Generator(
+            model.model_config,
+            model.graphdef,
             params,
-            made.mesh,
+            model.mesh,
             sampling,
             stop_ids=tokenizer.stop_ids,
             vocab_size=tokenizer.vocab_size,
-        ),
+        )
+
+    functions = ModelFns(
+        token_logprobs=step.make_token_logprobs(model.graphdef, causal.token_logprobs),
+        tree_logprobs=step.make_tree_logprobs(model.graphdef),
+        tree_states=step.make_tree_states(model.graphdef),
+        head_rows=step.make_head_rows(model.graphdef),
+        make_generator=make_generator,
     )
-    return harness.HarnessModel(fns, params, tokenizer), made.mesh
+    fns = PredictFns(
+        model.mesh, functions, batch_size=batch_size, length=LENGTH, check_stop=lambda: None
+    )
+    return harness.HarnessModel(fns, params, tokenizer), model.mesh
+
+
+def load_hf(directory):
+    """The same checkpoint in lm_eval's own backend."""
+    return HFLM(
+        pretrained=str(directory), batch_size=4, max_length=LENGTH, dtype="float32", device="cpu"
+    )
 
 
 def evaluate(model, tasks, folder):
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    out = lm_eval.simple_evaluate(
-        model, tasks=tasks, task_manager=manager, bootstrap_iters=10, log_samples=True
+    """(results, samples) of lm_eval: task -> metrics, task -> [each document's in order]."""
+    report = lm_eval.simple_evaluate(
+        model,
+        tasks=tasks,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=10,
+        log_samples=True,
     )
-    return out["results"], out["samples"]
+    samples = {}
+    for task, task_samples in report["samples"].items():
+        samples[task] = sorted(task_samples, key=lambda sample: sample["doc_id"])
+    return report["results"], samples
+
+
+def as_loglikelihood(response):
+    """(log-likelihood, whether it is greedy) of a response; rolling ones are a number only."""
+    return response if isinstance(response, (list, tuple)) else (response, True)
+
+
+def assert_same_responses(ours, theirs):
+    """The same documents, and the same texts or log-likelihoods of each of their requests. Returns
+    the largest difference.
+    """
+    largest = 0.0
+    for our_sample, their_sample in zip(ours, theirs, strict=True):
+        assert our_sample["doc_id"] == their_sample["doc_id"]
+        assert our_sample["arguments"] == their_sample["arguments"]
+        responses = zip(our_sample["filtered_resps"], their_sample["filtered_resps"], strict=True)
+        for our_response, their_response in responses:
+            if isinstance(our_response, str):
+                assert our_response == their_response
+                continue
+            our_logprob, our_greedy = as_loglikelihood(our_response)
+            their_logprob, their_greedy = as_loglikelihood(their_response)
+            assert our_logprob == pytest.approx(their_logprob, abs=1e-3)
+            assert our_greedy == their_greedy
+            largest = max(largest, abs(our_logprob - their_logprob))
+    return largest
 
 
 @pytest.mark.parametrize(
@@ -197,42 +273,29 @@ def evaluate(model, tasks, folder):
 def test_all_kinds_of_requests(adds_bos, batch_size, sizes, tmp_path):
     checkpoint = make_checkpoint(tmp_path, adds_bos)
     tasks = write_tasks(tmp_path)
-    model, mesh = ours(checkpoint, batch_size, sizes)
+    model, mesh = load_ours(checkpoint, batch_size, sizes)
+
     with jax.set_mesh(mesh):
-        found, samples = evaluate(model, tasks, tmp_path)
-    wanted, theirs = evaluate(
-        HFLM(
-            pretrained=str(checkpoint),
-            batch_size=4,
-            max_length=LENGTH,
-            dtype="float32",
-            device="cpu",
-        ),
-        tasks,
-        tmp_path,
-    )
-    assert found.keys() == wanted.keys() == set(tasks)
-    worst = 0.0
+        results, samples = evaluate(model, tasks, tmp_path)
+    their_results, their_samples = evaluate(load_hf(checkpoint), tasks, tmp_path)
+
+    assert results.keys() == their_results.keys() == set(tasks)
+    largest = 0.0
     for task in tasks:
-        for a, b in zip(samples[task], theirs[task], strict=True):
-            assert a["doc_id"] == b["doc_id"] and a["arguments"] == b["arguments"]
-            for x, y in zip(a["filtered_resps"], b["filtered_resps"], strict=True):
-                if isinstance(x, str):
-                    assert x == y
-                else:
-                    x, y = (z if isinstance(z, (list, tuple)) else (z, True) for z in (x, y))
-                    worst = max(worst, abs(x[0] - y[0]))
-                    assert x[0] == pytest.approx(y[0], abs=1e-3) and x[1] == y[1]
-        for name, value in wanted[task].items():
+        difference = assert_same_responses(samples[task], their_samples[task])
+        largest = max(largest, difference)
+        for name, value in their_results[task].items():
             if isinstance(value, float) and "stderr" not in name:
-                assert found[task][name] == pytest.approx(value, rel=1e-3), (task, name)
-    # texts, and not all the same
-    assert len({s["filtered_resps"][0] for s in samples["local_answers"]}) > 3
-    print(f"largest difference of a log-likelihood: {worst:.1e}")
+                assert results[task][name] == pytest.approx(value, rel=1e-3), (task, name)
+    # Texts, and not all the same.
+    answers = {sample["filtered_resps"][0] for sample in samples["local_answers"]}
+    assert len(answers) > 3
+    print(f"largest difference of a log-likelihood: {largest:.1e}")
 
 
-def test_as_an_entry_of_the_configuration(checkpoint, tiny, tmp_path):
-    """--mode=eval runs the tasks that config.evals names, and writes their report."""
+@pytest.fixture(name="harness_config")
+def _harness_config(checkpoint, tiny, tmp_path):
+    """A configuration that evaluates two local tasks, whose files are written."""
     write_tasks(tmp_path)
     config = tiny.copy_and_resolve_references()
     with config.unlocked():
@@ -246,83 +309,162 @@ def test_as_an_entry_of_the_configuration(checkpoint, tiny, tmp_path):
             tasks=("local_choice", "local_texts"),
             include_path=str(tmp_path),
         )
-    found = evaluate.evaluate(config, epath.Path(tmp_path / "run"), jax.devices()[:1])
-    assert {
-        "eval/local/local_choice/acc",
-        "eval/local/local_choice/acc_norm",
-        "eval/local/local_texts/word_perplexity",
-    } <= set(found)
-    (report,) = (tmp_path / "run").glob("local-*.json")
-    assert (
-        json.loads(report.read_text())["results"]["local_choice"]["acc,none"]
-        == found["eval/local/local_choice/acc"]
-    )
-    (predictions,) = (tmp_path / "run" / "predictions").glob("local-local_choice-*.jsonl")
-    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
-    assert len(lines) == 12 and np.mean([line["scores"]["acc"] for line in lines]) == pytest.approx(
-        found["eval/local/local_choice/acc"]
-    )
-    compared = comparison.compare_runs(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "run"))
-    assert set(compared) == {"local-local_choice"}  # six texts are too few
-    scores = compared["local-local_choice"]
-    assert (
-        scores["acc_norm"] == pytest.approx(found["eval/local/local_choice/acc_norm"])
-        and scores["acc_difference"] == 0
-        and scores["examples"] == 12
-    )
-    with config.unlocked():
-        config.evals.local.tasks = ("local_choice", "nothing")
+    return config
+
+
+def test_as_an_entry_of_the_configuration(harness_config, tmp_path):
+    """--mode=eval runs the tasks that config.evals names, and writes their report."""
+    run = epath.Path(tmp_path / "run")
+
+    values = evaluate_lib.evaluate(harness_config, run, jax.devices()[:1])
+
+    assert "eval/local/local_choice/acc_norm" in values
+    assert "eval/local/local_texts/word_perplexity" in values
+    accuracy = values["eval/local/local_choice/acc"]
+
+    (report,) = run.glob("local-*.json")
+    assert json.loads(report.read_text())["results"]["local_choice"]["acc,none"] == accuracy
+
+    (predictions,) = (run / "predictions").glob("local-local_choice-*.jsonl")
+    lines = list(map(json.loads, predictions.read_text().splitlines()))
+    assert len(lines) == 12
+    assert np.mean([line["scores"]["acc"] for line in lines]) == pytest.approx(accuracy)
+
+    first_words = [line.split()[:2] for line in tables.headline(values).splitlines()]
+    assert ["local/local_choice", "acc"] in first_words
+    assert ["local/local_texts", "word_perplexity"] in first_words
+
+
+def test_predictions_are_compared(harness_config, tmp_path):
+    run = epath.Path(tmp_path / "run")
+    values = evaluate_lib.evaluate(harness_config, run, jax.devices()[:1])
+
+    comparisons = comparison.compare_runs(run, run)
+
+    assert set(comparisons) == {"local-local_choice"}  # six texts are too few
+    result = comparisons["local-local_choice"]
+    assert result["acc_norm"] == pytest.approx(values["eval/local/local_choice/acc_norm"])
+    assert result["acc_difference"] == 0
+    assert result["examples"] == 12
+
+
+def test_tasks_that_lm_eval_does_not_have(harness_config, tmp_path):
+    with harness_config.unlocked():
+        harness_config.evals.local.tasks = ("local_choice", "nothing")
+
     with pytest.raises(ValueError, match=r"lm_eval has no tasks \['nothing'\] in .*: there are \["):
-        evaluate.evaluate(config, epath.Path(tmp_path / "other"), jax.devices()[:1])
+        evaluate_lib.evaluate(harness_config, epath.Path(tmp_path / "run"), jax.devices()[:1])
 
 
 def test_many_continuations_of_one_context(checkpoint, monkeypatch):
     """BLiMP's thousands all follow nothing: they don't become one row."""
-    model, mesh = ours(checkpoint, 4, dict(fsdp=1))
-    rows, real = [], predict.merge_trees
-    monkeypatch.setattr(
-        predict, "merge_trees", lambda trees, most: rows.extend(real(trees, most)) or rows
-    )
-    ids = [np.random.default_rng(i).integers(0, 50, 5).tolist() for i in range(100)]
+    model, mesh = load_ours(checkpoint, 4, dict(fsdp=1))
+    rows = []
+    merge_trees = predict.merge_trees
+
+    def record_rows(trees, max_tokens):
+        merged = merge_trees(trees, max_tokens)
+        rows.extend(merged)
+        return merged
+
+    monkeypatch.setattr(predict, "merge_trees", record_rows)
+    requests = []
+    for i in range(100):
+        continuation = np.random.default_rng(i).integers(0, 50, 5).tolist()
+        requests.append((("", ""), [1], continuation))
+
     with jax.set_mesh(mesh):
-        together = model._loglikelihood_tokens([(("", ""), [1], one) for one in ids])
-        assert len(rows) > 4 and max(len(row.tree.tokens) for row in rows) <= 2 * LENGTH
-        rows.clear()
-        assert together[7] == pytest.approx(
-            model._loglikelihood_tokens([(("", ""), [1], ids[7])])[0], abs=1e-4
-        )
+        together = model._loglikelihood_tokens(requests)
+        num_rows = len(rows)
+        (alone,) = model._loglikelihood_tokens([requests[7]])
+
+    assert num_rows > 4
+    assert max(len(row.tree.tokens) for row in rows) <= 2 * LENGTH
+    assert together[7] == pytest.approx(alone, abs=1e-4)
 
 
-def test_longer_than_the_model_takes(checkpoint):
-    model, mesh = ours(checkpoint, 4, dict(fsdp=1))
+@pytest.mark.parametrize("num_tokens", [80, 0])
+def test_continuations_that_the_model_does_not_take(checkpoint, num_tokens):
+    model, mesh = load_ours(checkpoint, 4, dict(fsdp=1))
+    request = (("a", "b"), [1], [2] * num_tokens)
+
     with (
-        pytest.raises(ValueError, match=f"has 80 tokens; wanted 1 to {LENGTH}"),
+        pytest.raises(ValueError, match=f"has {num_tokens} tokens; wanted 1 to {LENGTH}"),
         jax.set_mesh(mesh),
     ):
-        model._loglikelihood_tokens([(("a", "b"), [1], [2] * 80)])
-    with pytest.raises(ValueError, match="has 0 tokens; wanted 1 to"):
-        model._loglikelihood_tokens([(("a", "b"), [1], [])])
+        model._loglikelihood_tokens([request])
 
 
-def task_arguments(folder, kind, **changes):
-    (folder / "ours.toml").write_text(f'type = "lm.evals.{kind}.Task"')
-    made = entries.task(
-        str(folder / "ours.toml"),
-        source=dict(path=str(folder / "{split}.jsonl"), split="test", shots_split="train"),
-        **changes,
-    ).to_dict()
-    return {key: value for key, value in made.items() if key not in ("type", "every", "batch_size")}
+# --- our own tasks as lm_eval's ---
+
+LABELS = ["one", "the other one", "a hat"]
+# Tasks that both can say, as files of lm_eval ...
+THEIR_TASKS = {
+    "classification": dict(
+        output_type="multiple_choice",
+        doc_to_text="{{text}}\n",
+        doc_to_target="label",
+        doc_to_choice=LABELS,
+        target_delimiter="",
+        num_fewshot=2,
+    ),
+    "choice": dict(
+        output_type="multiple_choice",
+        doc_to_text="{{text}}:",
+        doc_to_target="right",
+        doc_to_choice="{{[a, b]}}",
+        num_fewshot=1,
+    ),
+    "last": dict(
+        output_type="loglikelihood",
+        doc_to_text="{{text}}",
+        doc_to_target=" {{last}}",
+    ),
+}
+# ... and as our evaluators with their arguments.
+OUR_TASKS = {
+    "classification": (
+        classification.PromptClassification,
+        dict(
+            prompt=dict(templates=("{text}\n",), shots=2, sampler="first_n"),
+            verbalizer=dict(
+                words=(tuple((label, (label,)) for label in LABELS),), boundary="lm_eval"
+            ),
+        ),
+    ),
+    "choice": (
+        choice.MultipleChoice,
+        dict(
+            prompt=dict(template="{text}:", shots=1, sampler="first_n"),
+            choices=(" {a}", " {b}"),
+            answer="right",
+            boundary="lm_eval",
+        ),
+    ),
+    "last": (
+        choice.MultipleChoice,
+        dict(
+            prompt=dict(template="{text}"),
+            choices=(" {last}",),
+            answer="0",
+            boundary="lm_eval",
+        ),
+    ),
+}
+# task -> (our metric, lm_eval's)
+SAME_METRICS = {
+    "classification": [("accuracy", "acc"), ("brier", "brier_score")],
+    "choice": [("accuracy", "acc"), ("accuracy_char", "acc_norm"), ("accuracy_byte", "acc_bytes")],
+    "last": [("accuracy", "acc"), ("perplexity", "perplexity")],
+}
 
 
-@pytest.mark.parametrize("adds_bos", [False, True])
-def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
-    """Templates, examples, boundary, norms and scores: the same prompts, log-probabilities and
-    figures as lm_eval's from a task file that says the same.
-    """
-    checkpoint = make_checkpoint(tmp_path, adds_bos)
+def write_shared_data(folder):
+    """train.jsonl and test.jsonl, of a dozen documents each for all of THEIR_TASKS."""
     for split in ("train", "test"):
-        rows = [
-            dict(
+        documents = []
+        for i in range(12):
+            document = dict(
                 text=sentence(2, 6),
                 a=sentence(1, 3),
                 b=sentence(1, 4),
@@ -330,125 +472,67 @@ def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
                 right=i % 2,
                 last=RANDOM.choice(WORDS),
             )
-            for i in range(12)
-        ]
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labels = ["one", "the other one", "a hat"]
-    theirs = dict(
-        classification=dict(
-            doc_to_text="{{text}}\n",
-            doc_to_target="label",
-            doc_to_choice=labels,
-            target_delimiter="",
-            num_fewshot=2,
-        ),
-        choice=dict(
-            doc_to_text="{{text}}:",
-            doc_to_target="right",
-            doc_to_choice="{{[a, b]}}",
-            num_fewshot=1,
-        ),
-        last=dict(output_type="loglikelihood", doc_to_text="{{text}}", doc_to_target=" {{last}}"),
-    )
-    metrics = dict(
-        classification=["acc", "brier_score"],
-        choice=["acc", "acc_norm", "acc_bytes"],
-        last=["acc", "perplexity"],
-    )
-    for name, task in theirs.items():
-        files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
-        about = dict(
-            task=name,
-            dataset_path="json",
-            dataset_kwargs=dict(data_files=files),
+            documents.append(document)
+        write_jsonl(folder / f"{split}.jsonl", documents)
+
+
+def run_own_task(folder, name, model):
+    """(values, the lines of predictions/) of one of OUR_TASKS."""
+    cls, changes = OUR_TASKS[name]
+    (folder / "own.toml").write_text(f'type = "{cls.__module__}.{cls.__name__}"')
+    arguments = entries.task(
+        str(folder / "own.toml"),
+        source=dict(path=str(folder / "{split}.jsonl"), split="test", shots_split="train"),
+        **changes,
+    ).to_dict()
+    for key in ("type", "every", "batch_size"):  # read by lm.build
+        del arguments[key]
+
+    encoder = pack.Encoder(model._tokenizer, "")
+    evaluator = cls(model._predict_fns, name=name, encoder=encoder, **arguments)
+    values = dict(evaluator.run(model._params))
+    return values, list(map(json.loads, values["predictions"].content.splitlines()))
+
+
+def continuation_logprobs(name, line):
+    """The log-probability of each continuation in a line of predictions/."""
+    if name != "classification":
+        return line["logprobs"]
+    variant = line["word_logprobs"][0]
+    return [sum(variant[label][label]) for label in LABELS]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
+    """Templates, examples, boundary, norms and scores: the same prompts, log-probabilities and
+    metrics as lm_eval's from a task file that says the same.
+    """
+    checkpoint = make_checkpoint(tmp_path, adds_bos)
+    write_shared_data(tmp_path)
+    data_files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "test")}
+    for name, keys in THEIR_TASKS.items():
+        metrics = [theirs for _, theirs in SAME_METRICS[name]]
+        write_task(
+            tmp_path,
+            name,
+            data_files,
+            metrics,
             test_split="test",
             fewshot_split="train",
-            fewshot_config=dict(sampler="first_n"),
-            metric_list=[dict(metric=m) for m in metrics[name]],
-            **{"output_type": "multiple_choice"} | task,
+            **keys,
         )
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(about))
-    wanted, samples = evaluate(
-        HFLM(
-            pretrained=str(checkpoint),
-            batch_size=4,
-            max_length=LENGTH,
-            dtype="float32",
-            device="cpu",
-        ),
-        list(theirs),
-        tmp_path,
-    )
-    model, mesh = ours(checkpoint, 8, dict(fsdp=1))
-    encoder, found, predictions = pack.Encoder(model._tokenizer, ""), {}, {}
-    first_n = lambda shots: dict(shots=shots, sampler="first_n")
-    words = (tuple((label, (label,)) for label in labels),)
-    tasks = dict(
-        classification=(
-            classification.PromptClassification,
-            task_arguments(
-                tmp_path,
-                "classification",
-                verbalizer=dict(words=words, boundary="lm_eval"),
-                prompt=first_n(2) | dict(templates=("{text}\n",)),
-            ),
-        ),
-        choice=(
-            choice.MultipleChoice,
-            task_arguments(
-                tmp_path,
-                "choice",
-                prompt=first_n(1) | dict(template="{text}:"),
-                choices=(" {a}", " {b}"),
-                answer="right",
-                boundary="lm_eval",
-            ),
-        ),
-        last=(
-            choice.MultipleChoice,
-            task_arguments(
-                tmp_path,
-                "choice",
-                prompt=dict(template="{text}"),
-                choices=(" {last}",),
-                answer="0",
-                boundary="lm_eval",
-            ),
-        ),
-    )
-    with jax.set_mesh(mesh):
-        for name, (cls, arguments) in tasks.items():
-            values = dict(
-                cls(model._predict_fns, name=name, encoder=encoder, **arguments).run(model._params)
-            )
-            predictions[name] = [
-                json.loads(line) for line in values["predictions"].content.splitlines()
-            ]
-            found[name] = values
-    sums = {
-        "classification": lambda line: [
-            sum(*line["word_logprobs"][0][label].values()) for label in labels
-        ],
-        "choice": lambda line: line["logprobs"],
-        "last": lambda line: line["logprobs"],
-    }
-    for name in theirs:
-        for line, sample in zip(
-            predictions[name], sorted(samples[name], key=lambda s: s["doc_id"]), strict=True
-        ):
-            said = [x[0] if isinstance(x, (list, tuple)) else x for x in sample["filtered_resps"]]
-            assert sums[name](line) == pytest.approx(said[:1] if name == "last" else said, abs=1e-3)
-    pairs = [
-        ("classification", "accuracy", "acc"),
-        ("classification", "brier", "brier_score"),
-        ("choice", "accuracy", "acc"),
-        ("choice", "accuracy_char", "acc_norm"),
-        ("choice", "accuracy_byte", "acc_bytes"),
-        ("last", "accuracy", "acc"),
-        ("last", "perplexity", "perplexity"),
-    ]
-    for name, mine, other in pairs:
-        assert found[name][mine] == pytest.approx(wanted[name][f"{other},none"], rel=1e-3), (
-            name,
-            mine,
-        )
+    their_results, their_samples = evaluate(load_hf(checkpoint), list(THEIR_TASKS), tmp_path)
+
+    model, mesh = load_ours(checkpoint, 8, dict(fsdp=1))
+    for name in OUR_TASKS:
+        with jax.set_mesh(mesh):
+            values, lines = run_own_task(tmp_path, name, model)
+
+        for line, sample in zip(lines, their_samples[name], strict=True):
+            wanted = [as_loglikelihood(response)[0] for response in sample["filtered_resps"]]
+            if name == "last":
+                wanted = wanted[:1]  # behind it lm_eval has whether it is greedy
+            assert continuation_logprobs(name, line) == pytest.approx(wanted, abs=1e-3)
+        for ours, theirs in SAME_METRICS[name]:
+            wanted = their_results[name][f"{theirs},none"]
+            assert values[ours] == pytest.approx(wanted, rel=1e-3), (name, ours)
