@@ -1,17 +1,23 @@
-"""Classification by a model's probabilities of label words: lm's own tasks ("ours"; pictures and
-intervals left out), and lm on the tasks of lm_eval ("harness"), beside lm_eval's own `hf` backend
-("theirs"), on the same Llama of 41M parameters, drawn at random, and the same CPU in one run.
-Examples a second, tokenization included, and the tokens that go through the model.
+"""Speed of classification by a model's probabilities of label words, in examples a second.
+
+Three contenders evaluate the same Llama of 41M random parameters, on the same CPU in one run:
+
+  ours      lm's own tasks, without their pictures and intervals
+  harness   lm_eval's tasks on lm
+  theirs    lm_eval's tasks on its own `hf` backend
+
+Tokenization is included. The tokens that go through the model are counted.
 
     pip install -c constraints.txt -e '.[parity]'
     python benchmarks/evals.py
 
-The tasks are of synthetic words, as long and with as many labels of as many tokens as what they are
-named after. lm_eval merges requests that differ in their last token only (its logits cache, on by
-default). Compiling is not counted: both sides run the task once before.
+The tasks are of synthetic words. Each is as long as the data set that it is named after, and has as
+many labels of as many tokens. lm_eval merges requests that differ in their last token only (its
+logits cache, on by default). Compiling is not counted: every contender runs the task once before.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -19,10 +25,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from lm.evals import entries
-
+# Read when jax, transformers and datasets are imported.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -30,6 +37,26 @@ os.environ |= {
     "DISABLE_MULTIPROC": "1",
     "JAX_PLATFORMS": "cpu",
 }
+
+import jax
+import lm_eval
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from lm import build, step
+from lm import config as config_lib
+from lm.data import tokenizer as tokenizer_lib
+from lm.data.pack import Encoder
+from lm.evals import classification, entries, harness, label_results, predict
+from lm.evals.predict import ModelFns, PredictFns
+from lm.evals.scores import calibration
+from lm.hf import directory as hf
+from lm.objectives import causal
+
 SIZES = dict(
     num_hidden_layers=8,
     hidden_size=512,
@@ -39,240 +66,281 @@ SIZES = dict(
     vocab_size=32000,
     max_position_embeddings=1024,
 )
-# name -> (labels, tokens of a label, tokens of a question, questions answered before, examples)
+BATCH_SIZE = 8
+
+
+class Task(NamedTuple):
+    """The size of a task."""
+
+    labels: int
+    label_tokens: int
+    question_tokens: int
+    shots: int
+    examples: int
+
+
 TASKS = {
-    "sst2-like, 4-shot": (2, 1, 50, 4, 64),
-    "trec-like, 4-shot": (6, 3, 30, 4, 48),
-    "banking77-like": (77, 8, 26, 0, 16),
+    "sst2-like, 4-shot": Task(2, 1, 50, 4, 64),
+    "trec-like, 4-shot": Task(6, 3, 30, 4, 48),
+    "banking77-like": Task(77, 8, 26, 0, 16),
 }
 
 
-def make(directory):
-    """A checkpoint with a tokenizer whose words are w0 to w31999, a token each."""
-    import tokenizers
-    import torch
-    import transformers
-
+def make_checkpoint(directory: Path) -> None:
+    """Writes a checkpoint with a tokenizer whose words are w2 to w31999, a token each."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **SIZES, initializer_range=0.05, bos_token_id=0, eos_token_id=1
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel(
-            {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 32000)}, unk_token="<s>"
-        )
+
+    # With whole words as tokens, lengths in words are lengths in tokens.
+    vocabulary = {"<s>": 0, "</s>": 1}
+    for i in range(2, SIZES["vocab_size"]):
+        vocabulary[f"w{i}"] = i
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer_config = dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>"
     )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    words.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(
-            dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>")
-        )
-    )
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
-def write_task(folder, name, labels, label_tokens, question, shots, examples):
+def draw_text(rng: random.Random, num_words: int) -> str:
+    words = [f"w{rng.randrange(2, SIZES['vocab_size'])}" for _ in range(num_words)]
+    return " ".join(words)
+
+
+def write_task(folder: Path, name: str, task: Task) -> dict:
+    """Writes a task's data and lm_eval's file of it.
+
+    Returns:
+      The arguments of our evaluator of the same task.
+    """
     rng = random.Random(0)
-    text = lambda n: " ".join(f"w{rng.randrange(2, 32000)}" for _ in range(n))
-    choices = [
-        text(label_tokens if label_tokens == 1 else rng.randint(2, 2 * label_tokens - 2))
-        for _ in range(labels)
-    ]
-    for split, count in (("test", examples), ("train", shots)):
-        rows = [dict(text=text(question), label=rng.randrange(labels)) for _ in range(count)]
-        (folder / f"{name}-{split}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
-    files = {
-        split: str(folder / f"{name}-{split}.jsonl")
-        for split in ("test", "train")[: 1 + bool(shots)]
-    }
-    (folder / f"{name}.yaml").write_text(
-        json.dumps(
-            dict(
-                task=name,
-                dataset_path="json",
-                dataset_kwargs=dict(data_files=files),
-                test_split="test",
-                fewshot_split="train" if shots else None,
-                fewshot_config=dict(sampler="first_n"),
-                num_fewshot=shots,
-                output_type="multiple_choice",
-                doc_to_text="{{text}} w2",
-                doc_to_target="label",
-                doc_to_choice=choices,
-                metric_list=[dict(metric="acc")],
-            )
-        )
-    )
-    (folder / "ours.toml").write_text('type = "lm.evals.classification.PromptClassification"')
-    words = (tuple((str(i), (f" {choice}",)) for i, choice in enumerate(choices)),)
+    choices = []
+    for _ in range(task.labels):
+        # Labels of several tokens differ in length, by as much to either side.
+        num_words = task.label_tokens
+        if num_words > 1:
+            num_words = rng.randint(2, 2 * task.label_tokens - 2)
+        choices.append(draw_text(rng, num_words))
 
-    made = entries.task(
+    # The same examples before each question, "first_n" on both sides.
+    num_records = {"test": task.examples, "train": task.shots}
+    data_files = {}
+    for split, count in num_records.items():
+        lines = ""
+        for _ in range(count):
+            record = dict(
+                text=draw_text(rng, task.question_tokens), label=rng.randrange(task.labels)
+            )
+            lines += json.dumps(record) + "\n"
+        path = folder / f"{name}-{split}.jsonl"
+        path.write_text(lines)
+        if count:
+            data_files[split] = str(path)
+
+    their_task = dict(
+        task=name,
+        dataset_path="json",
+        dataset_kwargs=dict(data_files=data_files),
+        test_split="test",
+        fewshot_split="train" if task.shots else None,
+        fewshot_config=dict(sampler="first_n"),
+        num_fewshot=task.shots,
+        output_type="multiple_choice",
+        doc_to_text="{{text}} w2",
+        doc_to_target="label",
+        doc_to_choice=choices,
+        metric_list=[dict(metric="acc")],
+    )
+    (folder / f"{name}.yaml").write_text(json.dumps(their_task))  # JSON is YAML
+
+    # The labels are numbers: a word, its space before it, for each.
+    words = tuple((str(i), (f" {choice}",)) for i, choice in enumerate(choices))
+    (folder / "ours.toml").write_text('type = "lm.evals.classification.PromptClassification"')
+    arguments = entries.task(
         str(folder / "ours.toml"),
         source=dict(path=str(folder / f"{name}-{{split}}.jsonl"), shots_split="train"),
         priors=(),
-        prompt=dict(templates=("{text} w2",), shots=shots, sampler="first_n"),
-        verbalizer=dict(words=words),
+        prompt=dict(templates=("{text} w2",), shots=task.shots, sampler="first_n"),
+        verbalizer=dict(words=(words,)),
+    ).to_dict()
+    for key in ("type", "every", "batch_size"):  # read by lm.build
+        del arguments[key]
+    return arguments
+
+
+class Model(NamedTuple):
+    """The checkpoint in lm."""
+
+    fns: PredictFns
+    params: Any
+    tokenizer: tokenizer_lib.Tokenizer
+
+
+def load_model(directory: Path) -> Model:
+    checkpoint = hf.Checkpoint(directory)
+    tokenizer = tokenizer_lib.load(directory)
+    config = config_lib.default()
+    config.model.update(checkpoint.fields)
+    config.model.param_dtype = config.model.compute_dtype = "float32"
+    config.model.scan_unroll = SIZES["num_hidden_layers"]  # faster on CPUs
+    model = build.abstract_model(config, jax.devices()[:1], tokenizer.vocab_size)
+
+    functions = ModelFns(
+        token_logprobs=step.make_token_logprobs(model.graphdef, causal.token_logprobs),
+        tree_logprobs=step.make_tree_logprobs(model.graphdef),
+        tree_states=step.make_tree_states(model.graphdef),
+        head_rows=step.make_head_rows(model.graphdef),
+        make_generator=None,
     )
-    return {
-        key: value
-        for key, value in made.to_dict().items()
-        if key not in ("type", "every", "batch_size")
-    }
+    fns = PredictFns(
+        model.mesh,
+        functions,
+        batch_size=BATCH_SIZE,
+        length=SIZES["max_position_embeddings"],
+    )
+    return Model(fns, checkpoint.load(model.params), tokenizer)
 
 
-def main():
+def load_hf(directory: Path) -> HFLM:
+    return HFLM(
+        pretrained=str(directory),
+        batch_size=BATCH_SIZE,
+        dtype="float32",
+        device="cpu",
+        max_length=SIZES["max_position_embeddings"],
+    )
+
+
+class TokenCounts:
+    """Counts the tokens that go through the models: lm's without padding, lm_eval's with it."""
+
+    def __init__(self, theirs: HFLM):
+        self.lm = 0
+        self.theirs = 0
+        # All that a model computes passes through one of these two.
+        self._merge_trees = predict.merge_trees
+        self._model_call = theirs._model_call
+        predict.merge_trees = self._count_trees
+        theirs._model_call = self._count_inputs
+
+    def _count_trees(self, trees, max_tokens):
+        rows = self._merge_trees(trees, max_tokens)
+        self.lm += sum(len(row.tree.tokens) for row in rows)
+        return rows
+
+    def _count_inputs(self, inputs, *args, **kwargs):
+        self.theirs += inputs.numel()
+        return self._model_call(inputs, *args, **kwargs)
+
+
+def run_lm_eval(model, name: str, manager: TaskManager) -> np.ndarray:
+    """Log-probabilities of the labels [examples, K], by lm_eval's task."""
+    report = lm_eval.simple_evaluate(model, tasks=[name], task_manager=manager, bootstrap_iters=0)
+    samples = sorted(report["samples"][name], key=lambda sample: sample["doc_id"])
+    logprobs = []
+    for sample in samples:
+        logprobs.append([logprob for logprob, _ in sample["filtered_resps"]])
+    return np.array(logprobs)
+
+
+def run_ours(model: Model, arguments: dict) -> np.ndarray:
+    """Log-probabilities of the labels [examples, K], by our evaluator."""
+    evaluator = classification.PromptClassification(
+        model.fns, name="ours", encoder=Encoder(model.tokenizer, ""), **arguments
+    )
+    # Not `evaluator.run`: pictures and bootstrap intervals are no part of lm_eval's work either.
+    prompt_set = evaluator.prompt_set
+    (scores,) = label_results.score_prompts(model.fns, model.params, prompt_set)
+    logprobs = scores.examples.tokens.sum(axis=2)
+    calibration.ece(calibration.softmax(logprobs), prompt_set.gold)
+    return logprobs
+
+
+def measure(name: str, contenders: dict[str, Callable], counts: TokenCounts, turns: int) -> dict:
+    """Runs a task in turns.
+
+    Args:
+      contenders: name -> a function that runs the task and returns the labels' log-probabilities.
+
+    Returns:
+      The line to print: speeds, ratios over the turns (median, least and most), tokens.
+    """
+    # Once before the clock runs: this compiles, and shows that all compute the same.
+    logprobs = {contender: run() for contender, run in contenders.items()}
+    differences = []
+    for contender in ("ours", "harness"):
+        differences.append(np.abs(logprobs[contender] - logprobs["theirs"]).max())
+
+    # In turns, so that what else the machine does hits all of them.
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    counts.lm = counts.theirs = 0
+    for turn in range(turns):
+        for contender, run in contenders.items():
+            tokens_before = counts.lm
+            began = time.perf_counter()
+            run()
+            seconds[contender].append(time.perf_counter() - began)
+            # The harness has the same tokens: they are counted once.
+            if contender == "ours":
+                counts.lm = tokens_before
+        latest = ", ".join(f"{contender} {s[-1]:.2f} s" for contender, s in seconds.items())
+        print(f"  turn {turn + 1}/{turns}: {latest}", file=sys.stderr, flush=True)
+
+    # Speeds are medians over the turns, ratios are taken within a turn.
+    speeds = {}
+    for contender, times in seconds.items():
+        speeds[contender] = round(TASKS[name].examples / statistics.median(times), 2)
+    ratios = {}
+    for contender in ("ours", "harness"):
+        values = np.divide(seconds["theirs"], seconds[contender])
+        middle = np.median(values)
+        ratios[contender] = f"{middle:.2f} ({values.min():.2f} to {values.max():.2f})"
+    return dict(
+        task=name,
+        examples_per_second=speeds,
+        ratio=ratios,
+        tokens=dict(lm=counts.lm // turns, theirs=counts.theirs // turns),
+        largest_difference=float(f"{max(differences):.1e}"),
+    )
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
-    import jax
-    import lm_eval
-    import numpy as np
-    import torch
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    from lm import build, step
-    from lm import config as config_lib
-    from lm.data import tokenizer as tokenizers
-    from lm.data.pack import Encoder
-    from lm.evals import calibration, classification, common, harness, label_results
-    from lm.evals.predict import PredictFns
-    from lm.hf import directory as hf
-    from lm.objectives import causal
+    print(
+        f"{os.cpu_count()} cores, jax {jax.__version__}, torch {torch.__version__}, lm_eval "
+        f"{lm_eval.__version__}",
+        file=sys.stderr,
+    )
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoint = folder / "checkpoint"
-        checkpoint.mkdir()
-        make(checkpoint)
-        source, tokenizer = hf.Checkpoint(checkpoint), tokenizers.load(checkpoint)
-        config = config_lib.default()
-        config.model.update(
-            source.fields
-            | dict(
-                param_dtype="float32",
-                compute_dtype="float32",
-                scan_unroll=SIZES["num_hidden_layers"],
-            )
-        )
-        made = build.abstract_model(config, jax.devices()[:1], tokenizer.vocab_size)
-        fns = PredictFns(
-            made.mesh,
-            batch_size=8,
-            length=SIZES["max_position_embeddings"],
-            token_logprobs=step.make_token_logprobs(made.graphdef, causal.token_logprobs),
-            tree_logprobs=step.make_tree_logprobs(made.graphdef),
-            make_generate=None,
-            check_stop=lambda: None,
-        )
-        tokens = {"lm": 0, "theirs": 0}
-        real = common.join
+        directory = folder / "checkpoint"
+        directory.mkdir()
+        make_checkpoint(directory)
+        model = load_model(directory)
+        harness_model = harness.HarnessModel(model.fns, model.params, model.tokenizer)
+        theirs = load_hf(directory)
+        counts = TokenCounts(theirs)
 
-        def counted(trees, most):
-            rows = real(trees, most)
-            tokens["lm"] += sum(len(row.tree.tokens) for row in rows)
-            return rows
-
-        common.join = counted
-        theirs = HFLM(
-            pretrained=str(checkpoint),
-            batch_size=8,
-            dtype="float32",
-            device="cpu",
-            max_length=SIZES["max_position_embeddings"],
-        )
-        call = theirs._model_call
-
-        def their_call(inputs, *more, **options):
-            tokens["theirs"] += inputs.numel()
-            return call(inputs, *more, **options)
-
-        theirs._model_call = their_call
-        params = source.load(made.params)
-        sides = {"harness": harness.HarnessModel(fns, params, tokenizer), "theirs": theirs}
-        print(
-            f"{os.cpu_count()} cores, jax {jax.__version__}, torch {torch.__version__}, lm_eval "
-            f"{lm_eval.__version__}",
-            file=sys.stderr,
-        )
-        for task, sizes in TASKS.items():
-            ours = write_task(folder, task, *sizes)
+        for task_name, task in TASKS.items():
+            arguments = write_task(folder, task_name, task)
             manager = TaskManager(include_path=str(folder), include_defaults=False)
-            run = lambda side: lm_eval.simple_evaluate(
-                sides[side],
-                tasks=[task],  # noqa: B023
-                task_manager=manager,  # noqa: B023
-                bootstrap_iters=0,
-            )
-
-            def own():
-                evaluator = classification.PromptClassification(
-                    fns,
-                    name="ours",
-                    encoder=Encoder(tokenizer, ""),
-                    **ours,  # noqa: B023
-                )
-                (found,) = label_results.score_prompts(fns, params, evaluator.prompt_set)
-                sums = found.examples.tokens.sum(axis=2)
-                calibration.ece(calibration.softmax(sums), evaluator.prompt_set.gold)
-                return sums
-
-            answers = {
-                side: np.array(
-                    [
-                        [x[0] for x in s["filtered_resps"]]
-                        for s in sorted(run(side)["samples"][task], key=lambda s: s["doc_id"])
-                    ]
-                )
-                for side in sides
-            } | {"ours": own()}
-            worst = max(
-                np.abs(answers[side] - answers["theirs"]).max() for side in ("harness", "ours")
-            )
-            seconds = {side: [] for side in ("ours", *sides)}
-            tokens.update(lm=0, theirs=0)
-            for turn in range(args.turns):
-                for side in seconds:
-                    began, before = time.perf_counter(), tokens["lm"]
-                    own() if side == "ours" else run(side)
-                    seconds[side].append(time.perf_counter() - began)
-                    tokens["lm"] = before if side == "ours" else tokens["lm"]  # the same in both
-                print(
-                    f"  turn {turn + 1}/{args.turns}: "
-                    + ", ".join(f"{side} {s[-1]:.2f} s" for side, s in seconds.items()),
-                    file=sys.stderr,
-                    flush=True,
-                )
-            speed = {
-                side: round(sizes[-1] / statistics.median(s), 2) for side, s in seconds.items()
+            contenders = {
+                "ours": functools.partial(run_ours, model, arguments),
+                "harness": functools.partial(run_lm_eval, harness_model, task_name, manager),
+                "theirs": functools.partial(run_lm_eval, theirs, task_name, manager),
             }
-            ratios = {
-                side: [b / a for a, b in zip(seconds[side], seconds["theirs"])]
-                for side in ("ours", "harness")
-            }
-            shown = {
-                side: f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})"
-                for side, x in ratios.items()
-            }
-            print(
-                json.dumps(
-                    dict(
-                        task=task,
-                        examples_per_second=speed,
-                        ratio=shown,
-                        tokens={side: n // args.turns for side, n in tokens.items()},
-                        largest_difference=float(f"{worst:.1e}"),
-                    )
-                ),
-                flush=True,
-            )
+            print(json.dumps(measure(task_name, contenders, counts, args.turns)), flush=True)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     main()

@@ -68,6 +68,7 @@ def make_batch(case: Case, step: int) -> np.ndarray:
 
 
 def lm_config(case: Case, device: str, dtype: str):
+    """lm's configuration of a case."""
     from lm import config as config_lib
     from lm.models import presets
 
@@ -261,7 +262,7 @@ class TorchContender:
         self.params = list(model.parameters())
         self.forward = torch.compile(model) if compiled else model
 
-        # As in lm, only matrices decay.
+        # As in lm, weight decay applies to matrices and tables, not to norms and biases.
         matrices = [param for param in self.params if param.ndim > 1]
         vectors = [param for param in self.params if param.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -276,6 +277,7 @@ class TorchContender:
         )
 
     def train_step(self, ids):
+        """One step on ids [B, T + 1]. Returns the loss, not yet fetched."""
         torch = self.torch
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             loss = self.forward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
@@ -401,7 +403,7 @@ def take_turns(
     workers: dict[str, Worker], case: Case, num_turns: int, seconds: float
 ) -> dict[str, list[float]]:
     """Tokens/s of each contender in each turn, which lasts some `seconds` for the fastest."""
-    # Of three steps the first one isn't timed.
+    # Two of three steps are timed.
     fastest = min(worker.train(CHECKED_STEPS, 3)["seconds"] / 2 for worker in workers.values())
     count = max(int(seconds / fastest), 3)
     next_step = CHECKED_STEPS + 3
@@ -409,6 +411,7 @@ def take_turns(
     speeds = {name: [] for name in workers}
     for turn in range(num_turns):
         for name, worker in workers.items():
+            # All take the same steps; the first of them isn't timed.
             timed = worker.train(next_step, count)["seconds"]
             speeds[name].append((count - 1) * case.rows * case.length / timed)
         next_step += count
@@ -441,6 +444,7 @@ def compare(case_name: str, device: str, dtype: str, num_turns: int, seconds: fl
         ratios=[min(ratios), max(ratios)],
     )
 
+    # Only a GPU's ceiling is measured.
     if facts["matmul"]:
         result["of_matmul_ceiling"] = medians["lm"] * facts["flops"] / facts["matmul"]
         result["matmul_tflops"] = facts["matmul"] / 1e12

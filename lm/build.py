@@ -1,5 +1,7 @@
-"""From a configuration to objects. The only file that turns strings into things; it does no
-training and writes nothing.
+"""From a configuration to objects. The only file that turns strings into things.
+
+It trains no model and writes nothing to the run directory (a tokenizer may be trained, and kept in
+config.data.cache_dir).
 """
 
 import dataclasses
@@ -75,11 +77,11 @@ def documents(config: ConfigDict, split: str) -> Documents:
     return source(split, **arguments)
 
 
-def tokenizer(config: ConfigDict, train: Callable[[], Documents]) -> tokenizers.Tokenizer:
+def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> tokenizers.Tokenizer:
     """The tokenizer of config.tokenizer.
 
     Args:
-      train: gives the training split, where the tokenizer is trained on it.
+      read_train: gives the training split, where the tokenizer is trained on it.
 
     Raises:
       ValueError: no such kind, or a path without a tokenizer.
@@ -92,7 +94,7 @@ def tokenizer(config: ConfigDict, train: Callable[[], Documents]) -> tokenizers.
     if c.kind == "bytes":
         return tokenizers.ByteTokenizer()
     return pack.train_tokenizer(
-        train(),
+        read_train(),
         vocab_size=c.vocab_size,
         max_documents=c.max_documents,
         label_prompt=config.data.label_prompt,
@@ -129,7 +131,7 @@ def apply_hf_config(config: ConfigDict) -> ConfigDict:
 # What is compiled: the model, and the steps of a run.
 
 
-def model(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Callable]:
+def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Callable]:
     """Returns (the model's own Config, a function from a key to the model).
 
     Raises:
@@ -181,9 +183,9 @@ def abstract_model(
     """The model of config.model on config.mesh, for a tokenizer of `vocab_size` ids.
 
     Raises:
-      ValueError: see `model` and `lm.sharding.shardings`.
+      ValueError: see `make_model_fn` and `lm.sharding.shardings`.
     """
-    model_config, make_model = model(config, vocab_size, devices[0].platform)
+    model_config, make_model = make_model_fn(config, vocab_size, devices[0].platform)
     graphdef, abstract = _abstract(make_model)
     params = nnx.to_pure_dict(abstract)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
@@ -217,10 +219,10 @@ class Program:
         """A batch as ShapeDtypeStructs with shardings."""
         shape = (batch_size, self.config.data.length)
         layout = sharding.batch_sharding(self.mesh)
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
-            for name, dtype in batch_contract.DTYPES.items()
-        }
+        batch = {}
+        for name, dtype in batch_contract.DTYPES.items():
+            batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+        return batch
 
 
 def program(
@@ -237,7 +239,7 @@ def program(
     _check_batches(c, mesh)
 
     # The model, its optimizer and its loss.
-    model_config, make_model = model(c, vocab_size, devices[0].platform)
+    model_config, make_model = make_model_fn(c, vocab_size, devices[0].platform)
     if model_config.context_length < c.data.length:
         raise ValueError(
             f"config.data.length = {c.data.length} is above config.model.context_length = "
@@ -306,8 +308,11 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def _gradient_wrapper(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:
-    """How FSDP's collectives come into the gradient: None leaves them to GSPMD (config.train.fsdp =
-    "partitioner"), "by_hand" is `collectives.shard_map_gradient`.
+    """Returns the wrapper that makes the gradient manual (config.train.fsdp = "by_hand"), or None,
+    which leaves FSDP's collectives to GSPMD ("partitioner").
+
+    Raises:
+      ValueError: unknown values, or values that don't go together.
     """
     c = config.train
     valid = dict(
@@ -429,8 +434,8 @@ class Experiment:
 def build(
     config: ConfigDict, devices: Sequence[jax.Device], *, training: bool = True
 ) -> Experiment:
-    """Checks the whole configuration and builds what it describes, but for the evaluators and the
-    data's iterators.
+    """Checks the configuration and builds what it describes, but for the evaluators and the data's
+    iterators.
 
     Args:
       training: without it the training split isn't read, unless the tokenizer comes from it.
@@ -450,16 +455,16 @@ def build(
             f"{len(read_train())} documents; set config.data.streams to at most that"
         )
 
-    words = tokenizer(c, read_train)
-    encoder = pack.Encoder(words, c.data.label_prompt)
+    run_tokenizer = make_tokenizer(c, read_train)
+    encoder = pack.Encoder(run_tokenizer, c.data.label_prompt)
     total_steps = config_lib.total_steps(
         c.train.length,
         batch_tokens=c.data.batch_size * c.data.length,
         epoch_tokens=lambda: pack.count_tokens(read_train(), encoder),
     )
     return Experiment(
-        program=program(c, devices, words.vocab_size, total_steps),
-        tokenizer=words,
+        program=program(c, devices, run_tokenizer.vocab_size, total_steps),
+        tokenizer=run_tokenizer,
         encoder=encoder,
         train_documents=read_train() if training else None,
         total_steps=total_steps,

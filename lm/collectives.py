@@ -1,4 +1,4 @@
-"""Collectives written out: FSDP's gathers and scatters, and sequence parallelism's all-to-alls.
+"""FSDP's gathers and scatters, and sequence parallelism's all-to-alls.
 
 What a function here does depends on where it is traced. Under GSPMD (auto) it constrains layouts,
 and XLA's partitioner writes the collectives. Inside `shard_map` (manual) it is the collectives
@@ -21,7 +21,8 @@ from lm.sharding import FSDP_AXES, RULES, batch_sharding, constrain, mesh_axes_o
 
 # FSDP. A layer takes its weights through `gather_weight` and `embedding_lookup`. Both have a
 # backward rule, so that the gradient of a weight is summed over the batch and split again in one
-# place, in one dtype.
+# place, `scatter_grad`. That happens once for each microbatch. Only the manual embedding sends its
+# activations' gradient, in its own dtype, instead of the table's.
 
 
 class ManualFsdp(NamedTuple):
@@ -31,7 +32,7 @@ class ManualFsdp(NamedTuple):
     joint_gather: bool  # over fsdp and fsdp2 at once, not one after the other
 
 
-# None under GSPMD, also where shard_map holds just a part of the step (lm.nn.moe).
+# None under GSPMD, also inside the shard_map that a mixture of experts is there (lm.nn.moe).
 _MANUAL_FSDP: contextvars.ContextVar[ManualFsdp | None] = contextvars.ContextVar(
     "manual_fsdp", default=None
 )
@@ -112,6 +113,7 @@ def gather_weight(weight: jax.Array, logical_axes: tuple[str, ...], dtype) -> ja
     if not axes:
         return value
     settings = _MANUAL_FSDP.get()
+    # The innermost axis first, so that the parts come back in order.
     groups = [axes] if settings and settings.joint_gather else reversed(axes)
     for group in groups:
         value = jax.lax.all_gather(value, group, axis=dim, tiled=True)
@@ -122,12 +124,13 @@ def scatter_grad(grad: jax.Array, logical_axes: tuple[str, ...], dtype) -> jax.A
     """The transpose of `gather_weight`: a weight's gradient, summed over the batch's shards and
     split as the weight is.
 
-    Where shard_map holds just a part of the step, its own transpose sums over the axes that don't
-    split the weight.
+    In a mixture of experts under GSPMD (a shard_map of its own), the transpose of shard_map sums
+    over the axes that don't split the weight.
 
     Args:
       dtype: of the result. On the wire a manual gradient has the `reduce_dtype` of
-        `shard_map_gradient`; GSPMD reduces in the dtype of the result.
+        `shard_map_gradient`. GSPMD reduces in the dtype of the result: f32, since the step
+        differentiates with respect to f32 copies (`lm.step.accumulate_gradient`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

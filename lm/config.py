@@ -83,9 +83,10 @@ class ModelFields:
     compute_dtype: str = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
     # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
     attention: str = "xla"
-    # What the backward pass computes again: none | dots (all but the matmuls) | full (all) | all
-    # but the results named, of query, key, value, attention (splash), out, up, gate, down:
-    # "query,attention,out"; "up:host" saves one in the host's memory.
+    # What is saved for the backward pass; the rest is computed again: none (no remat, all is saved)
+    # | dots (the matmuls' results) | full (nothing) | names of results, of query, key, value,
+    # attention (splash), out, up, gate, down: "query,attention,out"; "up:host" saves one in the
+    # host's memory.
     remat: str = "none"
     # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
     scan_unroll: int = 1
@@ -160,8 +161,8 @@ def default() -> ConfigDict:
     c.train = ConfigDict()
     c.train.length = "1000 steps"  # "N steps", "N tokens" (positions of the batches) or "X epochs"
     c.train.accumulation = 1  # microbatches a step
-    # FSDP's collectives: partitioner (auto, by GSPMD) | by_hand (manual, by shard_map: faster on TPU
-    # pods)
+    # FSDP's collectives: partitioner (auto, by GSPMD) | by_hand (manual, by shard_map; faster on
+    # TPU pods)
     c.train.fsdp = "partitioner"
     # of gradients between devices: float32 | bfloat16 (by_hand only)
     c.train.grad_reduce_dtype = "float32"
@@ -216,21 +217,23 @@ def check_resumable(old: dict, new: ConfigDict, where: str) -> None:
     directory was started with.
     """
     old, new = flatten(old), flatten(new)
-    differing = [
-        key
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in RESUMABLE)
-    ]
+    differing = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not _is_resumable(key):
+            there, now = old.get(key, "absent"), new.get(key, "absent")
+            differing.append(f"  {key}: {there!r} there, {now!r} now")
+
     if differing:
-        lines = "\n".join(
-            f"  {key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
-            for key in differing
-        )
+        lines = "\n".join(differing)
         raise ValueError(
             f"{where} holds a run of another configuration:\n{lines}\nTake another --workdir, or "
             f"the old values. A run that goes on may change only {', '.join(RESUMABLE)}."
         )
+
+
+def _is_resumable(key: str) -> bool:
+    """Whether a run may change this key, or the group that it is in."""
+    return any(key == name or key.startswith(name + ".") for name in RESUMABLE)
 
 
 def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], int]) -> int:

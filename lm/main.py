@@ -52,11 +52,8 @@ _MODE = flags.DEFINE_enum(
 
 def report(values: dict, workdir: epath.Path, mode: str) -> str:
     """What a run prints at its end: the evals, the training loss, and where the rest is."""
-    training = [
-        f"{key} {tables.cell(values[key])}"
-        for key in ("train/loss", "train/seconds")
-        if key in values
-    ]
+    shown = [key for key in ("train/loss", "train/seconds") if key in values]
+    training = [f"{key} {tables.cell(values[key])}" for key in shown]
     metrics_file = "metrics.jsonl" if mode == "train" else "eval-STEP.md"
     rest = (
         f"all metrics are in {workdir / metrics_file}, each example's results in "

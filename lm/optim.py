@@ -26,7 +26,8 @@ SCHEDULES = ("constant", "cosine", "linear", "wsd")
 def make_schedule(
     name: str, *, peak: float, total_steps: int, warmup_steps: int, decay_steps: int, final: float
 ) -> Callable:
-    """Makes step -> learning rate. All warm up linearly from 0 over `warmup_steps`.
+    """Makes step -> learning rate. All warm up linearly over `warmup_steps`, from peak /
+    warmup_steps at the first update.
 
     cosine and linear fall from the peak to final * peak at `total_steps`; wsd (warm-up, stable,
     decay; Hu et al. 2024, arXiv 2404.06395) keeps the peak and falls linearly over the last
@@ -285,7 +286,8 @@ class Optimizer:
 
         Args:
           grads: f32, the mean gradient.
-          step: int32 scalar, the number of updates before this one; the schedule's argument.
+          step: int32 scalar, the number of steps before this one, skipped ones included; the
+            schedule's argument.
           key: for stochastic rounding.
 
         Returns:

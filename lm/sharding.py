@@ -71,7 +71,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
         else:
             grid = mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
-        sides = [int(n) for n in np.max([d.coords for d in devices], axis=0) + 1 if n > 1]
+        corner = np.max([d.coords for d in devices], axis=0)
+        sides = [int(n) + 1 for n in corner if n > 0]
         example = {"fsdp": sides[0], "fsdp2": math.prod(sides[1:])}
         raise ValueError(
             f"config.mesh = {_longer_than_one(shape)} can't be laid on a torus of "

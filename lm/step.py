@@ -16,6 +16,8 @@ from lm import sharding
 from lm.optim import Optimizer
 
 NONFINITE = ("halt", "skip")
+# What a random number is for: folded into the seed's key.
+LOSS, ROUNDING = 1, 2
 
 
 class TrainState(NamedTuple):
@@ -41,8 +43,8 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
 def abstract_state(abstract_params: dict, axes: dict, optimizer: Optimizer, mesh: Mesh):
     """The train state as ShapeDtypeStructs with shardings.
 
-    What the optimizer keeps in a parameter's shape, or in that less one dim (Adafactor's factors),
-    lies as the parameter does. Counters are replicated.
+    Arrays of the optimizer that are shaped like a parameter, or like it less one dim (Adafactor's
+    factors), get the parameter's sharding. Counters are replicated.
 
     Args:
       axes: the parameters' logical axes.
@@ -66,7 +68,9 @@ def abstract_state(abstract_params: dict, axes: dict, optimizer: Optimizer, mesh
 
 
 def _layout_of(path: str, shape: tuple[int, ...], by_path: dict) -> NamedSharding | None:
-    """The layout of a leaf of the state whose path ends like a parameter's; None for others."""
+    """The layout of a leaf of the state, found by the parameter whose path its own path ends with;
+    None for other leaves.
+    """
     for name, (param_shape, layout) in by_path.items():
         if not path.endswith(name):
             continue
@@ -95,7 +99,7 @@ def make_train_step(
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
     Args:
-      graphdef: of `nnx.split(model, nnx.Param)`.
+      graphdef: from `nnx.split(model, nnx.Param)`.
       loss: `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`.
       seed: of every random number in the step, folded with its purpose and the step.
       accumulation: number of microbatches that the batch's rows are dealt into; the gradient is
@@ -105,7 +109,9 @@ def make_train_step(
       wrap_gradient: makes the gradient of a microbatch manual, with FSDP's collectives written out
         (`lm.collectives.shard_map_gradient`); None leaves it to GSPMD.
 
-    metrics: {name: (sum, count)} of the loss's terms, and scalars from the optimizer.
+    Returns:
+      The step. Its metrics are {name: (sum, count)} of the loss's terms, and scalars from the
+      optimizer.
 
     Raises:
       ValueError: another `nonfinite`.
@@ -118,8 +124,8 @@ def make_train_step(
         gradient = wrap_gradient(gradient)
 
     def train_step(state: TrainState, batch):
-        loss_key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
-        rounding_key = jax.random.fold_in(jax.random.fold_in(root, 2), state.step)
+        loss_key = jax.random.fold_in(jax.random.fold_in(root, LOSS), state.step)
+        rounding_key = jax.random.fold_in(jax.random.fold_in(root, ROUNDING), state.step)
 
         # The gradient of the mean loss, from sums.
         grads, count, terms = accumulate_gradient(
@@ -130,7 +136,7 @@ def make_train_step(
             grads, state.opt_state, state.params, state.step, rounding_key
         )
 
-        # The old state stays where anything is not finite, or was before.
+        # The old state stays where anything is not finite, or where an earlier step halted.
         grad_norm = optax.global_norm(grads)
         finite = (
             jnp.isfinite(terms["loss"][0])
@@ -176,7 +182,8 @@ def make_gradient(graphdef, loss: Callable) -> Callable:
 
 def accumulate_gradient(gradient: Callable, params, batch, key, accumulation: int):
     """The sums of `gradient` over the microbatches of a batch; gradients in f32."""
-    # With respect to an f32 view of the parameters, so that gradients are accumulated in f32.
+    # Differentiates with respect to f32 copies: gradients stay f32 through `scatter_grad`, and are
+    # accumulated in f32.
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     if accumulation == 1:
         return gradient(params, batch, key)
@@ -200,7 +207,7 @@ def accumulate_gradient(gradient: Callable, params, batch, key, accumulation: in
 
 
 def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:
-    """Returns `eval_step(params, batch) -> [B, T]` f32: the log-probability of each target."""
+    """Returns a function (params, batch) -> [B, T] f32: the log-probability of each target."""
 
     def eval_step(params, batch):
         return token_logprobs(nnx.merge(graphdef, params), batch)[0]
@@ -209,39 +216,40 @@ def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:
 
 
 def make_tree_logprobs(graphdef) -> Callable:
-    """Returns `eval_step(params, batch, after_BP, which_BQ) -> ([B, Q] f32, [B, Q] bool)`.
+    """Returns a function (params, batch, parents_BP, parent_of_BQ) -> ([B, Q] f32, [B, Q] bool).
 
     Those are the log-probability of each query's target, and whether no other id is likelier. The
     head sees the positions that are asked after, not all, and each once.
 
     batch: tokens, positions, segments, until [B, T]; targets [B, Q].
-    after_BP: places of the row after which is asked. which_BQ: which of them a query is about.
+    parents_BP: the tokens (places in the row) after which something is asked.
+    parent_of_BQ: for each query, which of them (the column of parents_BP).
     """
 
-    def tree_logprobs(params, batch, after_BP, which_BQ):
+    def tree_logprobs(params, batch, parents_BP, parent_of_BQ):
         model = nnx.merge(graphdef, params)
         hidden_BTD = _tree_hidden(model, batch)
-        logits_BPV = model.logits(jnp.take_along_axis(hidden_BTD, after_BP[:, :, None], axis=1))
-        rows_B1 = jnp.arange(len(which_BQ))[:, None]
+        logits_BPV = model.logits(jnp.take_along_axis(hidden_BTD, parents_BP[:, :, None], axis=1))
+        rows_B1 = jnp.arange(len(parent_of_BQ))[:, None]
 
         log_z_BP = jax.nn.logsumexp(logits_BPV, axis=-1)
         max_BP = jnp.max(logits_BPV, axis=-1)
-        logits_BQ = logits_BPV[rows_B1, which_BQ, batch["targets"]]
-        logprobs_BQ = logits_BQ - log_z_BP[rows_B1, which_BQ]
-        return logprobs_BQ, logits_BQ == max_BP[rows_B1, which_BQ]
+        logits_BQ = logits_BPV[rows_B1, parent_of_BQ, batch["targets"]]
+        logprobs_BQ = logits_BQ - log_z_BP[rows_B1, parent_of_BQ]
+        return logprobs_BQ, logits_BQ == max_BP[rows_B1, parent_of_BQ]
 
     return tree_logprobs
 
 
 def make_tree_states(graphdef) -> Callable:
-    """Returns `eval_step(params, batch, after_BP, which_BQ) -> [B, Q, D] f32`: the state that the
-    head sees at each query's place. The arguments are those of `make_tree_logprobs`.
+    """Returns a function (params, batch, parents_BP, parent_of_BQ) -> [B, Q, D] f32: the state that
+    the head sees at each query's place. The arguments are those of `make_tree_logprobs`.
     """
 
-    def tree_states(params, batch, after_BP, which_BQ):
+    def tree_states(params, batch, parents_BP, parent_of_BQ):
         hidden_BTD = _tree_hidden(nnx.merge(graphdef, params), batch)
-        after_BQ = jnp.take_along_axis(after_BP, which_BQ, axis=1)
-        return jnp.take_along_axis(hidden_BTD, after_BQ[:, :, None], axis=1).astype(jnp.float32)
+        parents_BQ = jnp.take_along_axis(parents_BP, parent_of_BQ, axis=1)
+        return jnp.take_along_axis(hidden_BTD, parents_BQ[:, :, None], axis=1).astype(jnp.float32)
 
     return tree_states
 
@@ -253,8 +261,8 @@ def _tree_hidden(model, batch) -> jax.Array:
 
 
 def make_head_rows(graphdef) -> Callable:
-    """Returns `rows(params, ids [N]) -> [N, D] f32`: what the head multiplies a state with for
-    these tokens.
+    """Returns a function (params, ids [N]) -> [N, D] f32: the rows of the head's weight for these
+    tokens.
     """
 
     def head_rows(params, ids):

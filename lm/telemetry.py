@@ -157,8 +157,10 @@ class Timer:
         self._line_time = self._began
         self._paused_seconds = 0.0
 
-    def first_step(self, state) -> None:
-        """Waits for the first step, which compiles, and starts counting after it."""
+    def mark_first_step(self, state) -> None:
+        """Waits for the first step, which compiles, and starts counting after it; later calls do
+        nothing.
+        """
         if self._lost["first_step"]:
             return
         jax.block_until_ready(state)

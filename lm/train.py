@@ -71,7 +71,7 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
     train_step = run.experiment.program.train_step
     try:
         if run.step and run.due_evals():
-            run.evaluate_and_save()  # the stop came before them
+            run.do_what_is_due()  # the stop came before them
 
         while run.step < run.total_steps:
             if run.stop.at_step(run.step):
@@ -83,12 +83,12 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             run.state, metrics = train_step(run.state, batch)
             run.step += 1
             run.pending.append(PendingStep(run.step, metrics, batch_hash, streams_before))
-            run.timer.first_step(run.state)
+            run.timer.mark_first_step(run.state)
             profile.after(run.step, run.state)
 
             # The metrics of the step before: the devices work on this one meanwhile.
             run.read_metrics(leave=1)
-            run.evaluate_and_save()
+            run.do_what_is_due()
     except stopping.Stopped:
         run.read_metrics()
         if run.checkpointer.latest() != run.step or run.saved_evals != run.evals:
@@ -152,7 +152,7 @@ class Run:
 
         # What was measured.
         self.pending: collections.deque[PendingStep] = collections.deque()
-        self.interval: dict = {}  # (sum, count) since the last line of metrics.jsonl
+        self.sums: dict = {}  # name -> (sum, count) since the last line of metrics.jsonl
         # the step last evaluated, by which evaluators, with what result
         self.evals: dict = {"step": -1, "names": [], "values": {}}
         self.saved_evals: dict | None = None  # as in the newest checkpoint
@@ -206,14 +206,14 @@ class Run:
             )
 
         self.state, _ = self.checkpointer.restore(step, e.program.abstract_state)
-        # A halted state is saved as one that may go on: with train.nonfinite="skip", or mended
-        # data, it will.
-        going_on = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
-        self.state = self.state._replace(halted=going_on)
+        # A state that was saved halted tries again: with train.nonfinite="skip", or mended data, it
+        # goes on.
+        not_halted = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
+        self.state = self.state._replace(halted=not_halted)
         self.loader.restore(meta["streams"])
         self.streams = meta["streams"]
 
-        self.interval = {name: tuple(pair) for name, pair in meta["interval"].items()}
+        self.sums = {name: tuple(pair) for name, pair in meta["interval"].items()}
         self.evals = meta["evals"]
         self.saved_evals = copy.deepcopy(self.evals)
         logging.info("going on from step %d", step)
@@ -237,7 +237,7 @@ class Run:
     def read_metrics(self, leave: int = 0) -> None:
         """Reads the metrics of all but the newest `leave` steps dispatched.
 
-        It waits for them, hence only when there is more to run.
+        It blocks until they are computed; `leave=1` keeps the devices busy meanwhile.
 
         Raises:
           NonFinite: a step halted.
@@ -251,14 +251,15 @@ class Run:
             terms = {name: value for name, value in values.items() if isinstance(value, tuple)}
             for name in ("grad_norm", "update_norm", "updates_lost"):
                 terms[name] = (float(values[name]), 1.0)
+            # A skipped step may not be finite, and must not spoil the means of the others.
             finite = {name: term for name, term in terms.items() if np.isfinite(term[0])}
-            telemetry.accumulate(self.interval, finite)
+            telemetry.accumulate(self.sums, finite)
             if pending.step % self.config.train.log_every == 0 or pending.step == self.total_steps:
                 self._log(pending, values)
 
     def _log(self, pending: PendingStep, values: dict) -> None:
         """Writes a line of metrics.jsonl: means since the last one, and the step's own values."""
-        means = telemetry.means(self.interval)
+        means = telemetry.means(self.sums)
         line = {f"train/{name}": value for name, value in means.items()}
         line["train/learning_rate"] = float(values["learning_rate"])
         line["train/skipped_steps"] = int(values["skipped_steps"])
@@ -266,12 +267,13 @@ class Run:
         line |= self.timer.line(pending.step)
         self.writer.write(pending.step, line)
         self.progress.show(pending.step, line)
-        self.interval = {}
+        self.sums = {}
 
     def _halt(self, pending: PendingStep, values: dict) -> None:
         """Saves the last good state, with the streams as they were before the bad batch, and raises
         NonFinite.
         """
+        # The halted step changed nothing: the state is still that of the step before.
         good = pending.step - 1
         if self.checkpointer.latest() != good:
             self.save(good, pending.streams_before)
@@ -287,8 +289,8 @@ class Run:
             'config.train.nonfinite="skip" leaves such updates out and counts them.'
         )
 
-    def evaluate_and_save(self) -> None:
-        """Does what is due after a step: evals, then the checkpoint that carries their metrics."""
+    def do_what_is_due(self) -> None:
+        """Runs the evals due after this step, and saves a checkpoint with their results."""
         step, every = self.step, self.config.checkpoint.every
         last = step == self.total_steps
         names = self.due_evals()
@@ -341,7 +343,7 @@ class Run:
             "config": self.config.to_dict(),
             "streams": _all_streams(streams),
             "corpus": e.train_documents.fingerprint,
-            "interval": {name: list(pair) for name, pair in self.interval.items()},
+            "interval": {name: list(pair) for name, pair in self.sums.items()},
             "evals": self.evals,
             "tokenizer": {
                 "fingerprint": e.tokenizer.fingerprint,
@@ -351,6 +353,7 @@ class Run:
         }
         self.writer.flush()
         metrics = self.evals["values"] if self.evals["step"] == step else {}
+        # A copy: Orbax writes later, and the run goes on changing its dicts.
         self.checkpointer.save(step, self.state, json.loads(json.dumps(meta)), metrics)
         self.saved_evals = copy.deepcopy(self.evals)
 

@@ -34,6 +34,7 @@ class Page(NamedTuple):
     blanks: int  # inside functions
     comprehensions: int
     lambdas: int
+    tangles: list[int]  # lines of nested or long comprehensions, and of lambdas of several lines
     functions: list[Function]
 
     def per_100(self, count: int) -> float:
@@ -60,6 +61,18 @@ def measure_function(node: ast.FunctionDef) -> Function:
     parameters -= bool(names) and names[0] in ("self", "cls")
     length = len(span(node)) - (len(span(doc)) if doc else 0)
     return Function(node.name, node.lineno, length, parameters)
+
+
+def is_tangled(node: ast.AST) -> bool:
+    """Whether an expression should be a statement: a comprehension in a comprehension or over more
+    than three lines, a lambda over more than one.
+    """
+    if isinstance(node, ast.Lambda):
+        return len(span(node)) > 1
+    if not isinstance(node, COMPREHENSIONS):
+        return False
+    inner = [child for child in ast.walk(node) if isinstance(child, COMPREHENSIONS)]
+    return len(inner) > 1 or len(span(node)) > 3
 
 
 def measure(source: str) -> Page:
@@ -98,14 +111,17 @@ def measure(source: str) -> Page:
         blanks=sum(not lines[line - 1].strip() for line in inside),
         comprehensions=sum(isinstance(node, COMPREHENSIONS) for node in nodes),
         lambdas=sum(isinstance(node, ast.Lambda) for node in nodes),
+        tangles=[node.lineno for node in nodes if is_tangled(node)],
         functions=[measure_function(node) for node in functions],
     )
 
 
 def together(pages: list[Page]) -> Page:
     """The sums of several files' figures."""
-    sums = [sum(column) for column in zip(*(page[:-1] for page in pages))]
-    return Page(*sums, functions=[f for page in pages for f in page.functions])
+    total = Page(*[0] * 7, tangles=[], functions=[])
+    for page in pages:
+        total = Page(*(mine + theirs for mine, theirs in zip(total, page)))
+    return total
 
 
 def row(name: str, page: Page) -> str:

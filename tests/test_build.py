@@ -294,7 +294,7 @@ def no_corpus():
 
 
 def test_bytes_need_no_corpus(tiny):
-    assert isinstance(build.tokenizer(tiny, no_corpus), ByteTokenizer)
+    assert isinstance(build.make_tokenizer(tiny, no_corpus), ByteTokenizer)
 
 
 def test_trained_tokenizers_are_cached(tiny, tmp_path):
@@ -304,7 +304,7 @@ def test_trained_tokenizers_are_cached(tiny, tmp_path):
 
     def train_tokenizer(**overrides):
         base = {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 300}
-        return build.tokenizer(changed(tiny, base | overrides), lambda: corpus)
+        return build.make_tokenizer(changed(tiny, base | overrides), lambda: corpus)
 
     trained = train_tokenizer()
     assert isinstance(trained, SentencePieceTokenizer)
@@ -327,7 +327,7 @@ def test_trained_tokenizers_are_cached(tiny, tmp_path):
     saved.mkdir()
     trained.save(epath.Path(saved))
     given = changed(tiny, {"tokenizer.kind": "sentencepiece", "tokenizer.path": str(saved)})
-    assert build.tokenizer(given, no_corpus).fingerprint == trained.fingerprint
+    assert build.make_tokenizer(given, no_corpus).fingerprint == trained.fingerprint
 
 
 def test_a_long_label_prompt(tiny):
@@ -344,7 +344,7 @@ def test_a_long_label_prompt(tiny):
         "data.label_prompt": prompt,
     }
     config = changed(tiny, overrides)
-    assert build.tokenizer(config, lambda: build.documents(config, "train")).vocab_size == 300
+    assert build.make_tokenizer(config, lambda: build.documents(config, "train")).vocab_size == 300
 
 
 @pytest.mark.parametrize("max_documents", [0, 1, 4, 7, 9, 10, 100])
@@ -356,7 +356,7 @@ def test_the_tokenizer_is_trained_on_so_many_documents(tiny, monkeypatch, max_do
 
     monkeypatch.setattr(build.tokenizers, "train_sentencepiece", return_texts)
     overrides = {"tokenizer.kind": "sentencepiece", "tokenizer.max_documents": max_documents}
-    texts = build.tokenizer(changed(tiny, overrides), lambda: corpus)
+    texts = build.make_tokenizer(changed(tiny, overrides), lambda: corpus)
     assert len(texts) == len(set(texts)) == min(max_documents or 10, 10)
 
     # Evenly out of all of it.

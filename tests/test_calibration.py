@@ -91,6 +91,7 @@ def test_perfect_and_worst():
     assert calibration.nll(P, right) == 0
     assert calibration.brier(P, right) == 0
     assert calibration.brier(P, wrong) == 2
+    # The logarithm of 0 is that of the smallest number instead.
     assert 600 < calibration.nll(P, wrong) < math.inf
 
 
@@ -137,6 +138,7 @@ def test_classwise_ece_is_the_mean_over_labels():
 @pytest.mark.parametrize("P, y", CASES[1:])
 def test_auroc(P, y):
     labels = range(P.shape[1])
+    # scikit-learn wants the second label's probability where there are two.
     if P.shape[1] == 2:
         one_vs_rest = one_vs_one = metrics.roc_auc_score(y, P[:, 1])
     else:
@@ -179,6 +181,7 @@ def test_selective_accuracy():
 
 
 def test_temperature_undoes_a_temperature():
+    # Labels drawn from the model's own distributions: it is calibrated, at a temperature of 1.
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(4000, 3))
     y = np.array([rng.choice(3, p=p) for p in calibration.softmax(scores)])

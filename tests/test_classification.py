@@ -338,13 +338,13 @@ def test_compile_verbalizer_wants_the_labels_of_the_data():
     tokenizer = ByteTokenizer()
     verbalizer = [("a", (" x", " y")), ("b", (" z",))]
 
-    words, word_ids = classification.compile_verbalizer(verbalizer, tokenizer, {"a", "b"})
+    words, word_ids = classification.tokenize_verbalizer(verbalizer, tokenizer, {"a", "b"})
     assert words == [(0, " x"), (0, " y"), (1, " z")]
     assert word_ids == [[32, 120], [32, 121], [32, 122]]
 
     for data_labels in ({"a", "b", "c"}, {"a", "c"}):
         with pytest.raises(ValueError, match="the data's labels are"):
-            classification.compile_verbalizer(verbalizer, tokenizer, data_labels)
+            classification.tokenize_verbalizer(verbalizer, tokenizer, data_labels)
 
 
 def test_unlabelled_data():

@@ -22,6 +22,7 @@ def make_lines(seed, skill, n=200):
     P = np.random.default_rng(seed).dirichlet(np.ones(3), n)
     P[is_known] = 0.1 + 0.7 * np.eye(3)[y[is_known]]
 
+    # As the evaluators of label words write them.
     lines = []
     for i in range(n):
         line = dict(
@@ -65,6 +66,8 @@ def test_compare():
     assert result["examples"] == 200
     assert result["accuracy"] == is_right(GOOD).mean()
     assert result["accuracy_other"] == is_right(BAD).mean()
+
+    # The first model is better: higher accuracy and F1, lower NLL, beyond chance.
     assert result["accuracy_low"] > 0 and result["accuracy_p"] < 0.05
     assert result["mcnemar_p"] == statistics.mcnemar_p(is_right(GOOD), is_right(BAD)) < 0.01
     assert result["macro_f1_difference"] > 0
@@ -104,6 +107,7 @@ def test_what_cant_be_paired_is_no_comparison(tmp_path, caplog):
 
     comparisons = comparison.compare_runs(run, other)
 
+    # One eval is left, and needs no correction.
     assert list(comparisons) == ["x"]
     assert comparisons["x"]["p_holm"] == comparisons["x"]["mcnemar_p"]
     assert "bleu has no score of single examples" in caplog.text
@@ -119,6 +123,8 @@ def test_scores_of_answers():
     assert (result["f1"], result["f1_other"], result["f1_difference"]) == (0.5, 0.25, 0.25)
     assert result["f1_low"] > 0
     assert "accuracy" not in result
+
+    # The same names are not enough.
     other_references = [line | dict(references=["b"]) for line in second]
     with pytest.raises(ValueError, match="evaluated on other examples"):
         comparison.compare(first, other_references)
@@ -139,6 +145,7 @@ def test_runs(tmp_path):
 
     comparisons = comparison.compare_runs(run, other)
 
+    # Neither an eval that one run lacks, nor older steps.
     assert list(comparisons) == ["x-y", "z"]
     x_y, z = comparisons.values()
     assert x_y["accuracy"] == comparison.compare(GOOD, BAD)["accuracy"]

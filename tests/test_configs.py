@@ -57,7 +57,7 @@ def configurations():
 
 def abstract_model(config, vocab_size):
     """(its Config, abstract parameters)."""
-    model_config, make_model = build.model(config, vocab_size, "tpu")
+    model_config, make_model = build.make_model_fn(config, vocab_size, "tpu")
     model = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
     _, params = nnx.split(model, nnx.Param)
     return model_config, params

@@ -1,7 +1,7 @@
 """Evals that generate text: samples of fixed prompts, and answers that are scored."""
 
+import functools
 import json
-from functools import cache
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ ENCODER = Encoder(ByteTokenizer(), "")
 BOS, EOS, VOCAB = 256, 257, 258  # of ByteTokenizer
 
 
-@cache
+@functools.cache
 def model():
     """(its Config, graphdef, parameters) of a small Transformer with weights large enough to have
     opinions.
@@ -46,8 +46,9 @@ def model():
             compute_dtype="float32",
         )
     )
-    model_config, make_model = build.model(c, VOCAB, "cpu")
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+    model_config, make_model = build.make_model_fn(c, VOCAB, "cpu")
+    abstract_model = nnx.eval_shape(functools.partial(make_model, jax.random.key(0)))
+    graphdef, abstract = nnx.split(abstract_model, nnx.Param)
     rng = np.random.default_rng(1)
 
     def draw(path, p):
@@ -66,11 +67,12 @@ def make_generator(params, sampling, stop_ids=(EOS,)):
     )
 
 
-@cache
+@functools.cache
 def model_fns():
     """PredictFns of the small Transformer, compiled once."""
     _, graphdef, _ = model()
     mesh = sharding.make_mesh({}, jax.devices()[:1])
+    # `len` stands for what no test here calls.
     functions = ModelFns(
         token_logprobs=len,
         tree_logprobs=step.make_tree_logprobs(graphdef),
@@ -78,7 +80,7 @@ def model_fns():
         head_rows=len,
         make_generator=make_generator,
     )
-    return PredictFns(mesh, functions, batch_size=2, length=LENGTH, check_stop=lambda: None)
+    return PredictFns(mesh, functions, batch_size=2, length=LENGTH)
 
 
 def make_samples(fns, prompts=("ab", "é"), max_new_tokens=6):
@@ -148,6 +150,7 @@ def test_samples_are_the_models():
     sampling = Sampling(temperature=0.8, top_k=50)
     prompts = [[BOS, *b"ab"], [BOS, *"é".encode()]]
 
+    # The same texts each time, and those that a generator gives for seed 0.
     first = dict(make_samples(model_fns()).run(params))["samples"]
     again = dict(make_samples(model_fns()).run(params))["samples"]
     generator = model_fns().make_generator(params, sampling)
@@ -159,6 +162,7 @@ def test_samples_are_the_models():
     for ids in continuations:
         assert ENCODER.tokenizer.decode(ids) in first.content
 
+    # Another model says something else.
     other_params = jax.tree.map(lambda p: p[..., ::-1].copy(), params)
     assert dict(make_samples(model_fns()).run(other_params))["samples"] != first
 
@@ -169,6 +173,7 @@ def test_prompts_are_checked_before_training():
         ValueError, match="the eval 'samples': a prompt has 19 tokens; wanted 1 to 18: config.data"
     ):
         make_samples(model_fns(), prompts=("ab", "x" * 18))
+    # No room for any prompt.
     with pytest.raises(ValueError, match="wanted 1 to 0"):
         make_samples(model_fns(), prompts=("",), max_new_tokens=LENGTH)
     assert make_samples(model_fns(), prompts=("", "x" * 17))
@@ -193,6 +198,7 @@ def test_greedy_is_the_best_token_each_time():
     all_tokens = [[token] for token in range(VOCAB)]
     prompts = [[BOS], [BOS, 97, 98, 99, 100, 101], [BOS, 120]]
 
+    # Without a cache: all tokens as continuations of what is there so far, one after the other.
     for prompt, continuation in zip(prompts, greedy(prompts, 8)):
         expected = []
         while len(expected) < 8:
@@ -217,10 +223,12 @@ def test_a_continuation_ends_before_its_stop_token():
     """Rows end on their own: the other one goes on."""
     prompts = [[BOS], [BOS, 97, 98, 99, 100, 101]]
     unstopped = greedy(prompts, 8)
+    # A token that the model says in the middle becomes one that ends it.
     stop_token = unstopped[0][4]
 
     stopped = greedy(prompts, 8, stop_ids=(EOS, stop_token))
 
+    # The rows end at different steps.
     assert len(stopped[0]) <= 4 and len(stopped[0]) != len(stopped[1])
     for ids, all_ids in zip(stopped, unstopped):
         end = all_ids.index(stop_token) if stop_token in all_ids else len(all_ids)
@@ -246,6 +254,7 @@ class Script:
 
 
 def test_what_follows_eos_is_dropped():
+    # The first row ends at once, the second one before its last token.
     texts = generation.generate(
         Script([[EOS, *b"abcde"], [*b"abcd", EOS, *b"e"]]),
         None,
@@ -282,6 +291,7 @@ class Reader:
     def stream(self, prompts, max_new_tokens, keys_B):
         assert len(prompts) == self.batch_size
         self.prompts += prompts
+        # Examples stand before the question, on lines of their own.
         answers = []
         for ids in prompts:
             question = bytes(ids[1:]).decode().split("\n")[-1]
@@ -360,6 +370,7 @@ def test_answers_are_normalised(tmp_path):
 def test_answers_end_at_stop_strings(tmp_path):
     _, lines, _ = evaluate(tmp_path, output=dict(max_new_tokens=20, stop=("b a", "g")))
 
+    # The first stop string counts, wherever the tokens end.
     assert column(lines, "text") == [" cat cat", " do", " a", " x" * 9, ""]
 
 

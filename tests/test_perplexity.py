@@ -1,8 +1,8 @@
 """Perplexity: each target of each text once, whatever the batches and the mesh."""
 
+import functools
 import lzma
 import math
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from lm.data.records import take
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import perplexity
-from lm.evals.predict import ModelFns, PredictFns
+from lm.evals.predict import ModelFns, PredictFns, never_stop
 from lm.objectives import causal
 
 LENGTH = 32
@@ -48,7 +48,7 @@ TEXTS = [document.text for document in DOCUMENTS]
 DATA = "".join(TEXTS).encode()
 
 
-@cache
+@functools.cache
 def model():
     """(graphdef, parameters in numpy, logical axes) of a small Transformer with weights large
     enough to have opinions.
@@ -69,18 +69,22 @@ def model():
             compute_dtype="float32",
         )
     )
-    _, make_model = build.model(c, 258, "cpu")
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+    _, make_model = build.make_model_fn(c, 258, "cpu")
+    abstract_model = nnx.eval_shape(functools.partial(make_model, jax.random.key(0)))
+    graphdef, abstract = nnx.split(abstract_model, nnx.Param)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda p: rng.normal(0, 0.6, p.shape).astype(p.dtype), nnx.to_pure_dict(abstract)
-    )
+
+    def draw(p):
+        return rng.normal(0, 0.6, p.shape).astype(p.dtype)
+
+    params = jax.tree.map(draw, nnx.to_pure_dict(abstract))
     return graphdef, params, sharding.logical_axes(abstract)
 
 
-def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=lambda: None):
+def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=never_stop):
     """PredictFns of a function (params, batch) -> log-probabilities of the batch's targets."""
     num_devices, sizes = MESHES[mesh]
+    # `len` stands for what no test here calls.
     functions = ModelFns(
         token_logprobs=token_logprobs,
         tree_logprobs=len,
@@ -109,7 +113,7 @@ def evaluate(fns, params=None, encoder=PLAIN, documents=DOCUMENTS, max_documents
     return dict(evaluator.run(params))
 
 
-@cache
+@functools.cache
 def model_fns(mesh, batch_size):
     """PredictFns of the small Transformer, compiled once."""
     graphdef, _, _ = model()
@@ -127,12 +131,12 @@ def evaluate_model(*, mesh="one", batch_size=8, change=lambda p: p, **kwargs):
         return evaluate(fns, params, **kwargs)
 
 
-@cache
+@functools.cache
 def values_in_batches_of_8():
     return evaluate_model(batch_size=8)
 
 
-@cache
+@functools.cache
 def nll_of_documents():
     """(nll, targets) of each document by itself, in rows of one window, from the model's logits."""
     graphdef, params, _ = model()
@@ -141,6 +145,7 @@ def nll_of_documents():
     owners = []  # the document of each row
     for number, document in enumerate(DOCUMENTS):
         ids = [256, *document.text.encode()]
+        # Windows without overlap, one more token than a row: the last one is a target only.
         for start in range(0, len(ids) - 1, LENGTH):
             window = ids[start : start + LENGTH + 1]
             rows.append(window + [0] * (LENGTH + 1 - len(window)))
@@ -179,6 +184,7 @@ def test_loss_is_that_of_each_document_by_itself():
     assert values["documents"] == len(TEXTS)
     assert values["loss"] == pytest.approx(nll.sum() / counts.sum(), rel=1e-5)
     assert abs(values["loss"] - math.log(VOCAB)) > 0.1  # the model has opinions
+
     chosen = numbers_of_taken(7)
     assert some["documents"] == 7
     assert some["loss"] == pytest.approx(nll[chosen].sum() / counts[chosen].sum(), rel=1e-5)
@@ -241,7 +247,7 @@ def test_labels_and_their_prompt_do_not_count():
     def number_of_target(params, batch):
         return -batch["targets"].astype(jnp.float32)
 
-    fns = make_fns(number_of_target, check_stop=lambda: calls.append(1))
+    fns = make_fns(number_of_target, check_stop=functools.partial(calls.append, 1))
     without_labels = []
     for document in DOCUMENTS:
         without_labels.append(document._replace(label=""))
@@ -249,7 +255,8 @@ def test_labels_and_their_prompt_do_not_count():
     values = evaluate(fns, encoder=LABELLED)
 
     assert values == evaluate(fns, documents=Documents(without_labels, "other"))
-    assert len(calls) > 1  # a signal is noticed within an evaluation
+    # Between batches, so that a signal is noticed within an evaluation.
+    assert len(calls) > 1
 
 
 def test_a_uniform_model():
@@ -269,12 +276,14 @@ class PairTokenizer(ByteTokenizer):
 
 
 def make_constant_fns(logprob):
+    """PredictFns that give every target the same log-probability."""
     return make_fns(lambda params, batch: jnp.full(batch["targets"].shape, logprob))
 
 
 def test_metrics_follow_from_the_sums():
     values = evaluate(make_constant_fns(-3.0), encoder=pack.Encoder(PairTokenizer(), ""))
 
+    # An odd last byte is a token too.
     num_tokens = sum(-(-len(text.encode()) // 2) for text in TEXTS)
     assert values["tokens"] == num_tokens
     assert values["bytes"] == len(DATA)
@@ -302,6 +311,7 @@ def test_xz_is_the_commands():
 def test_a_hopeless_model_has_a_finite_perplexity():
     values = evaluate(make_constant_fns(-1e6))
 
+    # exp(1e6) would overflow.
     assert values["loss"] == pytest.approx(1e6)
     assert math.isfinite(values["perplexity"])
 
@@ -310,6 +320,7 @@ def test_a_hopeless_model_has_a_finite_perplexity():
 def test_a_stride_gives_each_target_the_context_that_there_is(stride):
     """Every target once, after as many tokens as a row holds beside the new ones."""
     graphdef, params, _ = model()
+    # The longest text, of several windows.
     text = max(TEXTS, key=lambda t: len(t.encode()))
     ids = [256, *text.encode()]
     assert len(ids) > 2 * LENGTH

@@ -169,6 +169,13 @@ def test_functions_are_short(file):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_no_tangles(file):
+    """No nested comprehension, none over three lines, no lambda over several."""
+    lines = page.measure((ROOT / file).read_text()).tangles
+    assert not lines, f"{file}: lines {lines}"
+
+
 def test_the_page():
     """Comments and blank lines enough, comprehensions and lambdas few, over all of lm."""
     assert len(LONG_FUNCTIONS) <= 5

@@ -39,6 +39,7 @@ def test_f1():
 
 
 def test_the_best_reference_counts():
+    # "x y" is "y" in part, and "x y" in whole.
     f1 = SCORES["f1"](["x y", "z"], [["y", "x y"], ["q"]])
     exact_match = SCORES["exact_match"](["x", "y", "z"], [["X", "x"], ["y"], ["w"]])
 
@@ -104,6 +105,7 @@ def test_the_reference_itself(name):
 
     score = SCORES[name]([text] * 12, [[text]] * 12)
 
+    # sacreBLEU's scores are percentages; TER is an error rate.
     best = {"bleu": 100, "chrf": 100, "chrf++": 100, "ter": 0}
     assert score.value == pytest.approx(best.get(name, 1.0))
     assert not np.isnan(score.low)

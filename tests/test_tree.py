@@ -20,6 +20,7 @@ CONTINUATIONS = [[5], [7, 8, 9], [7, 8], [7, 2], [5, 5, 5, 5], [7, 8, 9], [11, 3
 def context_of(tree, query):
     """The tokens that a query's answer depends on: those that its parent attends to."""
     parent = tree.query_parents[query]
+    # As in the model's mask (lm/nn/masks.py): `until` says how far a token is seen.
     is_seen = tree.until[: parent + 1] > parent
     return tree.tokens[: parent + 1][is_seen].tolist()
 
@@ -129,7 +130,6 @@ def make_fns(graphdef, sizes, batch_size):
         ),
         batch_size=batch_size,
         length=48,
-        check_stop=lambda: None,
     )
 
 
@@ -184,6 +184,7 @@ def test_a_tree_is_each_continuation_alone(changes, sizes, batch_size, monkeypat
     monkeypatch.setattr(predict, "merge_trees", functools.partial(merge_trees, min_shared=2))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 40, n).tolist() for n in (1, 2, 3, 8, 11, 9, 12, 5, 2)]
+    # Some that begin alike, and one twice.
     prompts += [prompts[3][:6] + [1], prompts[3][:6] + [2, 3], prompts[3][:6], prompts[3]]
     trees = [build_tree(prompt, CONTINUATIONS) for prompt in prompts]
     # Trees of other shapes beside them.
@@ -212,8 +213,11 @@ def test_neither_batches_nor_meshes_matter(dtype, tolerance, tensor_tolerance):
     difference in the last bit of f32 into one of bf16.
     """
     graphdef, params = random_model(model_config(param_dtype=dtype, compute_dtype=dtype))
-    # Norms keep f32 parameters.
-    params = jax.tree.map(lambda p: p.astype(dtype) if p.dtype != np.float32 else p, params)
+
+    def to_dtype(p):
+        return p if p.dtype == np.float32 else p.astype(dtype)  # norms keep f32 parameters
+
+    params = jax.tree.map(to_dtype, params)
     rng = np.random.default_rng(0)
     trees = []
     for length in (1, 5, 9, 14, 3, 3, 7):
@@ -248,8 +252,10 @@ def test_states_and_the_heads_rows():
         some_logits = states @ fns.head_rows(params, np.arange(40)).T
         logits = states @ fns.head_rows(params, np.arange(table_size)).T
 
+    # Rows of the head can be asked for one by one.
     assert logits.shape[0] == 5
     assert (logits[:, :40] == some_logits).all()
+    # They are logits up to a constant at most: the log-probabilities agree.
     reference = make_reference(graphdef, params)
     for prompt, row in zip(prompts, logits):
         logprobs = row - np.log(np.exp(row).sum())

@@ -63,6 +63,7 @@ class QuestionFormat:
 
         num_options = len(self.options(record))
         valid = list(range(num_options))
+        # A value that is none of the names may still be a number.
         if self.answer_names:
             valid = self.answer_names.each(record)
             if str(value) in valid:
@@ -149,6 +150,7 @@ class MultipleChoice:
         self._tokenizer = encoder.tokenizer
         self._boundary = boundary
 
+        # The examples before the question are the same for all records.
         self._example_names, records = prompts.evaluated(source, name, max_documents)
         shots = _select_shots(question_format, source, prompt, records)
         shots_text = prompts.shots_text(
@@ -160,6 +162,7 @@ class MultipleChoice:
         for record in records:
             self._options.append(question_format.options(record))
             self._gold.append(question_format.gold(record))
+        # What is yielded differs, see above: one eval is of one kind.
         if len({len(options) > 1 for options in self._options}) > 1:
             raise ValueError(f"the eval {name!r}: some records have one choice, others several")
         self._has_choice = len(self._options[0]) > 1
@@ -229,6 +232,7 @@ class MultipleChoice:
         after_prompt = logprobs[: len(self._trees)]
         after_premise = logprobs[len(self._trees) :]
 
+        # Of the right choices: their likelihood, and whether greedy decoding would say them.
         nll = []
         greedy = []
         for i, y in enumerate(self._gold):
@@ -236,6 +240,7 @@ class MultipleChoice:
             nll.append(-after_prompt[i][y])
             greedy.append(is_best[self._trees[i].continuation_queries[y]].all())
 
+        # Of the predictions: what each way to compare choices of different lengths gets right.
         credit = {}
         for norm, option_scores in self._normalised(after_prompt).items():
             credit[norm] = _credit(option_scores, self._gold)

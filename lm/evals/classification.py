@@ -53,7 +53,7 @@ class DocumentClassification:
 
     Raises:
       ValueError: documents without labels, an unknown choice, no room for the question; see
-        `compile_verbalizer`.
+        `tokenize_verbalizer`.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class DocumentClassification:
         prompts.check_choice(name, "length_norm", length_norm, NORMS)
 
         data_labels = {document.label for document in chosen}
-        words, word_ids = compile_verbalizer(verbalizer, encoder.tokenizer, data_labels)
-        check_lengths(name, length_norm, words)
+        words, word_ids = tokenize_verbalizer(verbalizer, encoder.tokenizer, data_labels)
+        check_word_lengths(name, length_norm, words)
 
         question = encoder.tokenizer.encode(encoder.label_prompt)
         room = prompt_room(name, predict_fns.length, question, word_ids)
@@ -135,7 +135,7 @@ def label_names(verbalizer: Verbalizer) -> list[str]:
     return [label for label, _ in verbalizer]
 
 
-def compile_verbalizer(
+def tokenize_verbalizer(
     verbalizer: Verbalizer, tokenizer: Tokenizer, data_labels: set[str]
 ) -> tuple[list[LabelWord], list[list[int]]]:
     """Tokenizes the words of a verbalizer apart from the text before them.
@@ -195,7 +195,7 @@ def prompt_room(
     return room
 
 
-def check_lengths(name: str, length_norm: str, words: Sequence[LabelWord]) -> None:
+def check_word_lengths(name: str, length_norm: str, words: Sequence[LabelWord]) -> None:
     """Raises ValueError for a word of length 0, which a score can't be divided by."""
     blank = [word.text for word in words if not word.text.strip()]
     if blank and length_norm in ("char", "byte"):
@@ -402,7 +402,7 @@ class PromptClassification:
             for text in words_by_label[label]:
                 words.append(LabelWord(k, text))
 
-        check_lengths(self._name, self._scorer.length_norm, words)
+        check_word_lengths(self._name, self._scorer.length_norm, words)
         for label, texts in words_by_label.items():
             if not texts or "" in texts:
                 raise ValueError(

@@ -128,6 +128,7 @@ class Samples:
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
         self._predict_fns.check_stop()
         generator = self._predict_fns.make_generator(params, self._sampling)
+        # The same keys at each evaluation, one a prompt.
         keys_B = jax.random.split(jax.random.key(0), len(self._prompt_ids))
         continuations = generator.generate(self._prompt_ids, self._max_new_tokens, keys_B)
 
@@ -195,6 +196,7 @@ class TextGeneration:
         scores: Sequence[str],
         max_documents: int,
     ):
+        # What can be wrong with the configuration alone is found before the data is read.
         _check_scores(name, scores)
         self._name = name
         self._predict_fns = predict_fns
@@ -215,6 +217,7 @@ class TextGeneration:
             self._references.append(right_answers.each(record))
             self._reference_answers.append(self._read_references(self._references[-1], references))
 
+        # The examples before the question are the same for all records.
         shots = _select_shots(name, template, source, prompt, records)
         shots_text = prompts_lib.shots_text(shots, template, shot_answer, prompt["separator"])
         self._prompt_ids: list[list[int]] = []
@@ -222,6 +225,8 @@ class TextGeneration:
         for record in records:
             ids = self._tokenizer.encode(shots_text + template(record))
             start = prefix_ids(self._tokenizer, ids)
+            # + 1: a Generator wants room for the last token too, which a scored continuation
+            # doesn't need.
             ids, is_truncated = prompts_lib.truncate_prompt(
                 start, ids, self._output.max_new_tokens + 1, predict_fns.length, name
             )
@@ -297,6 +302,7 @@ class TextGeneration:
                 "references": self._references[i],
                 "scores": example_scores[i],
             }
+            # The file is there to be read: no \\u escapes.
             lines.append(json.dumps(line, ensure_ascii=False))
         yield (
             "predictions",

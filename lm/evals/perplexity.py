@@ -57,6 +57,7 @@ class Perplexity:
             document_windows += windows(encoder.text(document), length, stride)
         self._predict_fns = predict_fns
         self._rows = evaluation_rows(document_windows, length)
+        # 0 for padding, and for context that another window counts
         self._weights = np.stack([row["weights"] for row in self._rows])
 
         data = b"".join(document.text.encode("utf-8") for document in chosen)
@@ -65,6 +66,7 @@ class Perplexity:
         self._num_words = sum(len(document.text.split()) for document in chosen)
         self._num_documents = len(chosen)
 
+        # What the command writes: the options of `xz -9e`, and its container.
         compressed = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
         self._xz_bits_per_byte = len(compressed) * 8 / len(data)
         self.about = {

@@ -67,6 +67,10 @@ class ModelFns:
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
+def never_stop() -> None:
+    """A `check_stop` for evaluations that run to their end."""
+
+
 class PredictFns:
     """The compiled functions of one model on one mesh.
 
@@ -83,7 +87,7 @@ class PredictFns:
         *,
         batch_size: int,
         length: int,
-        check_stop: Callable[[], None],
+        check_stop: Callable[[], None] = never_stop,
     ):
         self.batch_size = batch_size
         self.length = length
@@ -190,7 +194,7 @@ class PredictFns:
     def _put_rows(self, x: np.ndarray) -> jax.Array:
         """A host array [B, ...] on the mesh, its rows distributed."""
         layout = jax.sharding.NamedSharding(self._mesh, sharding.spec(("batch", None), self._mesh))
-        return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, layout, x.__getitem__)
 
 
 class _TreeBatchShape(NamedTuple):
@@ -229,8 +233,8 @@ def _pack(
         "until": np.zeros(by_token, np.int32),
         "targets": np.zeros(by_query, np.int32),
     }
-    places_BP = np.zeros((shape.rows, shape.parents), np.int32)
-    columns_BQ = np.zeros(by_query, np.int32)
+    parents_BP = np.zeros((shape.rows, shape.parents), np.int32)
+    parent_of_BQ = np.zeros(by_query, np.int32)
 
     for row, tree in enumerate(trees):
         num_tokens = len(tree.tokens)
@@ -241,10 +245,10 @@ def _pack(
 
         # Queries with the same parent share a place: its logits are computed once.
         places, columns = np.unique(tree.query_parents, return_inverse=True)
-        places_BP[row, : len(places)] = places
-        columns_BQ[row, : len(columns)] = columns
+        parents_BP[row, : len(places)] = places
+        parent_of_BQ[row, : len(columns)] = columns
         batch["targets"][row, : len(columns)] = tree.query_targets
-    return batch, places_BP, columns_BQ
+    return batch, parents_BP, parent_of_BQ
 
 
 def _split_by_tree(rows: Sequence[MergedTree], output, results: list) -> None:

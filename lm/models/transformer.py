@@ -26,6 +26,7 @@ ATTENTION = ("xla", "cudnn", *SPLASH)
 # What the backward pass may find saved of each layer: results of matmuls, and the attention
 # kernel's own residuals (splash).
 REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down")
+# "none" saves all else too, see `remat_policy`.
 REMAT = {"none": REMAT_NAMES, "full": (), "dots": REMAT_NAMES}
 
 
@@ -189,7 +190,7 @@ EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "attention", "remat", "scan_
 class Output(NamedTuple):
     hidden: jax.Array  # [B, T, D], what the head takes: after the last norm (and projection)
     cache: Cache | None
-    # name -> (sum, count), means over the layers; see lm.nn.moe.balance
+    # name -> (sum, count), averaged over the layers; see lm.nn.moe.balance
     aux: dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -199,7 +200,7 @@ class Block(nnx.Module):
     def __init__(self, key: jax.Array, config: Config):
         c = config
         attention_key, mlp_key = jax.random.split(key)
-        # GPT-2's (Radford et al. 2019, section 2.3)
+        # As GPT-2 scales them (Radford et al. 2019, section 2.3).
         out_std = c.init_std / (2 * c.num_layers) ** 0.5
 
         norm = dict(eps=c.norm_eps, use_bias="norm" in c.biases)
@@ -243,7 +244,7 @@ class Block(nnx.Module):
 
 
 def _stream(x_BTD: jax.Array) -> jax.Array:
-    """The residual stream, where it lies."""
+    """Constrains the residual stream to its layout."""
     return constrain(x_BTD, "batch", "length", "act_embed")
 
 
@@ -256,8 +257,8 @@ class Transformer(nnx.Module):
 
     Args:
       stacked: each parameter of the layers is one array for all of them, and a loop runs over it.
-        Otherwise each layer has its own: for decoding on CPUs, where taking a layer out of a stack
-        copies it. `unstack` turns the one's parameters into the other's.
+        Otherwise layers are unstacked, each with its own: for decoding on CPUs, where taking a
+        layer out of a stack copies it. `unstack` turns the one's parameters into the other's.
     """
 
     def __init__(self, config: Config, key: jax.Array, *, stacked: bool = True):
@@ -294,7 +295,7 @@ class Transformer(nnx.Module):
         else:
             self.head = Embed(head_key, c.vocab_size, table_dim, axis="vocab", **table)
 
-        # OPT-350M's, after the embedding and before the head.
+        # OPT-350M projects after the embedding and before the head.
         if table_dim != c.embed_dim:
             in_key, out_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
             shape, axes = (table_dim, c.embed_dim), ("table", "embed")
@@ -336,7 +337,7 @@ class Transformer(nnx.Module):
 
         valid_BT = segments_BT > 0
         mask = self._mask(positions_BT, segments_BT, until_BT, cache, decode)
-        run = self._scan_layers if not isinstance(self.layers, nnx.List) else self._loop_layers
+        run = self._loop_layers if isinstance(self.layers, nnx.List) else self._scan_layers
         x_BTD, cache, aux = run(x_BTD, cache, (positions_BT, mask, valid_BT), decode)
 
         if self.norm is not None:
@@ -374,8 +375,8 @@ class Transformer(nnx.Module):
             x_BTD, layer_cache, aux = block(x_BTD, *inputs, layer_cache, decode=decode)
             return x_BTD, (layer_cache, aux)
 
-        # On one device "none" has no gathered weights to drop. There it is no jax.checkpoint at
-        # all, which on CPUs rounds what it saves in an operation of its own.
+        # On one device "none" has no gathered weights to drop, and needs no jax.checkpoint, which
+        # would cost CPUs a rounding of each saved result in an operation of its own.
         mesh = jax.sharding.get_abstract_mesh()
         if cache is None and (c.remat != "none" or mesh.size > 1):
             body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
@@ -383,7 +384,7 @@ class Transformer(nnx.Module):
         return x_BTD, cache, aux
 
     def _loop_layers(self, x_BTD, cache, inputs, decode: bool):
-        """Runs layers of their own. Returns (x_BTD, list of caches, aux stacked)."""
+        """Runs unstacked layers. Returns (x_BTD, list of caches, aux stacked)."""
         caches, auxes = [], []
         for layer, layer_cache in zip(self.layers, cache or [None] * self.config.num_layers):
             x_BTD, layer_cache, aux = layer(x_BTD, *inputs, layer_cache, decode=decode)
@@ -421,7 +422,7 @@ def _zeros(shape, axes, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def unstack(model: Transformer, params: dict) -> tuple[Any, dict]:
-    """(graphdef, parameters) of the same model with layers of their own."""
+    """(graphdef, parameters) of the same model with its layers unstacked."""
     abstract = nnx.eval_shape(lambda: Transformer(model.config, jax.random.key(0), stacked=False))
     graphdef = nnx.split(abstract, nnx.Param)[0]
     layers = {i: _layer(params["layers"], i) for i in range(model.config.num_layers)}

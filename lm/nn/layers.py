@@ -49,7 +49,7 @@ def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype, name: str) -> jax.A
     which is what bf16 units are made for.
 
     Args:
-      name: of the result, for remat policies (`lm.models.transformer.REMAT_NAMES`). The gathered
+      name: what remat policies call the result (`lm.models.transformer.REMAT_NAMES`). The gathered
         weight is named "weights".
     """
     logical_axes = weight.get_metadata("logical_axes")
@@ -64,6 +64,7 @@ def _dense(spec, logical_axes, dtype, x, weight):
 
 def _dense_forward(spec, logical_axes, dtype, x, weight):
     gathered = collectives.gather_weight(weight, logical_axes, dtype)
+    # Remat policies drop this; the backward pass gathers it again.
     gathered = checkpoint_name(gathered, "weights")
     x_cast = x.astype(dtype)
     saved = (x_cast, gathered, jnp.zeros((), weight.dtype))

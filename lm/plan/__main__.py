@@ -7,7 +7,6 @@ docs/pods.md has what is the compiler's fact here, and what is modelled.
 
 import functools
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -124,46 +123,38 @@ def plan_or_suggest(config: ConfigDict, topology: str, slices: int, programs: li
         raise MemoryError(f"{error}{suggestion}") from None
 
 
+@command_line.command
 def main(argv: list[str]) -> int:
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
-    )
     # libtpu is there to compile only; what runs here runs on the CPU.
     jax.config.update("jax_platforms", "cpu")
+    if _CHECK.value:
+        failures = cards.check(argv[1:], log_progress)
+        print("\n".join(failures) or "all cards hold")
+        return 1 if failures else 0
 
-    try:
-        if _CHECK.value:
-            failures = cards.check(argv[1:], log_progress)
-            print("\n".join(failures) or "all cards hold")
-            return 1 if failures else 0
+    config = command_line.CONFIG.value
+    if config is None:
+        raise ValueError(
+            "--config is missing, such as --config=configs/pods.py:llama2_7b-v5p-4x4x4"
+        )
 
-        config = command_line.CONFIG.value
-        if config is None:
+    if _SEARCH.value:
+        if _JSON.value or _CARD.value or _PROGRAMS.value != ["train"]:
             raise ValueError(
-                "--config is missing, such as --config=configs/pods.py:llama2_7b-v5p-4x4x4"
+                "--search ranks settings of the train step in a table; --json, --card and "
+                "--programs go without it"
             )
+        ranking = search_settings(
+            config,
+            _TOPOLOGY.value,
+            _SLICES.value,
+            minutes=_MINUTES.value,
+            overrides=Path(_OVERRIDES.value),
+        )
+        print(ranking)
+        return 0
 
-        if _SEARCH.value:
-            if _JSON.value or _CARD.value or _PROGRAMS.value != ["train"]:
-                raise ValueError(
-                    "--search ranks settings of the train step in a table; --json, --card and "
-                    "--programs go without it"
-                )
-            ranking = search_settings(
-                config,
-                _TOPOLOGY.value,
-                _SLICES.value,
-                minutes=_MINUTES.value,
-                overrides=Path(_OVERRIDES.value),
-            )
-            print(ranking)
-            return 0
-
-        report = plan_or_suggest(config, _TOPOLOGY.value, _SLICES.value, _PROGRAMS.value)
-    except (ValueError, MemoryError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-
+    report = plan_or_suggest(config, _TOPOLOGY.value, _SLICES.value, _PROGRAMS.value)
     print(json.dumps(report, indent=1) if _JSON.value else cards.table(report))
     if _CARD.value:
         # As it was given: "path:size".

@@ -78,6 +78,7 @@ def describe(topology: str, slices: int = 1) -> list[jax.Device]:
         # Megacore makes one device of a chip's two cores.
         options.update(chips_per_host_bounds=(2, 2, 1), chip_config_name="megacore")
     if math.prod(int(side) for side in sides) == 1:
+        # A single chip is a host of its own; by default hosts hold 2x2.
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:
         options["num_slices"] = slices
@@ -107,6 +108,8 @@ def libtpu_version() -> str:
 
 
 class CompiledText(NamedTuple):
+    """A compiled program with what is read off the compiler's dump."""
+
     executable: jax.stages.Compiled
     hlo_text: str  # optimized and scheduled
     largest_buffers: list[str]
@@ -323,8 +326,8 @@ def _program_report(program: build.Program, job: _Job) -> dict:
 
     costs = {model: module.cost(model) for model in hlo.MODELS}
     # The breakdown and the exposed times are the calibrated model's.
-    cost = costs["calibrated"]
-    sent_bytes = sum(c.count * c.interconnect_bytes for c in cost.collectives)
+    calibrated = costs["calibrated"]
+    sent_bytes = sum(c.count * c.interconnect_bytes for c in calibrated.collectives)
 
     memory = compiled.executable.memory_analysis()
     causal_flops = job.model_flops.causal / len(devices)
@@ -338,16 +341,16 @@ def _program_report(program: build.Program, job: _Job) -> dict:
         "largest_buffers": compiled.largest_buffers,
         "model_tflops": causal_flops / 1e12,
         "model_tflops_full_attention": full_flops / 1e12,
-        "executed_tflops": (cost.flops + cost.kernel_flops) / 1e12,
-        "hbm_gb": cost.hbm_bytes / 1e9,
+        "executed_tflops": (calibrated.flops + calibrated.kernel_flops) / 1e12,
+        "hbm_gb": calibrated.hbm_bytes / 1e9,
         "wire_gb": sent_bytes / 1e9,
-        "kernels": dict(sorted(cost.kernels.items())),
-        "collectives": _collective_rows(cost.collectives),
+        "kernels": dict(sorted(calibrated.kernels.items())),
+        "collectives": _collective_rows(calibrated.collectives),
         "step_ms": {model: cost.seconds * 1e3 for model, cost in costs.items()},
         "mfu": {
             model: causal_flops / chip.peak_flops / cost.seconds for model, cost in costs.items()
         },
-        "breakdown_ms": {name: value * 1e3 for name, value in cost.time.most_common()},
+        "breakdown_ms": {name: value * 1e3 for name, value in calibrated.time.most_common()},
         "not_timed": sorted(module.notes),
         "compile_seconds": compiled.seconds,
     }
@@ -390,7 +393,7 @@ def plan(
             "config.model.vocab_size"
         )
 
-    # The learning rate's schedule needs a length; any will do to compile it.
+    # The learning rate's schedule needs a length; where that hangs on the corpus, any will do.
     total_steps = _total_steps(config)
     program = build.program(config, devices, config.model.vocab_size, total_steps or 10**6)
     params = program.abstract_state.params
@@ -496,6 +499,7 @@ def summary(train: dict) -> str:
         f"{share(waiting_ms)}."
     )
 
+    # Waiting is looked at first, then what is computed twice.
     recomputed = train["executed_tflops"] / train["model_tflops"] - 1
     free_gib = train["limit_gib"] - train["memory_gib"]
     if waiting_ms > 0.15 * total_ms:

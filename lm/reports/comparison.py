@@ -56,6 +56,7 @@ def compare(
     n = len(first)
     result: dict[str, float] = {"examples": n}
 
+    # Tests of accuracy alone, which need no resampling.
     if "prediction" in first[0]:
         first_right = _is_right(first)
         second_right = _is_right(second)
@@ -64,6 +65,7 @@ def compare(
         if error > 0:
             result["smallest_difference"] = statistics.smallest_difference(error)
 
+    # All scores by the paired bootstrap: both models on the same resampled examples.
     second_scores = _sample_scores(second)
     for score_name, first_score in _sample_scores(first).items():
         second_score = second_scores[score_name]
@@ -136,9 +138,11 @@ def _sample_mean(values: np.ndarray) -> SampleScore:
 
 def _label_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
     """Scores of distributions over one label space."""
+    # In an order that both models share.
     labels = sorted(lines[0]["distribution"])
     y = np.array([labels.index(line["label"]) for line in lines])
     predicted = np.array([labels.index(line["prediction"]) for line in lines])
+
     P = np.zeros((len(lines), len(labels)))
     for i, line in enumerate(lines):
         P[i] = [line["distribution"][label] for label in labels]
@@ -192,6 +196,7 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
             # BLEU, for instance, is of a corpus.
             logging.warning("%s has no score of single examples: there is nothing to pair", name)
 
+    # With many evals some differ by chance: their p-values are corrected for that.
     p_values = [_main_p(result) for result in comparisons.values()]
     for result, p in zip(comparisons.values(), statistics.holm(p_values)):
         result["p_holm"] = p
@@ -220,6 +225,7 @@ def table(comparisons: Mapping[str, Mapping[str, float]]) -> str:
             f"{name}, {result['examples']} examples, step {result['step']} and step "
             f"{result['step_other']}:"
         )
+        # A line for each score, then one for the tests.
         for key in result:
             if key.endswith("_difference") and key != "smallest_difference":
                 lines.append(_score_line(key.removesuffix("_difference"), result))

@@ -36,6 +36,7 @@ def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
             colour = "white" if shares[i, j] > 0.6 else "black"
             axis.text(j, i, str(matrix[i, j]), ha="center", va="center", color=colour)
 
+    # Rows are right labels, from above, as in the matrix.
     axis.set(
         xticks=range(len(labels)),
         yticks=range(len(labels)),
@@ -58,6 +59,7 @@ def plot_reliability(P: np.ndarray, y: np.ndarray, labels: list[str], name: str)
     """
     from matplotlib.figure import Figure
 
+    # The left picture is about square, the right one as wide as its labels need.
     right_width = max(5.5, 0.2 * len(labels))
     figure = Figure(figsize=(5.5 + right_width, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(5.5, right_width))
@@ -76,6 +78,7 @@ def _draw_reliability(axis, P: np.ndarray, y: np.ndarray) -> None:
     numbers = calibration.bin_numbers(confidence, NUM_BINS, "width")
     counts = np.bincount(numbers, minlength=NUM_BINS)
 
+    # An empty bin has no accuracy.
     filled = counts > 0
     counts_filled = counts[filled]
     accuracy = np.bincount(numbers, is_right, NUM_BINS)[filled] / counts_filled
@@ -84,6 +87,7 @@ def _draw_reliability(axis, P: np.ndarray, y: np.ndarray) -> None:
     for share, count in zip(accuracy, counts_filled):
         intervals.append(statistics.proportion_interval(round(share * count), count))
 
+    # Bars in the middle of the bins, a little narrower than they are.
     middles = np.arange(NUM_BINS) / NUM_BINS + 0.5 / NUM_BINS
     axis.bar(middles, counts / len(y), 0.09, color="lightgrey", label="share of the predictions")
     axis.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")  # calibrated
@@ -110,6 +114,8 @@ def _draw_label_shares(axis, P: np.ndarray, y: np.ndarray, labels: list[str]) ->
         "predicted": np.bincount(P.argmax(axis=1), minlength=num_labels) / len(y),
         "mean distribution": P.mean(axis=0),
     }
+
+    # Three bars side by side for each label.
     places = np.arange(num_labels)
     for i, (name, values) in enumerate(shares.items()):
         axis.bar(places + 0.27 * (i - 1), values, 0.25, label=name)

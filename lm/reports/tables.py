@@ -36,12 +36,15 @@ def markdown(about: Mapping, values: Metrics) -> str:
         "",
         f"{versions}; tokenizer {about['tokenizer']}",
     ]
+
     for name, data in about["evals"].items():
         prefix = f"eval/{name}/"
         metrics = {}
         for key, value in values.items():
             if key.startswith(prefix):
                 metrics[key.removeprefix(prefix)] = value
+
+        # Evals such as samples write files only.
         if metrics:
             lines += ["", f"## {name}", ""]
             lines += _data_lines(data)
@@ -72,10 +75,14 @@ def _metric_lines(metrics: Metrics) -> list[str]:
     lines = ["| | | 95% interval |", "|---|---|---|"]
     for key, value in metrics.items():
         # The bounds of an interval stand beside its metric.
-        if key.endswith(INTERVAL_SUFFIXES) and key.rpartition("_")[0] in metrics:
-            continue
-        lines.append(f"| {key} | {cell(value)} | {_interval(key, metrics)} |")
+        if not _is_bound(key, metrics):
+            lines.append(f"| {key} | {cell(value)} | {_interval(key, metrics)} |")
     return lines
+
+
+def _is_bound(key: str, metrics: Metrics) -> bool:
+    """Whether a key is METRIC_low or METRIC_high of another one."""
+    return key.endswith(INTERVAL_SUFFIXES) and key.rpartition("_")[0] in metrics
 
 
 def _interval(metric: str, metrics: Metrics) -> str:
@@ -106,8 +113,17 @@ BASELINES = (
     ("bits_per_byte", "xz_bits_per_byte", "xz -9e"),
 )
 ROWS_OF_AN_EVAL = 2
-# Metrics that say how much was evaluated, not how well.
-COUNTS = ("examples", "cut", "tokens", "bytes", "documents", "seconds")
+# Metrics that say how much was evaluated and how that went, not how good the model is.
+SIDE_METRICS = (
+    "examples",
+    "cut",
+    "empty",
+    "unmatched",
+    "tokens",
+    "bytes",
+    "documents",
+    "seconds",
+)
 
 
 class Row(NamedTuple):
@@ -143,26 +159,25 @@ def headline(values: Metrics) -> str:
                 baseline=_baseline(metric, metrics),
             )
             rows.append(row)
+
     if not rows:
         return ""
     return _align([Row("eval", "metric", "value", "95% interval", "baseline"), *rows])
 
 
 def _main_metrics(metrics: Metrics) -> list[str]:
-    """The one or two metrics that stand for an eval; [] if it has counts only."""
+    """The one or two metrics that stand for an eval; [] if it has side metrics only."""
     for known_by, preferred in HEADLINES.items():
         if known_by in metrics:
             return [key for key in preferred if key in metrics][:ROWS_OF_AN_EVAL]
 
-    # Generated texts and tasks of lm_eval have scores of any name, the main one first. Their scores
-    # have intervals, what is said of them beside (such as the share of empty answers) has none.
+    # Generated texts, tasks of lm_eval and evals of one's own have scores of any name, the main
+    # ones first.
     scores = []
     for key in metrics:
-        is_bound = key.endswith(INTERVAL_SUFFIXES) and key.rpartition("_")[0] in metrics
-        if not is_bound and STANDARD_ERROR not in key and key not in COUNTS:
+        if not _is_bound(key, metrics) and STANDARD_ERROR not in key and key not in SIDE_METRICS:
             scores.append(key)
-    with_interval = [key for key in scores if _spread(key, metrics)]
-    return (with_interval or scores)[:ROWS_OF_AN_EVAL]
+    return scores[:ROWS_OF_AN_EVAL]
 
 
 def _spread(metric: str, metrics: Metrics) -> str:
@@ -190,6 +205,7 @@ def _baseline(metric: str, metrics: Metrics) -> str:
 def _align(rows: Sequence[Row]) -> str:
     """Rows as lines whose columns stand below each other."""
     widths = [max(map(len, column)) for column in zip(*rows)]
+
     lines = []
     for row in rows:
         cells = [text.ljust(width) for text, width in zip(row, widths)]

@@ -32,7 +32,6 @@ from tests.parity import references
 from tests.parity.test_convert import write_tokenizer
 
 LENGTH = 64
-RANDOM = random.Random(0)
 WORDS = "the cat and hat then other one a of on sat ran big red".split()
 
 # A task of each kind of request: name -> keys of its file.
@@ -81,6 +80,7 @@ TASKS = {
         generation_kwargs=dict(until=["h", " t"], max_gen_toks=20, do_sample=False),
     ),
 }
+# The metrics that lm_eval is asked for.
 METRICS = {
     "sentiment": ["acc", "acc_norm", "acc_bytes"],
     "topics": ["acc", "acc_norm", "brier_score"],
@@ -92,27 +92,27 @@ METRICS = {
 }
 
 
-def sentence(least, most):
+def draw_sentence(rng, least, most):
     """Random words, at least and at most so many."""
-    return " ".join(RANDOM.choice(WORDS) for _ in range(RANDOM.randint(least, most)))
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most)))
 
 
-def draw_document(task, number):
+def draw_document(rng, task, number):
     """A document of one of TASKS; some are longer than the model's 64 tokens."""
     if task == "sentiment":
-        return dict(text=sentence(2, 9), label=number % 2)
+        return dict(text=draw_sentence(rng, 2, 9), label=number % 2)
     if task == "topics":
-        return dict(text=sentence(2, 40), label=number % 3)
+        return dict(text=draw_sentence(rng, 2, 40), label=number % 3)
     if task == "choice":
-        choices = [sentence(1, 4) for _ in range(3)]
-        return dict(text=sentence(2, 8), choices=choices, label=number % 3)
+        choices = [draw_sentence(rng, 1, 4) for _ in range(3)]
+        return dict(text=draw_sentence(rng, 2, 8), choices=choices, label=number % 3)
     if task == "pairs":
-        return dict(good=sentence(3, 7), bad=sentence(3, 7))
+        return dict(good=draw_sentence(rng, 3, 7), bad=draw_sentence(rng, 3, 7))
     if task == "texts":
-        return dict(text=sentence(3, 60))
+        return dict(text=draw_sentence(rng, 3, 60))
     if task == "last_word":
-        return dict(text=sentence(2, 10), last=RANDOM.choice(WORDS))
-    return dict(text=sentence(2, 10), answer="cat")
+        return dict(text=draw_sentence(rng, 2, 10), last=rng.choice(WORDS))
+    return dict(text=draw_sentence(rng, 2, 10), answer="cat")
 
 
 def write_jsonl(path, records):
@@ -134,10 +134,11 @@ def write_task(folder, name, data_files, metrics, **keys):
 
 def write_tasks(folder):
     """Writes TASKS with a dozen documents each (texts: six), and returns their names."""
+    rng = random.Random(0)
     for name, keys in TASKS.items():
         file = folder / f"{name}.jsonl"
         num_documents = 6 if name == "texts" else 12
-        write_jsonl(file, [draw_document(name, i) for i in range(num_documents)])
+        write_jsonl(file, [draw_document(rng, name, i) for i in range(num_documents)])
         write_task(
             folder,
             f"local_{name}",
@@ -153,6 +154,7 @@ def write_tasks(folder):
 def make_checkpoint(directory, adds_bos):
     """A small random Llama of transformers, with a tokenizer that adds BOS or doesn't."""
     write_tokenizer(directory, "tokenizer.json")
+    # What makes a tokenizer of the `tokenizers` library put <s> before each text.
     if adds_bos:
         file = directory / "tokenizer.json"
         tokenizer = json.loads(file.read_text())
@@ -211,9 +213,7 @@ def load_ours(directory, batch_size, sizes):
         head_rows=step.make_head_rows(model.graphdef),
         make_generator=make_generator,
     )
-    fns = PredictFns(
-        model.mesh, functions, batch_size=batch_size, length=LENGTH, check_stop=lambda: None
-    )
+    fns = PredictFns(model.mesh, functions, batch_size=batch_size, length=LENGTH)
     return harness.HarnessModel(fns, params, tokenizer), model.mesh
 
 
@@ -254,6 +254,7 @@ def assert_same_responses(ours, theirs):
         assert our_sample["arguments"] == their_sample["arguments"]
         responses = zip(our_sample["filtered_resps"], their_sample["filtered_resps"], strict=True)
         for our_response, their_response in responses:
+            # Generated texts are the same to the letter.
             if isinstance(our_response, str):
                 assert our_response == their_response
                 continue
@@ -284,6 +285,7 @@ def test_all_kinds_of_requests(adds_bos, batch_size, sizes, tmp_path):
     for task in tasks:
         difference = assert_same_responses(samples[task], their_samples[task])
         largest = max(largest, difference)
+        # Standard errors are of random bootstrap samples.
         for name, value in their_results[task].items():
             if isinstance(value, float) and "stderr" not in name:
                 assert results[task][name] == pytest.approx(value, rel=1e-3), (task, name)
@@ -322,14 +324,17 @@ def test_as_an_entry_of_the_configuration(harness_config, tmp_path):
     assert "eval/local/local_texts/word_perplexity" in values
     accuracy = values["eval/local/local_choice/acc"]
 
+    # lm_eval's whole report.
     (report,) = run.glob("local-*.json")
     assert json.loads(report.read_text())["results"]["local_choice"]["acc,none"] == accuracy
 
+    # What each document got.
     (predictions,) = (run / "predictions").glob("local-local_choice-*.jsonl")
     lines = list(map(json.loads, predictions.read_text().splitlines()))
     assert len(lines) == 12
     assert np.mean([line["scores"]["acc"] for line in lines]) == pytest.approx(accuracy)
 
+    # The table at the end of a run has each task with its first metric.
     first_words = [line.split()[:2] for line in tables.headline(values).splitlines()]
     assert ["local/local_choice", "acc"] in first_words
     assert ["local/local_texts", "word_perplexity"] in first_words
@@ -368,6 +373,7 @@ def test_many_continuations_of_one_context(checkpoint, monkeypatch):
         return merged
 
     monkeypatch.setattr(predict, "merge_trees", record_rows)
+    # 100 continuations of 5 tokens: more than one row of 64 tokens holds.
     requests = []
     for i in range(100):
         continuation = np.random.default_rng(i).integers(0, 50, 5).tolist()
@@ -378,6 +384,7 @@ def test_many_continuations_of_one_context(checkpoint, monkeypatch):
         num_rows = len(rows)
         (alone,) = model._loglikelihood_tokens([requests[7]])
 
+    # Several rows, none much longer than the model's, and the same log-probabilities.
     assert num_rows > 4
     assert max(len(row.tree.tokens) for row in rows) <= 2 * LENGTH
     assert together[7] == pytest.approx(alone, abs=1e-4)
@@ -461,16 +468,18 @@ SAME_METRICS = {
 
 def write_shared_data(folder):
     """train.jsonl and test.jsonl, of a dozen documents each for all of THEIR_TASKS."""
+    rng = random.Random(0)
     for split in ("train", "test"):
         documents = []
         for i in range(12):
             document = dict(
-                text=sentence(2, 6),
-                a=sentence(1, 3),
-                b=sentence(1, 4),
+                text=draw_sentence(rng, 2, 6),
+                a=draw_sentence(rng, 1, 3),
+                # Never the same as `a`: of choices that tie, lm_eval takes the first, we take both.
+                b=f"{draw_sentence(rng, 1, 3)} end",
                 label=i % 3,
                 right=i % 2,
-                last=RANDOM.choice(WORDS),
+                last=rng.choice(WORDS),
             )
             documents.append(document)
         write_jsonl(folder / f"{split}.jsonl", documents)
@@ -498,6 +507,7 @@ def continuation_logprobs(name, line):
     """The log-probability of each continuation in a line of predictions/."""
     if name != "classification":
         return line["logprobs"]
+    # Of the only variant: label -> word -> log-probabilities of its tokens.
     variant = line["word_logprobs"][0]
     return [sum(variant[label][label]) for label in LABELS]
 
@@ -523,6 +533,7 @@ def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
         )
     their_results, their_samples = evaluate(load_hf(checkpoint), list(THEIR_TASKS), tmp_path)
 
+    # One task after the other by our evaluators.
     model, mesh = load_ours(checkpoint, 8, dict(fsdp=1))
     for name in OUR_TASKS:
         with jax.set_mesh(mesh):

@@ -1,5 +1,4 @@
-"""Scores of predicted labels, their intervals, and tests between two models on the same examples.
-"""
+"""Scores of predicted labels, their intervals, and tests of two models on the same examples."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

@@ -1,0 +1,247 @@
+"""The table that ends a run, from the metrics that the evaluators have."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lm.data.pack import Encoder
+from lm.data.sources import Document, Documents
+from lm.data.tokenizer import ByteTokenizer
+from lm.evals import choice, classification, entries, generation, perplexity
+from lm.evals.predict import Artifact
+from lm.reports import tables
+
+ENCODER = Encoder(ByteTokenizer(), "\n?")
+RECORDS = [dict(text=f"text {i}", label=("red", "green")[i % 2], number=i % 2) for i in range(12)]
+
+
+class FakeFns:
+    """PredictFns of a model whose log-probabilities and texts are arbitrary."""
+
+    length = 64
+    batch_size = 4
+
+    def check_stop(self):
+        pass
+
+    def token_logprobs(self, params, rows):
+        return np.full((len(rows), self.length), -1.5, np.float32)
+
+    def tree_logprobs(self, params, trees):
+        outputs = []
+        for tree in trees:
+            # They differ from example to example: nothing ties.
+            logprobs = -1 - np.sin(tree.query_targets + np.sum(tree.tokens)) ** 2
+            outputs.append((logprobs.astype(np.float32), logprobs > -1.5))
+        return outputs
+
+    def make_generator(self, params, sampling):
+        return self
+
+    def stream(self, prompts, max_new_tokens, keys_B):
+        # The right answer to one of RECORDS.
+        for token in b"text 1":
+            yield np.full(len(prompts), token)
+
+
+def evaluate(cls, **arguments):
+    """The metrics of an evaluator as eval/NAME/METRIC."""
+    evaluator = cls(FakeFns(), name="x", encoder=ENCODER, **arguments)
+    values = {}
+    for key, value in evaluator.run(None):
+        if not isinstance(value, Artifact):
+            values[f"eval/x/{key}"] = value
+    return values
+
+
+@pytest.fixture(name="evaluate_task")
+def _evaluate_task(tmp_path):
+    """Returns a function that evaluates RECORDS, given an evaluator and the keys of its task."""
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+
+    def evaluate_task(cls, **keys):
+        (tmp_path / "task.toml").write_text(f'type = "{cls.__module__}.{cls.__name__}"')
+        source = dict(path=str(tmp_path / "test.jsonl"))
+        arguments = entries.task(str(tmp_path / "task.toml"), source=source, **keys).to_dict()
+        for key in ("type", "every", "batch_size"):  # read by lm.build
+            del arguments[key]
+        return evaluate(cls, **arguments)
+
+    return evaluate_task
+
+
+def rows(values):
+    """The table's rows below its header, their columns split."""
+    # Columns begin below their titles; values are aligned to the right, behind their metric.
+    header, *lines = tables.headline(values).splitlines()
+    starts = [header.index(title) for title in ("metric", "95% interval", "baseline")]
+    split = []
+    for line in lines:
+        metric, value = line[starts[0] : starts[1]].split()
+        interval = line[starts[1] : starts[2]].strip()
+        split.append([line[: starts[0]].strip(), metric, value, interval, line[starts[2] :]])
+    return split
+
+
+def interval(values, metric):
+    return f"{values[metric + '_low']:.4f} to {values[metric + '_high']:.4f}"
+
+
+def test_the_table():
+    values = {
+        "step": 500,
+        "train/loss": 4.2,
+        "eval/validation/bits_per_byte": 1.783,
+        "eval/validation/xz_bits_per_byte": 1.719,
+        "eval/library/accuracy": 0.856,
+        "eval/library/accuracy_low": 0.833,
+        "eval/library/accuracy_high": 0.875,
+        "eval/library/majority_accuracy": 0.356,
+    }
+
+    lines = tables.headline(values).splitlines()
+
+    assert lines == [
+        "eval         metric           value   95% interval       baseline",
+        "validation   bits_per_byte   1.7830                      1.7190 (xz -9e)",
+        "library      accuracy        0.8560   0.8330 to 0.8750   0.3560 (majority label)",
+    ]
+
+
+def test_perplexity():
+    documents = Documents([Document("some text", "d", "")], "fingerprint")
+
+    values = evaluate(perplexity.Perplexity, documents=documents, max_documents=0)
+
+    # Each target has log-probability -1.5: the perplexity is exp(1.5).
+    xz = f"{values['eval/x/xz_bits_per_byte']:.4f} (xz -9e)"
+    assert rows(values) == [
+        ["x", "bits_per_byte", f"{values['eval/x/bits_per_byte']:.4f}", "", xz],
+        ["", "perplexity", "4.4817", "", ""],
+    ]
+
+
+WORDS = (("red", (" red",)), ("green", (" green",)))
+
+
+def test_label_words(evaluate_task):
+    values = evaluate_task(
+        classification.PromptClassification,
+        prompt=dict(templates=("{text}:",)),
+        verbalizer=dict(words=(WORDS,)),
+    )
+
+    # Half of the labels are the majority's.
+    accuracy, nll = rows(values)
+    assert accuracy[:2] == ["x", "accuracy"]
+    assert accuracy[3:] == [interval(values, "eval/x/accuracy"), "0.5000 (majority label)"]
+    assert nll == ["", "nll", f"{values['eval/x/nll']:.4f}", "", ""]
+
+
+def test_variants_of_a_prompt(evaluate_task):
+    values = evaluate_task(
+        classification.PromptClassification,
+        prompt=dict(templates=("{text}:", "{text}?")),
+        verbalizer=dict(words=(WORDS,)),
+    )
+
+    # Where there are several variants, how much they matter is the second metric.
+    _, mean = rows(values)
+    assert mean[1] == "accuracy_mean"
+    low, high = values["eval/x/accuracy_min"], values["eval/x/accuracy_max"]
+    assert mean[3] == f"{low:.4f} to {high:.4f} (min to max)"
+
+
+def test_choices(evaluate_task):
+    values = evaluate_task(
+        choice.MultipleChoice,
+        prompt=dict(template="{text}:"),
+        choices=(" no", " yes, it is"),
+        answer="number",
+    )
+
+    # By the sum of log-probabilities, and per character.
+    accuracy, per_char = rows(values)
+    assert accuracy[:2] == ["x", "accuracy"]
+    assert accuracy[3:] == [interval(values, "eval/x/accuracy"), "0.5000 (chance)"]
+    assert per_char[:2] == ["", "accuracy_char"]
+    assert per_char[3:] == ["", "0.5000 (chance)"]
+
+
+def test_a_single_choice(evaluate_task):
+    values = evaluate_task(
+        choice.MultipleChoice,
+        prompt=dict(template="{text}:"),
+        choices=(" {label}",),
+        answer="0",
+    )
+
+    # There is nothing to choose from, and so no chance level.
+    accuracy, per_choice = rows(values)
+    assert accuracy[:2] == ["x", "accuracy"]
+    assert accuracy[3:] == [interval(values, "eval/x/accuracy"), ""]
+    assert per_choice[1:] == ["perplexity", f"{values['eval/x/perplexity']:.4f}", "", ""]
+
+
+def test_generated_texts(evaluate_task):
+    """The first scores of those that were asked for, and not the share of empty answers."""
+    values = evaluate_task(
+        generation.TextGeneration,
+        prompt=dict(template="{text}:"),
+        references="{text}",
+        scores=("f1", "exact_match", "rougeL"),
+        output=dict(max_new_tokens=6),
+    )
+
+    f1, exact_match = rows(values)
+    assert f1[:2] == ["x", "f1"]
+    assert f1[3] == interval(values, "eval/x/f1")
+    assert exact_match[1] == "exact_match"
+
+
+def test_lm_evals_tasks():
+    """A part of the table for each task, whose standard errors become intervals."""
+    values = {
+        "eval/harness/piqa/acc": 0.6,
+        "eval/harness/piqa/acc_stderr": 0.01,
+        "eval/harness/piqa/acc_norm": 0.7,
+        "eval/harness/piqa/acc_norm_stderr": float("nan"),
+        "eval/harness/gsm8k/exact_match_strict-match": 0.25,
+        "eval/harness/gsm8k/exact_match_stderr_strict-match": 0.1,
+        "eval/harness/wikitext/word_perplexity": 123456.7,
+    }
+
+    assert rows(values) == [
+        ["harness/piqa", "acc", "0.6000", "0.5804 to 0.6196", ""],
+        ["", "acc_norm", "0.7000", "", ""],
+        ["harness/gsm8k", "exact_match_strict-match", "0.2500", "0.0540 to 0.4460", ""],
+        ["harness/wikitext", "word_perplexity", "1.235e+05", "", ""],
+    ]
+
+
+def test_an_eval_of_ones_own():
+    values = {"eval/mine/loss": 2.25, "eval/mine/tokens": 12345, "eval/mine/seconds": 0.5}
+
+    assert rows(values) == [["mine", "loss", "2.2500", "", ""]]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"train/loss": 1.5, "train/seconds": 3.0},
+        {"eval/samples/seconds": 0.5},
+        {"eval/x/note": "text"},
+    ],
+)
+def test_a_run_without_metrics_has_no_table(values):
+    assert tables.headline(values) == ""
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(1234567, "1,234,567"), (0.123456, "0.1235"), (99999.0, "99999.0000"), (-1e6, "-1e+06")],
+)
+def test_cells(value, text):
+    assert tables.cell(value) == text
