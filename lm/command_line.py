@@ -17,15 +17,19 @@ from ml_collections import config_flags
 from lm import config as config_lib
 from lm import startup, stopping
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Configuration file, with its size after a colon: configs/pydocs.py:small",
-    lock_config=True,
-)
-
 # Errors whose message is meant for the user; others are shown with their traceback.
 EXPLAINED = (ValueError, OSError, MemoryError, stopping.RunFailed)
+
+
+@functools.cache
+def config_flag() -> flags.FlagHolder:
+    """Defines --config, for the commands that have it."""
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration file, with its size after a colon: configs/pydocs.py:small",
+        lock_config=True,
+    )
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:

@@ -15,7 +15,6 @@ a directory without an import.
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, files, startup
+from lm import build, checkpoint, command_line, files, startup
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
 from lm.hf import directory as hf
@@ -175,21 +174,8 @@ def _family_to_write(
 # --- the command ---
 
 
-def main(argv: list[str]) -> int:
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
-    )
-    logging.getLogger("absl").setLevel(logging.WARNING)
-
-    try:
-        _convert_from_flags(argv)
-    except (ValueError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _convert_from_flags(argv: list[str]) -> None:
+@command_line.command
+def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in COMMANDS:
         raise ValueError(
             f"wanted one of {list(COMMANDS)}, such as python -m lm.convert import --from=DIR "

@@ -18,7 +18,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, startup
+from lm import build, checkpoint, command_line, startup
 from lm import config as config_lib
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
@@ -269,22 +269,9 @@ def parse_mesh(text: str) -> dict[str, int] | None:
     return sizes
 
 
-def main(argv: list[str]) -> int:
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
-    )
-    logging.getLogger("absl").setLevel(logging.WARNING)
-
-    try:
-        _generate_from_flags(argv)
-    except (ValueError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _generate_from_flags(argv: list[str]) -> None:
-    """Raises ValueError for flags that make no sense, before anything is loaded."""
+@command_line.command
+def main(argv: list[str]) -> None:
+    # Flags that make no sense end it before anything is loaded.
     _check_flags(argv)
     source = epath.Path(os.path.expanduser(_WORKDIR.value or _FROM.value))
     if _FROM.value and not hf.is_checkpoint(source):

@@ -12,6 +12,7 @@ from etils import epath
 from lm import command_line, evaluate, files, startup, train
 from lm.reports import comparison, tables
 
+_CONFIG = command_line.config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory; gs:// too. A run goes on from the checkpoints in it."
 )
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
             "same config.evals"
         )
 
-    config = command_line.CONFIG.value
+    config = _CONFIG.value
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     devices = startup.start(config.platform, processes if _COORDINATOR.value else None)
     if _MODE.value == "train":

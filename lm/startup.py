@@ -121,7 +121,8 @@ def leave(code: int) -> None:
     """Ends this process at once if it is one of several. An orderly end would wait for the others,
     which may wait for this one in the middle of a step; so they notice that it is gone.
     """
-    if jax.process_count() > 1:
+    # Asked for alone, the number of processes would start the devices.
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         # an error that all of them meet is told by each before the first one's end stops them

@@ -186,7 +186,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 @command_line.command
 def main(argv: list[str]) -> None:
     command_line.no_arguments(argv)
-    config = command_line.CONFIG.value
+    config = _CONFIG.value
     workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
     devices = startup.start(config.platform)
     suggestions = suggest(config, workdir, devices, _EVAL.value, _EXAMPLES.value, _WORDS.value)
@@ -198,6 +198,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    _CONFIG = command_line.config_flag()
     _WORKDIR = flags.DEFINE_string(
         "workdir", None, "Run directory whose newest checkpoint is asked (or config.init_from)."
     )

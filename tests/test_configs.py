@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lm import build, command_line, main, optim, sharding, startup
+from lm import build, main, optim, sharding, startup
 from lm import config as config_lib
 from lm.data import pydocs, sources
 from lm.evals import entries
@@ -224,7 +224,7 @@ def run_command(config, workdir, patch):
     """Runs lm.main with this configuration on one device."""
     start = startup.start
     patch.setattr(startup, "start", lambda platform, processes: start(platform)[:1])
-    patch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=config))
+    patch.setattr(main, "_CONFIG", types.SimpleNamespace(value=config))
     flags = dict(
         _WORKDIR=str(workdir),
         _MODE="train",

@@ -109,7 +109,7 @@ def test_known_keys():
 def test_overrides_reach_the_configuration(config_file):
     overrides = ("--config.evals.validation.every=7", "--config.model.num_heads", "4")
     parse(config_file, *overrides, size=":large")
-    config = command_line.CONFIG.value
+    config = main_lib._CONFIG.value
     assert config.model.num_layers == 9
     assert config.model.num_heads == 4
     assert config.evals.validation.every == 7

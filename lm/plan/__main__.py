@@ -25,6 +25,7 @@ from lm.plan.compile import (
     plan,
 )
 
+_CONFIG = command_line.config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Chips of the pod, such as v5p:4x4x8 or v5e:16x16.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _PROGRAMS = flags.DEFINE_list("programs", ["train"], f"Of {', '.join(PROGRAMS)}.")
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(failures) or "all cards hold")
         return 1 if failures else 0
 
-    config = command_line.CONFIG.value
+    config = _CONFIG.value
     if config is None:
         raise ValueError(
             "--config is missing, such as --config=configs/pods.py:llama2_7b-v5p-4x4x4"
