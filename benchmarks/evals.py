@@ -121,7 +121,7 @@ def write_task(folder: Path, name: str, task: Task) -> dict:
     rng = random.Random(0)
     choices = []
     for _ in range(task.labels):
-        # Labels of several tokens differ in length, by as much to either side.
+        # Labels of several tokens differ in length; the mean is as asked for.
         num_words = task.label_tokens
         if num_words > 1:
             num_words = rng.randint(2, 2 * task.label_tokens - 2)
@@ -137,6 +137,7 @@ def write_task(folder: Path, name: str, task: Task) -> dict:
                 text=draw_text(rng, task.question_tokens), label=rng.randrange(task.labels)
             )
             lines += json.dumps(record) + "\n"
+
         path = folder / f"{name}-{split}.jsonl"
         path.write_text(lines)
         if count:
@@ -168,6 +169,7 @@ def write_task(folder: Path, name: str, task: Task) -> dict:
         prompt=dict(templates=("{text} w2",), shots=task.shots, sampler="first_n"),
         verbalizer=dict(words=(words,)),
     ).to_dict()
+
     for key in ("type", "every", "batch_size"):  # read by lm.build
         del arguments[key]
     return arguments
@@ -217,16 +219,16 @@ def load_hf(directory: Path) -> HFLM:
 
 
 class TokenCounts:
-    """Counts the tokens that go through the models: lm's without padding, lm_eval's with it."""
+    """Counts the tokens that go through the models: lm's without padding, hf's with it."""
 
-    def __init__(self, theirs: HFLM):
+    def __init__(self, hf_model: HFLM):
         self.lm = 0
-        self.theirs = 0
+        self.hf = 0
         # All that a model computes passes through one of these two.
         self._merge_trees = predict.merge_trees
-        self._model_call = theirs._model_call
+        self._model_call = hf_model._model_call
         predict.merge_trees = self._count_trees
-        theirs._model_call = self._count_inputs
+        hf_model._model_call = self._count_inputs
 
     def _count_trees(self, trees, max_tokens):
         rows = self._merge_trees(trees, max_tokens)
@@ -234,13 +236,14 @@ class TokenCounts:
         return rows
 
     def _count_inputs(self, inputs, *args, **kwargs):
-        self.theirs += inputs.numel()
+        self.hf += inputs.numel()
         return self._model_call(inputs, *args, **kwargs)
 
 
 def run_lm_eval(model, name: str, manager: TaskManager) -> np.ndarray:
     """Log-probabilities of the labels [examples, K], by lm_eval's task."""
     report = lm_eval.simple_evaluate(model, tasks=[name], task_manager=manager, bootstrap_iters=0)
+
     samples = sorted(report["samples"][name], key=lambda sample: sample["doc_id"])
     logprobs = []
     for sample in samples:
@@ -278,7 +281,7 @@ def measure(name: str, contenders: dict[str, Callable], counts: TokenCounts, tur
 
     # In turns, so that what else the machine does hits all of them.
     seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    counts.lm = counts.theirs = 0
+    counts.lm = counts.hf = 0
     for turn in range(turns):
         for contender, run in contenders.items():
             tokens_before = counts.lm
@@ -295,16 +298,18 @@ def measure(name: str, contenders: dict[str, Callable], counts: TokenCounts, tur
     speeds = {}
     for contender, times in seconds.items():
         speeds[contender] = round(TASKS[name].examples / statistics.median(times), 2)
+
     ratios = {}
     for contender in ("ours", "harness"):
         values = np.divide(seconds["theirs"], seconds[contender])
         middle = np.median(values)
         ratios[contender] = f"{middle:.2f} ({values.min():.2f} to {values.max():.2f})"
+
     return dict(
         task=name,
         examples_per_second=speeds,
         ratio=ratios,
-        tokens=dict(lm=counts.lm // turns, theirs=counts.theirs // turns),
+        tokens=dict(lm=counts.lm // turns, theirs=counts.hf // turns),
         largest_difference=float(f"{max(differences):.1e}"),
     )
 
@@ -315,6 +320,8 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
+
+    # With the results, so that tables can say what they were measured with.
     print(
         f"{os.cpu_count()} cores, jax {jax.__version__}, torch {torch.__version__}, lm_eval "
         f"{lm_eval.__version__}",
@@ -326,10 +333,11 @@ def main() -> None:
         directory = folder / "checkpoint"
         directory.mkdir()
         make_checkpoint(directory)
+
         model = load_model(directory)
         harness_model = harness.HarnessModel(model.fns, model.params, model.tokenizer)
-        theirs = load_hf(directory)
-        counts = TokenCounts(theirs)
+        hf_model = load_hf(directory)
+        counts = TokenCounts(hf_model)
 
         for task_name, task in TASKS.items():
             arguments = write_task(folder, task_name, task)
@@ -337,7 +345,7 @@ def main() -> None:
             contenders = {
                 "ours": functools.partial(run_ours, model, arguments),
                 "harness": functools.partial(run_lm_eval, harness_model, task_name, manager),
-                "theirs": functools.partial(run_lm_eval, theirs, task_name, manager),
+                "theirs": functools.partial(run_lm_eval, hf_model, task_name, manager),
             }
             print(json.dumps(measure(task_name, contenders, counts, args.turns)), flush=True)
 

@@ -1,8 +1,12 @@
-"""Strict jax, 8 simulated devices, and a small experiment that trains in seconds."""
+"""Strict jax, 8 simulated devices, one cache of compiled programs, and small experiments that train
+in seconds.
+"""
 
+import dataclasses
+import functools
 import json
 import os
-import random
+import tempfile
 
 # Compiling is most of the time that tests take; what is compiled here is tiny, and may be slow.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -10,26 +14,22 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The workers of pytest-xdist, and processes that tests start, inherit the cache of the session.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="lm-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
 
+from lm import build, step, telemetry
 from lm import config as config_lib
+from lm.reports import pictures
+from tests.helpers import PNG, write_corpus
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-COLOURS = ("red", "green", "blue")
-
-
-def write_corpus(path, num=64, seed=0):
-    """A JSONL corpus of documents of 3 to 120 characters, whose label follows from their words."""
-    rng = random.Random(seed)
-    with open(path, "w") as file:
-        for i in range(num):
-            label = COLOURS[i % 3]
-            words = [rng.choice((label[:2], "ab", "cde", "é")) for _ in range(rng.randint(1, 30))]
-            file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
 
 
 @pytest.fixture
@@ -64,5 +64,73 @@ def tiny(tmp_path):
 
 
 @pytest.fixture
+def small(tiny, tmp_path_factory):
+    """`tiny`, unlocked, with one layer, and with the same paths for all tests: documents are named
+    by their file, and tests share runs.
+    """
+    base = tmp_path_factory.getbasetemp()
+    path = base / "corpus.jsonl"
+    if not path.exists():
+        write_corpus(path)
+    tiny.unlock()
+    tiny.data.source_args.path = str(path)
+    tiny.data.cache_dir = str(base / "cache")
+    tiny.model.num_layers = 1
+    return tiny
+
+
+@pytest.fixture
 def one_device():
     return jax.devices()[:1]
+
+
+# What is traced once, however many runs: a Program holds nothing that changes, and jax.jit knows a
+# function that it has seen.
+_PROGRAMS = {}
+_MAKE_PROGRAM = build.program
+_EVAL_STEPS = {
+    name: functools.cache(getattr(step, name))
+    for name in ("make_token_logprobs", "make_tree_logprobs")
+}
+# Keys of the configuration on which no compiled program depends.
+_FREE_KEYS = (
+    "evals.",
+    "checkpoint.",
+    "data.source",
+    "data.cache_dir",
+    "train.log_every",
+    "init_from",
+)
+_PICTURES = [
+    (telemetry, "plot_curves", telemetry.plot_curves),
+    (pictures, "plot_confusion", pictures.plot_confusion),
+    (pictures, "plot_reliability", pictures.plot_reliability),
+]
+
+
+def program_once(config, devices, vocab_size, total_steps):
+    """`build.program`, which compiles nothing twice."""
+    keys = config_lib.flatten(config).items()
+    compiled_keys = {key: value for key, value in keys if not key.startswith(_FREE_KEYS)}
+    device_ids = [device.id for device in devices]
+    program_key = json.dumps([compiled_keys, device_ids, vocab_size, total_steps])
+    if program_key not in _PROGRAMS:
+        _PROGRAMS[program_key] = _MAKE_PROGRAM(config, devices, vocab_size, total_steps)
+    return dataclasses.replace(_PROGRAMS[program_key], config=config)
+
+
+@pytest.fixture
+def fast_runs(monkeypatch):
+    """Runs in half a second: programs are traced once, and no pictures are drawn."""
+    monkeypatch.setattr(build, "program", program_once)
+    for name, make_eval_step in _EVAL_STEPS.items():
+        monkeypatch.setattr(step, name, make_eval_step)
+    for module, name, _ in _PICTURES:
+        monkeypatch.setattr(module, name, lambda *unused: PNG)
+
+
+@pytest.fixture
+def drawn_pictures(fast_runs, monkeypatch):
+    """Fast runs whose pictures are drawn after all."""
+    for module, name, plot in _PICTURES:
+        monkeypatch.setattr(module, name, plot)

@@ -23,6 +23,8 @@ VERBALIZER = {colour: (" " + colour,) for colour in COLOURS}
 PNG = b"\x89PNG\r\n\x1a\n"  # what a PNG file begins with
 CLOCK = ("tokens_per_second", "mfu", "seconds", "goodput")  # metrics that two runs never share
 
+LAST_STEP = 11  # of the runs that tests stop
+
 # A config file for the command line, its `text` the configuration as JSON.
 CONFIG_FILE = """
 import json
@@ -110,6 +112,29 @@ def write_corpus(path, num=64, seed=0):
             label = COLOURS[i % 3]
             words = [rng.choice((label[:2], "ab", "cde", "é")) for _ in range(rng.randint(1, 30))]
             file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+
+
+# Tasks.
+
+
+def write_task(path, template, shots_split="train"):
+    """Writes the shortest TOML file of a task about the records beside it."""
+    text = """type = "lm.evals.classification.PromptClassification"
+[source]
+path = "FOLDER/{split}.jsonl"
+shots_split = "SHOTS"
+[prompt]
+templates = ["TEMPLATE"]
+[[verbalizer.words]]
+red = [" red"]
+green = [" green"]
+blue = [" blue"]
+"""
+    text = text.replace("FOLDER", str(path.parent))
+    text = text.replace("SHOTS", shots_split)
+    text = text.replace("TEMPLATE", template)
+    path.write_text(text)
+    return str(path)
 
 
 # Runs.

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_train import _quick, _small, assert_same_run, go, snapshot  # noqa: F401
 
 from lm import checkpoint
 from lm.data import tokenizer as tokenizers
 from lm.evals import entries, perplexity
+from tests.helpers import assert_same_run, run_training, snapshot
+
+pytestmark = pytest.mark.usefixtures("fast_runs")
 
 NEVER = 1 << 30  # a step that no test reaches
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -194,7 +196,7 @@ def test_keeping_none_is_refused(small, tmp_path):
     # A run would end without its weights.
     small.checkpoint.keep = 0
     with pytest.raises(ValueError, match="config.checkpoint.keep = 0"):
-        go(small, tmp_path / "run")
+        run_training(small, tmp_path / "run")
 
 
 def test_best_of_another_metric_is_not_compared(tmp_path):
@@ -223,7 +225,7 @@ def test_best_is_what_was_measured_at_that_step(small, tmp_path, monkeypatch):
     small.evals.samples = entries.samples(("ab",), every=1, max_new_tokens=1)
     small.checkpoint.update(dict(every=1, keep=1, best="eval/loss/loss"))
 
-    go(small.lock(), tmp_path / "run")
+    run_training(small.lock(), tmp_path / "run")
 
     assert kept(tmp_path / "run/checkpoints") == [2, 6]
 
@@ -351,7 +353,7 @@ def test_older_checkpoints_are_left_as_they_are(tmp_path, caplog):
 def test_all_damaged_is_an_error_and_overwrites_nothing(small, tmp_path):
     small.checkpoint.every = 2
     run = tmp_path / "run"
-    go(small, run)
+    run_training(small, run)
     for step in (4, 6):
         flip(largest(run / "checkpoints" / str(step)))
     before = snapshot(run)
@@ -360,12 +362,12 @@ def test_all_damaged_is_an_error_and_overwrites_nothing(small, tmp_path):
     message = r"has checkpoints \[4, 6\], but none can be read .*Not starting over at step 0"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
-            go(small, run)
+            run_training(small, run)
         assert snapshot(run) == before
 
     small.init_from = str(run)
     with pytest.raises(ValueError, match="has no checkpoint that can be read"):
-        go(small, tmp_path / "other")
+        run_training(small, tmp_path / "other")
     assert snapshot(run) == before
 
 
@@ -374,11 +376,11 @@ def test_run_goes_on_from_the_one_before_the_damaged_one(small, tmp_path, caplog
     small.evals.validation = entries.perplexity(every=2, batch_size=8)
     small.checkpoint.update(dict(every=2, best="eval/validation/loss"))
     small.train.log_every = 3
-    go(small, tmp_path / "run")
+    run_training(small, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     damage(tmp_path / "run/checkpoints/6", how)
 
-    go(small, tmp_path / "run")
+    run_training(small, tmp_path / "run")
 
     assert "going back to 4" in caplog.text
     assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
@@ -506,16 +508,16 @@ def test_full_disk_while_saving_again_keeps_the_old(tmp_path, disk, killed):
 def test_run_on_a_full_disk_goes_on_later(small, tmp_path, disk):
     small.evals.validation = entries.perplexity(every=2, batch_size=8)
     small.checkpoint.every = 2
-    go(small, tmp_path / "whole")
+    run_training(small, tmp_path / "whole")
 
     disk["full_from"] = 4
     message = r"checkpoint 4 could not be written .*No space left.*Checkpoint 2 is whole"
     with pytest.raises(OSError, match=message):
-        go(small, tmp_path / "run")
+        run_training(small, tmp_path / "run")
     assert kept(tmp_path / "run/checkpoints") == [2]
 
     disk["full_from"] = NEVER
-    go(small, tmp_path / "run")
+    run_training(small, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
 
 

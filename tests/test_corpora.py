@@ -7,10 +7,10 @@ import runpy
 import jax
 import pytest
 from etils import epath
-from test_sources import TEXT, prepare
 
 from lm import train
 from lm.models import presets
+from tests.tfds_copies import TEXT, prepare
 
 WORDS = ("the", "sentence", "goes", "on", "number", "é")
 

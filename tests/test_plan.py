@@ -169,6 +169,7 @@ def test_table_of_the_report(whole_report, words):
     assert words in cards.table(whole_report)
 
 
+@pytest.mark.slow
 def test_remat_and_accumulation_show(small):
     """More saved is more memory and fewer FLOPs; microbatches take less memory for the same
     FLOPs.
@@ -284,8 +285,8 @@ def changed_keys(card, report):
     return [line.split(":")[0] for line in cards.differences(card, report)]
 
 
-def test_a_card_notices(small):
-    report = report_of(small)
+def test_a_card_notices(whole_report):
+    report = whole_report
     card = json.loads(json.dumps(report))
     assert changed_keys(card, report) == []
 
@@ -315,6 +316,7 @@ def test_every_pod_configuration_has_its_card():
         assert card["versions"]["libtpu"] == libtpu
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version__ != "0.10.2", reason="cards are of the versions in constraints.txt"
 )

@@ -11,10 +11,22 @@ import sys
 import time
 
 import pytest
-from test_resume import CONFIG_FILE, LAST, ROOT, SLOW_SOURCE, saved
-from test_train import VERBALIZER, _quick, _small, assert_same_run, go, read_lines  # noqa: F401
 
 from lm.evals import entries
+from tests.helpers import (
+    CONFIG_FILE,
+    LAST_STEP,
+    ROOT,
+    SLOW_SOURCE,
+    VERBALIZER,
+    assert_same_run,
+    read_jsonl,
+    read_metrics,
+    run_training,
+    saved_steps,
+)
+
+pytestmark = pytest.mark.usefixtures("fast_runs")
 
 
 @pytest.fixture
@@ -23,15 +35,15 @@ def config(small, tmp_path):
     small.data.update(dict(batch_size=16, streams=8))
     small.mesh.update(dict(data=2, fsdp=4))
     small.model.param_dtype = "float32"
-    small.train.update(dict(length=f"{LAST} steps", accumulation=2, log_every=1))
+    small.train.update(dict(length=f"{LAST_STEP} steps", accumulation=2, log_every=1))
     small.checkpoint.update(dict(every=4, keep=9, best="eval/text/loss"))
+
     small.evals.text = entries.perplexity(every=4, batch_size=16)
     small.evals.labels = entries.classification(VERBALIZER, every=4, batch_size=16)
     small.evals.samples = entries.samples(("red", "ab"), every=6, max_new_tokens=3)
     (tmp_path / "answers.toml").write_text('type = "lm.evals.generation.TextGeneration"')
-    (tmp_path / "test.jsonl").write_text(
-        "".join(json.dumps(dict(q=q)) + "\n" for q in ("red", "ab ", "é", "blue cd", "green"))
-    )
+    examples = [json.dumps(dict(q=q)) for q in ("red", "ab ", "é", "blue cd", "green")]
+    (tmp_path / "test.jsonl").write_text("\n".join(examples) + "\n")
     small.evals.answers = entries.task(
         str(tmp_path / "answers.toml"),
         every=4,
@@ -49,13 +61,24 @@ class Hosts:
     """`count` processes of one run."""
 
     def __init__(self, count, config, run, *overrides):
-        file = run.parent / "config.py"
-        file.write_text(CONFIG_FILE.format(text=json.dumps(config.to_dict())))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        self.logs = [run.parent / f"{run.name}-{count}-{i}.log" for i in range(count)]
+        self.run = run
+        config_file = run.parent / "config.py"
+        config_file.write_text(CONFIG_FILE.format(text=json.dumps(config.to_dict())))
+        with socket.socket() as free_port:
+            free_port.bind(("localhost", 0))
+            address = f"localhost:{free_port.getsockname()[1]}"
+        command = [
+            sys.executable,
+            "-m",
+            "lm.main",
+            f"--config={config_file}",
+            f"--workdir={run}",
+            "--config.platform=cpu",
+            *overrides,
+        ]
+
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // count}")
+        self.logs = [run.parent / f"{run.name}-{count}-{i}.log" for i in range(count)]
         self.children = []
         for i, log in enumerate(self.logs):
             env = os.environ | {
@@ -64,163 +87,187 @@ class Hosts:
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(i),
             }
-            command = [
-                sys.executable,
-                "-m",
-                "lm.main",
-                f"--config={file}",
-                f"--workdir={run}",
-                "--config.platform=cpu",
-                *overrides,
-            ]
             with log.open("w") as output:
-                self.children.append(
-                    subprocess.Popen(
-                        command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT
-                    )
+                child = subprocess.Popen(
+                    command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT
                 )
+            self.children.append(child)
+
+    def outputs(self):
+        return [log.read_text() for log in self.logs]
 
     def wait(self, seconds=240):
-        """Exit codes and outputs."""
+        """Returns exit codes and outputs."""
         end = time.monotonic() + seconds
+        codes = []
         try:
-            return [child.wait(max(end - time.monotonic(), 0.1)) for child in self.children], [
-                log.read_text() for log in self.logs
-            ]
+            for child in self.children:
+                codes.append(child.wait(max(end - time.monotonic(), 0.1)))
         except subprocess.TimeoutExpired:
-            raise AssertionError(
-                "\n\n".join(log.read_text()[-3000:] for log in self.logs)
-            ) from None
+            ends = [output[-3000:] for output in self.outputs()]
+            raise AssertionError("\n\n".join(ends)) from None
         finally:
             for child in self.children:
                 child.kill()
+        return codes, self.outputs()
 
-    def until(self, condition, seconds=120):
-        """Waits for `condition()` while all processes run."""
+    def wait_for(self, step, seconds=120):
+        """Waits for the checkpoint of a step while all processes run."""
         end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end and all(
-                child.poll() is None for child in self.children
-            ), self.wait(5)
+        while step not in saved_steps(self.run):
+            all_run = all(child.poll() is None for child in self.children)
+            assert all_run and time.monotonic() < end, self.wait(5)
             time.sleep(0.02)
 
 
 @pytest.fixture
-def slow(tmp_path, monkeypatch):
+def slow_data(tmp_path, monkeypatch):
     """An override that makes steps slow enough to be hit."""
     (tmp_path / "slow_source.py").write_text(SLOW_SOURCE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return "--config.data.source=slow_source.jsonl"
 
 
-def figures(run):
-    """All numbers of metrics.jsonl, in order."""
-    return [
-        (line["step"], key, value)
-        for line in read_lines(run)
-        for key, value in line.items()
-        if isinstance(value, (int, float))
-    ]
+def numbers(run):
+    """(step, name, value) of all numbers of metrics.jsonl, in order."""
+    rows = []
+    for line in read_metrics(run):
+        for name, value in line.items():
+            if isinstance(value, (int, float)):
+                rows.append((line["step"], name, value))
+    return rows
+
+
+def prediction_values(run, file, key):
+    """The values of `key` in the lines of a predictions file."""
+    return [line[key] for line in read_jsonl(run / "predictions" / file)]
 
 
 def assert_close(run, reference):
-    """The same steps and evals, and figures that differ by rounding alone."""
-    ours, theirs = figures(run), figures(reference)
-    assert [line[:2] for line in ours] == [line[:2] for line in theirs]
-    for (*name, value), (*_, wanted) in zip(ours, theirs):
+    """The same steps and evals, and metrics that differ by rounding alone."""
+    rows, wanted_rows = numbers(run), numbers(reference)
+    assert [row[:2] for row in rows] == [row[:2] for row in wanted_rows]
+    for (step, name, value), (_, _, wanted) in zip(rows, wanted_rows):
         # Calibration error counts examples by bins, whose edges rounding may cross.
-        assert value == pytest.approx(wanted, rel=1e-4, abs=1e-6) or name[1].endswith("/ece"), name
-    for step in (4, 8, LAST):
-        names = [
-            [
-                json.loads(line)["name"]
-                for line in (r / f"predictions/labels-{step}.jsonl").read_text().splitlines()
-            ]
-            for r in (run, reference)
-        ]
-        assert names[0] == names[1] and names[0]
-    texts = [
-        [
-            json.loads(line)["text"]
-            for line in (r / "predictions/answers-8.jsonl").read_text().splitlines()
-        ]
-        for r in (run, reference)
-    ]
-    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+        if not name.endswith("/ece"):
+            assert value == pytest.approx(wanted, rel=1e-4, abs=1e-6), (step, name)
+
+    for step in (4, 8, LAST_STEP):
+        names = prediction_values(run, f"labels-{step}.jsonl", "name")
+        assert names
+        assert names == prediction_values(reference, f"labels-{step}.jsonl", "name")
+
+    texts = prediction_values(run, "answers-8.jsonl", "text")
+    assert texts == prediction_values(reference, "answers-8.jsonl", "text")
+    assert len(set(texts)) > 1
 
 
-def test_other_numbers_of_processes(config, slow, tmp_path):
+_RUNS = {}
+
+
+@pytest.fixture
+def one_process(config, tmp_path):
+    """The run of a single process."""
+    if "one" not in _RUNS:
+        run_training(config, tmp_path / "one", devices=8)
+        _RUNS["one"] = tmp_path / "one"
+    return _RUNS["one"]
+
+
+@pytest.fixture
+def two_processes(config, slow_data, tmp_path):
+    """The run of two processes that nothing happens to."""
+    if "two" not in _RUNS:
+        run = tmp_path / "two"
+        codes, outputs = Hosts(2, config, run, slow_data).wait()
+        assert codes == [0, 0], outputs
+        _RUNS["two"] = run
+    return _RUNS["two"]
+
+
+def test_two_processes_are_one(one_process, two_processes):
+    assert_close(two_processes, one_process)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes(config, slow_data, one_process, tmp_path):
     """Two processes, one of which is preempted (all stop, and save), then four of them: as one
     process that never stopped.
     """
-    go(config, tmp_path / "one", 8)
-    hosts = Hosts(2, config, tmp_path / "run", slow)
-    hosts.until(lambda: 4 in saved(tmp_path / "run"))
+    run = tmp_path / "run"
+    hosts = Hosts(2, config, run, slow_data)
+    hosts.wait_for(4)
     hosts.children[1].terminate()
     codes, outputs = hosts.wait()
     assert codes == [0, 0], outputs
-    assert all(
-        "stopped by a signal at step" in output and "start it again to go on" in output
-        for output in outputs
-    )
-    stopped = saved(tmp_path / "run")[-1]
-    assert 4 <= stopped < LAST
-    codes, outputs = Hosts(4, config, tmp_path / "run", slow).wait()
+    for output in outputs:
+        assert "stopped by a signal at step" in output, outputs
+        assert "start it again to go on" in output, outputs
+    stopped = saved_steps(run)[-1]
+    assert 4 <= stopped < LAST_STEP
+
+    codes, outputs = Hosts(4, config, run, slow_data).wait()
     assert codes == [0] * 4, outputs
-    assert f"going on from step {stopped}" in outputs[0] and all(
-        "going on" not in output for output in outputs[1:]
-    )
-    assert_close(tmp_path / "run", tmp_path / "one")
+    # The first process alone writes the log.
+    assert f"going on from step {stopped}" in outputs[0]
+    assert all("going on" not in output for output in outputs[1:])
+    assert_close(run, one_process)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_dies(config, slow, tmp_path, victim):
+@pytest.mark.slow
+def test_the_coordinator_dies(config, slow_data, two_processes, tmp_path):
     """The other stops within a minute and says why; both started again end bit-equal to two that
     nothing happened to.
     """
     run = tmp_path / "run"
-    if "whole" not in _WHOLE:
-        codes, outputs = Hosts(2, config, tmp_path / "whole", slow).wait()
-        assert codes == [0, 0], outputs
-        _WHOLE["whole"] = tmp_path / "whole"
-    hosts = Hosts(2, config, run, slow)
-    hosts.until(lambda: 4 in saved(run))
-    hosts.children[victim].kill()
+    hosts = Hosts(2, config, run, slow_data)
+    hosts.wait_for(4)
+    hosts.children[0].kill()
     began = time.monotonic()
     codes, outputs = hosts.wait()
     assert time.monotonic() - began < 60
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, None)
-    assert (
-        "another one has died" in outputs[1 - victim] or "another task died" in outputs[1 - victim]
-    ), outputs[1 - victim]
-    codes, outputs = Hosts(2, config, run, slow).wait()
+    assert codes[0] == -signal.SIGKILL
+    assert codes[1] not in (0, None)
+    assert_says_that_another_died(outputs[1])
+
+    codes, outputs = Hosts(2, config, run, slow_data).wait()
     assert codes == [0, 0], outputs
-    assert_same_run(run, _WHOLE["whole"], LAST)
+    assert_same_run(run, two_processes, LAST_STEP)
 
 
-_WHOLE = {}
+def assert_says_that_another_died(output):
+    messages = ("another one has died", "another task died")
+    assert any(message in output for message in messages), output
 
 
-def test_an_error_in_one(config, slow, tmp_path):
+@pytest.mark.slow
+def test_an_error_in_one(config, slow_data, tmp_path):
     """It is printed, and the others don't wait for that process for ever."""
-    text = SLOW_SOURCE.replace(
-        "        time.sleep(0.02)",
-        """        import jax
+    breaking = """        import jax
         if jax.process_index() == 1 and time.monotonic() > START + 5:
-            raise ValueError("a broken document")""",
-    ).replace("class Slow", "START = time.monotonic()\n\nclass Slow")
-    (tmp_path / "slow_source.py").write_text(text)
+            raise ValueError("a broken document")"""
+    source = SLOW_SOURCE.replace("        time.sleep(0.02)", breaking)
+    source = source.replace("class Slow", "START = time.monotonic()\n\nclass Slow")
+    (tmp_path / "slow_source.py").write_text(source)
+
     began = time.monotonic()
-    codes, outputs = Hosts(
-        2, config, tmp_path / "run", slow, "--config.train.length=100000 steps"
-    ).wait()
-    assert (
-        time.monotonic() - began < 100 and 0 not in codes and "a broken document" in outputs[1]
-    ), outputs
+    # Evals would only delay the steps.
+    with config.unlocked():
+        config.evals = {}
+    config.checkpoint.best = ""
+    config.train.length = "100000 steps"
+    hosts = Hosts(2, config, tmp_path / "run", slow_data)
+    codes, outputs = hosts.wait()
+    assert time.monotonic() - began < 100
+    assert 0 not in codes, outputs
+    assert "a broken document" in outputs[1], outputs
+    assert_says_that_another_died(outputs[0])
 
 
+@pytest.mark.slow
 def test_a_configuration_error_in_all(config, tmp_path):
-    codes, outputs = Hosts(2, config, tmp_path / "run", "--config.data.streams=1").wait(60)
-    assert codes == [1, 1] and all(
-        "multiple of the number of processes" in output for output in outputs
-    ), outputs
+    hosts = Hosts(2, config, tmp_path / "run", "--config.data.streams=1")
+    codes, outputs = hosts.wait(60)
+    assert codes == [1, 1], outputs
+    for output in outputs:
+        assert "multiple of the number of processes" in output, outputs

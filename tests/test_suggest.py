@@ -7,8 +7,7 @@ from etils import epath
 
 from lm import suggest, train
 from lm.evals import entries
-from tests.conftest import COLOURS
-from tests.test_tasks import write_task
+from tests.helpers import COLOURS, write_task
 
 
 def log_odds(p):

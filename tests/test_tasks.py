@@ -15,7 +15,7 @@ from lm.evals.predict import Artifact
 from lm.evals.scores import calibration
 from lm.evals.scores.label_scores import LabelScorer
 from lm.reports import tables
-from tests.test_classification import (
+from tests.fake_models import (
     BOS,
     VERBALIZER,
     VOCAB_SIZE,
@@ -26,6 +26,7 @@ from tests.test_classification import (
     random_distribution,
     uniform_distribution,
 )
+from tests.helpers import write_task
 
 LABELS = ("red", "green", "blue")
 TASK_FILES = sorted(Path(entries.__file__).parent.glob("tasks/*.toml"))
@@ -47,26 +48,6 @@ def write_records(folder, num=24):
         for i in range(num):
             rows.append(dict(text=f"{split} {i}", label=LABELS[i * i % 3]))
         write_jsonl(folder / f"{split}.jsonl", rows)
-
-
-def write_task(path, template, shots_split="train"):
-    """Writes the shortest TOML file of a task about the records beside it."""
-    text = """type = "lm.evals.classification.PromptClassification"
-[source]
-path = "FOLDER/{split}.jsonl"
-shots_split = "SHOTS"
-[prompt]
-templates = ["TEMPLATE"]
-[[verbalizer.words]]
-red = [" red"]
-green = [" green"]
-blue = [" blue"]
-"""
-    text = text.replace("FOLDER", str(path.parent))
-    text = text.replace("SHOTS", shots_split)
-    text = text.replace("TEMPLATE", template)
-    path.write_text(text)
-    return str(path)
 
 
 def arguments(path, **changes):

@@ -162,7 +162,7 @@ class MultipleChoice:
         for record in records:
             self._options.append(question_format.options(record))
             self._gold.append(question_format.gold(record))
-        # What is yielded differs, see above: one eval is of one kind.
+        # Both sorts of records have metrics of their own, see above.
         if len({len(options) > 1 for options in self._options}) > 1:
             raise ValueError(f"the eval {name!r}: some records have one choice, others several")
         self._has_choice = len(self._options[0]) > 1
@@ -270,7 +270,7 @@ class MultipleChoice:
         yield "accuracy_low", low
         yield "accuracy_high", high
 
-        # With a single choice every normalisation would be right.
+        # With a single choice these would all be 1.
         if self._has_choice:
             for norm, credit in scores.credit.items():
                 if norm != "none":

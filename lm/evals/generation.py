@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
@@ -49,26 +50,40 @@ def generate(
         # The last batch is filled up, so that one program is compiled for all.
         rows = numbers + [numbers[-1]] * (batch_size - len(numbers))
         keys_B = row_keys([seeds[i] for i in rows])
-        row_prompts = [prompts[i] for i in rows]
+        stream = generator.stream([prompts[i] for i in rows], max_new_tokens, keys_B)
+        row_texts = _read_stream(stream, len(numbers), tokenizer, stop, predict_fns.check_stop)
+        for number, text in zip(numbers, row_texts):
+            texts[number] = text
+    return texts
 
-        ids: list[list[int]] = [[] for _ in numbers]
-        unfinished = set(range(len(numbers)))
-        for tokens_B in generator.stream(row_prompts, max_new_tokens, keys_B):
-            predict_fns.check_stop()
-            for row in sorted(unfinished):
-                token = int(tokens_B[row])
-                if token < 0 or token in tokenizer.stop_ids:
-                    unfinished.discard(row)
-                    continue
 
-                ids[row].append(token)
-                # All of it again: a character may be made of several tokens.
-                text = tokenizer.decode(ids[row])
-                texts[numbers[row]] = text
-                if any(string and string in text for string in stop):
-                    unfinished.discard(row)
-            if not unfinished:
-                break
+def _read_stream(
+    stream: Iterable[np.ndarray],
+    num_rows: int,
+    tokenizer: Tokenizer,
+    stop: Sequence[str],
+    check_stop: Callable[[], None],
+) -> list[str]:
+    """The texts of the first rows of a stream of tokens [B], read until all of them have ended."""
+    ids: list[list[int]] = [[] for _ in range(num_rows)]
+    texts = [""] * num_rows
+    unfinished = set(range(num_rows))
+
+    for tokens_B in stream:
+        check_stop()
+        for row in sorted(unfinished):
+            token = int(tokens_B[row])
+            if token < 0 or token in tokenizer.stop_ids:
+                unfinished.discard(row)
+                continue
+
+            ids[row].append(token)
+            # All of it again: a character may be made of several tokens.
+            texts[row] = tokenizer.decode(ids[row])
+            if any(string and string in texts[row] for string in stop):
+                unfinished.discard(row)
+        if not unfinished:
+            break
 
     return [_text_before(stop, text) for text in texts]
 
@@ -116,7 +131,7 @@ class Samples:
         max_prompt = predict_fns.length - max_new_tokens
         for prompt in prompts:
             ids = [self._tokenizer.bos_id] + self._tokenizer.encode(prompt)
-            # Checked here, not by the first evaluation, which may come after hours.
+            # Checked here: the first evaluation may come after hours.
             if len(ids) > max_prompt:
                 raise ValueError(
                     f"the eval {name!r}: a prompt has {len(ids)} tokens; wanted 1 to {max_prompt}: "
@@ -302,7 +317,7 @@ class TextGeneration:
                 "references": self._references[i],
                 "scores": example_scores[i],
             }
-            # The file is there to be read: no \\u escapes.
+            # The file is there to be read: no \u escapes.
             lines.append(json.dumps(line, ensure_ascii=False))
         yield (
             "predictions",

@@ -200,7 +200,7 @@ class PredictFns:
 class _TreeBatchShape(NamedTuple):
     rows: int
     length: int  # tokens of a row
-    parents: int  # places of a row after which something is asked for
+    parents: int  # tokens of a row after which something is asked for
     queries: int  # of a row
 
 
@@ -221,8 +221,9 @@ def _pack(
     """Trees as the arguments of `lm.step.make_tree_logprobs` behind `params`, one tree a row.
 
     Returns:
-      The batch; [B, P], the places of each row that the head sees; [B, Q], the column of the places
-      that each query is about. All are filled up with zeros.
+      The batch; parents_BP, the indices of the tokens in each row after which something is asked
+      for; parent_of_BQ, the column of parents_BP that each query is about. All are filled up with
+      zeros.
     """
     by_token = (shape.rows, shape.length)
     by_query = (shape.rows, shape.queries)
@@ -243,11 +244,11 @@ def _pack(
         batch["segments"][row, :num_tokens] = 1  # 0 is padding
         batch["until"][row, :num_tokens] = tree.until
 
-        # Queries with the same parent share a place: its logits are computed once.
-        places, columns = np.unique(tree.query_parents, return_inverse=True)
-        parents_BP[row, : len(places)] = places
-        parent_of_BQ[row, : len(columns)] = columns
-        batch["targets"][row, : len(columns)] = tree.query_targets
+        # Queries with the same parent share its logits, which are computed once.
+        parents, parent_of = np.unique(tree.query_parents, return_inverse=True)
+        parents_BP[row, : len(parents)] = parents
+        parent_of_BQ[row, : len(parent_of)] = parent_of
+        batch["targets"][row, : len(parent_of)] = tree.query_targets
     return batch, parents_BP, parent_of_BQ
 
 
