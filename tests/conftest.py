@@ -89,8 +89,8 @@ def one_device():
 _PROGRAMS = {}
 _MAKE_PROGRAM = build.program
 _EVAL_STEPS = {
-    name: functools.cache(getattr(step, name))
-    for name in ("make_token_logprobs", "make_tree_logprobs")
+    "make_token_logprobs": functools.cache(step.make_token_logprobs),
+    "make_tree_logprobs": functools.cache(step.make_tree_logprobs),
 }
 # Keys of the configuration on which no compiled program depends.
 _FREE_KEYS = (

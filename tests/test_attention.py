@@ -15,7 +15,7 @@ from lm.nn.kernels.attention import blocked_attention, splash_attention
 from lm.nn.kernels.rotary import rotate, rotate_by_matmul
 from lm.nn.masks import cache_mask, cache_slots, causal_mask
 from lm.nn.positions import frequencies, rope
-from tests.helpers import model_config, random_model, slow
+from tests.helpers import assert_trees_close, model_config, random_model, slow
 
 # Two documents, and padding at the end of the row.
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
@@ -388,9 +388,7 @@ def test_splash_is_xla(kv_heads, window):
         num_devices = int(np.prod(list(sizes.values()), dtype=int))
         with jax.set_mesh(sharding.make_mesh(sizes, jax.devices()[:num_devices])):
             got = weighted_value_and_grads(splash, weights, q, k, v)
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), got, wanted
-        )
+        assert_trees_close(got, wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_splash_lengths():

@@ -163,7 +163,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("overrides, devices, message", BAD, ids=lambda x: str(x)[:50])
+def short_id(value):
+    return str(value)[:50]
+
+
+@pytest.mark.parametrize("overrides, devices, message", BAD, ids=short_id)
 def test_bad_input(tiny, tmp_path, overrides, devices, message):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=message):
@@ -181,6 +185,10 @@ def test_empty_corpus(tiny, tmp_path):
 
 
 # How long a run is.
+
+
+def epoch_of_750_tokens():
+    return 750
 
 
 @pytest.mark.parametrize(
@@ -206,7 +214,7 @@ def test_empty_corpus(tiny, tmp_path):
     ],
 )
 def test_total_steps(length, steps):
-    got = config_lib.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750)
+    got = config_lib.total_steps(length, batch_tokens=256, epoch_tokens=epoch_of_750_tokens)
     assert got == steps
 
 
@@ -251,7 +259,7 @@ def test_total_steps_of_epochs_is_exact(batch):
 def test_length_that_is_none(length):
     message = 'config.train.length = .*"N steps", "N tokens" or "X epochs"'
     with pytest.raises(ValueError, match=message):
-        config_lib.total_steps(length, batch_tokens=256, epoch_tokens=lambda: 750)
+        config_lib.total_steps(length, batch_tokens=256, epoch_tokens=epoch_of_750_tokens)
 
 
 def test_epochs_are_counted_on_the_corpus(tiny, one_device):
@@ -271,6 +279,8 @@ def test_epochs_are_counted_on_the_corpus(tiny, one_device):
 def test_build_computes_and_writes_nothing(tiny, tmp_path, one_device):
     before = sorted(tmp_path.rglob("*"))
     experiment = build.build(tiny, one_device)
+
+    # Shapes only.
     leaves = jax.tree.leaves(experiment.program.abstract_state)
     assert leaves
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -380,6 +390,7 @@ def test_evaluators_are_given_what_they_ask_for(tiny, one_device):
 
 def test_batches_come_from_the_training_split(tiny, one_device):
     experiment = build.build(tiny, one_device)
+    # A state for each of the 4 streams.
     loader = experiment.make_loader()
     batch, _ = next(loader)
     assert batch["tokens"].shape == (8, 32)

@@ -16,9 +16,11 @@ WORDS = [
 ]
 NUM_TOKENS = (1, 3, 2, 2)
 # For each of six prompts, the log-probabilities of each word's tokens.
-TOKEN_LOGPROBS = [[-RNG.random(n) * 5 for n in NUM_TOKENS] for _ in range(6)]
+TOKEN_LOGPROBS = []
+for _ in range(6):
+    TOKEN_LOGPROBS.append([-RNG.random(n) * 5 for n in NUM_TOKENS])
 LOGPROBS = label_scores.pad_word_logprobs(TOKEN_LOGPROBS, WORDS)
-SUMS = np.array([[tokens.sum() for tokens in row] for row in TOKEN_LOGPROBS])
+SUMS = np.array([list(map(np.sum, row)) for row in TOKEN_LOGPROBS])
 
 
 # Characters and bytes don't count the space before a word.

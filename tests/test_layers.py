@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from lm.nn.layers import add_bias, dense, param
+from tests.helpers import assert_trees_close
 
 SIZES = dict(b=2, t=3, d=8, f=16, n=2, h=4, v=11)
 
@@ -41,7 +42,7 @@ def test_dense_is_einsum(spec):
 
     got = jax.value_and_grad(dense_sum, argnums=(0, 1))(x, weight[...])
     wanted = jax.value_and_grad(einsum_sum, argnums=(0, 1))(x, weight[...])
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, wanted)
+    assert_trees_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_weight_gradient_is_not_rounded():

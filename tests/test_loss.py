@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,7 +10,7 @@ from flax import nnx
 
 from lm.models.transformer import Transformer
 from lm.objectives import causal
-from tests.helpers import abstract_model, model_config
+from tests.helpers import abstract_model, assert_trees_close, model_config
 
 SHAPE = (3, 16)
 IDS = np.random.default_rng(0).integers(0, 37, (2, *SHAPE)).astype(np.int32)
@@ -26,7 +25,7 @@ BATCH = dict(
 
 @functools.cache
 def initialised(**changes):
-    """(graphdef, parameters as a run draws them, in f32) of one layer with 37 ids."""
+    """(graphdef, parameters as a run draws them) of a model of one layer, with 37 ids."""
     config = model_config(vocab_size=37, num_layers=1, **changes)
     graphdef, _ = abstract_model(config)
 
@@ -34,8 +33,7 @@ def initialised(**changes):
     def init(key):
         return nnx.to_pure_dict(nnx.split(Transformer(config, key), nnx.Param)[1])
 
-    params = init(jax.random.key(0))
-    return graphdef, jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return graphdef, init(jax.random.key(0))
 
 
 @functools.cache
@@ -67,11 +65,7 @@ def test_chunks_are_the_whole(chunk, tied):
     assert chunked_terms.keys() == terms.keys()
     for name in terms:
         np.testing.assert_allclose(chunked_terms[name], terms[name], rtol=1e-6)
-    jax.tree.map(
-        lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-6),
-        chunked_grads,
-        grads,
-    )
+    assert_trees_close(chunked_grads, grads, rtol=2e-5, atol=2e-6)
 
 
 def test_bf16_is_as_close_as_the_plain_loss():
@@ -92,7 +86,12 @@ def test_the_value_alone_needs_no_gradient():
 
     def value(chunk):
         loss = causal.make_loss(z_loss=0.1, chunk=chunk)
-        return jax.jit(lambda params: loss(nnx.merge(graphdef, params), BATCH, None)[0])(params)
+
+        @jax.jit
+        def compiled(params):
+            return loss(nnx.merge(graphdef, params), BATCH, None)[0]
+
+        return compiled(params)
 
     np.testing.assert_allclose(value(8), value(0), rtol=1e-6)
 

@@ -66,6 +66,7 @@ def run_command(*arguments, cwd):
     return subprocess.run(
         [sys.executable, "-m", "lm.main", *arguments],
         cwd=cwd,
+        # A single device, as on a laptop.
         env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
@@ -185,6 +186,7 @@ def test_exit_codes(config_file, monkeypatch, capsys, mode, outcome, code, out, 
             raise outcome
         return outcome
 
+    # Neither mode does anything but what the test wants of it.
     def fail(*args):
         raise AssertionError("the other mode ran")
 
@@ -215,6 +217,7 @@ def test_two_runs_are_compared(config_file, monkeypatch, capsys, tmp_path):
     write_predictions(tmp_path / "run", "a")
     write_predictions(tmp_path / "other", "b")
 
+    # Ten differences, all in favour of one run: the exact test's p is 2 / 2^10.
     parse(config_file, "--mode=eval", f"--compare_to={tmp_path}/other")
     assert main_lib.main(["main"]) == 0
     printed = capsys.readouterr().out
@@ -241,6 +244,7 @@ def test_command_with_a_misspelt_key(config_file, tmp_path):
     flags_of_run = (f"--config={config_file}", f"--workdir={run}")
     result = run_command(*flags_of_run, "--config.modle.num_layers=4", cwd=tmp_path)
 
+    # An error is a line, not a traceback, and leaves nothing behind.
     assert result.returncode not in (0, None)
     assert "did you mean model.num_layers" in result.stderr
     assert "Traceback" not in result.stderr

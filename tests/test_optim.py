@@ -2,6 +2,8 @@
 formulas and against each other.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import config as config_lib
 from lm import optim, sharding
-from tests.helpers import abstract_model, model_config
+from tests.helpers import abstract_model, assert_trees_close, model_config
 
 BF16 = ml_dtypes.bfloat16
 
@@ -220,6 +222,7 @@ def test_an_update_rounds_to_the_same_bits_on_every_mesh():
         return jax.device_get(new)
 
     wanted = update_on({})
+    # The update changes all of them, and does so alike.
     for name in shapes:
         assert (wanted[name] != params[name]).any()
     for sizes in (dict(fsdp=8), dict(data=2, fsdp=4), dict(fsdp=4, tensor=2)):
@@ -234,7 +237,7 @@ def test_master_is_the_f32_twin():
     """The stored parameters are its rounding, and it goes where f32 parameters would."""
     shapes, axes = model_axes()
     params = draw(shapes, 0, BF16, 0.02)
-    f32_params = jax.tree.map(lambda p: p.astype(np.float32), params)
+    f32_params = optax.tree.cast(params, np.float32)
     grads = [draw(shapes, seed) for seed in range(5)]
     settings = dict(name="adamw", learning_rate=1e-4, weight_decay=0.1)
 
@@ -242,9 +245,10 @@ def test_master_is_the_f32_twin():
     twin, _, _ = run_updates(make(axes, **settings), f32_params, grads)
 
     master = state["master"]
-    rounded = jax.tree.map(lambda m: m.astype(BF16), master)
+    # To nearest: the master copy keeps what is lost.
+    rounded = optax.tree.cast(master, BF16)
     jax.tree.map(np.testing.assert_array_equal, new, rounded)
-    jax.tree.map(lambda m, t: np.testing.assert_allclose(m, t, rtol=1e-6, atol=1e-9), master, twin)
+    assert_trees_close(master, twin, rtol=1e-6, atol=1e-9)
 
 
 def test_moving_average():
@@ -252,6 +256,7 @@ def test_moving_average():
     params = draw({"w": (32,)}, 0)
     grads = [draw({"w": (32,)}, seed) for seed in range(1, 5)]
 
+    # The average begins as the parameters.
     average = params["w"].astype(np.float64)
     for n in range(1, 5):
         new, state, _ = run_updates(optimizer, params, grads[:n])
@@ -305,7 +310,7 @@ def scale_layers(tree):
 
 def take_layer(tree, i):
     """One layer of a stack, and what is not stacked."""
-    return tree | {"layers": jax.tree.map(lambda x: x[i], tree["layers"])}
+    return tree | {"layers": jax.tree.map(operator.itemgetter(i), tree["layers"])}
 
 
 @pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
@@ -336,6 +341,7 @@ def test_a_stack_steps_as_each_layer_alone(name):
                 update, wanted, rtol=2e-3, atol=1e-4 * largest, err_msg=message
             )
 
+    # Adafactor keeps sums over rows and columns of a matrix, not the matrix.
     if name == "adafactor":
         state_shapes = {x.shape for x in jax.tree.leaves(state["transform"])}
         assert {(3, 128), (3, 256)} <= state_shapes
@@ -438,10 +444,8 @@ def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
     optimizer = make(axes, name="muon", b1=0.9)
     params = map_shapes(lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), shapes)
     state = jax.eval_shape(optimizer.init, params)
-    moments = [
-        (jax.tree_util.keystr(path), leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    ]
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    moments = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves]
 
     def count_moments(label, name, shape):
         """How many arrays of a parameter's shape one of the two optimizers keeps for it."""
@@ -470,6 +474,7 @@ def test_muon_scales_what_adam_updates():
         optimizer = make(axes, name="muon", learning_rate=0.01, **settings)
         return jax.tree.map(np.subtract, run_updates(optimizer, params, grads)[0], params)
 
+    # Muon's own matrices don't depend on the ratio.
     whole, half = update(), update(muon_adam_ratio=0.5)
     np.testing.assert_allclose(half["embed"]["table"], 0.5 * whole["embed"]["table"], atol=1e-6)
     np.testing.assert_allclose(half["layers"]["mlp"]["up"], whole["layers"]["mlp"]["up"], atol=1e-7)

@@ -38,6 +38,7 @@ def config(small, tmp_path):
     small.train.update(dict(length=f"{LAST_STEP} steps", accumulation=2, log_every=1))
     small.checkpoint.update(dict(every=4, keep=9, best="eval/text/loss"))
 
+    # One of each kind of evaluator, since each collects results of all processes.
     small.evals.text = entries.perplexity(every=4, batch_size=16)
     small.evals.labels = entries.classification(VERBALIZER, every=4, batch_size=16)
     small.evals.samples = entries.samples(("red", "ab"), every=6, max_new_tokens=3)
@@ -64,6 +65,7 @@ class Hosts:
         self.run = run
         config_file = run.parent / "config.py"
         config_file.write_text(CONFIG_FILE.format(text=json.dumps(config.to_dict())))
+        # The coordinator listens on a port that is free now.
         with socket.socket() as free_port:
             free_port.bind(("localhost", 0))
             address = f"localhost:{free_port.getsockname()[1]}"
@@ -77,6 +79,7 @@ class Hosts:
             *overrides,
         ]
 
+        # 8 devices in all, whatever the number of processes; their outputs would mix on a pipe.
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // count}")
         self.logs = [run.parent / f"{run.name}-{count}-{i}.log" for i in range(count)]
         self.children = []
@@ -107,6 +110,7 @@ class Hosts:
             ends = [output[-3000:] for output in self.outputs()]
             raise AssertionError("\n\n".join(ends)) from None
         finally:
+            # Whatever went wrong, none may live on.
             for child in self.children:
                 child.kill()
         return codes, self.outputs()
@@ -152,6 +156,7 @@ def assert_close(run, reference):
         if not name.endswith("/ece"):
             assert value == pytest.approx(wanted, rel=1e-4, abs=1e-6), (step, name)
 
+    # Predictions in the same order, though each process made a part of them.
     for step in (4, 8, LAST_STEP):
         names = prediction_values(run, f"labels-{step}.jsonl", "name")
         assert names
@@ -197,6 +202,7 @@ def test_other_numbers_of_processes(config, slow_data, one_process, tmp_path):
     run = tmp_path / "run"
     hosts = Hosts(2, config, run, slow_data)
     hosts.wait_for(4)
+    # As a cloud does it: one process is told, and all agree on a step to stop at.
     hosts.children[1].terminate()
     codes, outputs = hosts.wait()
     assert codes == [0, 0], outputs
@@ -243,6 +249,7 @@ def assert_says_that_another_died(output):
 @pytest.mark.slow
 def test_an_error_in_one(config, slow_data, tmp_path):
     """It is printed, and the others don't wait for that process for ever."""
+    # After 5 seconds, when steps are under way.
     breaking = """        import jax
         if jax.process_index() == 1 and time.monotonic() > START + 5:
             raise ValueError("a broken document")"""

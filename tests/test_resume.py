@@ -183,7 +183,7 @@ def test_terminated_at_a_random_step(config, reference, tmp_path, monkeypatch):
             assert run_until_stopped(config, run) == step + call
         step += call
 
-    # The evals of the last step are still due.
+    # A stop at the last step comes before its evals.
     last_lines = [line for line in read_metrics(run) if line["step"] == LAST_STEP]
     assert not any("eval/first/loss" in line for line in last_lines)
     run_training(config, run, devices=8)
@@ -247,6 +247,7 @@ def test_best_is_known_though_the_eval_after_it_was_stopped(
     run = tmp_path / "run"
     losses = iter([1.0, 2.0, 3.0])
 
+    # The first loss is the best, whatever the model says.
     def measure(self, params):
         self._predict_fns.check_stop()
         yield "loss", next(losses, 9.0)
@@ -361,6 +362,7 @@ def test_moves_to_another_mesh(small, tmp_path, mesh, devices):
     run_training(small, whole, devices=8)
     wanted = read_metrics(whole)
 
+    # As if it had stopped after step 4.
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     shutil.rmtree(run / "checkpoints" / "8")

@@ -70,6 +70,7 @@ def uneven_batch(seed, rows=16, length=32, vocab=16):
     rng = np.random.default_rng(seed)
     segments, positions = np.zeros((2, rows, length), np.int32)
     for row in range(rows):
+        # A row without documents is all padding.
         if row % 4 == 3:
             continue
         first, second = rng.integers(1, 20), rng.integers(0, 9)
@@ -101,6 +102,7 @@ def train(tiny, sizes, params, *, steps, overrides, accumulation=1):
     e = experiment(tiny, sizes, settings | overrides)
     losses = []
     with jax.set_mesh(e.program.mesh):
+        # All meshes begin with the same parameters, and see the same batches.
         layouts = jax.tree.map(lambda leaf: leaf.sharding, e.program.abstract_state.params)
         state = e.program.init_state(jax.device_put(params, layouts))
         for step in range(steps):
@@ -112,8 +114,7 @@ def train(tiny, sizes, params, *, steps, overrides, accumulation=1):
                 moment = optax.tree_utils.tree_get(state.opt_state["transform"], "mu")
                 moment = jax.device_get(moment)
 
-    gradient = jax.tree.map(lambda m: m / (1 - e.config.optimizer.b1), moment)
-    return gradient, np.array(losses)
+    return optax.tree.scale(1 / (1 - e.config.optimizer.b1), moment), np.array(losses)
 
 
 _SINGLE_DEVICE_RUNS = {}
@@ -239,6 +240,7 @@ def test_rows_split_into_positions_are_rows_whole(tiny, sizes, fsdp):
         "model.head_dim": 8,
         "model.tie_embeddings": False,
     }
+    # Chunks of 4 of the 8 or 16 positions that a device has of each row.
     execution = {"train.fsdp": fsdp, "objective.chunk": 4, "model.remat": "query,attention"}
     assert_trains_alike(tiny, sizes, steps=4, model=model, execution=execution, accumulation=2)
 
@@ -278,6 +280,7 @@ def test_reduce_dtype_is_what_travels(tiny):
         overrides = {"train.fsdp": "by_hand", "train.grad_reduce_dtype": dtype}
         return train(tiny, dict(fsdp=8), params, steps=1, overrides=overrides)[0]
 
+    # bf16 has 8 bits: an error of some 0.002 where a part travels, none where nothing does.
     exact, rounded = gradient("float32"), gradient("bfloat16")
     norm = float(optax.global_norm(exact))
     difference = float(optax.global_norm(jax.tree.map(np.subtract, exact, rounded)))
@@ -299,6 +302,7 @@ def test_one_seed_gives_the_same_bits_on_every_mesh(tiny, meshes, compiler_optio
         params = make_params(experiment(tiny, MESHES[name]), 7, compiler_options)
         assert jax.tree.all(jax.tree.map(np.array_equal, params, wanted)), name
 
+    # And another seed gives other bits.
     other_seed = make_params(experiment(tiny, {}), 8)
     assert not np.array_equal(other_seed["embed"]["table"], wanted["embed"]["table"])
 
@@ -328,6 +332,7 @@ def test_nothing_big_is_replicated_under_fsdp(preset, optimizer):
     # Nothing of it is computed.
     state = build.program(c, jax.devices(), c.model.vocab_size, 1000).abstract_state
 
+    # What is small may be replicated; what is big must be split into 8 equal parts.
     big = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path)
@@ -385,6 +390,8 @@ def test_the_rest_of_the_devices():
     mesh = sharding.make_mesh(dict(data=2, fsdp=-1, tensor=2), jax.devices())
     assert (mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"], mesh.size) == (2, 2, 2, 8)
     assert set(mesh.devices.flat) == set(jax.devices())
+
+    # On one device the rest is 1.
     assert sharding.make_mesh(dict(fsdp=-1), jax.devices()[:1]).size == 1
 
 

@@ -582,10 +582,10 @@ def test_tfds_has_what_shipped_tasks_read(name, tmp_path):
 # Multiple choice
 
 # Choices of different lengths, in characters and in bytes.
-PAIRS = [
-    dict(q=f"q{i}", a="x" * (i % 3 + 1), b="é€" * (i % 2 + 1) + str(i), label=i % 2)
-    for i in range(20)
-]
+PAIRS = []
+for i in range(20):
+    longer = "é€" * (i % 2 + 1) + str(i)
+    PAIRS.append(dict(q=f"q{i}", a="x" * (i % 3 + 1), b=longer, label=i % 2))
 
 
 def choose(folder, rows, fns=None, **changes):

@@ -10,6 +10,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -17,7 +18,7 @@ from lm.models import presets
 from lm.models.transformer import EXECUTION_FIELDS, Config, Transformer
 from lm.nn.layers import ACTIVATIONS, NORMS
 from lm.objectives import causal
-from tests.helpers import model_config, random_model, slow
+from tests.helpers import assert_trees_close, model_config, random_model, slow
 
 RNG = np.random.default_rng(0)
 # Two documents in each row, and padding at the end of the second.
@@ -107,7 +108,7 @@ def reference_rope(c, x, position):
     else:
         first, second = np.split(np.arange(turning), 2)
 
-    # A rotation is the product with a complex number of length 1.
+    # A rotation is the product with a complex number of length 1. What is left of a head stays.
     angles = position[:, None, None] * reference_frequencies(c, turning // 2)
     turned = (x[..., first] + 1j * x[..., second]) * np.exp(1j * angles)
     out = np.array(x)
@@ -127,6 +128,7 @@ def reference_attention(c, p, x, position, segment):
     if c.positions == "rope":
         q, k = reference_rope(c, q, position), reference_rope(c, k, position)
 
+    # Query by query, over the keys that it sees: those of its segment, up to itself.
     place = np.arange(len(x))
     out = np.zeros_like(q)
     for t in range(len(x)):
@@ -155,6 +157,7 @@ def reference_router(c, p, x):
     router_probs = np.exp(x @ p["router"])
     router_probs /= router_probs.sum(-1, keepdims=True)
 
+    # Everything below the last chosen probability is left out.
     last_chosen = np.sort(router_probs)[:, [-c.experts_per_token]]
     factors = np.where(router_probs >= last_chosen, router_probs, 0)
     if c.normalize_router:
@@ -164,6 +167,7 @@ def reference_router(c, p, x):
 
 def reference_moe(c, p, x):
     _, factors = reference_router(c, p, x)
+    # Every expert computes every token, and most results are multiplied by 0.
     matrices = [name for name in ("up", "gate", "down") if name in p]
     out = np.zeros_like(x)
     for e in range(c.num_experts):
@@ -198,13 +202,10 @@ def reference_block(c, p, x, position, segment):
     return x + mlp(mlp_norm(x))
 
 
-def as_float64(params):
-    return jax.tree.map(lambda w: np.asarray(w, np.float64), params)
-
-
 def reference_logits(c, params, tokens, position, segment):
     """Logits of one row."""
-    p = as_float64(params)
+    p = optax.tree.cast(params, np.float64)
+    # A table narrower than the model has projections on both sides (OPT-350M).
     identity = np.eye(c.table_dim or c.embed_dim)
     x = p["embed"]["table"][tokens] @ p.get("project_in", identity)
     if c.positions == "learned":
@@ -214,12 +215,14 @@ def reference_logits(c, params, tokens, position, segment):
         block = jax.tree.map(operator.itemgetter(layer), p["layers"])
         x = reference_block(c, block, x, position, segment)
 
+    # After the last layer's own norm there is no other.
     if c.residual != "post_norm":
         x = reference_norm(c, p["norm"], x)
     head = p["embed"] if c.tie_embeddings else p["head"]
     return x @ p.get("project_out", identity) @ head["table"].T
 
 
+# What the families differ in, each part in at least one of them; "other" has what no family has.
 FAMILIES = {
     "gpt2": dict(
         norm="layernorm",
@@ -352,11 +355,7 @@ def test_remat_changes_memory_only(changes):
         num_saved[remat] = sum(x.size for x in jax.tree.leaves(backward))
 
     for remat in ("dots", "full", "query,up", "query,up:host"):
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
-            results[remat],
-            results["none"],
-        )
+        assert_trees_close(results[remat], results["none"], rtol=1e-4, atol=1e-6)
     assert num_saved["full"] < 0.9 * num_saved["dots"] < 0.8 * num_saved["none"], num_saved
 
 
@@ -521,6 +520,7 @@ def test_tied_embeddings_are_one_parameter():
     assert "head" not in params
     assert sum(p.shape == (40, 32) for p in jax.tree.leaves(params)) == 1
 
+    # The same values in two tables.
     untied_graphdef, _ = random_model(model_config())
     untied = params | {"head": params["embed"]}
     np.testing.assert_allclose(
@@ -630,9 +630,11 @@ def test_gradients_of_matrices_are_not_rounded():
     holds.
     """
     graphdef, params = random_model(model_config(compute_dtype="bfloat16", gated_mlp=True))
+    # JAX's attention promotes bfloat16 by itself.
     with jax.numpy_dtype_promotion("standard"):
         grads = jax.device_get(jax.jit(jax.grad(functools.partial(mean_loss, graphdef)))(params))
 
+    # Stacked matrices have three dims or more, norms and biases fewer.
     for path, grad in jax.tree_util.tree_leaves_with_path(grads["layers"]):
         if grad.ndim > 2:
             rounded = grad.astype(jnp.bfloat16).astype(np.float32)
@@ -648,6 +650,7 @@ def test_head_on_some_positions():
         output = model(TOKENS, POSITIONS, SEGMENTS)
         return model.logits(output.hidden)[:, 3], model.logits(output.hidden[:, 3]), output
 
+    # The head takes each position by itself, so it may be asked about one alone.
     of_all, of_one, output = call(params)
     assert output.cache is None
     assert output.aux == {}
@@ -660,6 +663,7 @@ def test_loss_is_the_cross_entropy_of_weighted_targets():
     weights = np.where(RNG.random(TOKENS.shape) < 0.6, BATCH["weights"], 0).astype(np.float32)
     batch = BATCH | {"weights": weights}
 
+    # log p = z - log Z.
     z = np.asarray(logits(graphdef, params), np.float64)
     log_z = np.log(np.exp(z).sum(-1))
     logprobs = np.take_along_axis(z, batch["targets"][..., None], axis=-1)[..., 0] - log_z
@@ -676,6 +680,7 @@ def test_loss_is_the_cross_entropy_of_weighted_targets():
     def loss(params):
         return causal.make_loss(z_loss=0.1, chunk=0)(nnx.merge(graphdef, params), batch, None)
 
+    # The total is both terms, each a sum over the weights.
     total, count, terms = loss(params)
     nll = -(logprobs * weights).sum()
     z_loss = 0.1 * (log_z**2 * weights).sum()
@@ -692,7 +697,7 @@ def test_router_balance():
     graphdef, params = random_model(c)
 
     # The one layer's router, computed by hand for the tokens that are not padding.
-    p = as_float64(params)
+    p = optax.tree.cast(params, np.float64)
     block = jax.tree.map(operator.itemgetter(0), p["layers"])
     router_probs, chosen = [], []
     for row in range(2):
@@ -724,8 +729,14 @@ def test_router_balance():
 
     def total(balance_loss):
         loss = causal.make_loss(z_loss=0.0, chunk=0, balance_loss=balance_loss)
-        return jax.jit(lambda params: loss(nnx.merge(graphdef, params), BATCH, None)[0])(params)
 
+        @jax.jit
+        def value(params):
+            return loss(nnx.merge(graphdef, params), BATCH, None)[0]
+
+        return value(params)
+
+    # A mean over tokens joins a sum over targets: it is multiplied by their number.
     added = total(0.5) - total(0.0)
     assert added == pytest.approx(0.5 * balance * BATCH["weights"].sum(), rel=1e-3)
 
