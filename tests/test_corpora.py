@@ -10,6 +10,7 @@ from etils import epath
 
 from lm import train
 from lm.models import presets
+from tests.helpers import slow
 from tests.tfds_copies import TEXT, prepare
 
 WORDS = ("the", "sentence", "goes", "on", "number", "é")
@@ -50,7 +51,7 @@ def write_c4(data_dir):
     prepare(data_dir, "c4", features, splits, version="3.1.0", config="en")
 
 
-@pytest.mark.parametrize("name, write", [("lm1b", write_lm1b), ("c4", write_c4)])
+@pytest.mark.parametrize("name, write", [slow("lm1b", write_lm1b), ("c4", write_c4)])
 def test_config_trains_from_a_tiny_copy(name, write, tmp_path):
     config = runpy.run_path(f"configs/{name}.py")["get_config"]()
     config.data.source_args.data_dir = str(tmp_path / "tfds")

@@ -11,18 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm import config as config_lib
 from lm import sharding
 from lm.decoding.generator import Generator, generation_step, prefill_state
 from lm.decoding.sampling import Sampling, row_keys, sample
-from lm.models.transformer import Config, Transformer
+from tests.helpers import abstract_model, model_config, slow
 
-# Compilation dominates these tests.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 VOCAB, MODEL_VOCAB = 20, 24  # the model's table is larger than the tokenizer
 GREEDY = Sampling(temperature=0.0)
 
@@ -47,7 +40,7 @@ def draw(logits, num=2000, *, vocab_size=None, seen=None, **options):
         )
 
     keys = jax.random.split(jax.random.key(0), num)
-    return np.asarray(jax.jit(jax.vmap(draw_once), compiler_options=QUICK)(keys))
+    return np.asarray(jax.jit(jax.vmap(draw_once))(keys))
 
 
 def drawable_ids(probs, **options):
@@ -156,27 +149,15 @@ CONTEXT = PROMPTS.shape[1] + MAX_NEW_TOKENS
 @functools.cache
 def make_model(positions, **changes):
     """(graphdef, parameters drawn at random) of a small Transformer."""
-    fields = config_lib.default().model.to_dict()
-    fields |= dict(
+    fields = dict(
         vocab_size=MODEL_VOCAB,
         context_length=CONTEXT,
-        num_layers=2,
-        embed_dim=32,
         mlp_dim=32,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
+        activation="relu_squared",
         positions=positions,
-        tie_embeddings=False,
-        param_dtype="float32",
-        compute_dtype="float32",
     )
-    fields |= changes
-    del fields["type"]
-    config = Config(**fields)
-
-    abstract = nnx.eval_shape(lambda: Transformer(config, jax.random.key(0)))
-    graphdef, params = nnx.split(abstract, nnx.Param)
+    config = model_config(**fields | changes)
+    graphdef, params = abstract_model(config)
 
     # Larger weights than a model starts with, so that greedy tokens vary.
     rng = np.random.default_rng(3)
@@ -194,7 +175,7 @@ def generate(positions="rope", *, key=0, prompts=PROMPTS, eos_id=-1, sampling=GR
     graphdef, params = make_model(positions)
     keys = jax.random.split(jax.random.key(key), len(prompts))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(params, prompts, lengths):
         state = prefill_state(
             graphdef,
@@ -222,7 +203,7 @@ def generate(positions="rope", *, key=0, prompts=PROMPTS, eos_id=-1, sampling=GR
 def make_best_token(graphdef, params):
     """A function from tokens [B, T] to the best next token at each position [B, T], uncached."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def best_token(tokens):
         model = nnx.merge(graphdef, params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -340,7 +321,7 @@ def make_generator(mesh_sizes=None, stop_ids=(-1,), sampling=GREEDY, **changes):
 @pytest.mark.parametrize(
     "sampling",
     [
-        GREEDY,
+        slow(GREEDY),
         Sampling(temperature=2.0, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
     ],
     ids=["greedy", "sampled"],

@@ -287,6 +287,7 @@ def command(*arguments):
     return finished.stdout, finished.stderr
 
 
+@pytest.mark.slow
 def test_the_command(run, tmp_path):
     """Greedy text of a run's average, alone and in a batch that is split over a mesh; and what is
     wrong with a command.

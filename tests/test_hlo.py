@@ -91,6 +91,7 @@ def gradient_of_layers(unroll):
     return jax.grad(loss, argnums=(0, 1, 2))
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_xla_counts_and_loops_count_by_their_trips():
     shapes = [
         ((2, 256, 2048), jnp.bfloat16),

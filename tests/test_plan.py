@@ -74,6 +74,7 @@ def whole_report(small):
     return report
 
 
+@pytest.mark.slow
 def test_every_program_is_announced_and_the_report_is_json(small):
     report, progress = plan_once(small.lock(), plan_lib.PROGRAMS)
     assert len(progress) == 4
@@ -85,6 +86,7 @@ def test_an_unknown_program_is_refused(small):
         plan_lib.plan(small, "v5e:2x2", programs=("train", "test"))
 
 
+@pytest.mark.slow
 def test_memory_in_the_report(whole_report):
     """Each chip holds a quarter: parameters (bf16, norms f32), and two f32 moments."""
     train = whole_report["train"]
@@ -98,6 +100,7 @@ def test_memory_in_the_report(whole_report):
     assert train["arguments_gib"] > parameters_gib + optimizer_gib - 1e-3
 
 
+@pytest.mark.slow
 def test_flops_in_the_report(small, whole_report):
     train = whole_report["train"]
     model_config = types.SimpleNamespace(**small.model.to_dict())
@@ -120,6 +123,7 @@ def test_flops_in_the_report(small, whole_report):
     assert train["kernels"] == expected_kernels or sum(train["kernels"].values()) >= 4
 
 
+@pytest.mark.slow
 def test_times_in_the_report(whole_report):
     train = whole_report["train"]
     step_ms = train["step_ms"]
@@ -133,6 +137,7 @@ def test_times_in_the_report(whole_report):
     assert chip_hours == pytest.approx(1e9 / tokens_per_second / 3600, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_collectives_in_the_report(whole_report):
     """Every layer's weights are gathered in the forward and in the backward pass, and their
     gradients are scattered: bf16 there, f32 back.
@@ -143,6 +148,7 @@ def test_collectives_in_the_report(whole_report):
     assert any(name.startswith("reduce-scatter") for name in train["collectives"])
 
 
+@pytest.mark.slow
 def test_programs_without_gradients_take_less(whole_report):
     train = whole_report["train"]
     prefill = whole_report["prefill"]
@@ -153,6 +159,7 @@ def test_programs_without_gradients_take_less(whole_report):
     assert decode["hbm_gb"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -170,11 +177,9 @@ def test_table_of_the_report(whole_report, words):
 
 
 @pytest.mark.slow
-def test_accumulation_shows(small):
+def test_accumulation_shows(small, whole_report):
     """Microbatches take less memory for the same FLOPs, and gather weights once each."""
-    small.data.batch_size = 32
-    small.model.remat = "query,key,value,attention,out,up,down"
-    whole = report_of(small)["train"]
+    whole = whole_report["train"]
     small.train.accumulation = 4
     accumulated = report_of(small)["train"]
 
@@ -291,6 +296,7 @@ def changed_keys(card, report):
     return [line.split(":")[0] for line in cards.differences(card, report)]
 
 
+@pytest.mark.slow
 def test_a_card_notices(whole_report):
     report = whole_report
     card = json.loads(json.dumps(report))

@@ -159,7 +159,6 @@ def assert_trains_alike(tiny, sizes, *, steps, model, execution, accumulation=1)
         (MESHES["data 2 x fsdp 2 x tensor 2"], 1),
         (MESHES["slice 2 x sequence 2 x expert 2"], 2),
         slow(MESHES["data 8"], 1),
-        slow(MESHES["fsdp 8"], 1),
         slow(MESHES["data 2 x fsdp 4"], 1),
         slow(MESHES["fsdp 4 x fsdp2 2"], 1),
         slow(dict(data=2, fsdp=2), 4),
@@ -183,12 +182,7 @@ def test_gradient_and_losses_are_the_same_on_every_mesh(tiny, sizes, accumulatio
 
 @pytest.mark.parametrize(
     "sizes",
-    [
-        dict(fsdp=2, fsdp2=4),
-        slow({}),
-        slow(dict(fsdp=8)),
-        slow(dict(slice=2, data=2, fsdp=2)),
-    ],
+    [dict(fsdp=2, fsdp2=4), slow({}), slow(dict(slice=2, data=2, fsdp=2))],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -222,8 +216,6 @@ def test_manual_fsdp_is_the_automatic(tiny, sizes, tied, positions, gather, accu
     [
         (dict(sequence=2, fsdp=2, fsdp2=2), "by_hand"),
         (dict(data=2, sequence=4), "partitioner"),
-        slow(dict(sequence=4), "by_hand"),
-        slow(dict(sequence=4), "partitioner"),
         slow(dict(data=2, sequence=4), "by_hand"),
         slow(dict(sequence=2, fsdp=2, fsdp2=2), "partitioner"),
     ],
@@ -251,7 +243,6 @@ def test_rows_split_into_positions_are_rows_whole(tiny, sizes, fsdp):
         (dict(expert=2, fsdp=2, fsdp2=2), "by_hand"),
         (dict(expert=2, tensor=2, fsdp=2), "partitioner"),
         slow(dict(expert=4), "by_hand"),
-        slow(dict(expert=2, fsdp=2, data=2), "partitioner"),
         slow(dict(expert=2, sequence=2, fsdp=2), "by_hand"),
         slow(dict(fsdp=4, tensor=2), "partitioner"),
     ],
@@ -290,10 +281,10 @@ def test_reduce_dtype_is_what_travels(tiny):
 @pytest.mark.parametrize(
     "meshes, compiler_options",
     [
-        # As optimized as in a run, XLA may fuse and round otherwise for shards of another shape: on
-        # the two most different meshes.
-        (("one device", "data 2 x fsdp 2 x tensor 2"), OPTIMIZED),
+        (("data 2 x fsdp 2 x tensor 2",), None),
         slow(tuple(MESHES), None),
+        # As optimized as in a run, XLA may fuse and round otherwise for shards of another shape.
+        slow(("data 2 x fsdp 2 x tensor 2",), OPTIMIZED),
     ],
 )
 def test_one_seed_gives_the_same_bits_on_every_mesh(tiny, meshes, compiler_options):

@@ -90,6 +90,7 @@ def _config(tiny, tmp_path):
     return c.lock()
 
 
+@pytest.mark.slow
 def test_the_words_that_were_trained_are_suggested(config, tmp_path):
     run = epath.Path(tmp_path / "run")
     devices = jax.devices()[:1]
