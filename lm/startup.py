@@ -80,6 +80,7 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
     """
     if platform not in PLATFORMS:
         raise ValueError(f"config.platform = {platform!r}; valid: {list(PLATFORMS)}")
+    keep_simulated_devices_in_step()
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     _join_processes(processes)
@@ -115,6 +116,22 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
         jax.config.update("jax_compilation_cache_dir", cache)
     return devices
+
+
+def keep_simulated_devices_in_step() -> None:
+    """Has the devices that XLA_FLAGS simulates on a CPU meet in one order at their collectives.
+
+    XLA lets a collective run beside a loop that has collectives too, and a program beside the one
+    before it. On busy cores each device then comes to them in its own order, and all wait for ever.
+    To be called before jax makes its devices.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        return
+    if "xla_cpu_scheduler_type" not in flags:
+        scheduler = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+        os.environ["XLA_FLAGS"] = f"{flags} {scheduler}"
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def leave(code: int) -> None:

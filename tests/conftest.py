@@ -9,12 +9,9 @@ import os
 import tempfile
 
 # Compiling is most of the time that tests take; what is compiled here is tiny, and may be slow.
-# XLA's default scheduler on CPU lets a collective run beside a loop that has collectives too. On
-# busy cores the devices then meet in different orders, and wait for each other for ever.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The workers of pytest-xdist, and processes that tests start, inherit the cache of the session.
@@ -26,11 +23,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 import pytest
 
-from lm import build, step, telemetry
+from lm import build, startup, step, telemetry
 from lm import config as config_lib
 from lm.reports import pictures
 from tests.helpers import PNG, write_corpus
 
+startup.keep_simulated_devices_in_step()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
