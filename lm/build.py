@@ -28,8 +28,9 @@ from lm.data.loader import Loader
 from lm.data.sources import Documents
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
-from lm.evals.predict import Evaluator, ModelFns, PredictFns
+from lm.evals.predict import Evaluator, ModelFns, PredictFns, never_stop
 from lm.hf import directory as hf
+from lm.nn.attention import KERNEL_PLATFORMS
 
 
 def resolve(path: str, what: str) -> Any:
@@ -115,16 +116,16 @@ def apply_hf_config(config: ConfigDict) -> ConfigDict:
     if directory is None or not hf.is_checkpoint(directory):
         return config
 
-    source = hf.Checkpoint(directory)
+    hf_checkpoint = hf.Checkpoint(directory)
     config = config.copy_and_resolve_references().unlock()
-    config.model.update(source.fields)
+    config.model.update(hf_checkpoint.fields)
     config.tokenizer.path = config.tokenizer.path or str(directory)
-    if source.dtype() == "float32" and config.model.param_dtype == "bfloat16":
+    if hf_checkpoint.dtype() == "float32" and config.model.param_dtype == "bfloat16":
         logging.warning(
             "%s has float32 weights, and config.model.param_dtype = 'bfloat16' rounds them",
             directory,
         )
-    logging.info("model and tokenizer from %s: %s", directory, source.family.name)
+    logging.info("model and tokenizer from %s: %s", directory, hf_checkpoint.family.name)
     return config.lock()
 
 
@@ -143,12 +144,13 @@ def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[A
     if not fields["compute_dtype"]:
         fields["compute_dtype"] = "float32" if platform == "cpu" else "bfloat16"
 
-    for attention, wanted in (("splash", "tpu"), ("cudnn", "gpu")):
-        if fields.get("attention") == attention and platform != wanted:
-            raise ValueError(
-                f"config.model.attention = {attention!r} is for {wanted}, and this runs on "
-                f'{platform}; "xla" runs everywhere'
-            )
+    attention = fields.get("attention")
+    wanted = KERNEL_PLATFORMS.get(attention, platform)
+    if platform != wanted:
+        raise ValueError(
+            f"config.model.attention = {attention!r} is for {wanted}, and this runs on "
+            f'{platform}; "xla" runs everywhere'
+        )
     if fields["vocab_size"] < vocab_size:
         raise ValueError(
             f"config.model.vocab_size = {fields['vocab_size']} is below the tokenizer's "
@@ -381,9 +383,7 @@ class Experiment:
         layout = sharding.batch_sharding(self.program.mesh)
         return Loader(make_stream, c.streams, c.batch_size, c.length, layout)
 
-    def make_evaluators(
-        self, check_stop: Callable[[], None] = lambda: None
-    ) -> dict[str, Evaluator]:
+    def make_evaluators(self, check_stop: Callable[[], None] = never_stop) -> dict[str, Evaluator]:
         """The evaluators by name. `check_stop` is called before each batch, and may raise."""
         mesh, length = self.program.mesh, self.config.data.length
         model_fns = self._model_fns()

@@ -27,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from lm import files
 from lm.data import tokenizer as tokenizers
 
 MANIFEST = "MANIFEST.json"
@@ -324,8 +325,8 @@ class Checkpointer:
                 f"{str(error).splitlines()[0]}. {outcome} kept; free space and start again."
             ) from error
 
-    def restore(self, step: int, abstract) -> tuple[Any, dict]:
-        """Returns (state, meta) of a checkpoint.
+    def restore(self, step: int, abstract) -> Any:
+        """Returns the state of a checkpoint.
 
         Args:
           abstract: ShapeDtypeStructs with the shardings wanted, of any mesh.
@@ -333,8 +334,7 @@ class Checkpointer:
         Raises:
           ValueError: other parameters, shapes or dtypes than the checkpoint's.
         """
-        state = _restore_arrays(self._manager, step, abstract, "state")
-        return state, self.meta(step)
+        return _restore_arrays(self._manager, step, abstract, "state")
 
     def meta(self, step: int) -> dict:
         """Returns the JSON object of a checkpoint."""
@@ -347,10 +347,11 @@ class Checkpointer:
 
 
 class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves preemption to the run's loop."""
+
     def reached_preemption(self, step: int) -> bool:
-        """Never: the run's loop asks. Orbax would ask again, from a thread and for the step that it
-        saves, and jax's agreement on a step takes the last one that it was asked about for where
-        the process stands.
+        """Never: the run's loop asks for itself. Orbax would ask from its own thread, about the
+        step it saves, and jax takes the last step asked about for the one the process is at.
         """
         return False
 
@@ -411,7 +412,7 @@ class SavedCheckpoint:
     """A checkpoint of a run that is only read.
 
     Attributes:
-      step: of the run.
+      step: the step that it was saved at.
       meta: its JSON object.
     """
 
@@ -504,21 +505,28 @@ def _as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 # --- the tokenizer in a checkpoint ---
 
 
-def tokenizer_to_meta(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
-    """Returns the tokenizer's files as {name: base64}, for a checkpoint's meta."""
+def tokenizer_to_meta(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """Returns a checkpoint's meta["tokenizer"]: what names the tokenizer, and its files."""
+    contents = {}
     with tempfile.TemporaryDirectory() as folder:
-        folder = epath.Path(folder)
-        tokenizer.save(folder)
-        return {
-            path.name: base64.b64encode(path.read_bytes()).decode() for path in folder.iterdir()
-        }
+        tokenizer.save(epath.Path(folder))
+        for path in epath.Path(folder).iterdir():
+            contents[path.name] = base64.b64encode(path.read_bytes()).decode()
+    return {
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "files": contents,
+    }
 
 
-def tokenizer_from_meta(files: dict[str, str]) -> tokenizers.Tokenizer:
-    """Returns the tokenizer out of a checkpoint's meta."""
+def tokenizer_from_meta(saved: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Returns the tokenizer out of a checkpoint's meta["tokenizer"].
+
+    Raises:
+      ValueError: a file's name is a path, or see `lm.data.tokenizer.load`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        folder = epath.Path(folder)
-        for name, content in files.items():
-            # The last part of a name only: a checkpoint of unknown origin must not write elsewhere.
-            (folder / epath.Path(name).name).write_bytes(base64.b64decode(content))
+        for name, content in saved["files"].items():
+            name = files.check_name(name, "the tokenizer of a checkpoint")
+            (epath.Path(folder) / name).write_bytes(base64.b64decode(content))
         return tokenizers.load(folder)

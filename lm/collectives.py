@@ -152,7 +152,7 @@ def scatter_grad(grad: jax.Array, logical_axes: tuple[str, ...], dtype) -> jax.A
 
 def _psum_unsplit(grad: jax.Array, logical_axes: tuple[str, ...], mesh) -> jax.Array:
     """Sums a gradient over the mesh axes that don't split its parameter."""
-    splitting = {axis for name in logical_axes for axis in RULES[name]}
+    splitting = set().union(*(RULES[name] for name in logical_axes))
     rest = tuple(a for a in mesh.manual_axes if mesh.shape[a] > 1 and a not in splitting)
     return jax.lax.psum(grad, rest) if rest else grad
 
@@ -227,8 +227,10 @@ def psum_rows(sums):
     Under GSPMD they are sums over all already.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return sums
     row_axes = (*RULES["batch"], *RULES["length"])
-    axes = tuple(axis for axis in row_axes if mesh.manual_axes and mesh.shape[axis] > 1)
+    axes = tuple(axis for axis in row_axes if mesh.shape[axis] > 1)
     return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums) if axes else sums
 
 

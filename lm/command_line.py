@@ -33,10 +33,10 @@ def config_flag() -> flags.FlagHolder:
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
-    """Makes a function of the arguments left over a command.
+    """Turns `main(argv)` into a command: it logs to stderr, and errors become messages and exit
+    statuses.
 
-    It logs to stderr. An error ends it with "error: ..." and exit status 1, a run that was asked to
-    stop with 0.
+    An error ends it with "error: ..." and 1, a run that was asked to stop with 0.
     """
 
     @functools.wraps(main)
@@ -44,7 +44,7 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
         logging.basicConfig(
             level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
         )
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS tell every move
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS log too much at INFO
         try:
             return main(argv) or 0
         except stopping.Stopped as stopped:
@@ -53,9 +53,10 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
         except app.UsageError:
             raise
         except Exception as error:
-            if not isinstance(error, EXPLAINED):
+            # One without words, such as Python's own MemoryError, explains nothing.
+            if not isinstance(error, EXPLAINED) or not str(error):
                 traceback.print_exc()
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(f"\nerror: {error or type(error).__name__}", file=sys.stderr)
             startup.leave(1)
             return 1
 

@@ -14,7 +14,6 @@ a directory without an import.
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,11 +61,7 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
     meta = {
         "config": config.to_dict(),
         "hf": hf_checkpoint.record(),
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "files": checkpoint.tokenizer_to_meta(tokenizer),
-        },
+        "tokenizer": checkpoint.tokenizer_to_meta(tokenizer),
     }
     # As JSON has it: lists for tuples.
     meta = json.loads(json.dumps(meta))
@@ -104,14 +99,14 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
         raise ValueError(f"--family={family}; valid: {sorted(families.FAMILIES)}")
 
     with checkpoint.open_run(workdir) as saved:
-        config = _model_config(saved.meta)
+        config = _config_with_model(saved.meta)
         fields = _fields(config)
 
         # The model is checked before its arrays are read.
         original = None if family else saved.meta.get("hf")
         target_family = _family_to_write(fields, original, family)
 
-        tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"]["files"])
+        tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
         vocab_size = saved.meta["tokenizer"]["vocab_size"]
         abstract_params = build.abstract_model(config, devices, vocab_size).params
         params = saved.restore_params(abstract_params, averaged=True)
@@ -132,7 +127,7 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
     return target_family.name
 
 
-def _model_config(meta: Mapping[str, Any]) -> ConfigDict:
+def _config_with_model(meta: Mapping[str, Any]) -> ConfigDict:
     """The default configuration with a checkpoint's model."""
     config = config_lib.default()
     config.model = ConfigDict(meta["config"]["model"])
@@ -186,8 +181,8 @@ def main(argv: list[str]) -> None:
     if not directory_flag.value or not _WORKDIR.value:
         raise ValueError(f"{command} needs --{directory_flag.name}=DIR and --workdir=RUN")
 
-    directory = Path(os.path.expanduser(directory_flag.value))
-    workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
+    directory = Path(directory_flag.value).expanduser()
+    workdir = epath.Path(_WORKDIR.value).expanduser()
     devices = startup.start(_PLATFORM.value)
     if command == "import":
         import_checkpoint(directory, workdir, devices, _PARAM_DTYPE.value)

@@ -1,4 +1,6 @@
-"""Evals of checkpoints: run, written down, and the command that trains nothing."""
+"""Runs evaluators on checkpoints and writes what they yield. Also --mode=eval, which trains
+nothing.
+"""
 
 import json
 import logging
@@ -33,7 +35,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
     """
     config = build.apply_hf_config(config)
     experiment = build.build(config, devices, training=False)
-    source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
+    source = weights.source_of(config, workdir)
     chosen = _parse_steps(steps, source)
     first_process = jax.process_index() == 0
 
@@ -41,7 +43,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
     with jax.set_mesh(experiment.program.mesh):
         evaluators = experiment.make_evaluators()
         for checkpoint_step in chosen:
-            params = None  # the ones before make room
+            params = None  # frees the memory of the previous checkpoint's
             params, step = weights.load_weights(
                 experiment, source, averaged=True, step=checkpoint_step
             )

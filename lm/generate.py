@@ -8,7 +8,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +26,7 @@ from lm.decoding import stop_strings
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
 from lm.hf import directory as hf
-
-# The platform of an attention implementation that doesn't run everywhere.
-ATTENTION_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+from lm.nn.attention import KERNEL_PLATFORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +34,7 @@ class GenerationOptions:
     """How long the texts get, and what is drawn."""
 
     max_new_tokens: int
-    seed: int = 0  # of every row, so that a prompt's text is the same in any batch
+    seed: int = 0  # the same for every prompt, whose text is then the same in any batch
     stop: Sequence[str] = ()  # strings that a text ends before
 
 
@@ -77,7 +74,7 @@ def load_run(
 ) -> tuple[build.AbstractModel, Any, Tokenizer]:
     """(model, parameters, tokenizer) of a run's newest checkpoint; see `load`."""
     with checkpoint.open_run(workdir) as saved:
-        tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"]["files"])
+        tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
         model = _abstract_model(saved.meta["config"]["model"], tokenizer, devices, mesh)
         params = saved.restore_params(model.params, averaged=True)
     logging.info("step %d of %s", saved.step, workdir)
@@ -88,16 +85,16 @@ def load_hf_directory(
     directory: epath.Path, devices, mesh: Mapping[str, int] | None
 ) -> tuple[build.AbstractModel, Any, Tokenizer]:
     """(model, parameters, tokenizer) of a Hugging Face checkpoint; see `load`."""
-    source = hf.Checkpoint(directory)
+    hf_checkpoint = hf.Checkpoint(directory)
     tokenizer = tokenizers.load(directory)
 
     # How it is executed is config.model's default; what it computes is the checkpoint's.
     fields = config_lib.default().model.to_dict()
-    fields |= source.fields
-    fields |= dict(param_dtype=source.dtype())
+    fields |= hf_checkpoint.fields
+    fields |= dict(param_dtype=hf_checkpoint.dtype())
 
     model = _abstract_model(fields, tokenizer, devices, mesh)
-    params = source.load(model.params, hf.progress_line(str(directory)))
+    params = hf_checkpoint.load(model.params, hf.progress_line(str(directory)))
     return model, params, tokenizer
 
 
@@ -110,7 +107,7 @@ def _abstract_model(
 
     # A model trained on one platform can generate on another: only the kernel differs.
     platform = devices[0].platform
-    if ATTENTION_PLATFORMS.get(config.model.attention, platform) != platform:
+    if KERNEL_PLATFORMS.get(config.model.attention, platform) != platform:
         logging.info(
             "trained with %s attention, which isn't for %s: continuing with xla's",
             config.model.attention,
@@ -235,7 +232,7 @@ def _stream(
     tokenizer: Tokenizer,
     options: GenerationOptions,
 ) -> Iterator[list[str]]:
-    return stop_strings.stream(
+    return stop_strings.stream_texts(
         generator,
         tokenizer,
         prompt_ids,
@@ -273,7 +270,7 @@ def parse_mesh(text: str) -> dict[str, int] | None:
 def main(argv: list[str]) -> None:
     # Flags that make no sense end it before anything is loaded.
     _check_flags(argv)
-    source = epath.Path(os.path.expanduser(_WORKDIR.value or _FROM.value))
+    source = epath.Path(_WORKDIR.value or _FROM.value).expanduser()
     if _FROM.value and not hf.is_checkpoint(source):
         raise ValueError(
             f"--from={_FROM.value} is not the directory of a Hugging Face checkpoint: no "
@@ -290,7 +287,7 @@ def main(argv: list[str]) -> None:
     options = GenerationOptions(_NEW.value, seed=_SEED.value, stop=_STOP.value)
     prompts = _PROMPT.value
     if _PROMPTS.value:
-        prompts = read_prompts(Path(os.path.expanduser(_PROMPTS.value)))
+        prompts = read_prompts(Path(_PROMPTS.value).expanduser())
 
     devices = startup.start(_PLATFORM.value)
     generator, tokenizer = load(source, devices, sampling, parse_mesh(_MESH.value))

@@ -1,9 +1,9 @@
-"""Trains and evaluates: python -m lm.main --config=configs/pydocs.py --workdir=RUN. Flags only; the
-run is lm/train.py.
+"""Trains and evaluates: python -m lm.main --config=configs/pydocs.py --workdir=RUN.
+
+Here are the flags, and what is printed at the end; the run is lm/train.py.
 """
 
 import json
-import os
 
 import jax
 from absl import app, flags
@@ -40,8 +40,8 @@ _COMPARE = flags.DEFINE_string(
 _STEPS = flags.DEFINE_string(
     "steps",
     "",
-    "With --mode=eval: the checkpoints of these steps (with commas between them; all), not the "
-    "newest.",
+    "With --mode=eval: steps of the checkpoints to evaluate, such as 100,200, or all; by default "
+    "the newest.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -55,11 +55,10 @@ def report(values: dict, workdir: epath.Path, mode: str) -> str:
     """What a run prints at its end: the evals, the training loss, and where the rest is."""
     shown = [key for key in ("train/loss", "train/seconds") if key in values]
     training = [f"{key} {tables.cell(values[key])}" for key in shown]
-    metrics_file = "metrics.jsonl" if mode == "train" else "eval-STEP.md"
-    rest = (
-        f"all metrics are in {workdir / metrics_file}, each example's results in "
-        f"{workdir / 'predictions'}"
-    )
+    metrics_file = "metrics.jsonl" if mode == "train" else "eval-*.md"
+    rest = f"all metrics are in {workdir / metrics_file}"
+    if (workdir / "predictions").exists():
+        rest += f", each example's results in {workdir / 'predictions'}"
     parts = [tables.headline(values), ", ".join(training), rest]
     return "\n\n".join(part for part in parts if part)
 
@@ -81,8 +80,8 @@ def main(argv: list[str]) -> None:
     for flag in (_COMPARE, _STEPS):
         if flag.value and _MODE.value != "eval":
             raise ValueError(f"--{flag.name}={flag.value} needs --mode=eval")
-    workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
-    compare_to = epath.Path(os.path.expanduser(_COMPARE.value)) if _COMPARE.value else None
+    workdir = epath.Path(_WORKDIR.value).expanduser()
+    compare_to = epath.Path(_COMPARE.value).expanduser() if _COMPARE.value else None
     if compare_to and not comparison.newest_predictions(compare_to):
         raise ValueError(
             f"--compare_to={_COMPARE.value} has no predictions/: evaluate it first, with the "

@@ -1,6 +1,6 @@
 """Where every array lives: the mesh, and one table from logical axes to mesh axes.
 
-A parameter names its dims when it is born (``logical_axes``, see `lm.nn.layers.param`). `RULES`
+A parameter names its dims when it is made (``logical_axes``, see `lm.nn.layers.param`). `RULES`
 maps those names to axes of the mesh. Nothing else in the project decides a layout. *Axis* means an
 axis of the mesh, *dim* a dim of a tensor. The collectives that follow from a layout stand in
 lm/collectives.py.
@@ -32,7 +32,7 @@ RULES = {
     "head_dim": (),
     "expert": ("expert",),
     "router": (),
-    # Biases have no embed dim that the fsdp axes could split.
+    # These biases have no embed dim that the fsdp axes could split.
     "mlp_bias": ("fsdp", "fsdp2", "tensor"),
     "head_dim_bias": ("fsdp", "fsdp2"),
     # The same dims in activations, where those axes already split the batch.
@@ -42,7 +42,8 @@ RULES = {
     "attention_heads": ("tensor", "sequence"),  # inside attention, where rows are whole
     "act_vocab": ("tensor",),
 }
-# The axes that split the batch's rows or positions, and the weights too.
+# The axes of FSDP: they split rows or positions, and also the `embed` dim of weights, which layers
+# gather over them.
 FSDP_AXES = ("fsdp", "fsdp2", "sequence")
 
 
@@ -249,10 +250,10 @@ def check_batch(mesh: Mesh, batch_size: int, length: int, name: str) -> None:
     rows = batch_parts(mesh)
     columns = math.prod(mesh.shape[a] for a in RULES["length"])
     if batch_size % rows:
+        sizes = {axis: mesh.shape[axis] for axis in RULES["batch"] if mesh.shape[axis] > 1}
         raise ValueError(
             f"{name} = {batch_size} rows can't be divided by {rows}, the product of the mesh's "
-            f"batch axes { ({a: mesh.shape[a] for a in RULES['batch'] if mesh.shape[a] > 1}) }; "
-            f"make it a multiple of {rows}"
+            f"batch axes {sizes}; make it a multiple of {rows}"
         )
     if length % columns:
         raise ValueError(

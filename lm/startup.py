@@ -80,7 +80,7 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
     """
     if platform not in PLATFORMS:
         raise ValueError(f"config.platform = {platform!r}; valid: {list(PLATFORMS)}")
-    keep_simulated_devices_in_step()
+    order_simulated_collectives()
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     _join_processes(processes)
@@ -118,12 +118,12 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
     return devices
 
 
-def keep_simulated_devices_in_step() -> None:
-    """Has the devices that XLA_FLAGS simulates on a CPU meet in one order at their collectives.
+def order_simulated_collectives() -> None:
+    """Makes the devices that XLA_FLAGS simulates on a CPU run their collectives in one order.
 
     XLA lets a collective run beside a loop that has collectives too, and a program beside the one
     before it. On busy cores each device then comes to them in its own order, and all wait for ever.
-    To be called before jax makes its devices.
+    Call it before jax makes its devices.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
@@ -138,11 +138,12 @@ def leave(code: int) -> None:
     """Ends this process at once if it is one of several. An orderly end would wait for the others,
     which may wait for this one in the middle of a step; so they notice that it is gone.
     """
-    # Asked for alone, the number of processes would start the devices.
+    # Checked first, since jax.process_count() alone would start the devices.
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        # an error that all of them meet is told by each before the first one's end stops them
+        # Where all processes meet the same error, this gives each the time to print it before one's
+        # exit stops the others.
         time.sleep(1)
         os._exit(code)
 

@@ -11,7 +11,6 @@ Letters in shapes: P prompts, V vocabulary, D size of a state, K labels.
 """
 
 import logging
-import os
 from collections.abc import Sequence
 
 import jax
@@ -32,8 +31,7 @@ def suggest(
 
     Args:
       workdir: the run whose newest checkpoint is asked, unless there is config.init_from.
-      num_prompts: how many records of the eval's shots_split to ask about. They are the eval's
-        `temperature_examples`: under that name errors say that there are too few.
+      num_prompts: how many records of the eval's shots_split to ask about (--examples).
       num_words: how many words to suggest for each label.
 
     Returns:
@@ -45,7 +43,7 @@ def suggest(
     """
     config = single_eval(build.apply_hf_config(config), name, num_prompts)
     experiment = build.build(config, devices, training=False)
-    source = epath.Path(config.init_from).expanduser() if config.init_from else workdir
+    source = weights.source_of(config, workdir)
 
     # All that needs the model: states after the prompts, and rows of the head.
     with jax.set_mesh(experiment.program.mesh):
@@ -113,6 +111,7 @@ def single_eval(config, name: str, num_prompts: int):
         # Records that a temperature would be fitted on are drawn from shots_split, as many of each
         # label, and none that is evaluated: these are the prompts wanted here.
         config.evals[name].temperature_examples = num_prompts
+        config.evals[name].examples_key = "--examples"
         config.evals[name].priors = ()
         config.evals[name].max_documents = 1
     return config
@@ -187,7 +186,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 def main(argv: list[str]) -> None:
     command_line.no_arguments(argv)
     config = _CONFIG.value
-    workdir = epath.Path(os.path.expanduser(_WORKDIR.value))
+    workdir = epath.Path(_WORKDIR.value).expanduser()
     devices = startup.start(config.platform)
     suggestions = suggest(config, workdir, devices, _EVAL.value, _EXAMPLES.value, _WORDS.value)
 

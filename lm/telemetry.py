@@ -40,11 +40,11 @@ class Writer:
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        self.active = jax.process_index() == 0
+        self._active = jax.process_index() == 0
         self._path = workdir / "metrics.jsonl"
         self._appends = "://" not in str(self._path)
         self._lines: list[dict] = []
-        if not self.active:
+        if not self._active:
             return
 
         self._lines = [line for line in files.read_jsonl_log(self._path) if line["step"] <= step]
@@ -58,12 +58,12 @@ class Writer:
         files.write_whole(self._path, text)
 
     def lines(self) -> list[dict]:
-        """All that was written, by the runs before too."""
+        """All lines so far, those of this run's earlier starts included."""
         return list(self._lines)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Adds a line of metrics; numbers go to TensorBoard too."""
-        if not self.active or not values:
+        if not self._active or not values:
             return
         line = {"step": step, **values}
         self._lines.append(line)
@@ -75,7 +75,7 @@ class Writer:
                 self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        if not self.active:
+        if not self._active:
             return
         if not self._appends:
             self._rewrite()
@@ -83,24 +83,27 @@ class Writer:
 
     def close(self) -> None:
         self.flush()
-        if self.active:
+        if self._active:
             self._events.close()
+
+
+SECONDS_BETWEEN_LINES = 15.0  # of progress, where there is no terminal
 
 
 class Progress:
     """Shows where a run is: a line on the terminal that is written over, or, without a terminal,
-    one line every `seconds`.
+    a line now and then.
     """
 
-    def __init__(self, total_steps: int, start_step: int, seconds: float = 15.0):
-        self._total, self._start, self._seconds = total_steps, start_step, seconds
+    def __init__(self, total_steps: int, start_step: int):
+        self._total, self._start = total_steps, start_step
         self._began = self._last = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._active = jax.process_index() == 0
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
-        too_soon = now - self._last < self._seconds and step < self._total
+        too_soon = now - self._last < SECONDS_BETWEEN_LINES and step < self._total
         if not self._active or (too_soon and not self._terminal):
             return
         self._last = now
@@ -238,7 +241,8 @@ class Profile:
             logging.info("trace written to %s/profile", self._workdir)
 
 
-# A metric, or with a slash in front the end of its name: of each eval that has it.
+# Names of metrics. One that begins with a slash is an ending, and stands for that metric of every
+# eval.
 CURVES = (
     "train/loss",
     "/bits_per_byte",
@@ -254,7 +258,7 @@ def plot_curves(lines: list[dict]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7), layout="constrained")
-    all_names = sorted({name for line in lines for name in line})
+    all_names = sorted(set().union(*lines))
     for axis, curve in zip(figure.subplots(2, 3).flat, CURVES):
         of_evals = curve.startswith("/")
         names = [n for n in all_names if n == curve or (of_evals and n.endswith(curve))]

@@ -205,7 +205,7 @@ class Run:
                 "pydocs, the installed versions) have changed"
             )
 
-        self.state, _ = self.checkpointer.restore(step, e.program.abstract_state)
+        self.state = self.checkpointer.restore(step, e.program.abstract_state)
         # A state that was saved halted tries again: with train.nonfinite="skip", or mended data, it
         # goes on.
         not_halted = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
@@ -301,7 +301,7 @@ class Run:
         self.read_metrics()
         if names:
             with self.timer.paused("evals"):
-                values = self.evaluate(step, names)
+                values = self.run_evals(step, names)
                 self.progress.note(" | ".join([f"step {step}", *evaluate.summary(values)]))
         with self.timer.paused("checkpoints"):
             if jax.process_index() == 0 and (names or last):
@@ -323,7 +323,7 @@ class Run:
                 due.append(name)
         return due
 
-    def evaluate(self, step: int, names: list[str]) -> dict[str, float]:
+    def run_evals(self, step: int, names: list[str]) -> dict[str, float]:
         """Runs evaluators, writes what they yield, and returns all metrics of `step` so far."""
         if self.evals["step"] != step:
             self.evals = {"step": step, "names": [], "values": {}}
@@ -345,11 +345,7 @@ class Run:
             "corpus": e.train_documents.fingerprint,
             "interval": {name: list(pair) for name, pair in self.sums.items()},
             "evals": self.evals,
-            "tokenizer": {
-                "fingerprint": e.tokenizer.fingerprint,
-                "vocab_size": e.tokenizer.vocab_size,
-                "files": checkpoint.tokenizer_to_meta(e.tokenizer),
-            },
+            "tokenizer": checkpoint.tokenizer_to_meta(e.tokenizer),
         }
         self.writer.flush()
         metrics = self.evals["values"] if self.evals["step"] == step else {}

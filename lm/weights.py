@@ -1,6 +1,7 @@
 """Weights for an experiment, from a run's checkpoint or from a Hugging Face directory."""
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from lm import build, checkpoint
 from lm.hf import directory as hf
@@ -26,6 +27,11 @@ def load_weights(
     with checkpoint.open_run(source, step) as saved:
         check_tokenizer(experiment, saved.meta, source)
         return saved.restore_params(abstract_params, averaged=averaged), saved.step
+
+
+def source_of(config: ConfigDict, workdir: epath.Path) -> epath.Path:
+    """Where the weights to be looked at lie: config.init_from, or else the run directory."""
+    return epath.Path(config.init_from).expanduser() if config.init_from else workdir
 
 
 def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path) -> None:

@@ -28,15 +28,15 @@ from lm import config as config_lib
 from lm.reports import pictures
 from tests.helpers import PNG, write_corpus
 
-startup.keep_simulated_devices_in_step()
+startup.order_simulated_collectives()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A complete configuration: bytes, 2 layers of 32, rows of 32 tokens, one device's mesh by
-    default (`mesh.data=1`).
+    """A complete configuration: bytes, 2 layers of 32, rows of 32 tokens, a mesh of one device
+    (`mesh.fsdp=1`).
     """
     write_corpus(tmp_path / "corpus.jsonl")
     c = config_lib.default()

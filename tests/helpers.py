@@ -1,7 +1,9 @@
 """What several test files share: small models, a corpus, and runs of the whole trainer."""
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import jax
@@ -17,8 +19,8 @@ from lm.models.transformer import Config, Transformer
 ROOT = Path(__file__).parents[1]
 
 # Labels of the tiny corpus, and a verbalizer that has one word for each.
-COLOURS = ("red", "green", "blue")
-VERBALIZER = {colour: (" " + colour,) for colour in COLOURS}
+LABELS = ("red", "green", "blue")
+VERBALIZER = {label: (" " + label,) for label in LABELS}
 
 PNG = b"\x89PNG\r\n\x1a\n"  # what a PNG file begins with
 CLOCK = ("tokens_per_second", "mfu", "seconds", "goodput")  # metrics that two runs never share
@@ -88,7 +90,7 @@ def abstract_model(config):
     return nnx.split(nnx.eval_shape(init), nnx.Param)
 
 
-def random_model(config, seed=1):
+def random_model(config, seed=1, std=0.3):
     """(graphdef, parameters large enough for every part to matter, biases not 0)."""
     graphdef, abstract = abstract_model(config)
     rng = np.random.default_rng(seed)
@@ -96,7 +98,7 @@ def random_model(config, seed=1):
     def draw(path, leaf):
         # Scales of norms lie around 1, everything else around 0.
         mean = "scale" in jax.tree_util.keystr(path)
-        return (rng.normal(0, 0.3, leaf.shape) + mean).astype(leaf.dtype)
+        return (rng.normal(0, std, leaf.shape) + mean).astype(leaf.dtype)
 
     return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
 
@@ -114,11 +116,11 @@ def assert_trees_close(tree, wanted, **tolerances):
 
 
 def write_corpus(path, num=64, seed=0):
-    """A JSONL corpus of documents of 3 to 120 characters, whose label follows from their words."""
+    """A JSONL corpus of documents of 1 to 30 words, whose label follows from them."""
     rng = random.Random(seed)
     with open(path, "w") as file:
         for i in range(num):
-            label = COLOURS[i % 3]
+            label = LABELS[i % 3]
             words = [rng.choice((label[:2], "ab", "cde", "é")) for _ in range(rng.randint(1, 30))]
             file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
 
@@ -154,6 +156,21 @@ def run_training(config, run, devices=1):
     return train.train(config, epath.Path(run), jax.devices()[:devices])
 
 
+def terminate_at(monkeypatch, owner, name, call):
+    """A signal at the given call of a function, counted from 1."""
+    original = getattr(owner, name)
+    count = 0
+
+    def function(*args):
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), random.choice([signal.SIGTERM, signal.SIGINT]))
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, function)
+
+
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -186,7 +203,7 @@ def read_checkpoint(run, step):
     for path, leaf in stored.items():
         abstract[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first_device)
 
-    state, meta = checkpointer.restore(step, abstract)
+    state, meta = checkpointer.restore(step, abstract), checkpointer.meta(step)
     checkpointer.close()
 
     arrays = {}

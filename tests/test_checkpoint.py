@@ -67,7 +67,7 @@ def save_steps(directory, steps, **kwargs):
 
 def restored_value(checkpointer, step):
     """What the state was made with, after checking all of it."""
-    restored, meta = checkpointer.restore(step, ABSTRACT)
+    restored, meta = checkpointer.restore(step, ABSTRACT), checkpointer.meta(step)
     jax.tree.map(np.testing.assert_array_equal, restored, state(int(restored["step"])))
     assert meta == {"streams": {"0": step}}
     return int(restored["step"])
@@ -270,7 +270,7 @@ def test_save_does_not_see_what_comes_after_it(tmp_path):
         checkpointer.wait()
 
         wanted_abstract = jax.tree.map(lambda x: abstract(x.shape, x.dtype), wanted)
-        restored, _ = checkpointer.restore(1, wanted_abstract)
+        restored = checkpointer.restore(1, wanted_abstract)
         jax.tree.map(np.testing.assert_array_equal, restored, wanted)
         checkpointer.close()
 
@@ -390,7 +390,7 @@ def test_run_goes_on_from_the_one_before_the_damaged_one(small, tmp_path, caplog
     checkpointer.close()
     assert stored["fingerprint"] == "bytes-1"
     assert stored["vocab_size"] == 258
-    assert checkpoint.tokenizer_from_meta(stored["files"]).fingerprint == "bytes-1"
+    assert checkpoint.tokenizer_from_meta(stored).fingerprint == "bytes-1"
 
 
 # --- a full disk ---
@@ -539,7 +539,7 @@ def test_restores_on_any_layout(tmp_path):
         checkpointer.save(1, {"w": jax.device_put(values, saved_layout)}, {}, {})
         checkpointer.wait()
         for layout in layouts:
-            restored, _ = checkpointer.restore(1, {"w": abstract((16, 4), jnp.float32, layout)})
+            restored = checkpointer.restore(1, {"w": abstract((16, 4), jnp.float32, layout)})
             np.testing.assert_array_equal(restored["w"], values)
             assert restored["w"].sharding == layout
         checkpointer.close()
@@ -644,8 +644,8 @@ def test_tokenizer_travels_inside(tmp_path):
     trained = tokenizers.train_sentencepiece(texts, 280, epath.Path(tmp_path / "model"))
 
     for tokenizer in (tokenizers.ByteTokenizer(), trained):
-        files = json.loads(json.dumps(checkpoint.tokenizer_to_meta(tokenizer)))
-        again = checkpoint.tokenizer_from_meta(files)
+        saved = json.loads(json.dumps(checkpoint.tokenizer_to_meta(tokenizer)))
+        again = checkpoint.tokenizer_from_meta(saved)
         for field in ("fingerprint", "vocab_size", "bos_id", "eos_id"):
             assert getattr(again, field) == getattr(tokenizer, field)
         assert again.encode("red é\nß") == tokenizer.encode("red é\nß")
@@ -654,9 +654,10 @@ def test_tokenizer_travels_inside(tmp_path):
 def test_tokenizer_writes_nowhere_else(tmp_path, monkeypatch):
     # A name out of a checkpoint is not trusted.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    files = checkpoint.tokenizer_to_meta(tokenizers.ByteTokenizer())
-    hostile = {f"../{name}": content for name, content in files.items()}
+    saved = checkpoint.tokenizer_to_meta(tokenizers.ByteTokenizer())
+    saved["files"] = {f"../{name}": content for name, content in saved["files"].items()}
 
-    checkpoint.tokenizer_from_meta(hostile)
+    with pytest.raises(ValueError, match="plain name"):
+        checkpoint.tokenizer_from_meta(saved)
 
     assert not list(tmp_path.iterdir())

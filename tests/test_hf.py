@@ -196,9 +196,10 @@ def test_headers_that_lie(tmp_path, header, data, message):
     [
         (b"", "its header should be 0 bytes long, and the file is 0"),
         (struct.pack("<Q", 1 << 40) + b"{}", "its header should be 1099511627776 bytes long"),
-        (struct.pack("<Q", 5) + b"[1,2]", "its header is no JSON object"),
-        (struct.pack("<Q", 4) + b"\xff{}!", "its header can't be read"),
+        (struct.pack("<Q", 5) + b"[1,2]", "its header is a list; wanted an object"),
+        (struct.pack("<Q", 4) + b"\xff{}!", "its header is not JSON"),
         (struct.pack("<Q", 23) + b'{"a": {}, "a": {}     }', r"\['a'\] twice"),
+        (struct.pack("<Q", 1 << 18) + b'{"a":' * (1 << 18), "nested too deeply"),
     ],
 )
 def test_no_header(tmp_path, content, message):

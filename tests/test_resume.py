@@ -29,6 +29,7 @@ from tests.helpers import (
     run_training,
     saved_steps,
     slow,
+    terminate_at,
 )
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
@@ -158,21 +159,6 @@ def run_until_stopped(config, run):
     return step
 
 
-def terminate_at(monkeypatch, owner, name, call):
-    """A signal at the given call of a function, counted from 1."""
-    original = getattr(owner, name)
-    count = 0
-
-    def function(*args):
-        nonlocal count
-        count += 1
-        if count == call:
-            os.kill(os.getpid(), random.choice([signal.SIGTERM, signal.SIGINT]))
-        return original(*args)
-
-    monkeypatch.setattr(owner, name, function)
-
-
 def test_terminated_at_a_random_step(config, reference, tmp_path, monkeypatch):
     run, step = tmp_path / "run", 0
     while step < LAST_STEP:
@@ -295,26 +281,26 @@ def test_other_processes_agree_on_what_is_due(config, tmp_path, monkeypatch):
     ]
 
 
-def test_command_line(small, tmp_path, monkeypatch):
-    """The program itself, terminated from outside, says so and ends well; the run goes on to the
-    same end.
-    """
+def train_whole(small, run):
+    """The run that the program's must end like."""
     small.train.length = "60 steps"
     small.checkpoint.every = 20
     small.evals.text = entries.perplexity(every=20, batch_size=8)
-    run_training(small, tmp_path / "whole")
+    run_training(small, run)
 
+
+def start_program(config, tmp_path):
+    """Starts the program itself on a slow source, in tmp_path / "run"."""
     (tmp_path / "slow_source.py").write_text(SLOW_SOURCE)
-    (tmp_path / "config.py").write_text(CONFIG_FILE.format(text=json.dumps(small.to_dict())))
-    run = tmp_path / "run"
+    (tmp_path / "config.py").write_text(CONFIG_FILE.format(text=json.dumps(config.to_dict())))
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    child = subprocess.Popen(
+    return subprocess.Popen(
         [
             sys.executable,
             "-m",
             "lm.main",
             f"--config={tmp_path}/config.py",
-            f"--workdir={run}",
+            f"--workdir={tmp_path}/run",
             "--config.data.source=slow_source.jsonl",
             "--config.platform=cpu",
         ],
@@ -325,7 +311,9 @@ def test_command_line(small, tmp_path, monkeypatch):
         text=True,
     )
 
-    # It is terminated as soon as it has trained a step.
+
+def terminate_program(child, run):
+    """Terminates the program as soon as it has trained a step: it says so and ends well."""
     metrics, began = run / "metrics.jsonl", time.monotonic()
     while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         assert time.monotonic() - began < 120
@@ -338,12 +326,35 @@ def test_command_line(small, tmp_path, monkeypatch):
     assert "Traceback" not in err
     assert 0 < saved_steps(run)[-1] < 60
 
+
+def test_command_line(small, tmp_path, monkeypatch):
+    """The program itself, terminated from outside, says so and ends well; the run goes on to the
+    same end.
+    """
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_whole(small, whole)
+    terminate_program(start_program(small, tmp_path), run)
+
     # The source is the same, and no longer slow.
     (tmp_path / "slow_source.py").write_text(SLOW_SOURCE.replace("0.02", "0"))
     monkeypatch.syspath_prepend(str(tmp_path))
     small.data.source = "slow_source.jsonl"
     run_training(small, run)
-    assert_same_run(run, tmp_path / "whole", 60)
+    assert_same_run(run, whole, 60)
+
+
+@pytest.mark.slow
+def test_command_line_started_again(small, tmp_path):
+    """The very command, given twice, goes on to the same end and says how good the model is."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_whole(small, whole)
+    terminate_program(start_program(small, tmp_path), run)
+
+    again = start_program(small, tmp_path)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err[-3000:]
+    assert "bits_per_byte" in out
+    assert_same_run(run, whole, 60)
 
 
 # Another mesh.

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from etils import epath
 
 from lm import files, telemetry
@@ -62,12 +63,23 @@ def test_writer_goes_on_after_a_step(tmp_path):
 def test_writer_drops_a_half_written_line(tmp_path):
     log = tmp_path / "metrics.jsonl"
     whole = '{"step": 1, "train/loss": 2.0}\n'
-    # A line without its end may be a number cut short, even where it can be parsed.
-    for half in ('{"step": 2, "train/lo', '{"step": 2, "train/loss": 1.0}'):
+    for half in ('{"step": 2, "train/lo', '{"step": 2, "train/loss": 1.0'):
         log.write_text(whole + half)
         assert files.read_jsonl_log(epath.Path(log)) == [{"step": 1, "train/loss": 2.0}]
         telemetry.Writer(epath.Path(tmp_path), 5).close()
         assert log.read_text() == whole
+
+    # An editor may have left out the newline: the line is whole.
+    log.write_text(whole.strip())
+    assert files.read_jsonl_log(epath.Path(log)) == [{"step": 1, "train/loss": 2.0}]
+
+
+@pytest.mark.parametrize("line", ["", "\0\0", '{"step": 2', "[2]"])
+def test_a_damaged_log_is_named(tmp_path, line):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl:2 is"):
+        telemetry.Writer(epath.Path(tmp_path), 5)
 
 
 def test_writer_keeps_numbers_that_json_has_no_word_for(tmp_path):

@@ -2,6 +2,8 @@
 steps, evals.
 """
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import build, evaluate, stopping, telemetry, train
+from lm import build, evaluate, files, stopping, telemetry, train
 from lm import config as config_lib
+from lm.data import loader
 from lm.data import tokenizer as tokenizers
 from lm.evals import entries, perplexity
 from lm.evals.predict import Artifact
@@ -29,6 +32,7 @@ from tests.helpers import (
     saved_steps,
     slow,
     snapshot,
+    terminate_at,
     without_clock,
     write_corpus,
 )
@@ -522,19 +526,16 @@ def test_samples_may_look_like_our_own_headings(small, tmp_path):
 
 def fail_to_write(monkeypatch, name):
     """Files with `name` in theirs are written in part, and then the disk is full."""
-    path_type = type(epath.Path("."))
+    real_open = files.open_whole
 
-    def make_write(real_write):
-        def write(path, content):
-            if name not in path.name:
-                return real_write(path, content)
-            real_write(path, content[:2])
-            raise OSError(28, "No space left on device")
+    @contextlib.contextmanager
+    def open_whole(path):
+        with real_open(path) as file:
+            yield file
+            if name in path.name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        return write
-
-    for method in ("write_bytes", "write_text"):
-        monkeypatch.setattr(path_type, method, make_write(getattr(path_type, method)))
+    monkeypatch.setattr(files, "open_whole", open_whole)
 
 
 def test_samples_of_earlier_steps_survive_a_failed_write(tmp_path, monkeypatch):
@@ -591,9 +592,9 @@ def poison(config, path):
         poisoned = json.dumps(document | {"text": document["text"] + "\x01"})
         path.write_text("\n".join([*lines[:number], poisoned, *lines[number + 1 :]]) + "\n")
 
-        loader = build.build(config, jax.devices()[:1]).make_loader()
-        batches = [next(loader) for _ in range(10)]
-        loader.close()
+        training = build.build(config, jax.devices()[:1]).make_loader()
+        batches = [next(training) for _ in range(10)]
+        training.close()
         is_bad = [bool((np.asarray(batch["tokens"]) == 1).any()) for batch, _ in batches]
         if any(is_bad) and 3 <= is_bad.index(True) <= 6:
             return [batch_hash for _, batch_hash in batches], is_bad
@@ -618,7 +619,9 @@ def poisoned(small, tmp_path, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpoint_every", [0, slow(2), slow(1)])
-def test_nonfinite_halts_with_the_last_good_state(poisoned, tmp_path, checkpoint_every):
+def test_nonfinite_halts_with_the_last_good_state(
+    poisoned, tmp_path, monkeypatch, checkpoint_every
+):
     config, hashes, is_bad = poisoned
     first = is_bad.index(True) + 1
     config.checkpoint.every = checkpoint_every
@@ -641,9 +644,15 @@ def test_nonfinite_halts_with_the_last_good_state(poisoned, tmp_path, checkpoint
     assert values_of(lines, "train/batch_hash") == hashes
     assert values_of(lines, "train/skipped_steps") == np.cumsum(is_bad).tolist()
 
-    # Like the run that skipped from the start.
-    run_training(config, tmp_path / "skipping")
-    assert_same_run(run, tmp_path / "skipping", 10)
+    # Like a run that was stopped before that batch, and then skipped it.
+    config.train.nonfinite = "halt"
+    with monkeypatch.context() as patch:
+        terminate_at(patch, loader.Loader, "__next__", first - 1)
+        with pytest.raises(stopping.Stopped):
+            run_training(config, tmp_path / "stopped")
+    config.train.nonfinite = "skip"
+    run_training(config, tmp_path / "stopped")
+    assert_same_run(run, tmp_path / "stopped", 10)
 
 
 def test_nonfinite_state_is_that_of_the_step_before(poisoned, tmp_path):
@@ -667,7 +676,7 @@ def test_nonfinite_state_is_that_of_the_step_before(poisoned, tmp_path):
 def test_progress_shows_a_step_without_a_loss(poisoned, tmp_path, monkeypatch, capsys):
     config, _, is_bad = poisoned
     # Every step has its line, as on a terminal.
-    monkeypatch.setattr(telemetry.Progress.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(telemetry, "SECONDS_BETWEEN_LINES", 0.0)
     config.train.nonfinite = "skip"
     run_training(config, tmp_path / "run")
     assert f"step {is_bad.index(True) + 2}/10" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def load(
     Args:
       split: what "{split}" in `path` and `lines` stands for; TFDS's split, slices too.
       path: a file or a glob pattern (gs:// too): .jsonl; .json (a list of objects, or SQuAD's own
-        format); .csv or .tsv with a head line.
+        format); .csv or .tsv with a header line.
       lines: column -> text file whose line i is that column of record i (parallel texts).
       tfds, data_dir: a TFDS data set, see `lm.data.sources.tfds`; taken where there is neither path
         nor lines.

@@ -64,12 +64,11 @@ def text(
     """Returns the documents of UTF-8 text files.
 
     Args:
-      split: "train", the first part, or "validation", the last `held_out` of it.
+      split: "train", the first part, or "validation", the rest, a share of `held_out`.
       path: a file or a glob pattern (gs:// too).
       held_out: share of the documents; of the characters, where the whole is one document.
       separator: what divides documents within a file; "" if each file is one.
-      document_chars: cuts what is longer into documents of so many characters, which are then
-        shuffled; 0: no cutting.
+      document_chars: cuts what is longer into documents of so many characters; 0: no cutting.
 
     Raises:
       ValueError: no file, no text, text that is not UTF-8, or an unknown split.

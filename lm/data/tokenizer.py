@@ -351,8 +351,7 @@ class HuggingFaceTokenizer:
     """A tokenizer.json, or byte-level BPE's vocab.json and merges.txt (Radford et al. 2019, section
     2.2), run by the `tokenizers` library.
 
-    A tokenizer without BOS takes EOS for it: what separates documents is what comes before the
-    first one.
+    Without BOS, EOS takes its place: it separates documents, so it may also begin one.
 
     Args:
       files: name -> contents, of `FILES`.

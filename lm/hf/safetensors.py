@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from lm import files
+
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -61,6 +63,7 @@ def entries(path: Path) -> dict[str, Entry]:
       ValueError: the file is truncated, its header is none, or the header describes another file
         than this one.
     """
+    files.check_plain(path)
     file_size = path.stat().st_size
     header, data_start = _read_header(path, file_size)
     header.pop("__metadata__", None)
@@ -91,11 +94,9 @@ def _read_header(path: Path, file_size: int) -> tuple[dict[str, Any], int]:
         text = file.read(length)
 
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_dict_of_unique_names)
+        header = files.parse_json(text, "its header", object_pairs_hook=_dict_of_unique_names)
     except ValueError as error:
-        raise _damaged(path, f"its header can't be read ({error})") from None
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
+        raise _damaged(path, str(error)) from None
     return header, _LENGTH_BYTES + length
 
 
@@ -105,7 +106,7 @@ def _dict_of_unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) < len(pairs):
         counts = collections.Counter(name for name, _ in pairs)
         twice = sorted(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"{twice} twice")
+        raise ValueError(f"{twice[:6]} twice")
     return unique
 
 
@@ -191,8 +192,7 @@ def write(
     # transformers reads only files that say which framework they are for.
     header = _make_header(tensors, metadata or {"format": "pt"})
 
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with files.open_whole(path) as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for (name, (dtype, shape)), array in zip(tensors.items(), arrays, strict=True):
             got = (array.dtype, array.shape)
@@ -202,7 +202,6 @@ def write(
                 copy_into(contiguous, array)
                 array = contiguous
             file.write(memoryview(array.reshape(-1).view(np.uint8)))
-    partial.replace(path)
 
 
 def _make_header(

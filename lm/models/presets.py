@@ -28,6 +28,9 @@ _LLAMA2 = dict(
     init_std=0.02,
     vocab_size=32000,
 )
+_LLAMA3_1B = _LLAMA2 | dict(
+    context_length=8192, rope_theta=500000.0, tie_embeddings=True, vocab_size=128256
+)
 _SMALL = dict(
     context_length=256,
     norm="rmsnorm",
@@ -112,8 +115,7 @@ PRESETS = {
     "llama2_70b": _sized(_LLAMA2, 80, 8192, 64, num_kv_heads=8, mlp_dim=28672),
     # Llama 3.2 1B's sizes; its scaled rotary frequencies, which matter beyond 8,192 tokens, are
     # left out.
-    "llama3_1b": _sized(_LLAMA2, 16, 2048, 32, num_kv_heads=8, mlp_dim=8192, context_length=8192, rope_theta=500000.0, tie_embeddings=True,  # noqa: E501
-                        vocab_size=128256),
+    "llama3_1b": _sized(_LLAMA3_1B, 16, 2048, 32, num_kv_heads=8, mlp_dim=8192),
     # Mixtures of experts, no token dropped; mlp_dim is an expert's. Jiang et al. 2024, arXiv
     # 2401.04088, table 1; Qwen3-30B-A3B-Base's config.json.
     "mixtral_8x7b": _sized(_MIXTRAL, 32, 4096, 32, num_kv_heads=8, mlp_dim=14336),

@@ -189,7 +189,7 @@ EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "attention", "remat", "scan_
 
 class Output(NamedTuple):
     hidden: jax.Array  # [B, T, D], what the head takes: after the last norm (and projection)
-    cache: Cache | None
+    cache: Cache | list[Cache] | None  # a list where layers are not stacked
     # name -> (sum, count), averaged over the layers; see lm.nn.moe.balance
     aux: dict[str, tuple[jax.Array, jax.Array]]
 
@@ -220,7 +220,8 @@ class Block(nnx.Module):
         def attend(x_BTD):
             return self.attention(x_BTD, positions_BT, mask, cache, decode=decode)
 
-        # The first Transformer's (Vaswani et al. 2017, arXiv 1706.03762, section 3.1).
+        # As in the first Transformer (Vaswani et al. 2017, arXiv 1706.03762, section 3.1): each
+        # sum is normalized.
         if self.residual == "post_norm":
             attended_BTD, cache = attend(x_BTD)
             x_BTD = _stream(self.attention_norm(x_BTD + attended_BTD))
@@ -228,7 +229,8 @@ class Block(nnx.Module):
             return _stream(self.mlp_norm(x_BTD + out_BTD)), cache, aux
 
         attended_BTD, cache = attend(self.attention_norm(x_BTD))
-        # GPT-NeoX-20B's (Black et al. 2022, arXiv 2204.06745, section 2.1).
+        # As in GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745, section 2.1): attention and MLP
+        # read the same input.
         if self.residual == "parallel":
             out_BTD, aux = self._mlp(self.mlp_norm(x_BTD), valid_BT)
             return _stream(x_BTD + attended_BTD + out_BTD), cache, aux
@@ -252,8 +254,8 @@ class Transformer(nnx.Module):
     """A decoder-only Transformer.
 
     `model(tokens, positions, segments)` gives hidden states; `model.logits(hidden)` is the head, so
-    that whoever needs few positions pays for few. Modules own parameters and these two calls,
-    nothing else: there is no random state in them.
+    that whoever needs few positions pays for few. `model.head_table` is the head's weight,
+    `model.init_cache` an empty cache. There is no random state in a module.
 
     Args:
       stacked: each parameter of the layers is one array for all of them, and a loop runs over it.
@@ -312,7 +314,7 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array,
         *,
         until_BT: jax.Array | None = None,
-        cache: Cache | None = None,
+        cache: Cache | list[Cache] | None = None,
         decode: bool = False,
     ) -> Output:
         """Hidden states of each position.
@@ -403,7 +405,7 @@ class Transformer(nnx.Module):
         logits = (self.head or self.embed).attend(hidden)
         return constrain(logits, "batch", "length", "act_vocab") if logits.ndim == 3 else logits
 
-    def init_cache(self, batch_size: int, length: int) -> "Cache | list[Cache]":
+    def init_cache(self, batch_size: int, length: int) -> Cache | list[Cache]:
         """An empty cache for `batch_size` sequences of up to `length` tokens, or of the window's
         size if that is less; stacked as the layers are.
         """

@@ -19,6 +19,7 @@ from lm.nn.masks import Mask
 from lm.nn.positions import rope
 
 SPLASH = ("splash", "splash_interpreted")
+KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # kernels that don't run everywhere
 
 
 class Cache(NamedTuple):

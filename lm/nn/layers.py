@@ -94,10 +94,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = param(None, (dim,), (axis,), jnp.float32, mean=1.0)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x = x_BTD.astype(jnp.float32)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes the last dim."""
+        dtype = x.dtype
+        x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return jnp.einsum("...d,d->...d", x, gather(self.scale, jnp.float32)).astype(x_BTD.dtype)
+        return jnp.einsum("...d,d->...d", x, gather(self.scale, jnp.float32)).astype(dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -173,9 +175,9 @@ class MLP(nnx.Module):
 
     Args:
       config: of lm.models.transformer.
-      mlp_dim: F, which a shared expert has of its own.
-      use_bias: of all its dense layers.
-      out_std: of the initial weights of the last layer.
+      mlp_dim: the size F; a shared expert's differs from config.mlp_dim.
+      use_bias: whether its dense layers have biases.
+      out_std: standard deviation of the last layer's initial weights.
     """
 
     def __init__(self, key: jax.Array, config, *, mlp_dim: int, use_bias: bool, out_std: float):

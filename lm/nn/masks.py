@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 class Mask(NamedTuple):
-    """What each query of whole rows may attend to.
+    """What each query may attend to; rows are whole here, also on a mesh that splits them.
 
     Attributes:
       array_BTS: bool, True where query T may attend to key S. None where a kernel finds it out from

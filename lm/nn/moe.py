@@ -189,7 +189,7 @@ def _local_experts(
 
 
 def _flat(x: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [N, ...]."""
+    """[B, T, X] -> [N, X]."""
     return x.reshape(-1, x.shape[-1])
 
 

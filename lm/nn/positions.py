@@ -40,15 +40,16 @@ def rope(
 
     Args:
       fraction: of the head's dims, from the first one, that turn (GPT-NeoX); the others stay.
-      interleaved: the pairs that turn together are (2i, 2i + 1) of those R dims, as in the paper;
-        otherwise (i, i + R/2), as in GPT-NeoX and in Hugging Face's Llama weights.
+      interleaved: the pairs that turn together are (2i, 2i + 1) of the R dims that turn, as in the
+        paper;
+        otherwise (i, i + R / 2), as in GPT-NeoX and in Hugging Face's Llama weights.
       scaling: see `frequencies`.
     """
     turning = int(x_BTNH.shape[-1] * fraction)
-    angles_BT1H = jnp.einsum(
+    angles_BT1P = jnp.einsum(
         "bt,h->bth", positions_BT.astype(jnp.float32), frequencies(turning, theta, scaling)
     )[:, :, None, :]
-    return _turn(interleaved, x_BTNH, jnp.sin(angles_BT1H), jnp.cos(angles_BT1H))
+    return _turn(interleaved, x_BTNH, jnp.sin(angles_BT1P), jnp.cos(angles_BT1P))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,12 +1,12 @@
 """Compares two models on the same examples: the predictions/ of two run directories, paired."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
+from lm import files
 from lm.evals.scores import calibration, statistics
 from lm.evals.scores.statistics import SampleScore
 
@@ -46,8 +46,9 @@ def compare(
       examples. For each SCORE: SCORE of the first model, SCORE_other of the second, and by the
       paired bootstrap SCORE_difference (first less second), its 95% interval SCORE_low to
       SCORE_high, and SCORE_p. With accuracy also McNemar's exact mcnemar_p, and
-      smallest_difference: that which examples like these show four times in five (left out where
-      both models are right on the same ones).
+      smallest_difference: the smallest true difference of accuracies that a test on so many
+      examples would show four times in five (left out where both models are right on the same
+      ones).
 
     Raises:
       ValueError: not the same examples in the same order, too few of them, or other labels.
@@ -204,7 +205,7 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
 
 
 def _read_lines(path: epath.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
+    return [record for _, record in files.read_jsonl(path)]
 
 
 def _main_p(result: Mapping[str, float]) -> float:

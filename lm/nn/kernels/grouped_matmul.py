@@ -105,8 +105,8 @@ class _Blocks(NamedTuple):
     "None" is one more than the largest number in `source_row` and in `place`.
     """
 
-    group: jax.Array  # of each block
-    num_used: jax.Array  # of the blocks
+    group: jax.Array  # [blocks], the group of each block
+    num_used: jax.Array  # number of blocks that hold rows
     source_row: jax.Array  # [blocks, R], the row that lies there, or none
     place: jax.Array  # [M], each row's place, counted through all blocks, or none
 
