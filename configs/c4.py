@@ -1,5 +1,5 @@
-"""C4 (English), for GPT-2's, GPT-3's and Llama 2's sizes: --config=configs/c4.py:llama2_7b. On
-accelerators; the batch is its paper's.
+"""C4 (English), for GPT-2's, GPT-3's and Llama 2's sizes: --config=configs/c4.py:llama2_7b. For
+accelerators; each size has the batch size of its paper.
 
     python -m lm.main --config=configs/c4.py:gpt2 --workdir=gs://BUCKET/c4-gpt2 --config.data.source_args.data_dir=gs://BUCKET/tfds
 
@@ -14,7 +14,7 @@ from lm.evals import entries
 from lm.models import presets
 
 # preset -> (learning rate, tokens a batch, tokens in all): GPT-3's table 2.1, Llama 2's table 1.
-# GPT-2's are those of the GPT-3 of its size.
+# A GPT-2 size takes the values of the GPT-3 size nearest to it.
 SIZES = {
     "gpt2": (6e-4, 0.5e6, 300e9),
     "gpt2_medium": (3e-4, 0.5e6, 300e9),

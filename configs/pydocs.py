@@ -3,8 +3,9 @@ jax.
 
     python -m lm.main --config=configs/pydocs.py --workdir=runs/pydocs
 
-On 2 cores: 1.78 bits per byte on the validation split in some 5 minutes (`:small`: 1.46 in 44; `xz
--9e`: 1.72), and its library told in 86% of the documents (88%), where the most frequent one is 36%.
+On 2 cores, in some 5 minutes: 1.78 bits per byte on the validation split (`xz -9e`: 1.72), and the
+right library for 86% of the documents (the most frequent one: 36%). `:small`, in 44 minutes: 1.46
+and 88%.
 """
 
 from ml_collections import ConfigDict

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from lm import sharding
+from lm.decoding import generator as generator_lib
 from lm.decoding.generator import Generator, generation_step, prefill_state
 from lm.decoding.sampling import Sampling, row_keys, sample
 from tests.helpers import abstract_model, model_config, slow
@@ -393,7 +394,8 @@ def test_rows_end_at_any_stop_token_and_the_stream_with_the_last():
 
 
 def test_prompts_of_a_bucket_share_one_compilation():
-    generator = make_generator()
+    # A sampling of its own: generators of the same model and sampling share what is compiled.
+    generator = make_generator(sampling=Sampling(top_k=5))
 
     # Up to 16 tokens, with their continuations too.
     for prompt in ([1] * 3, [2] * 9, [3] * 12):
@@ -401,6 +403,36 @@ def test_prompts_of_a_bucket_share_one_compilation():
 
     assert generator._prefill._cache_size() == 1
     assert generator._step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "changes, mesh_sizes", [({}, None), (dict(window=4), None), ({}, dict(fsdp=2, tensor=2))]
+)
+def test_a_second_generator_of_a_model_traces_nothing(changes, mesh_sizes, monkeypatch):
+    """Evals make a generator at each evaluation."""
+    traced = []
+
+    def count(name):
+        function = getattr(generator_lib, name)
+
+        def traced_function(*args, **kwargs):
+            traced.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(generator_lib, name, traced_function)
+
+    count("prefill")
+    count("decode_step")
+    sampling = Sampling(temperature=0.5, top_k=3)  # that of no other test
+
+    def continuations():
+        generator = make_generator(mesh_sizes, sampling=sampling, **changes)
+        return generator.generate(UNEQUAL_PROMPTS, 4, keys_B=row_keys([1, 2, 3]))
+
+    first = continuations()
+    assert sorted(traced) == ["decode_step", "prefill"]
+    assert continuations() == first
+    assert len(traced) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lm import generate, train
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
 from lm.decoding.sampling import Sampling, row_keys
-from lm.decoding.stop_strings import TextStream, stream
+from lm.decoding.stop_strings import TextStream, stream_texts
 from lm.generate import GenerationOptions
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,9 @@ def test_rows_are_followed_until_the_last_ends():
     generator = ScriptedGenerator("one|two", "a longer one| and more", "end")
 
     steps = list(
-        stream(generator, BYTES, [[1], [2], [3]], max_new_tokens=50, seeds=[4, 5, 6], stop=("|",))
+        stream_texts(
+            generator, BYTES, [[1], [2], [3]], max_new_tokens=50, seeds=[4, 5, 6], stop=("|",)
+        )
     )
 
     texts = ["".join(pieces) for pieces in zip(*steps)]

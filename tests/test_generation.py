@@ -170,7 +170,8 @@ def test_samples_are_the_models():
 def test_prompts_are_checked_before_training():
     """Not by the first evaluation, which may come after hours."""
     with pytest.raises(
-        ValueError, match="the eval 'samples': a prompt has 19 tokens; wanted 1 to 18: config.data"
+        ValueError,
+        match="config.evals.samples.prompts: 'x+' has 19 tokens; wanted 1 to 18: config.data",
     ):
         make_samples(model_fns(), prompts=("ab", "x" * 18))
     # No room for any prompt.

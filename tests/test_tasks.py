@@ -429,7 +429,7 @@ def test_one_label_only_and_no_text(tmp_path):
         ),
         (
             dict(verbalizer=dict(weights=(1.0, 2.0))),
-            "word weights .*: wanted a positive one for each of 3 words",
+            r"colours.verbalizer.weights = .*: wanted a positive one for each of 3 words",
         ),
         (
             dict(prompt=dict(templates=("{text}: ",))),
@@ -813,6 +813,10 @@ def test_fit_is_logistic_regression():
     [
         (dict(init="random"), "init = 'random'"),
         (dict(train_examples=5), "train_examples = 5; wanted 10 or more"),
+        (
+            dict(train_examples=99),
+            "^config.evals.colours.train_examples = 99, but there are 24 examples",
+        ),
         (
             dict(prompt=dict(templates=("{text}?", "{text}."))),
             "one template, verbalizer and seed, not 2",

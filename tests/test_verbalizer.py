@@ -70,7 +70,9 @@ def spell(ids):
 
 def split(prompt, word, boundary):
     """(pieces of the prompt, pieces of the word)"""
-    prompt_ids, (word_ids,) = verbalizer.split(encode_batch, prompt, [word], boundary)
+    prompt_ids, (word_ids,) = verbalizer.tokenize_words_after(
+        encode_batch, prompt, [word], boundary
+    )
     return spell(prompt_ids), spell(word_ids)
 
 
@@ -130,7 +132,7 @@ def test_a_word_that_is_cut_in_two(prompt, word, wrong):
 
 def test_all_words_begin_at_the_same_point():
     # "happy" alone is merged with the prompt's end: " good" gives its " un" up too.
-    prompt_ids, word_ids = verbalizer.split(
+    prompt_ids, word_ids = verbalizer.tokenize_words_after(
         encode_batch, "The is un", ["happy", " good"], "common_prefix"
     )
     assert spell(prompt_ids) == ["The", " is"]
@@ -141,4 +143,4 @@ def test_unknown_boundary():
     with pytest.raises(
         ValueError, match=r"boundary = 'loose'; valid: \['strict', 'common_prefix', 'lm_eval'\]"
     ):
-        verbalizer.split(encode_batch, "A", ["b"], "loose")
+        verbalizer.tokenize_words_after(encode_batch, "A", ["b"], "loose")

@@ -4,7 +4,7 @@ Letters: B batch (rows), T length of the padded prompts, D embed, V vocab.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ def prefill(
     Args:
       prompts_BT: ids, padded on the right. Nothing attends to the padding, and none of it gets into
         the cache.
-      lengths_B: of the prompts, without padding.
+      lengths_B: the prompts' lengths, without padding.
       cache_length: positions that the cache has room for.
       copies: how often each row is repeated in what is returned; more than 1 needs a model whose
         layers are not stacked.
@@ -60,7 +60,7 @@ def decode_step(
     Args:
       token_B: ids of the tokens.
       position_B: their positions.
-      cache: of the positions before.
+      cache: keys and values of the positions before.
 
     Returns:
       (logits [B, V] of the token after them, the cache with them in it).
@@ -191,16 +191,65 @@ def generation_step(
     return new_state, token_B
 
 
+class _Graph:
+    """A model as a key of `_compiled`, equal to one with the same object as its `source`.
+
+    Graphdefs themselves are no keys. Two of the same model don't compare equal, because attention
+    holds a functools.partial, and those with a configuration read from JSON have no hash.
+
+    Args:
+      graphdef: what is compiled.
+      source: the graphdef that it was made from.
+    """
+
+    def __init__(self, graphdef, source):
+        self.graphdef = graphdef
+        self._source = source
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _Graph) and self._source is other._source
+
+    def __hash__(self) -> int:
+        return id(self._source)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(
+    graph: _Graph, sampling: Sampling, stop_ids: tuple[int, ...], vocab_size: int, mesh: Mesh
+) -> tuple[Callable, Callable]:
+    """(`prefill_state`, `generation_step`) of a model, under jit.
+
+    Cached, because jit compiles a new function anew: evals make a Generator at each evaluation.
+    """
+    prefill_fn = jax.jit(
+        functools.partial(prefill_state, graph.graphdef, sampling=sampling),
+        static_argnames=("cache_length", "copies"),
+    )
+    step_fn = jax.jit(
+        functools.partial(
+            generation_step,
+            graph.graphdef,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            vocab_size=vocab_size,
+        ),
+        donate_argnums=1,
+        # Tokens are replicated: every process reads all of them.
+        out_shardings=(None, sharding.replicated(mesh)),
+    )
+    return prefill_fn, step_fn
+
+
 class Generator:
     """Continues prompts, and hands out each token as soon as it is chosen.
 
     Compiles anew for another number of rows, and for lengths that fall between other powers of two
-    (see `bucket_length`).
+    (see `bucket_length`), but not for other parameters of the same model.
 
     Args:
       params: on `mesh`.
       stop_ids: a row ends with any of them.
-      vocab_size: of the tokenizer.
+      vocab_size: the tokenizer's.
     """
 
     def __init__(
@@ -214,27 +263,15 @@ class Generator:
         stop_ids: Sequence[int],
         vocab_size: int,
     ):
+        source = graphdef
         graphdef, params = unstack_layers_on_cpu(graphdef, params, mesh)
         self._config = model_config
         self._params = params
         self._mesh = mesh
         self._stop_ids = tuple(stop_ids)
 
-        self._prefill = jax.jit(
-            functools.partial(prefill_state, graphdef, sampling=sampling),
-            static_argnames=("cache_length", "copies"),
-        )
-        self._step = jax.jit(
-            functools.partial(
-                generation_step,
-                graphdef,
-                sampling=sampling,
-                stop_ids=self._stop_ids,
-                vocab_size=vocab_size,
-            ),
-            donate_argnums=1,
-            # Tokens are replicated: every process reads all of them.
-            out_shardings=(None, sharding.replicated(mesh)),
+        self._prefill, self._step = _compiled(
+            _Graph(graphdef, source), sampling, self._stop_ids, vocab_size, mesh
         )
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

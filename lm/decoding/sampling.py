@@ -53,8 +53,8 @@ def sample(
 
     Args:
       keys_B: random keys, one a row.
-      logits_BV: of the next token.
-      vocab_size: of the tokenizer; ids from there on are never chosen.
+      logits_BV: the logits of the next token.
+      vocab_size: the tokenizer's; ids at or above it are never chosen.
       seen_BV: True for the tokens that the repetition penalty applies to; None: no penalty.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Text of tokens as they come, up to a stop string."""
+"""Streams generated text, up to a stop string."""
 
 from collections.abc import Iterator, Sequence
 
@@ -78,7 +78,7 @@ class TextStream:
         return longest
 
 
-def stream(
+def stream_texts(
     generator: Generator,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -91,7 +91,7 @@ def stream(
 
     Args:
       prompts: ids of each row.
-      seeds: of each row's draws.
+      seeds: one for each row's draws.
       stop: strings that a text ends before.
 
     Yields:

@@ -3,7 +3,6 @@ choice, minimal pairs). With a single one: whether the model would say it (last 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,10 +12,10 @@ from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import prefix_ids
 from lm.evals import prompts
-from lm.evals.predict import Artifact, PredictFns
+from lm.evals.predict import Artifact, PredictFns, predictions_artifact
 from lm.evals.scores import calibration, statistics
 from lm.evals.tree import Tree, build_tree
-from lm.evals.verbalizer import BOUNDARIES, split
+from lm.evals.verbalizer import BOUNDARIES, tokenize_words_after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +116,10 @@ class MultipleChoice:
       choices, answer: see `QuestionFormat`. A choice includes the space before it.
       answers: template of `QuestionFormat.answer_names`, such as "{choices[label]}"; "": none.
       premise: text that the choices are also scored after; "": none.
-      boundary: see `verbalizer.split`.
+      boundary: see `verbalizer.tokenize_words_after`.
 
     Raises:
-      ValueError: no such data, column or choice; see `verbalizer.split`.
+      ValueError: no such data, column or choice; see `verbalizer.tokenize_words_after`.
     """
 
     def __init__(
@@ -138,12 +137,10 @@ class MultipleChoice:
         boundary: str,
         max_documents: int,
     ):
-        if boundary not in BOUNDARIES:
-            raise ValueError(
-                f"config.evals.{name}.boundary = {boundary!r}; valid: {list(BOUNDARIES)}"
-            )
-        question_format = _parse_templates(name, prompt["template"], choices, answer, answers)
-        prompts.check_counts(name, shots=prompt["shots"], max_documents=max_documents)
+        prompts.check_choice(name, "boundary", boundary, BOUNDARIES)
+        prompts.check_least(f"config.evals.{name}.prompt.shots", prompt["shots"], 0)
+        prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
+        question_format = _question_format(name, prompt["template"], choices, answer, answers)
 
         self._name = name
         self._predict_fns = predict_fns
@@ -152,7 +149,15 @@ class MultipleChoice:
 
         # The examples before the question are the same for all records.
         self._example_names, records = prompts.evaluated(source, name, max_documents)
-        shots = _select_shots(question_format, source, prompt, records)
+        shots = prompts.draw_shots(
+            source,
+            prompt,
+            records,
+            question_format.identity,
+            name=name,
+            label=question_format.gold,
+            num_labels=len(question_format.options(records[0])),
+        )
         shots_text = prompts.shots_text(
             shots, question_format.prompt, question_format.right_option, prompt["separator"]
         )
@@ -187,7 +192,9 @@ class MultipleChoice:
 
     def _build_tree(self, text: str, options: Sequence[str]) -> tuple[Tree, bool]:
         """(the tree of a prompt and its choices, whether the prompt was truncated)."""
-        prompt_ids, option_ids = split(self._tokenizer.encode_batch, text, options, self._boundary)
+        prompt_ids, option_ids = tokenize_words_after(
+            self._tokenizer.encode_batch, text, options, self._boundary
+        )
         prompt_ids, is_truncated = prompts.truncate_prompt(
             prefix_ids(self._tokenizer, prompt_ids),
             prompt_ids,
@@ -205,11 +212,8 @@ class MultipleChoice:
         yield "examples", len(self._trees)
         yield "cut", self._num_truncated
 
-        lines = [json.dumps(self._prediction(i, scores)) for i in range(len(self._trees))]
-        yield (
-            "predictions",
-            Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n"),
-        )
+        lines = [self._prediction(i, scores) for i in range(len(self._trees))]
+        yield "predictions", predictions_artifact(self._name, lines)
 
     def _score(self, params) -> _Scores:
         """Runs the model.
@@ -232,7 +236,7 @@ class MultipleChoice:
         after_prompt = logprobs[: len(self._trees)]
         after_premise = logprobs[len(self._trees) :]
 
-        # Of the right choices: their likelihood, and whether greedy decoding would say them.
+        # The right choices: their likelihood, and whether greedy decoding would say them.
         nll = []
         greedy = []
         for i, y in enumerate(self._gold):
@@ -240,12 +244,12 @@ class MultipleChoice:
             nll.append(-after_prompt[i][y])
             greedy.append(is_best[self._trees[i].continuation_queries[y]].all())
 
-        # Of the predictions: what each way to compare choices of different lengths gets right.
+        # The predictions: what each way to compare choices of different lengths gets right.
         credit = {}
         for norm, option_scores in self._normalised(after_prompt).items():
             credit[norm] = _credit(option_scores, self._gold)
         if after_premise:
-            pmi = [prompt - premise for prompt, premise in zip(after_prompt, after_premise)]
+            pmi = [conditional - prior for conditional, prior in zip(after_prompt, after_premise)]
             credit["pmi"] = _credit(pmi, self._gold)
         return _Scores(after_prompt, np.array(nll), np.array(greedy), credit)
 
@@ -284,8 +288,7 @@ class MultipleChoice:
             num_bytes += len(options[y].encode())
 
         yield "nll", float(nll.mean())
-        # exp overflows above 709
-        yield "perplexity", float(np.exp(min(nll.mean(), 700.0)))
+        yield "perplexity", statistics.exp(nll.mean())
         yield "bits_per_byte", float(nll.sum() / np.log(2) / num_bytes)
 
     def _prediction(self, i: int, scores: _Scores) -> dict:
@@ -313,10 +316,10 @@ class MultipleChoice:
         return line
 
 
-def _parse_templates(
+def _question_format(
     name: str, prompt: str, choices: Sequence[str], answer: str, answers: str
 ) -> QuestionFormat:
-    """The templates of config.evals.NAME.
+    """How config.evals.NAME reads its records.
 
     Raises:
       ValueError: a text that is no template, or no choices.
@@ -330,29 +333,6 @@ def _parse_templates(
         choices=[prompts.Template(text, f"{key}.choices") for text in choices],
         answer=answer,
         answer_names=prompts.Template(answers, f"{key}.answers") if answers else None,
-    )
-
-
-def _select_shots(
-    question_format: QuestionFormat, source: Mapping, prompt: Mapping, records: Sequence[Mapping]
-) -> list[dict]:
-    """The examples before each question, none of them one of `records`, which are evaluated."""
-    if not prompt["shots"]:
-        return []
-    evaluated = {question_format.identity(record) for record in records}
-
-    def is_evaluated(record: Mapping) -> bool:
-        return question_format.identity(record) in evaluated
-
-    return prompts.select_shots(
-        prompts.load_shots(source, question_format.eval_name),
-        prompt["shots"],
-        sampler=prompt["sampler"],
-        seed=prompt["seed"],
-        label=question_format.gold,
-        num_labels=len(question_format.options(records[0])),
-        avoid=is_evaluated,
-        name=question_format.eval_name,
     )
 
 

@@ -6,7 +6,7 @@ asks by templates about the records of a data set. What they yield is in label_r
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +25,13 @@ from lm.evals.scores.label_scores import (
     check_word_weights,
 )
 from lm.evals.tree import Tree, build_tree
-from lm.evals.verbalizer import BOUNDARIES, check_round_trip, check_spaces, check_words, split
+from lm.evals.verbalizer import (
+    BOUNDARIES,
+    check_round_trip,
+    check_spaces,
+    check_words,
+    tokenize_words_after,
+)
 
 # Texts without content (Zhao et al. 2021, arXiv 2102.09690, section 5).
 CONTENT_FREE = ("", "N/A", "[MASK]")
@@ -52,8 +58,8 @@ class DocumentClassification:
       aggregate, length_norm: see lm/evals/scores/label_scores.py.
 
     Raises:
-      ValueError: documents without labels, an unknown choice, no room for the question; see
-        `tokenize_verbalizer`.
+      ValueError: documents without labels, an unknown choice, max_documents below 0, no room for
+        the question; see `tokenize_verbalizer`.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class DocumentClassification:
         aggregate: str = "sum",
         length_norm: str = "none",
     ):
+        prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         chosen = list(records_lib.take(documents, max_documents))
         is_labelled = chosen and all(document.label for document in chosen)
         if not encoder.label_prompt or not is_labelled:
@@ -223,11 +230,15 @@ class PromptClassification:
         the data in their columns (domain), after the end of the template alone (pmi_dc), or over
         all test inputs (batch).
       content_free_accuracy: of always giving the label that is likeliest without content.
-      nll_temperature, ece_temperature after temperature scaling.
-      accuracy_mean, _min, _max and _spread (standard deviation) over several variants.
+      nll_temperature, ece_temperature after temperature scaling, and the temperature.
+      accuracy_mean, _min, _max and _spread (standard deviation) over several variants, and ways,
+        the number of variants.
+      examples: how many records were evaluated.
 
     Yields as artifacts each example's distribution and the log-probabilities of the words' tokens
-    (predictions/), the confusion matrix, and the reliability diagram.
+    (predictions/NAME-STEP.jsonl); those after the prompts of the priors
+    (predictions/NAME-priors-STEP.json); with several variants a table of them
+    (predictions/NAME-ways-STEP.json); the confusion matrix, and the reliability diagram.
 
     Prompts that are too long lose their beginning (the first examples), but for BOS; `cut` counts
     them. An empty column is asked about like any other.
@@ -242,7 +253,7 @@ class PromptClassification:
       verbalizer: words, one or several tuples of (label, words) pairs, a word with the space before
         it (examples are answered with the first word of their label); terminator, text after each
         word that is scored with it, so that a word that begins another one can be told from it;
-        boundary, see `verbalizer.split`; aggregate, length_norm and weights, see
+        boundary, see `verbalizer.tokenize_words_after`; aggregate, length_norm and weights, see
         lm/evals/scores/label_scores.py.
       label: the column of the right label, which holds its name, or its number in the order of the
         verbalizer.
@@ -251,10 +262,12 @@ class PromptClassification:
       temperature_examples: how many records of shots_split fit the temperature, as many of each
         label; 0: no temperature scaling.
       max_documents: how many records are evaluated, evenly out of the split; 0: all.
+      examples_key: what messages call `temperature_examples`, where the number comes from
+        elsewhere; "": its key in the configuration.
 
     Raises:
-      ValueError: no such data, column, label or choice; words that can't be told apart; see
-        `verbalizer.split`.
+      ValueError: no such data, column, label or choice; a number below 0; words that can't be told
+        apart; see `verbalizer.tokenize_words_after`.
     """
 
     def __init__(
@@ -271,15 +284,14 @@ class PromptClassification:
         ensemble: str,
         temperature_examples: int,
         max_documents: int,
+        examples_key: str = "",
     ):
         # All that needs no data is checked before the data is read.
+        examples_key = examples_key or f"config.evals.{name}.temperature_examples"
+        prompts.check_least(examples_key, temperature_examples, 0)
+        prompts.check_least(f"config.evals.{name}.prompt.shots", prompt["shots"], 0)
+        prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         _check_choices(name, prompt, verbalizer, priors, ensemble)
-        prompts.check_counts(
-            name,
-            shots=prompt["shots"],
-            temperature_examples=temperature_examples,
-            max_documents=max_documents,
-        )
         key = f"config.evals.{name}.prompt.templates"
         templates = [prompts.Template(text, key) for text in prompt["templates"]]
 
@@ -306,7 +318,7 @@ class PromptClassification:
 
         # Drawn before the examples of the variants, none of which may be among them.
         self._calibration_records = self._draw_calibration_records(
-            pool, templates[0], temperature_examples
+            pool, templates[0], temperature_examples, examples_key
         )
         calibration_gold = [self.gold(record) for record in self._calibration_records]
         variants = self._build_variants(pool, templates, verbalizer["words"])
@@ -349,26 +361,21 @@ class PromptClassification:
         )
 
     def _draw_calibration_records(
-        self, pool: Sequence[dict], template: prompts.Template, count: int
+        self, pool: Sequence[dict], template: prompts.Template, count: int, key: str
     ) -> list[dict]:
-        """The records that the temperature is fitted on."""
+        """The records of `Variant.calibration_trees`. Messages call their number `key`."""
         if not count:
             return []
-        evaluated_prompts = set(map(template, self._records))
-
-        def is_evaluated(record: Mapping) -> bool:
-            return template(record) in evaluated_prompts
-
         records = prompts.draw_records(
             pool,
             count,
             sampler="balanced",
             seed=0,
-            avoid=is_evaluated,
+            avoid=prompts.agrees_with_any(self._records, template),
             label=self.gold,
             num_labels=len(self._labels),
         )
-        prompts.check_enough(records, count, f"config.evals.{self._name}.temperature_examples")
+        prompts.check_enough(records, count, key)
         return records
 
     def _build_variants(
@@ -380,14 +387,14 @@ class PromptClassification:
         """All combinations of a template, a verbalizer and a seed."""
         # Without examples there is nothing to draw: all seeds would ask the same.
         seeds = self._prompt["seeds"] if self._prompt["shots"] else [0]
-        evaluated_prompts = [set(map(template, self._records)) for template in templates]
+        is_evaluated = [prompts.agrees_with_any(self._records, template) for template in templates]
 
         variants = []
         for (t, template), (w, pairs), seed in itertools.product(
             enumerate(templates), enumerate(verbalizers), seeds
         ):
             words = self._label_words(dict(pairs), template.tail)
-            shots = self._draw_shots(pool, template, evaluated_prompts[t], seed)
+            shots = self._draw_shots(pool, is_evaluated[t], seed)
             shots_text = self._shots_text(shots, template, words)
             name = f"template {t}, words {w}, seed {seed}"
             variants.append(self._build_variant(name, template, shots_text, words))
@@ -409,7 +416,12 @@ class PromptClassification:
                     f"config.evals.{self._name}.verbalizer.words: the label {label!r} has no word, "
                     "or an empty one"
                 )
-        check_word_weights(self._scorer.word_weights, self._scorer.aggregate, len(words))
+        check_word_weights(
+            self._scorer.word_weights,
+            self._scorer.aggregate,
+            len(words),
+            f"config.evals.{self._name}.verbalizer.weights",
+        )
 
         # The boundary "lm_eval" is there to score what lm-evaluation-harness would score, whether
         # that makes sense or not.
@@ -418,19 +430,15 @@ class PromptClassification:
         return words
 
     def _draw_shots(
-        self,
-        pool: Sequence[dict],
-        template: prompts.Template,
-        evaluated_prompts: set[str],
-        seed: int,
+        self, pool: Sequence[dict], is_evaluated: Callable[[dict], bool], seed: int
     ) -> list[dict]:
         """The examples before the question."""
         if not self._prompt["shots"]:
             return []
 
         # A record may be in both splits, and differ in a column that the template doesn't show.
-        def is_taken(record: Mapping) -> bool:
-            return template(record) in evaluated_prompts or record in self._calibration_records
+        def is_taken(record: dict) -> bool:
+            return is_evaluated(record) or record in self._calibration_records
 
         return prompts.select_shots(
             pool,
@@ -573,8 +581,8 @@ class TreeBuilder:
 
     Args:
       labels: the labels that `LabelWord.label` indexes.
-      verbalizer: boundary, see `verbalizer.split`; terminator, text after each word, scored with
-        it.
+      verbalizer: boundary, see `verbalizer.tokenize_words_after`; terminator, text after each word,
+        scored with it.
       length: the tokens that a row holds.
       name: the eval's, for messages.
     """
@@ -599,7 +607,9 @@ class TreeBuilder:
     def build(self, prompt: str, words: Sequence[LabelWord]) -> tuple[Tree, bool]:
         """Returns (the tree of a prompt and the words, whether the prompt was truncated)."""
         texts = [word.text + self._terminator for word in words]
-        prompt_ids, word_ids = split(self._tokenizer.encode_batch, prompt, texts, self.boundary)
+        prompt_ids, word_ids = tokenize_words_after(
+            self._tokenizer.encode_batch, prompt, texts, self.boundary
+        )
 
         # After most prompts the words are the same tokens: the checks need not be repeated.
         key = tuple(map(tuple, word_ids))

@@ -1,7 +1,6 @@
 """Evals that generate text."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -13,7 +12,7 @@ from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import prompts as prompts_lib
-from lm.evals.predict import Artifact, PredictFns
+from lm.evals.predict import Artifact, PredictFns, predictions_artifact
 from lm.evals.scores.text_metrics import NORMALIZE, SCORES, Score, require_package
 
 
@@ -100,6 +99,9 @@ class Samples:
     """Continues fixed prompts, and adds the texts to samples.md at each evaluation. The random seed
     is fixed too: only the model changes.
 
+    A text ends with any of the tokenizer's `stop_ids`, which it is written without, or after
+    `max_new_tokens`.
+
     Args:
       name: for messages.
       prompts: texts that a document may begin with.
@@ -107,7 +109,7 @@ class Samples:
       top_k: draw from so many best tokens; 0: from all.
 
     Raises:
-      ValueError: a prompt that is too long.
+      ValueError: no prompts, or one that is too long; a number that is too small.
     """
 
     def __init__(
@@ -121,6 +123,14 @@ class Samples:
         temperature: float,
         top_k: int,
     ):
+        # Checked here: the first evaluation may come after hours.
+        key = f"config.evals.{name}"
+        prompts_lib.check_least(f"{key}.max_new_tokens", max_new_tokens, 1)
+        prompts_lib.check_least(f"{key}.temperature", temperature, 0)
+        prompts_lib.check_least(f"{key}.top_k", top_k, 0)
+        if not prompts:
+            raise ValueError(f"{key}.prompts is empty; wanted one text or more")
+
         self._predict_fns = predict_fns
         self._tokenizer = encoder.tokenizer
         self._prompts = prompts
@@ -131,12 +141,11 @@ class Samples:
         max_prompt = predict_fns.length - max_new_tokens
         for prompt in prompts:
             ids = [self._tokenizer.bos_id] + self._tokenizer.encode(prompt)
-            # Checked here: the first evaluation may come after hours.
             if len(ids) > max_prompt:
                 raise ValueError(
-                    f"the eval {name!r}: a prompt has {len(ids)} tokens; wanted 1 to {max_prompt}: "
-                    f"config.data.length = {predict_fns.length} less max_new_tokens = "
-                    f"{max_new_tokens}"
+                    f"{key}.prompts: {prompt!r:.40} has {len(ids)} tokens; wanted 1 to "
+                    f"{max_prompt}: config.data.length = {predict_fns.length} less max_new_tokens "
+                    f"= {max_new_tokens}"
                 )
             self._prompt_ids.append(ids)
 
@@ -212,18 +221,19 @@ class TextGeneration:
         max_documents: int,
     ):
         # What can be wrong with the configuration alone is found before the data is read.
+        key = f"config.evals.{name}"
         _check_scores(name, scores)
+        prompts_lib.check_least(f"{key}.prompt.shots", prompt["shots"], 0)
+        prompts_lib.check_least(f"{key}.max_documents", max_documents, 0)
         self._name = name
         self._predict_fns = predict_fns
         self._tokenizer = encoder.tokenizer
         self._scores = tuple(scores)
         self._output = _parse_output(name, output)
 
-        key = f"config.evals.{name}"
         template = prompts_lib.Template(prompt["template"], f"{key}.prompt.template")
         right_answers = prompts_lib.Template(references, f"{key}.references")
         shot_answer = prompts_lib.Template(target or references, f"{key}.target")
-        prompts_lib.check_counts(name, shots=prompt["shots"], max_documents=max_documents)
 
         self._example_names, records = prompts_lib.evaluated(source, name, max_documents)
         self._references: list[list[str]] = []
@@ -233,7 +243,7 @@ class TextGeneration:
             self._reference_answers.append(self._read_references(self._references[-1], references))
 
         # The examples before the question are the same for all records.
-        shots = _select_shots(name, template, source, prompt, records)
+        shots = prompts_lib.draw_shots(source, prompt, records, template, name=name)
         shots_text = prompts_lib.shots_text(shots, template, shot_answer, prompt["separator"])
         self._prompt_ids: list[list[int]] = []
         self._num_truncated = 0
@@ -317,15 +327,14 @@ class TextGeneration:
                 "references": self._references[i],
                 "scores": example_scores[i],
             }
-            # The file is there to be read: no \u escapes.
-            lines.append(json.dumps(line, ensure_ascii=False))
-        yield (
-            "predictions",
-            Artifact(f"predictions/{self._name}-{{step}}.jsonl", "\n".join(lines) + "\n"),
-        )
+            lines.append(line)
+        # The file is there to be read: no \u escapes.
+        yield "predictions", predictions_artifact(self._name, lines, ensure_ascii=False)
 
     def _score(self, name: str, answers: Sequence[str | None]) -> Score:
-        """A score of `text_metrics.SCORES` of answers, None being one without text."""
+        """One of `text_metrics.SCORES`; an answer that `extract` didn't find (None) counts as an
+        empty one.
+        """
         # The other scores have normalisations of their own.
         normalize = self._output.normalize if name in ("exact_match", "f1") else str.strip
         predictions = [normalize(answer or "") for answer in answers]
@@ -351,8 +360,7 @@ def _parse_output(name: str, output: Mapping) -> OutputFormat:
       ValueError: no tokens, an unknown normalisation, or no regular expression.
     """
     key = f"config.evals.{name}.output"
-    if output["max_new_tokens"] < 1:
-        raise ValueError(f"{key}.max_new_tokens = {output['max_new_tokens']}; wanted 1 or above")
+    prompts_lib.check_least(f"{key}.max_new_tokens", output["max_new_tokens"], 1)
     if output["normalize"] not in NORMALIZE:
         raise ValueError(f"{key}.normalize = {output['normalize']!r}; valid: {list(NORMALIZE)}")
     try:
@@ -366,29 +374,4 @@ def _parse_output(name: str, output: Mapping) -> OutputFormat:
         stop=tuple(output["stop"]),
         extract=extract,
         normalize=NORMALIZE[output["normalize"]],
-    )
-
-
-def _select_shots(
-    name: str,
-    template: prompts_lib.Template,
-    source: Mapping,
-    prompt: Mapping,
-    records: Sequence[Mapping],
-) -> list[dict]:
-    """The examples before each question, none of them one of `records`, which are evaluated."""
-    if not prompt["shots"]:
-        return []
-    evaluated = {template(record) for record in records}
-
-    def is_evaluated(record: Mapping) -> bool:
-        return template(record) in evaluated
-
-    return prompts_lib.select_shots(
-        prompts_lib.load_shots(source, name),
-        prompt["shots"],
-        sampler=prompt["sampler"],
-        seed=prompt["seed"],
-        name=name,
-        avoid=is_evaluated,
     )

@@ -19,7 +19,8 @@ from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.decoding.sampling import Sampling
 from lm.evals.generation import generate
-from lm.evals.predict import Artifact, PredictFns
+from lm.evals.predict import Artifact, PredictFns, predictions_artifact
+from lm.evals.prompts import check_least
 from lm.evals.tree import build_tree
 
 try:
@@ -38,8 +39,8 @@ class HarnessModel(TemplateLM):
     """The interface that lm_eval asks of a model.
 
     Texts become tokens as in lm_eval's own `hf` backend, including its boundary between context and
-    continuation, so that scores are comparable with published ones. (`lm.evals.verbalizer.split`
-    would be right where that is not, and different.)
+    continuation, so that scores are comparable with published ones. (`lm.evals.verbalizer` handles
+    that boundary correctly, so its scores would differ.)
 
     Continuations of the same context are scored in one row. `max_length` is that of predict_fns:
     what is longer loses its beginning.
@@ -230,7 +231,7 @@ class HarnessModel(TemplateLM):
         )
 
 
-# Metrics whose value of a single document is its log-likelihood in lm_eval.
+# lm_eval names a corpus metric for these; the value it keeps for a document is a log-likelihood.
 LOGLIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 REPORT_KEYS = ("results", "versions", "n-shot", "n-samples", "configs")
 
@@ -249,7 +250,7 @@ class Harness:
       include_path: a folder with task files of your own, without lm_eval's own tasks; "": none.
 
     Raises:
-      ValueError: a task that lm_eval doesn't know.
+      ValueError: no tasks, or one that lm_eval doesn't know; a number that is too small.
     """
 
     def __init__(
@@ -263,6 +264,11 @@ class Harness:
         limit: int = 0,
         include_path: str = "",
     ):
+        check_least(f"config.evals.{name}.num_fewshot", num_fewshot, -1)
+        check_least(f"config.evals.{name}.limit", limit, 0)
+        if not tasks:
+            raise ValueError(f"config.evals.{name}.tasks is empty; wanted one task or more")
+
         self._name = name
         self._predict_fns = predict_fns
         self._tokenizer = encoder.tokenizer
@@ -299,18 +305,18 @@ class Harness:
                     yield f"{task}/{metric}", float(value)
 
         for task, samples in report["samples"].items():
-            content = _prediction_lines(task, samples)
-            if content:
-                path = f"predictions/{self._name}-{task}-{{step}}.jsonl"
-                yield f"predictions of {task}", Artifact(path, content)
+            lines = _prediction_lines(task, samples)
+            if lines:
+                artifact = predictions_artifact(f"{self._name}-{task}", lines)
+                yield f"predictions of {task}", artifact
 
         shortened = {key: report[key] for key in REPORT_KEYS if key in report}
         content = json.dumps(shortened, indent=1, default=str) + "\n"
         yield "report", Artifact(f"{self._name}-{{step}}.json", content)
 
 
-def _prediction_lines(task: str, samples: Sequence[Mapping]) -> str:
-    """The scores of each document as JSONL; "" if none has any.
+def _prediction_lines(task: str, samples: Sequence[Mapping]) -> list[dict]:
+    """The scores of each document that has some.
 
     Args:
       samples: lm_eval's; a document has several where its answer goes through several filters.
@@ -329,8 +335,7 @@ def _prediction_lines(task: str, samples: Sequence[Mapping]) -> str:
                 name = f"{name}_{sample['filter']}"
             scores[sample["doc_id"]][name] = float(value)
 
-    lines = ""
+    lines = []
     for number in sorted(scores):
-        line = {"name": f"{task}[{number}]", "scores": scores[number]}
-        lines += json.dumps(line) + "\n"
+        lines.append({"name": f"{task}[{number}]", "scores": scores[number]})
     return lines

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.evals.predict import Artifact, PredictFns
+from lm.evals.predict import Artifact, PredictFns, predictions_artifact
 from lm.evals.scores import calibration, statistics
 from lm.evals.scores.label_scores import (
     LabelScorer,
@@ -35,7 +35,9 @@ class Variant(NamedTuple):
     words: list[LabelWord]
     trees: list[Tree]  # one for each example
     prior_trees: dict[str, list[Tree]]  # prior -> prompts whose mean distribution it is
-    calibration_trees: list[Tree]  # prompts that the temperature is fitted on
+    # prompts of other records with known labels: they fit the temperature, train
+    # `LinearVerbalizer`, or are what lm.suggest asks about
+    calibration_trees: list[Tree]
     truncated: set[int]  # examples whose prompt was too long and lost its beginning
 
     def word_tokens(
@@ -175,7 +177,8 @@ def results(
     yield "cut", prompt_set.num_truncated
     yield "priors", priors_artifact(prompt_set, variant_logprobs)
     details = word_details(prompt_set, variant_logprobs, mass)
-    yield "predictions", predictions_artifact(prompt_set, P, details)
+    lines = prediction_lines(prompt_set, P, details)
+    yield "predictions", predictions_artifact(prompt_set.name, lines)
     yield from picture_artifacts(prompt_set, P)
 
 
@@ -371,9 +374,9 @@ def logprobs_by_label(
     return by_label
 
 
-def predictions_artifact(
+def prediction_lines(
     prompt_set: PromptSet, P: np.ndarray, details: Sequence[dict] | None = None
-) -> Artifact:
+) -> list[dict]:
     """A line for each example: its label, prediction and label distribution.
 
     Args:
@@ -390,8 +393,8 @@ def predictions_artifact(
         }
         if details:
             line |= details[i]
-        lines.append(json.dumps(line) + "\n")
-    return Artifact(f"predictions/{prompt_set.name}-{{step}}.jsonl", "".join(lines))
+        lines.append(line)
+    return lines
 
 
 def picture_artifacts(prompt_set: PromptSet, P: np.ndarray) -> Iterator[tuple[str, Artifact]]:
@@ -414,7 +417,10 @@ def read_word_logprobs(
     lines: Sequence[Mapping], variant: int = 0
 ) -> tuple[list[str], WordLogprobs]:
     """Reads log-probabilities back from the lines of predictions/, for scores by another aggregate,
-    norm or correction without the model.
+    norm or word weights without the model.
+
+    Args:
+      variant: which of the variants, by its number.
 
     Returns:
       (labels, log-probabilities of the words)

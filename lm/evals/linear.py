@@ -12,7 +12,7 @@ import numpy as np
 from lm.data.pack import Encoder
 from lm.evals import label_results, prompts
 from lm.evals.classification import PromptClassification
-from lm.evals.predict import Artifact, PredictFns
+from lm.evals.predict import Artifact, PredictFns, predictions_artifact
 from lm.evals.scores import calibration
 
 INITS = ("label_words", "prototype")
@@ -57,14 +57,11 @@ class LinearVerbalizer:
         init: str,
         l2: float,
     ):
-        if init not in INITS or l2 < 0:
-            raise ValueError(
-                f"config.evals.{name}: init = {init!r}, l2 = {l2}; wanted one of {list(INITS)}, "
-                "and 0 or above"
-            )
-        prompts.check_counts(name, train_examples=train_examples)
+        prompts.check_choice(name, "init", init, INITS)
+        prompts.check_least(f"config.evals.{name}.l2", l2, 0)
 
-        # The prompts are those of PromptClassification; its calibration examples train the vectors.
+        # The prompts are those of PromptClassification; the records that would fit its temperature
+        # train the vectors.
         # How it would score words doesn't matter: they only say where the vectors start.
         scoring = dict(terminator="", aggregate="sum", length_norm="none", weights=())
         task = PromptClassification(
@@ -79,6 +76,7 @@ class LinearVerbalizer:
             ensemble="mean_prob",
             temperature_examples=train_examples,
             max_documents=max_documents,
+            examples_key=f"config.evals.{name}.train_examples",
         )
         self.about = task.about
         self._prompt_set = task.prompt_set
@@ -123,7 +121,8 @@ class LinearVerbalizer:
         yield "l2", l2
         yield "examples", len(gold)
         yield "cut", prompt_set.num_truncated
-        yield "predictions", label_results.predictions_artifact(prompt_set, P)
+        lines = label_results.prediction_lines(prompt_set, P)
+        yield "predictions", predictions_artifact(prompt_set.name, lines)
         yield from label_results.picture_artifacts(prompt_set, P)
 
     def _states(self, params) -> tuple[np.ndarray, np.ndarray, float]:

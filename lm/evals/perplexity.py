@@ -10,6 +10,8 @@ from lm.data.pack import Encoder, evaluation_rows, windows
 from lm.data.records import take
 from lm.data.sources import Documents
 from lm.evals.predict import PredictFns
+from lm.evals.prompts import check_least
+from lm.evals.scores import statistics
 
 
 class Perplexity:
@@ -31,7 +33,7 @@ class Perplexity:
         slower. 0: a whole row.
 
     Raises:
-      ValueError: a stride below 0 or above the row.
+      ValueError: a stride below 0 or above the row; max_documents below 0.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Perplexity:
         max_documents: int,
         stride: int = 0,
     ):
+        check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         length = predict_fns.length
         if not 0 <= stride <= length:
             raise ValueError(
@@ -80,15 +83,10 @@ class Perplexity:
         nll = -float(np.sum(logprobs * self._weights, dtype=np.float64))  # nats, of all texts
 
         yield "loss", nll / self._num_tokens
-        yield "perplexity", _exp(nll / self._num_tokens)
-        yield "word_perplexity", _exp(nll / max(self._num_words, 1))
+        yield "perplexity", statistics.exp(nll / self._num_tokens)
+        yield "word_perplexity", statistics.exp(nll / max(self._num_words, 1))
         yield "bits_per_byte", nll / math.log(2) / self._num_bytes
         yield "xz_bits_per_byte", self._xz_bits_per_byte
         yield "tokens", self._num_tokens
         yield "bytes", self._num_bytes
         yield "documents", self._num_documents
-
-
-def _exp(x: float) -> float:
-    """exp(x), a large finite number where it would overflow."""
-    return math.exp(min(x, 700.0))

@@ -1,8 +1,8 @@
 """The contract of evaluators, and the functions of the model that they are given.
 
-`Evaluator(predict_fns, name=NAME, **config).run(params)` yields (name, value). A float is a metric,
-an `Artifact` is a file of the run directory. An evaluator sees neither the model nor the trainer,
-only `PredictFns`:
+`Evaluator(predict_fns, name=NAME, encoder=ENCODER, **config).run(params)` yields (name, value); an
+entry with a `split` gets `documents` too. A float is a metric, an `Artifact` is a file of the run
+directory. An evaluator sees neither the model nor the trainer, only `PredictFns`:
 
   token_logprobs(params, rows)      f32 [rows, T]: the log-probability of each target
   tree_logprobs(params, trees)      for each tree f32 [Q], bool [Q]: the log-probability of each
@@ -19,7 +19,8 @@ whose results are dropped. All hosts get all results.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -40,11 +41,26 @@ class Artifact(NamedTuple):
     append: bool = False  # to what earlier steps wrote, under a heading of its own
 
 
-class Evaluator(Protocol):
-    """An entry of config.evals.
+def predictions_artifact(
+    name: str, lines: Iterable[Mapping], *, ensure_ascii: bool = True
+) -> Artifact:
+    """The file of an eval's predictions, a JSON object a line. `lm.reports.comparison` finds it by
+    its name, and pairs its lines.
 
-    It may have an attribute `about`: a dict that describes its data beside the results, with
-    fingerprint, examples and citation.
+    Args:
+      name: the eval's.
+      lines: for each example its `name`, and what `lm.reports.comparison.compare` reads.
+      ensure_ascii: whether other characters are written as escapes.
+    """
+    content = "".join(json.dumps(line, ensure_ascii=ensure_ascii) + "\n" for line in lines)
+    return Artifact(f"predictions/{name}-{{step}}.jsonl", content)
+
+
+class Evaluator(Protocol):
+    """What runs an entry of config.evals.
+
+    It may have an attribute `about`: a dict that describes its data beside the results
+    (fingerprint, examples, citation; `words`, see `Variant.word_tokens`).
     """
 
     def run(self, params: Any) -> Iterator[tuple[str, float | Artifact]]: ...

@@ -8,7 +8,7 @@ import itertools
 import random
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from lm.data import records as records_lib
 
@@ -70,7 +70,7 @@ class Template:
 
     @property
     def fields(self) -> list[str]:
-        """The columns in their order, one that is used twice twice."""
+        """The columns in order; a column that is used twice is listed twice."""
         return [field for _, field, _ in self._parts if field is not None]
 
     @property
@@ -163,20 +163,23 @@ def evaluated(source: Mapping, name: str, max_documents: int) -> tuple[list[str]
     the split; 0: all.
     """
     split = source["split"]
-    pool = load(source, split, name)
+    available = load(source, split, name)
     names = []
     records = []
-    for i in records_lib.evenly_spaced(len(pool), max_documents):
+    for i in records_lib.evenly_spaced(len(available), max_documents):
         names.append(f"{split}[{i}]")
-        records.append(pool[i])
+        records.append(available[i])
     return names, records
 
 
-def check_counts(name: str, **counts: int) -> None:
-    """Raises ValueError for a negative count; its keyword is its key in config.evals.NAME."""
-    for key, value in counts.items():
-        if value < 0:
-            raise ValueError(f"config.evals.{name}: {key} = {value}; wanted 0 or above")
+def check_least(key: str, value: float, least: float) -> None:
+    """Raises ValueError for a number below `least`, or nan.
+
+    Args:
+      key: the configuration's whole key for it, for messages.
+    """
+    if not value >= least:
+        raise ValueError(f"{key} = {value}; wanted {least} or above")
 
 
 def check_choice(name: str, key: str, value: str, valid: Sequence[str]) -> None:
@@ -206,6 +209,49 @@ def load_shots(source: Mapping, name: str) -> Sequence[dict]:
                 f"'{{split}}' into the path, or set shots = 0"
             )
     return load(source, split, name)
+
+
+def draw_shots(
+    source: Mapping,
+    prompt: Mapping,
+    records: Sequence[dict],
+    identity: Callable[[dict], Hashable],
+    *,
+    name: str,
+    label: Callable[[dict], object] | None = None,
+    num_labels: int = 1,
+) -> list[dict]:
+    """The examples before each question. None agrees in `identity` with one of `records`, which are
+    evaluated.
+
+    Args:
+      prompt: shots, sampler and seed, see `select_shots`.
+    """
+    if not prompt["shots"]:
+        return []
+    is_evaluated = agrees_with_any(records, identity)
+    return select_shots(
+        load_shots(source, name),
+        prompt["shots"],
+        sampler=prompt["sampler"],
+        seed=prompt["seed"],
+        avoid=is_evaluated,
+        name=name,
+        label=label,
+        num_labels=num_labels,
+    )
+
+
+def agrees_with_any(
+    records: Sequence[dict], identity: Callable[[dict], Hashable]
+) -> Callable[[dict], bool]:
+    """A function that says whether a record agrees in `identity` with one of `records`."""
+    identities = set(map(identity, records))
+
+    def agrees(record: dict) -> bool:
+        return identity(record) in identities
+
+    return agrees
 
 
 def select_shots(

@@ -59,7 +59,7 @@ def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) ->
     until = [0] * len(prompt)
     query_parents: list[int] = []
     query_targets: list[int] = []
-    continuation_queries: list[list[int]] = [[]] * len(continuations)
+    continuation_queries: list[list[int]] = [[] for _ in continuations]
     path: list[_Node] = []  # from below the prompt to the last token that was added
 
     # In sorted order the tree is walked depth first, so that a subtree is a contiguous part of the
@@ -70,22 +70,12 @@ def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) ->
         _end_subtrees(path[shared:], until, len(tokens))
         del path[shared:]
 
-        for depth in range(shared, len(ids)):
-            if depth == 0:
-                parent_index = len(prompt) - 1
-            else:
-                parent = path[-1]
-                # Only now that a token follows it does the parent have to be read.
-                if parent.index is None:
-                    parent.index = len(tokens)
-                    tokens.append(parent.token)
-                    positions.append(len(prompt) + depth - 1)
-                    until.append(0)
-                parent_index = parent.index
-
-            path.append(_Node(ids[depth], query=len(query_targets)))
+        for token in ids[shared:]:
+            # Only now that a token follows it does the one before have to be read.
+            parent_index = _put_last_into_row(path, len(prompt), tokens, positions, until)
+            path.append(_Node(token, query=len(query_targets)))
             query_parents.append(parent_index)
-            query_targets.append(ids[depth])
+            query_targets.append(token)
 
         continuation_queries[number] = [node.query for node in path]
 
@@ -102,6 +92,30 @@ def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) ->
     )
 
 
+def _put_last_into_row(
+    path: Sequence[_Node],
+    prompt_length: int,
+    tokens: list[int],
+    positions: list[int],
+    until: list[int],
+) -> int:
+    """Puts the last node of a path into the row, if it is not there yet.
+
+    Returns:
+      Its index; for an empty path that of the prompt's last token.
+    """
+    if not path:
+        return prompt_length - 1
+
+    node = path[-1]
+    if node.index is None:
+        node.index = len(tokens)
+        tokens.append(node.token)
+        positions.append(prompt_length + len(path) - 1)
+        until.append(0)
+    return node.index
+
+
 def _end_subtrees(nodes: Sequence[_Node], until: list[int], end: int) -> None:
     """Notes in `until` that nothing more will grow below these nodes."""
     for node in nodes:
@@ -112,7 +126,8 @@ def _end_subtrees(nodes: Sequence[_Node], until: list[int], end: int) -> None:
 class MergedTree(NamedTuple):
     """Trees that begin alike, as one."""
 
-    tree: Tree  # without `continuation_queries`, which stay those of the members
+    # of several trees: its `continuation_queries` are empty, look in the members'
+    tree: Tree
     members: list[tuple[int, slice]]  # (number of a tree, its queries among the merged tree's)
 
 

@@ -11,7 +11,7 @@ from lm.evals.tree import common_length
 BOUNDARIES = ("strict", "common_prefix", "lm_eval")
 
 
-def split(
+def tokenize_words_after(
     encode_batch: Callable[[Sequence[str]], list[list[int]]],
     prompt: str,
     words: Sequence[str],
@@ -88,8 +88,8 @@ def check_words(
 
     Raises:
       ValueError: a label twice, or without words; a word without tokens; two words with the same
-        tokens; a word with whose tokens another one begins, because the longer word could never
-        score above it.
+        tokens; a word whose tokens another word begins with: the longer one could never score above
+        it.
     """
     if len(labels) != len(set(labels)):
         raise ValueError(f"the verbalizer has a label twice: {list(labels)}")

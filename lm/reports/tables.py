@@ -76,7 +76,7 @@ def _metric_lines(metrics: Metrics) -> list[str]:
     for key, value in metrics.items():
         # The bounds of an interval stand beside its metric.
         if not _is_bound(key, metrics):
-            lines.append(f"| {key} | {cell(value)} | {_interval(key, metrics)} |")
+            lines.append(f"| {key} | {cell(value)} | {_given_interval(key, metrics)} |")
     return lines
 
 
@@ -85,7 +85,7 @@ def _is_bound(key: str, metrics: Metrics) -> bool:
     return key.endswith(INTERVAL_SUFFIXES) and key.rpartition("_")[0] in metrics
 
 
-def _interval(metric: str, metrics: Metrics) -> str:
+def _given_interval(metric: str, metrics: Metrics) -> str:
     """The 95% interval of a metric; "" if it has none."""
     low = metrics.get(f"{metric}_low")
     high = metrics.get(f"{metric}_high")
@@ -99,17 +99,16 @@ def _interval(metric: str, metrics: Metrics) -> str:
 # A metric by which a kind of eval is known -> the metrics that stand for it, the most important
 # first. In order: label words, several choices, a single choice, perplexity.
 HEADLINES = {
-    "majority_accuracy": ("accuracy", "accuracy_mean", "nll", "ece"),
-    "chance": ("accuracy", "accuracy_char", "accuracy_byte"),
+    "majority_accuracy": ("accuracy", "accuracy_mean", "nll"),
+    "chance": ("accuracy", "accuracy_char"),
     "greedy_accuracy": ("accuracy", "perplexity"),
-    "xz_bits_per_byte": ("bits_per_byte", "perplexity", "loss"),
+    "xz_bits_per_byte": ("bits_per_byte", "perplexity"),
 }
 # (metric, the metric that is its baseline, what that is)
 BASELINES = (
     ("accuracy", "majority_accuracy", "majority label"),
     ("accuracy", "chance", "chance"),
     ("accuracy_char", "chance", "chance"),
-    ("accuracy_byte", "chance", "chance"),
     ("bits_per_byte", "xz_bits_per_byte", "xz -9e"),
 )
 ROWS_OF_AN_EVAL = 2
@@ -155,7 +154,7 @@ def headline(values: Metrics) -> str:
                 eval=name if number == 0 else "",
                 metric=metric,
                 value=cell(metrics[metric]),
-                interval=_spread(metric, metrics),
+                interval=_interval_or_range(metric, metrics),
                 baseline=_baseline(metric, metrics),
             )
             rows.append(row)
@@ -180,8 +179,10 @@ def _main_metrics(metrics: Metrics) -> list[str]:
     return scores[:ROWS_OF_AN_EVAL]
 
 
-def _spread(metric: str, metrics: Metrics) -> str:
-    """The 95% interval of a metric, or the range of accuracy over prompts; "" if there is none."""
+def _interval_or_range(metric: str, metrics: Metrics) -> str:
+    """The 95% interval of a metric, or the range of accuracy over variants; "" if there is
+    neither.
+    """
     if metric == "accuracy_mean" and "accuracy_min" in metrics:
         return f"{cell(metrics['accuracy_min'])} to {cell(metrics['accuracy_max'])} (min to max)"
 
@@ -192,7 +193,7 @@ def _spread(metric: str, metrics: Metrics) -> str:
                 low = metrics[metric] - 1.96 * error
                 high = metrics[metric] + 1.96 * error
                 return f"{cell(low)} to {cell(high)}"
-    return _interval(metric, metrics)
+    return _given_interval(metric, metrics)
 
 
 def _baseline(metric: str, metrics: Metrics) -> str:

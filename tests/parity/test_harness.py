@@ -361,6 +361,17 @@ def test_tasks_that_lm_eval_does_not_have(harness_config, tmp_path):
         evaluate_lib.evaluate(harness_config, epath.Path(tmp_path / "run"), jax.devices()[:1])
 
 
+@pytest.mark.parametrize(
+    "key, value, wanted",
+    [("num_fewshot", -2, "-1 or above"), ("limit", -1, "0 or above"), ("tasks", (), "one task")],
+)
+def test_values_refused_when_it_is_built(key, value, wanted):
+    values = dict(tasks=("local_choice",)) | {key: value}
+
+    with pytest.raises(ValueError, match=rf"^config\.evals\.e\.{key} .*; wanted {wanted}"):
+        harness.Harness(None, name="e", encoder=pack.Encoder(None, ""), **values)
+
+
 def test_many_continuations_of_one_context(checkpoint, monkeypatch):
     """BLiMP's thousands all follow nothing: they don't become one row."""
     model, mesh = load_ours(checkpoint, 4, dict(fsdp=1))

@@ -62,11 +62,11 @@ def ece(P: np.ndarray, y: np.ndarray, bins: int = 15, equal: str = "width") -> f
     return _calibration_error(P.max(axis=1), P.argmax(axis=1) == y, bins, equal)
 
 
-def classwise_ece(P: np.ndarray, y: np.ndarray, bins: int = 15, equal: str = "width") -> float:
-    """Mean over labels of the calibration error of that label's probability (Kull et al. 2019,
-    arXiv 1910.12656, eq. 3).
+def classwise_ece(P: np.ndarray, y: np.ndarray, bins: int = 15) -> float:
+    """Mean over labels of the calibration error of that label's probability, in bins of equal width
+    (Kull et al. 2019, arXiv 1910.12656, eq. 3).
     """
-    errors = [_calibration_error(P[:, k], y == k, bins, equal) for k in range(P.shape[1])]
+    errors = [_calibration_error(P[:, k], y == k, bins, "width") for k in range(P.shape[1])]
     return float(np.mean(errors))
 
 
@@ -85,9 +85,9 @@ def auroc(P: np.ndarray, y: np.ndarray) -> float | None:
 def auroc_ovo(P: np.ndarray, y: np.ndarray) -> float | None:
     """Area under the ROC curve of each label against each other one (Hand and Till 2001, eq. 7).
 
-    It is that of the first label's probability among the examples of the two alone, the mean over
-    all ordered pairs of labels that occur. Unlike `auroc` it doesn't depend on how frequent labels
-    are. None for a single label.
+    For each ordered pair of labels that occur, the area is computed from the first label's
+    probability on the examples of these two labels alone; the result is the mean over pairs. Unlike
+    `auroc` it doesn't depend on how frequent labels are. None for a single label.
     """
     labels = np.unique(y)
     areas = []
@@ -160,13 +160,14 @@ def best_temperature(scores: np.ndarray, y: np.ndarray) -> float:
 
 
 def divide_by_prior(P: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """P / prior, normalised: the prior correction of what the prompt adds to the labels' own
-    probabilities [K].
+    """Corrects distributions by a prior [K]: P / prior, normalised. What is left is what the prompt
+    adds.
 
-    With the prior of content-free prompts it is contextual calibration (Zhao et al. 2021, arXiv
-    2102.09690, section 5, without its redundant bias). With that of prompts of random words of the
-    domain it is domain-context calibration (Fei et al. 2023, arXiv 2305.19148, eq. 5), with that of
-    the domain premise alone PMI_DC (Holtzman et al. 2021, arXiv 2104.08315, section 3).
+    The prior decides the method: the distribution after content-free prompts (contextual
+    calibration, Zhao et al. 2021, arXiv 2102.09690, section 5, without its redundant bias), after
+    random words of the domain (domain-context calibration, Fei et al. 2023, arXiv 2305.19148, eq.
+    5), or after the domain premise alone (PMI_DC, Holtzman et al. 2021, arXiv 2104.08315, section
+    3).
     """
     odds = np.exp(np.log(np.maximum(P, TINY)) - np.log(np.maximum(prior, TINY)))
     return odds / odds.sum(axis=1, keepdims=True)

@@ -89,15 +89,20 @@ def word_scores(logprobs: WordLogprobs, length_norm: str = "none") -> np.ndarray
     raise ValueError(f"length_norm = {length_norm!r}; valid: {list(NORMS)}")
 
 
-def check_word_weights(word_weights: np.ndarray | None, aggregate: str, num_words: int) -> None:
+def check_word_weights(
+    word_weights: np.ndarray | None, aggregate: str, num_words: int, key: str = "word weights"
+) -> None:
     """Raises ValueError for weights that are not one positive number for each word, and for an
     aggregate that takes none.
+
+    Args:
+      key: what messages call the weights.
     """
     if word_weights is None:
         return
     if aggregate != "sum" or len(word_weights) != num_words or (word_weights <= 0).any():
         raise ValueError(
-            f"word weights {word_weights}, aggregate = {aggregate!r}: wanted a positive one for "
+            f"{key} = {word_weights}, aggregate = {aggregate!r}: wanted a positive one for "
             f"each of {num_words} words, and 'sum'"
         )
 

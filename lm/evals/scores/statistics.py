@@ -1,5 +1,6 @@
 """Scores of predicted labels, their intervals, and tests of two models on the same examples."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,12 @@ import numpy as np
 
 # A score of a sample of the examples, given by their indices [n].
 SampleScore = Callable[[np.ndarray], float]
+NUM_RESAMPLES = 1000  # of a bootstrap
+
+
+def exp(x: float) -> float:
+    """exp(x), a large finite number where it would overflow."""
+    return math.exp(min(x, 700.0))
 
 
 def proportion_interval(successes: int, n: int) -> tuple[float, float]:
@@ -70,7 +77,7 @@ def resamples(n: int, count: int, seed: int = 0) -> Iterator[np.ndarray]:
 
 
 def bootstrap_interval(
-    score: SampleScore, n: int, *, count: int = 1000, seed: int = 0
+    score: SampleScore, n: int, *, count: int = NUM_RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """95% percentile interval of a score over n examples (Efron 1979)."""
     values = [score(index) for index in resamples(n, count, seed)]
@@ -86,8 +93,8 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def mcnemar_p(first: np.ndarray, second: np.ndarray) -> float:
-    """p that two models, right or wrong [n] on the same examples, don't differ: exact and two-sided
-    (McNemar 1947).
+    """Exact two-sided p-value of McNemar's test (1947) that two models are equally often right;
+    `first` and `second` [n] say on which examples each is.
     """
     from scipy.stats import binomtest
 
@@ -105,22 +112,20 @@ class Difference(NamedTuple):
     value: float  # first minus second
     low: float  # of its 95% interval
     high: float
-    p: float  # two-sided, that there is no difference
+    p: float  # two-sided p-value of the hypothesis that there is no difference
 
 
-def paired_bootstrap(
-    first: SampleScore, second: SampleScore, n: int, *, count: int = 1000, seed: int = 0
-) -> Difference:
+def paired_bootstrap(first: SampleScore, second: SampleScore, n: int) -> Difference:
     """The difference of a score between two models over the same n examples, resampled together
     (Koehn 2004; Berg-Kirkpatrick et al. 2012).
     """
     all_examples = np.arange(n)
     value = first(all_examples) - second(all_examples)
-    values = np.array([first(index) - second(index) for index in resamples(n, count, seed)])
+    values = np.array([first(index) - second(index) for index in resamples(n, NUM_RESAMPLES)])
 
-    # How often the sign is another; one more than counted, so that p is never 0.
+    # Samples whose difference has the other sign. One is added, so that p is never 0.
     num_opposite = min(np.sum(values <= 0), np.sum(values >= 0))
-    p = min(1.0, 2 * (num_opposite + 1) / (count + 1))
+    p = min(1.0, 2 * (num_opposite + 1) / (NUM_RESAMPLES + 1))
     return Difference(
         value=float(value),
         low=float(np.percentile(values, 2.5)),
@@ -142,10 +147,12 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def smallest_difference(standard_error: float, *, level: float = 0.05, power: float = 0.8) -> float:
-    """The smallest true difference that a test at `level` shows with probability `power`, given the
-    standard error of the paired difference (Miller 2024, arXiv 2411.00640, eq. 9).
+def smallest_difference(standard_error: float) -> float:
+    """The smallest true difference that a two-sided test at the level 0.05 shows with probability
+    0.8, given the standard error of the paired difference (Miller 2024, arXiv 2411.00640, eq. 9).
     """
     from scipy.stats import norm
 
+    level = 0.05
+    power = 0.8
     return float((norm.isf(level / 2) + norm.isf(1 - power)) * standard_error)

@@ -35,7 +35,9 @@ def normalize_squad(text: str) -> str:
 
 
 def normalize_number(text: str) -> str:
-    """A number without thousands' commas, currency signs, and a point at its end."""
+    """A number without thousands' commas, currency signs, a point at its end, and decimals that are
+    zeros (.0, .00).
+    """
     text = text.strip().replace(",", "").replace("$", "").removesuffix(".")
     return text.removesuffix(".0").removesuffix(".00")
 
