@@ -1,14 +1,13 @@
-"""A language model that is given as a function, so that what it should say is known, and what reads
-the predictions about it.
+"""A language model given as a function, so that its answers are known; and functions that read
+predictions/.
 """
 
 import math
 
 import numpy as np
 
-LABELS = ("red", "green", "blue")
-# Each label and the words that stand for it.
-VERBALIZER = [("red", (" red",)), ("green", (" green",)), ("blue", (" blue",))]
+from tests.helpers import LABELS
+
 BOS = 256  # of ByteTokenizer
 VOCAB_SIZE = 512
 

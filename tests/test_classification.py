@@ -18,8 +18,6 @@ from lm.evals.scores.label_scores import word_scores
 from lm.reports import pictures
 from tests.fake_models import (
     BOS,
-    LABELS,
-    VERBALIZER,
     VOCAB_SIZE,
     Model,
     chain_rule,
@@ -28,8 +26,10 @@ from tests.fake_models import (
     random_distribution,
     uniform_distribution,
 )
+from tests.helpers import LABELS, VERBALIZER
 
 PROMPT = "\n?"
+PAIRS = list(VERBALIZER.items())  # as the evaluator takes them
 
 
 class WordTokenizer:
@@ -51,7 +51,7 @@ def make_documents(num=9, labels=LABELS):
     return Documents(documents, "fingerprint")
 
 
-def make(fns, verbalizer=VERBALIZER, documents=None, tokenizer=None, prompt=PROMPT, **options):
+def make(fns, verbalizer=PAIRS, documents=None, tokenizer=None, prompt=PROMPT, **options):
     return classification.DocumentClassification(
         fns,
         name="colours",
@@ -162,7 +162,7 @@ def test_permuting_the_verbalizer_permutes_the_result():
     metrics, predictions, _ = run(Model(random_distribution))
 
     for order in ([2, 0, 1], [1, 0, 2]):
-        permuted_verbalizer = [VERBALIZER[i] for i in order]
+        permuted_verbalizer = [PAIRS[i] for i in order]
         permuted_metrics, permuted, _ = run(Model(random_distribution), permuted_verbalizer)
         assert permuted_metrics == pytest.approx(metrics, rel=1e-9)
         assert len(permuted) == len(predictions)
@@ -243,7 +243,7 @@ def test_long_documents_keep_their_end_and_the_question(tokenizer):
 def test_a_question_that_does_not_fit():
     """Neither the question nor a word may be cut: a score of half a word is no score."""
     long_word = [("red", (" " + "r" * 40,)), ("green", (" g",)), ("blue", (" b",))]
-    for verbalizer, prompt in ((long_word, PROMPT), (VERBALIZER, "?" * 40)):
+    for verbalizer, prompt in ((long_word, PROMPT), (PAIRS, "?" * 40)):
         with pytest.raises(ValueError, match="32|length|context"):
             make(Model(uniform_distribution, length=32), verbalizer, prompt=prompt)
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,8 +17,8 @@ from lm.data import tokenizer as tokenizers
 from lm.decoding.sampling import Sampling, row_keys
 from lm.decoding.stop_strings import TextStream, stream_texts
 from lm.generate import GenerationOptions
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 BYTES = tokenizers.ByteTokenizer()
 
 

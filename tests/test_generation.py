@@ -6,10 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from lm import build, sharding, step
-from lm import config as config_lib
+from lm import sharding, step
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
 from lm.decoding.generator import Generator
@@ -17,6 +15,7 @@ from lm.decoding.sampling import Sampling
 from lm.evals import entries, generation
 from lm.evals.predict import Artifact, ModelFns, PredictFns
 from lm.evals.tree import build_tree
+from tests.helpers import model_config, random_model
 
 LENGTH = 24
 ENCODER = Encoder(ByteTokenizer(), "")
@@ -28,43 +27,22 @@ def model():
     """(its Config, graphdef, parameters) of a small Transformer with weights large enough to have
     opinions.
     """
-    c = config_lib.default()
-    c.data.length = LENGTH
-    c.model.update(
-        dict(
-            vocab_size=264,
-            context_length=LENGTH,
-            num_layers=1,
-            embed_dim=16,
-            mlp_dim=32,
-            num_heads=2,
-            num_kv_heads=2,
-            head_dim=8,
-            activation="silu",
-            tie_embeddings=False,
-            param_dtype="float32",
-            compute_dtype="float32",
-        )
+    config = model_config(
+        vocab_size=264,
+        context_length=LENGTH,
+        num_layers=1,
+        embed_dim=16,
+        mlp_dim=32,
+        num_heads=2,
+        num_kv_heads=2,
     )
-    model_config, make_model = build.make_model_fn(c, VOCAB, "cpu")
-    abstract_model = nnx.eval_shape(functools.partial(make_model, jax.random.key(0)))
-    graphdef, abstract = nnx.split(abstract_model, nnx.Param)
-    rng = np.random.default_rng(1)
-
-    def draw(path, p):
-        mean = 1.0 if path[-1].key == "scale" else 0.0
-        return mean + rng.normal(0, 0.4, p.shape).astype(p.dtype)
-
-    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
-    return model_config, graphdef, params
+    return config, *random_model(config, std=0.4)
 
 
 def make_generator(params, sampling, stop_ids=(EOS,)):
-    model_config, graphdef, _ = model()
+    config, graphdef, _ = model()
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    return Generator(
-        model_config, graphdef, params, mesh, sampling, stop_ids=stop_ids, vocab_size=VOCAB
-    )
+    return Generator(config, graphdef, params, mesh, sampling, stop_ids=stop_ids, vocab_size=VOCAB)
 
 
 @functools.cache

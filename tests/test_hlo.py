@@ -30,7 +30,7 @@ def analyse(topology, function, shapes, mesh=None, specs=None):
         layout = NamedSharding(grid, spec)
         arguments.append(jax.ShapeDtypeStruct(shape, dtype, sharding=layout))
     with jax.set_mesh(grid):
-        compiled = plan_lib.compile_text(jax.jit(function), *arguments)
+        compiled = plan_lib.compile_program(jax.jit(function), *arguments)
     assert compiled.largest_buffers
 
     chip = hlo.CHIPS[devices[0].device_kind]

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm import build, sharding, step
-from lm import config as config_lib
+from lm import sharding, step
 from lm.data import pack
 from lm.data.records import take
 from lm.data.sources import Document, Documents
@@ -19,6 +18,7 @@ from lm.data.tokenizer import ByteTokenizer
 from lm.evals import perplexity
 from lm.evals.predict import ModelFns, PredictFns, never_stop
 from lm.objectives import causal
+from tests.helpers import abstract_model, model_config, random_model
 
 LENGTH = 32
 VOCAB = 260
@@ -53,32 +53,17 @@ def model():
     """(graphdef, parameters in numpy, logical axes) of a small Transformer with weights large
     enough to have opinions.
     """
-    c = config_lib.default()
-    c.data.length = LENGTH
-    c.model.update(
-        dict(
-            vocab_size=VOCAB,
-            context_length=LENGTH,
-            num_layers=1,
-            embed_dim=16,
-            mlp_dim=32,
-            num_heads=2,
-            num_kv_heads=2,
-            head_dim=8,
-            param_dtype="float32",
-            compute_dtype="float32",
-        )
+    config = model_config(
+        vocab_size=VOCAB,
+        context_length=LENGTH,
+        num_layers=1,
+        embed_dim=16,
+        mlp_dim=32,
+        num_heads=2,
+        num_kv_heads=2,
     )
-    _, make_model = build.make_model_fn(c, 258, "cpu")
-    abstract_model = nnx.eval_shape(functools.partial(make_model, jax.random.key(0)))
-    graphdef, abstract = nnx.split(abstract_model, nnx.Param)
-    rng = np.random.default_rng(1)
-
-    def draw(p):
-        return rng.normal(0, 0.6, p.shape).astype(p.dtype)
-
-    params = jax.tree.map(draw, nnx.to_pure_dict(abstract))
-    return graphdef, params, sharding.logical_axes(abstract)
+    _, abstract = abstract_model(config)
+    return *random_model(config, std=0.6), sharding.logical_axes(abstract)
 
 
 def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=never_stop):

@@ -271,7 +271,7 @@ def test_other_processes_agree_on_what_is_due(config, tmp_path, monkeypatch):
         return {}
 
     monkeypatch.setattr(telemetry, "jax", second_process)
-    monkeypatch.setattr(train.Run, "evaluate", record)
+    monkeypatch.setattr(train.Run, "run_evals", record)
     monkeypatch.setattr(train.Run, "save", lambda *unused: None)
     run_training(config, run, devices=8)
     assert evaluated == [

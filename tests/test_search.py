@@ -95,7 +95,7 @@ def test_settings_can_be_applied_and_shown(base_config):
     assert all(flag.startswith("--config.") for flag in flags)
     assert search.overrides(base, base) == []
 
-    lines = search.table(trials, base).splitlines()
+    lines = search.ranking(trials, base).splitlines()
     assert len(lines) == len(trials) + 1
     assert sum("(as given)" in line for line in lines) == 1
     assert "objective.chunk=1024" in lines[1]

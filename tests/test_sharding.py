@@ -243,6 +243,9 @@ def test_rows_split_into_positions_are_rows_whole(tiny, sizes, fsdp):
         (dict(expert=2, fsdp=2, fsdp2=2), "by_hand"),
         (dict(expert=2, tensor=2, fsdp=2), "partitioner"),
         slow(dict(expert=4), "by_hand"),
+        # With replicas of the experts' weights, whose gradients the transpose of shard_map sums
+        # (lm.collectives.scatter_grad).
+        slow(dict(expert=2, fsdp=2, data=2), "partitioner"),
         slow(dict(expert=2, sequence=2, fsdp=2), "by_hand"),
         slow(dict(fsdp=4, tensor=2), "partitioner"),
     ],

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests import page
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 # Rank of each file, or of all files of a folder. A file imports only files of lower rank, or those
 # of its own rank and folder, without cycles.
 RANKS = {

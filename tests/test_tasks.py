@@ -17,7 +17,6 @@ from lm.evals.scores.label_scores import LabelScorer
 from lm.reports import tables
 from tests.fake_models import (
     BOS,
-    VERBALIZER,
     VOCAB_SIZE,
     Model,
     chain_rule,
@@ -26,9 +25,8 @@ from tests.fake_models import (
     random_distribution,
     uniform_distribution,
 )
-from tests.helpers import write_task
+from tests.helpers import LABELS, VERBALIZER, write_task
 
-LABELS = ("red", "green", "blue")
 TASK_FILES = sorted(Path(entries.__file__).parent.glob("tasks/*.toml"))
 TASKS = [path.stem for path in TASK_FILES]
 
@@ -112,7 +110,7 @@ def test_a_task_asks_what_the_documents_eval_asks(tmp_path):
         name="x",
         documents=Documents(documents, ""),
         encoder=Encoder(ByteTokenizer(), "\n?"),
-        verbalizer=VERBALIZER,
+        verbalizer=list(VERBALIZER.items()),
         max_documents=0,
     )
     document_metrics = {}

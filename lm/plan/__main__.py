@@ -2,7 +2,7 @@
 
     python -m lm.plan --config=configs/pods.py:llama2_7b-v5p-4x4x4 --topology=v5p:4x4x4
 
-docs/pods.md has what is the compiler's fact here, and what is modelled.
+docs/pods.md says which figures are the compiler's, and which are modelled.
 """
 
 import functools
@@ -55,7 +55,7 @@ def log_progress(text: str) -> None:
 def search_settings(
     config: ConfigDict, topology: str, slices: int, *, minutes: float, overrides: Path
 ) -> str:
-    """Looks for faster settings (lm/plan/search.py) and writes those of the fastest as flags.
+    """Looks for faster settings (lm/plan/search.py), and writes the fastest as flags of lm.main.
 
     Returns:
       The ranking, and what to do with it.
@@ -84,7 +84,7 @@ def search_settings(
     changes = search.overrides(trials[0].settings, base)
     files.write_whole(overrides, "\n".join(changes) + "\n" if changes else "")
     return (
-        f"{search.table(trials, base)}\n\n"
+        f"{search.ranking(trials, base)}\n\n"
         f"fastest: {' '.join(changes) or 'the configuration as given'}\n"
         f"written to {overrides}: python -m lm.main --config=... $(cat {overrides})"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lm import files
+from lm.plan import search
 from lm.plan.compile import PROGRAMS, plan
 
 CARDS = Path(__file__).parent.parent.parent / "configs" / "cards"
@@ -131,7 +132,7 @@ def _noticed_collectives(train: dict) -> set[str]:
     return names
 
 
-def check(names: list[str], progress: Callable[[str], None] = print) -> list[str]:
+def check(names: list[str], progress: Callable[[str], None] = search.show_nothing) -> list[str]:
     """Compiles the cards' configurations again.
 
     Args:

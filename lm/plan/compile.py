@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from lm import build, flops, sharding, step
 from lm import config as config_lib
 from lm.decoding.generator import decode_step, prefill
-from lm.plan import hlo
+from lm.plan import hlo, search
 
 PROGRAMS = ("train", "eval", "prefill", "decode")
 # Tokens of the prompts that the prefill program is compiled for, at most.
@@ -107,7 +107,7 @@ def libtpu_version() -> str:
     return metadata.version("libtpu")
 
 
-class CompiledText(NamedTuple):
+class Compiled(NamedTuple):
     """A compiled program with what is read off the compiler's dump."""
 
     executable: jax.stages.Compiled
@@ -116,7 +116,7 @@ class CompiledText(NamedTuple):
     seconds: float  # that the compiler took
 
 
-def compile_text(jitted, *arguments) -> CompiledText:
+def compile_program(jitted, *arguments) -> Compiled:
     """Compiles a jitted function for abstract arguments.
 
     Raises:
@@ -155,7 +155,7 @@ def compile_text(jitted, *arguments) -> CompiledText:
     row = r"^\s*[\d.]+[KMG]iB\(\s*\d+%\);\s*([\d.]+[KMG]iB);.*;\s*(.*)$"
     buffers = re.findall(row, usage, re.M)[:8]
     largest_buffers = [f"{size} {shapes[:90]}" for size, shapes in buffers]
-    return CompiledText(executable, text, largest_buffers, seconds)
+    return Compiled(executable, text, largest_buffers, seconds)
 
 
 def _largest_file(folder: str, pattern: str) -> Path:
@@ -309,10 +309,10 @@ def _collective_rows(collectives: list[hlo.Collective]) -> dict[str, dict]:
     return rounded
 
 
-def _program_report(program: build.Program, job: _Job) -> dict:
-    """What a program takes on each chip, in JSON's types."""
+def _job_report(program: build.Program, job: _Job) -> dict:
+    """What one of PROGRAMS takes on each chip, in JSON's types."""
     with jax.set_mesh(program.mesh):
-        compiled = compile_text(job.jitted, *job.arguments)
+        compiled = compile_program(job.jitted, *job.arguments)
 
     devices = list(program.mesh.devices.flat)
     chip = hlo.CHIPS[program.devices[0].device_kind]
@@ -370,7 +370,7 @@ def plan(
     slices: int = 1,
     *,
     programs: Sequence[str] = ("train",),
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = search.show_nothing,
 ) -> dict:
     """Compiles a configuration for a pod.
 
@@ -412,7 +412,7 @@ def plan(
     for name in programs:
         progress(f"compiling the {name} program for {len(devices)} x {devices[0].device_kind}")
         try:
-            report[name] = _program_report(program, _JOBS[name](config, program))
+            report[name] = _job_report(program, _JOBS[name](config, program))
         except MemoryError as error:
             raise _does_not_fit(config, name, str(error)) from None
 

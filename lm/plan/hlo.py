@@ -27,7 +27,6 @@ import numpy as np
 class Chip:
     """Data sheet figures (cloud.google.com/tpu/docs, system architecture), per jax device."""
 
-    name: str
     peak_flops: float  # bf16 FLOP/s
     clock_hz: float  # peak / FLOPs per cycle of all matrix units
     hbm_bandwidth: float  # bytes/s
@@ -43,10 +42,10 @@ class Chip:
 # By `device_kind`.
 # fmt: off
 CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 1.05e9, 1.2e12, 30.75 * 2**30, 4.5e10, 4, (0.54, 0.70)),
-    "TPU v5 lite": Chip("v5e", 197e12, 1.5e9, 8.1e11, 15.75 * 2**30, 4.5e10, 16, (0.56, 0.73)),
-    "TPU v5": Chip("v5p", 459e12, 1.75e9, 2.76e12, 95.74 * 2**30, 9e10, 4, (0.54, 0.70)),
-    "TPU v6 lite": Chip("v6e", 918e12, 1.75e9, 1.64e12, 31.25 * 2**30, 9e10, 16, (0.21, 0.28)),
+    "TPU v4": Chip(275e12, 1.05e9, 1.2e12, 30.75 * 2**30, 4.5e10, 4, (0.54, 0.70)),
+    "TPU v5 lite": Chip(197e12, 1.5e9, 8.1e11, 15.75 * 2**30, 4.5e10, 16, (0.56, 0.73)),  # v5e
+    "TPU v5": Chip(459e12, 1.75e9, 2.76e12, 95.74 * 2**30, 9e10, 4, (0.54, 0.70)),  # v5p
+    "TPU v6 lite": Chip(918e12, 1.75e9, 1.64e12, 31.25 * 2**30, 9e10, 16, (0.21, 0.28)),  # v6e
 }
 # fmt: on
 DCN_BANDWIDTH = 6.25e9  # bytes/s of a chip between slices: a host's 200 Gbit/s over its four chips
@@ -389,8 +388,7 @@ class HloModule:
         self.by_name = {}
         for computation, instructions in self.computations.items():
             self.by_name[computation] = {i.name: i for i in instructions}
-        # What could not be timed as it should: note -> how often.
-        self.notes: collections.Counter = collections.Counter()
+        self.notes: set[str] = set()  # what could not be timed as it should
 
         # A fused computation is asked for its FLOPs and its uses many times.
         self._flops: dict[str, float] = {}
@@ -429,7 +427,7 @@ class HloModule:
             if len(limits) == 1 and "direction=LT" in instruction.attributes:
                 return limits[0]  # counter < limit
 
-        self.notes[f"loop {loop.name}: unknown number of trips, taken as 1"] += 1
+        self.notes.add(f"loop {loop.name}: unknown number of trips, taken as 1")
         return 1
 
     def _constant(self, computation: str, name: str) -> int | None:
@@ -661,7 +659,7 @@ class HloModule:
         if "splash" in name and heads:
             return self._attention_kernel(name, (1, *heads[0])[-4:], least_seconds)
 
-        self.notes[f"kernel {name}: unknown, timed by its bytes"] += 1
+        self.notes.add(f"kernel {name}: unknown, timed by its bytes")
         return KernelCost(name, 0.0, least_seconds)
 
     def _declared_kernel(self, name: str, flops: float, least_seconds: float) -> KernelCost:
@@ -669,10 +667,10 @@ class HloModule:
         share = forward_share
         if name.startswith(GROUPED_MATMULS):
             share = backward_share
-            self.notes[
+            self.notes.add(
                 f"experts' matmuls: {share:.0%} of the peak is a guess, for all rows that there is "
                 "room for"
-            ] += 1
+            )
 
         seconds = max(least_seconds, flops / (self.chip.peak_flops * share))
         return KernelCost(name, flops, seconds)
@@ -845,7 +843,7 @@ class _Simulator:
 
             if not inner_collectives:
                 note = "asynchronous computations without a collective: not timed"
-                self.module.notes[note] += 1
+                self.module.notes.add(note)
 
     def _play_kernel(self, instruction: Instruction, computation: str, timeline: _Timeline) -> None:
         kernel = self.module.kernel(instruction, computation)

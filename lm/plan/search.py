@@ -27,8 +27,8 @@ KNOBS = (
     "train.fsdp_gather",
     "objective.chunk",
 )
-# Values of config.model.remat, from the one that saves the fewest results for the backward pass to
-# the one that saves most. Each adds what saves most FLOPs for its bytes (docs/pods.md).
+# Values of config.model.remat, from the fewest saved results to the most. Each avoids the most
+# recomputation for the memory that it takes.
 REMATS = (
     "full",
     "attention",
@@ -43,6 +43,8 @@ REMATS = (
 SMALLEST_CHUNK = 64
 # A candidate must take less than this share of the best one's time to be taken for faster.
 FASTER = 0.999
+# Changes that are compiled to find one that makes a configuration fit, at most.
+MAX_TRIALS = 4
 
 # Compiles a configuration and returns lm.plan's report on it. Raises MemoryError or ValueError for
 # one that can't run.
@@ -285,7 +287,7 @@ def search(
     base = settings_of(config, chips)
     best = Trial(base, evaluate(config))
     trials = {json.dumps(base, sort_keys=True): best}
-    progress(f"as given: {summary(best, best)}")
+    progress(f"as given: {trial_line(best, best)}")
     longest = time.monotonic() - began
 
     improved = True
@@ -314,7 +316,7 @@ def search(
             longest = max(longest, time.monotonic() - start)
             minute = (time.monotonic() - began) / 60
             progress(
-                f"{minute:.1f} min, {len(trials)}: {_describe(change)}: {summary(trial, best)}"
+                f"{minute:.1f} min, {len(trials)}: {_as_text(change)}: {trial_line(trial, best)}"
             )
 
             # The first neighbour that is faster is the next to climb from.
@@ -333,11 +335,11 @@ def _compile(config: ConfigDict, settings: dict, evaluate: Evaluate) -> Trial:
         return Trial(settings, None, first_line)
 
 
-def _describe(change: dict) -> str:
+def _as_text(change: dict) -> str:
     return ", ".join(f"{knob}={value}" for knob, value in change.items())
 
 
-def summary(trial: Trial, best: Trial) -> str:
+def trial_line(trial: Trial, best: Trial) -> str:
     """A trial in a line."""
     if not trial.report:
         return trial.failure
@@ -349,7 +351,7 @@ def summary(trial: Trial, best: Trial) -> str:
     )
 
 
-def table(trials: list[Trial], base: dict) -> str:
+def ranking(trials: list[Trial], base: dict) -> str:
     """The ranking, each trial by what sets it apart from the configuration as given."""
     lines = [f"{'step, ms':>10}  {'MFU':>6}  {'GiB':>5}  changes"]
     for trial in trials:
@@ -411,7 +413,6 @@ def nearest_that_fits(
     *,
     needed_gib: float,
     limit_gib: float,
-    max_trials: int = 4,
     progress: Callable[[str], None] = show_nothing,
 ) -> Trial | None:
     """The change that costs least time and makes a configuration fit.
@@ -423,7 +424,7 @@ def nearest_that_fits(
       limit_gib: memory of a chip.
 
     Returns:
-      The first trial that fits; None if `max_trials` of them don't.
+      The first trial that fits; None if `MAX_TRIALS` of them don't.
     """
     base = settings_of(config, chips)
     base_activations = activation_bytes(config, base, chips).gib
@@ -436,9 +437,9 @@ def nearest_that_fits(
             continue
 
         num_trials += 1
-        if num_trials > max_trials:
+        if num_trials > MAX_TRIALS:
             return None
-        progress(f"trying {_describe(change)}, about {predicted:.1f} GiB")
+        progress(f"trying {_as_text(change)}, about {predicted:.1f} GiB")
         trial = _compile(config, settings, evaluate)
         if trial.report:
             return trial
@@ -456,7 +457,8 @@ def _leaner_changes(config: ConfigDict, base: dict, chips: int) -> Iterator[dict
             yield {"objective.chunk": size}
 
     # What is not saved is computed again.
-    for remat in _remats_below(config, base, chips):
+    _, less_saved = _other_remats(config, base, chips)
+    for remat in reversed(less_saved):
         yield {"model.remat": remat}
 
     # Each microbatch gathers the weights again.
@@ -470,15 +472,3 @@ def _leaner_changes(config: ConfigDict, base: dict, chips: int) -> Iterator[dict
         "model.remat": "full",
         "objective.chunk": math.gcd(positions, 256),
     }
-
-
-def _remats_below(config: ConfigDict, base: dict, chips: int) -> list[str]:
-    """Values of model.remat that save less than `base`, those first that save most."""
-    now = activation_bytes(config, base, chips).saved
-    leaner = []
-    for remat in REMATS:
-        saved = activation_bytes(config, base | {"model.remat": remat}, chips).saved
-        if saved < now:
-            leaner.append((saved, remat))
-    leaner.sort(key=lambda entry: -entry[0])
-    return [remat for _, remat in leaner]

@@ -5,7 +5,6 @@ import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,9 +17,9 @@ from etils import epath
 from lm import build, convert, evaluate, train
 from lm.data import pack
 from lm.data import tokenizer as lm_tokenizers
+from tests.helpers import ROOT
 from tests.parity import references
 
-ROOT = Path(__file__).parent.parent.parent
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
 

@@ -16,8 +16,9 @@ from lm import sharding
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling, row_keys
 from lm.hf import directory as hf
-from lm.models.transformer import Config, Transformer
+from lm.models.transformer import Config
 from lm.objectives import causal
+from tests import helpers
 from tests.parity import references
 
 TOKEN_IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -34,9 +35,7 @@ def abstract_model(fields, **execution_fields):
     del fields["type"]
     config = Config(**fields)
 
-    abstract = nnx.eval_shape(lambda: Transformer(config, jax.random.key(0)))
-    graphdef, abstract_params = nnx.split(abstract, nnx.Param)
-
+    graphdef, abstract_params = helpers.abstract_model(config)
     axes = sharding.logical_axes(abstract_params)
     abstract_params = nnx.to_pure_dict(abstract_params)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
