@@ -85,11 +85,9 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
       read_train: gives the training split, where the tokenizer is trained on it.
 
     Raises:
-      ValueError: no such kind, or a path without a tokenizer.
+      ValueError: a path without a tokenizer, or texts that none can be trained on.
     """
     c = config.tokenizer
-    if c.kind not in ("bytes", "sentencepiece"):
-        raise ValueError(f"config.tokenizer.kind = {c.kind!r}; valid: ['bytes', 'sentencepiece']")
     if c.path:
         return tokenizers.load(epath.Path(c.path).expanduser())
     if c.kind == "bytes":
@@ -140,6 +138,11 @@ def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[A
     """
     fields = config.model.to_dict()
     module = resolve(fields.pop("type"), "config.model.type")
+    if not (hasattr(module, "Config") and hasattr(module, "Transformer")):
+        raise ValueError(
+            f"config.model.type = {config.model.type!r} has no Config and Transformer; wanted the "
+            "dotted path of a module that has, such as lm.models.transformer"
+        )
     fields["vocab_size"] = fields["vocab_size"] or vocab_size
     if not fields["compute_dtype"]:
         fields["compute_dtype"] = "float32" if platform == "cpu" else "bfloat16"
@@ -300,7 +303,7 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
     batch_size, accumulation = config.data.batch_size, config.train.accumulation
     length = config.data.length
     sharding.check_batch(mesh, batch_size, length, "config.data.batch_size")
-    if accumulation < 1 or batch_size % accumulation:
+    if batch_size % accumulation:
         raise ValueError(
             f"config.train.accumulation = {accumulation} must divide "
             f"config.data.batch_size = {batch_size}"
@@ -314,18 +317,9 @@ def _gradient_wrapper(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | 
     which leaves FSDP's collectives to GSPMD ("partitioner").
 
     Raises:
-      ValueError: unknown values, or values that don't go together.
+      ValueError: values that don't go together.
     """
     c = config.train
-    valid = dict(
-        fsdp_gather=("joint", "staged"),
-        fsdp=("partitioner", "by_hand"),
-        grad_reduce_dtype=("float32", "bfloat16"),
-    )
-    for key, values in valid.items():
-        if c[key] not in values:
-            raise ValueError(f"config.train.{key} = {c[key]!r}; valid: {list(values)}")
-
     if c.fsdp == "partitioner":
         if c.grad_reduce_dtype != "float32":
             raise ValueError(
@@ -444,7 +438,7 @@ def build(
       ValueError: what can't work, before anything is computed.
     """
     c = config
-    _check_config(c)
+    config_lib.check(c)
     sharding.make_mesh(c.mesh.to_dict(), devices)  # before the corpus is read
 
     read_train = functools.cache(lambda: documents(c, c.data.split))
@@ -469,23 +463,6 @@ def build(
         train_documents=read_train() if training else None,
         total_steps=total_steps,
     )
-
-
-def _check_config(config: ConfigDict) -> None:
-    """Raises ValueError for values of the data and of checkpoints that can't work."""
-    keys = ("batch_size", "length", "streams", "packing_bins")
-    small = [f"config.data.{key} = {config.data[key]}" for key in keys if config.data[key] < 1]
-    if small:
-        raise ValueError(f"{', '.join(small)}; must be at least 1")
-    if config.checkpoint.keep < 1:
-        raise ValueError(
-            f"config.checkpoint.keep = {config.checkpoint.keep}; must be at least 1, or the run "
-            "would end without its weights"
-        )
-    if config.data.packing not in pack.PACKINGS:
-        raise ValueError(
-            f"config.data.packing = {config.data.packing!r}; valid: {list(pack.PACKINGS)}"
-        )
 
 
 def log_summary(experiment: Experiment) -> None:

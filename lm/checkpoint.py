@@ -31,6 +31,7 @@ from lm import files
 from lm.data import tokenizer as tokenizers
 
 MANIFEST = "MANIFEST.json"
+SMALL_BYTES = 2**26  # nobody runs out of memory for less
 # Rewritten by Orbax when it commits a checkpoint, after the manifest is made; nothing of the run is
 # in them.
 _UNCHECKED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
@@ -73,7 +74,7 @@ def problems(directory: epath.Path) -> list[str]:
     Files may be missing, changed or not in the manifest, or there is no manifest.
     """
     try:
-        wanted = json.loads((directory / MANIFEST).read_text())
+        wanted = files.read_json(directory / MANIFEST)
     except (OSError, ValueError):
         return [f"{MANIFEST} is missing or unreadable"]
 
@@ -92,17 +93,18 @@ def problems(directory: epath.Path) -> list[str]:
 def _checksums(directory: epath.Path) -> dict[str, list[int]]:
     """{file: [bytes, crc32]} of all files under a checkpoint, as the manifest has them."""
     # epath's rglob doesn't work on gs://.
+    files.check_tree(directory)
     folders = [directory]
-    files = []
+    paths = []
     while folders:
         for path in folders.pop().iterdir():
             if path.is_dir():
                 folders.append(path)
             else:
-                files.append(path)
+                paths.append(path)
 
     checksums = {}
-    for path in files:
+    for path in paths:
         name = str(path.relative_to(directory))
         if name not in _UNCHECKED:
             checksums[name] = _checksum(path)
@@ -204,7 +206,7 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 class Checkpointer:
     """Saves and restores the checkpoints of a run: the newest `keep`, and the one with the lowest
-    `best` metric.
+    (or `highest`) `best` metric.
 
     When it is made, damaged checkpoints after the newest intact one are moved aside (to
     damaged-STEP). With several processes the first looks, and the others wait for it.
@@ -213,9 +215,10 @@ class Checkpointer:
       ValueError: there are checkpoints, but none is intact: starting over would overwrite the run.
     """
 
-    def __init__(self, directory: epath.Path, *, keep: int, best: str = ""):
+    def __init__(self, directory: epath.Path, *, keep: int, best: str = "", highest: bool = False):
         self._directory = _absolute(directory)
         self._best = best
+        self._sign = -1 if highest else 1
         self._saving = None  # the step of the last save
 
         # A kill may have left anything: the directory is put in order before Orbax reads it.
@@ -251,7 +254,7 @@ class Checkpointer:
 
     def _metric(self, metrics: dict[str, float]) -> float:
         # A checkpoint with another metric, from before the config changed, is no rival.
-        return metrics.get(self._best, math.inf)
+        return self._sign * metrics.get(self._best, self._sign * math.inf)
 
     def _write_manifest(self) -> None:
         """Runs in Orbax's thread, after the last file and before the rename that commits: manifest
@@ -337,7 +340,7 @@ class Checkpointer:
         return _restore_arrays(self._manager, step, abstract, "state")
 
     def meta(self, step: int) -> dict:
-        """Returns the JSON object of a checkpoint."""
+        """Returns the JSON object of a checkpoint. Raises ValueError if it can't be read."""
         return _restore_meta(self._manager, step)
 
     def close(self) -> None:
@@ -368,7 +371,17 @@ def _is_not_about_metrics(record: logging.LogRecord) -> bool:
 
 
 def _restore_meta(manager: ocp.CheckpointManager, step: int) -> dict:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    """The meta of a checkpoint. Raises ValueError if it can't be read."""
+    try:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        meta = f"{type(error).__name__}: {error}"
+    if not isinstance(meta, dict):
+        raise ValueError(
+            f"the metadata of checkpoint {step} in {manager.directory} can't be read: "
+            f"{str(meta)[:200]}"
+        )
+    return meta
 
 
 def _restore_arrays(manager: ocp.CheckpointManager, step: int, abstract, what: str):
@@ -432,6 +445,7 @@ class SavedCheckpoint:
           ValueError: other parameters, shapes or dtypes than the checkpoint's.
         """
         stored = self._manager.item_metadata(self.step).state.tree
+        self._check_size(abstract_params)
         has_average = any(path.startswith("opt_state/ema/") for path in stored)
         if not (averaged and has_average):
             abstract = {"params": abstract_params}
@@ -444,6 +458,21 @@ class SavedCheckpoint:
         average = restored["opt_state"]["ema"]
         return jax.tree.map(lambda mean, p: mean.astype(p.dtype), average, abstract_params)
 
+    def _check_size(self, abstract_params) -> None:
+        """Raises ValueError if the files are too small for the parameters.
+
+        The sizes come from metadata, and arrays of such sizes would be made before anything is
+        missed: what isn't in the files is 0.
+        """
+        wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_params))
+        directory = epath.Path(self._manager.directory) / str(self.step)
+        stored = sum(size for size, _ in files.read_json(directory / MANIFEST).values())
+        if wanted > 2 * stored + SMALL_BYTES:
+            raise ValueError(
+                f"{directory} has {stored / 1e9:.3f} GB, and its model would have "
+                f"{wanted / 1e9:.3f} GB"
+            )
+
 
 @contextlib.contextmanager
 def open_run(workdir: epath.Path, step: int | None = None) -> Iterator[SavedCheckpoint]:
@@ -453,6 +482,7 @@ def open_run(workdir: epath.Path, step: int | None = None) -> Iterator[SavedChec
       ValueError: there is none, or it is damaged, or a kill left a newer one set aside.
     """
     directory = _absolute(workdir / "checkpoints")
+    files.check_tree(directory)
     if step is None:
         step = _readable_newest(workdir, directory)
     else:
@@ -502,7 +532,44 @@ def _as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
-# --- the tokenizer in a checkpoint ---
+# --- the meta of a run's checkpoint ---
+
+# What lm reads of it. That of an import has no state of a run.
+_MODEL_META = {
+    "config": dict,
+    "tokenizer": dict,
+    "tokenizer.fingerprint": str,
+    "tokenizer.vocab_size": int,
+    "tokenizer.files": dict,
+}
+_RUN_META = {"streams": dict, "corpus": str, "interval": dict, "evals": dict}
+
+
+def check_meta(meta: dict, where: str, *, of_run: bool = False) -> None:
+    """Checks that a checkpoint's meta has what lm reads of it, before any of it is used.
+
+    Args:
+      where: what errors call the checkpoint.
+      of_run: a run is to go on from it.
+
+    Raises:
+      ValueError: keys are missing, or their values of another type; or it is that of an import,
+        which no run can go on from.
+    """
+    if of_run and "streams" not in meta:
+        raise ValueError(
+            f"{where} has the checkpoint of an import, not of a run: train in another --workdir "
+            f"with --config.init_from={where}"
+        )
+    for path, kind in (_MODEL_META | (_RUN_META if of_run else {})).items():
+        value = meta
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"the metadata of {where}'s checkpoint has {path} = {str(value)[:80]}; wanted a "
+                f"{kind.__name__}"
+            )
 
 
 def tokenizer_to_meta(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lm import config as config_lib
-from lm import startup, stopping
+from lm import escape, startup, stopping
 
 # Errors whose message is meant for the user; others are shown with their traceback.
 EXPLAINED = (ValueError, OSError, MemoryError, stopping.RunFailed)
@@ -32,6 +32,15 @@ def config_flag() -> flags.FlagHolder:
     )
 
 
+def model_type_flag() -> flags.FlagHolder:
+    """Defines --model_type, for the commands that read a run without its --config."""
+    return flags.DEFINE_string(
+        "model_type",
+        "",
+        "Module of a model of your own that the run's checkpoint names (its config.model.type).",
+    )
+
+
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
     """Turns `main(argv)` into a command: it logs to stderr, and errors become messages and exit
     statuses.
@@ -41,9 +50,9 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
 
     @functools.wraps(main)
     def run(argv: list[str]) -> int:
-        logging.basicConfig(
-            level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
-        )
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_PrintableFormatter("%(levelname).1s %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS log too much at INFO
         try:
             return main(argv) or 0
@@ -55,12 +64,20 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
         except Exception as error:
             # One without words, such as Python's own MemoryError, explains nothing.
             if not isinstance(error, EXPLAINED) or not str(error):
-                traceback.print_exc()
-            print(f"\nerror: {error or type(error).__name__}", file=sys.stderr)
+                print(escape.printable(traceback.format_exc()), file=sys.stderr)
+            message = escape.printable(str(error)) or type(error).__name__
+            print(f"\nerror: {message}", file=sys.stderr)
             startup.leave(1)
             return 1
 
     return run
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Messages hold names and texts out of files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape.printable(super().format(record))
 
 
 def no_arguments(argv: list[str]) -> None:

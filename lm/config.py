@@ -1,14 +1,15 @@
-"""Every key of a run's configuration, once, with its default and what it means.
+"""Every key of a run's configuration, once, with its default, its range and what it means.
 
 configs/*.py start from here and say what differs.
 
-The configuration is locked before it is used: a key that is not here is an error. Each run writes
-what it ran with, complete, to config.json.
+The configuration is locked and checked before it is used: a key that is not here is an error, and
+so is a value outside of its range. Each run writes what it ran with, complete, to config.json.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from decimal import Decimal
 from fractions import Fraction
 
 from ml_collections import ConfigDict
@@ -30,162 +31,430 @@ RESUMABLE = (
     "model.remat",
     "model.scan_unroll",
     "data.cache_dir",
-    # Where the corpus lies; its fingerprint says whether it is the same text.
+    # Where corpus and tokenizer lie; their fingerprints say whether they are the same.
     "data.source_args.data_dir",
     "data.source_args.path",
+    "tokenizer.path",
 )
+
+
+# What a key may be. Each stands beside its default, and `check` holds a configuration against it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A finite number within bounds, or one of the values besides."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    besides: tuple = ()
+
+    def __contains__(self, value) -> bool:
+        if value in self.besides:
+            return True
+        within = self.least <= value <= self.most and self.above < value < self.below
+        return within and math.isfinite(value)
+
+    def __str__(self):
+        bounds = dict(least="at least", most="at most", above="above", below="below")
+        finite = {}
+        for name, words in bounds.items():
+            if math.isfinite(getattr(self, name)):
+                finite[name] = f"{words} {getattr(self, name)}"
+
+        text = " and ".join(finite.values()) or "any finite number"
+        if finite.keys() == {"least", "most"}:
+            text = f"{self.least} to {self.most}"
+        return ", or ".join([text, *map(str, self.besides)])
+
+
+def one_of(default: str, *others: str):
+    """A field of a group of keys: one of these names."""
+    return dataclasses.field(default=default, metadata={"valid": (default, *others)})
+
+
+def integer(default: int, *, least: int = 0, most: int = 2**31 - 1, besides: tuple = ()):
+    """A field of a group of keys: an integer. What has no limit of its own fits in 31 bits."""
+    valid = Range(least=least, most=most, besides=besides)
+    return dataclasses.field(default=default, metadata={"valid": valid})
+
+
+def number(default: float, **bounds: float):
+    """A field of a group of keys: a finite number within the bounds of a `Range`."""
+    return dataclasses.field(default=default, metadata={"valid": Range(**bounds)})
+
+
+# The keys, group by group. Sizes have limits far above any model's, so that a slip of the pen is an
+# error, and not a machine out of memory.
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFields:
-    """config.model: the fields of `lm.models.transformer.Config`, which checks them."""
+    """config.model: the fields of `lm.models.transformer.Config`."""
 
-    vocab_size: int = 0  # 0: the tokenizer's
+    vocab_size: int = integer(0, most=2**24)  # 0: the tokenizer's
     # longest sequence; the size of the position table when positions are learned
-    context_length: int = 256
-    num_layers: int = 4
-    embed_dim: int = 256
-    mlp_dim: int = 1024  # of each expert, where there are experts
-    num_heads: int = 2
-    num_kv_heads: int = 2
-    head_dim: int = 128
-    norm: str = "rmsnorm"  # layernorm | rmsnorm
-    norm_eps: float = 1e-5
+    context_length: int = integer(256, least=1, most=2**24)
+    num_layers: int = integer(4, least=1, most=2**12)
+    embed_dim: int = integer(256, least=1, most=2**18)
+    # of each expert, where there are experts
+    mlp_dim: int = integer(1024, least=1, most=2**20)
+    num_heads: int = integer(2, least=1, most=2**12)
+    num_kv_heads: int = integer(2, least=1, most=2**12)
+    head_dim: int = integer(128, least=1, most=2**14)
+    norm: str = one_of("rmsnorm", "layernorm")
+    norm_eps: float = number(1e-5, above=0, below=1)
     qk_norm: bool = False  # RMSNorm of each head's queries and keys
-    # pre_norm | post_norm (of the sum; no norm at the end) | parallel (attention and MLP both on
-    # the layer's input)
-    residual: str = "pre_norm"
-    activation: str = "relu_squared"  # gelu | gelu_tanh | relu | silu | relu_squared
+    # post_norm (of the sum; no norm at the end) | parallel (attention and MLP both on the layer's
+    # input)
+    residual: str = one_of("pre_norm", "post_norm", "parallel")
+    activation: str = one_of("relu_squared", "gelu", "gelu_tanh", "relu", "silu")
     gated_mlp: bool = False
-    num_experts: int = 0  # of every layer, in the MLP's place, see lm.nn.moe; 0: none
-    experts_per_token: int = 2
+    # of every layer, in the MLP's place, see lm.nn.moe; 0: none
+    num_experts: int = integer(0, most=2**14)
+    experts_per_token: int = integer(2, least=1, most=2**14)
     normalize_router: bool = True  # the probabilities of a token's experts sum to 1
-    shared_mlp_dim: int = 0  # of an expert that takes every token; 0: none
-    positions: str = "rope"  # learned | rope
-    position_offset: int = 0  # learned: rows of the table before that of position 0
-    rope_theta: float = 10000.0
-    rope_fraction: float = 1.0  # of a head's dims that turn
+    # of an expert that takes every token; 0: none
+    shared_mlp_dim: int = integer(0, most=2**20)
+    positions: str = one_of("rope", "learned")
+    # learned: rows of the table before that of position 0
+    position_offset: int = integer(0, most=2**24)
+    rope_theta: float = number(10000.0, above=1)
+    rope_fraction: float = number(1.0, above=0, most=1)  # of a head's dims that turn
     rope_interleaved: bool = False  # the pairs that turn are (2i, 2i + 1), not (i, i + half)
     # or Llama 3.1's (factor, low_frequency_factor, high_frequency_factor, original context)
     rope_scaling: tuple[float, ...] = ()
-    window: int = 0  # positions that a query sees, itself included; 0: all before it
+    # positions that a query sees, itself included; 0: all before it
+    window: int = integer(0)
     # where there are biases, with commas between them: qkv, out (of attention), mlp, norm
     # (layernorm)
     bias: str = ""
     tie_embeddings: bool = True
     # of the embedding and the head, with a projection between them and the layers; 0: embed_dim
-    table_dim: int = 0
+    table_dim: int = integer(0, most=2**18)
     # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
-    init_std: float = 0.02
+    init_std: float = number(0.02, least=0, most=100)
 
     # What follows is how the model is executed.
-    param_dtype: str = "bfloat16"  # bfloat16 | float32; norms are always float32
-    compute_dtype: str = ""  # bfloat16 | float32; "": bfloat16 on TPU and GPU, float32 on CPU
-    # xla | cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
-    attention: str = "xla"
+    param_dtype: str = one_of("bfloat16", "float32")  # norms are always float32
+    # "": bfloat16 on TPU and GPU, float32 on CPU
+    compute_dtype: str = one_of("", "bfloat16", "float32")
+    # cudnn (GPU, bfloat16) | splash (TPU) | splash_interpreted (for tests)
+    attention: str = one_of("xla", "cudnn", "splash", "splash_interpreted")
     # What is saved for the backward pass; the rest is computed again: none (no remat, all is saved)
     # | dots (the matmuls' results) | full (nothing) | names of results, of query, key, value,
     # attention (splash), out, up, gate, down: "query,attention,out"; "up:host" saves one in the
     # host's memory.
     remat: str = "none"
     # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
-    scan_unroll: int = 1
+    scan_unroll: int = integer(1, least=1, most=2**12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    # dotted path of a function (split, **source_args) -> Documents
+    source: str = "lm.data.pydocs.pydocs"
+    source_args: dict = dataclasses.field(default_factory=lambda: dict(data_dir="~/.cache/lm"))
+    split: str = "train"
+    cache_dir: str = "~/.cache/lm"  # trained tokenizers
+    # if not "", a training document with a label ends with this line and the label
+    label_prompt: str = ""
+    length: int = integer(256, least=1, most=2**24)  # tokens a row, T
+    batch_size: int = integer(16, least=1, most=2**24)  # rows of the global batch, B
+    # independent streams that the rows are dealt from; a multiple of the number of processes
+    streams: int = integer(8, least=1, most=2**20)
+    # first_fit (documents whole) | concat_then_split (rows full, documents cut anywhere)
+    packing: str = one_of("first_fit", "concat_then_split")
+    packing_bins: int = integer(128, least=1, most=2**20)  # rows that first_fit fills at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face
+    # checkpoint; "": see kind.
+    path: str = ""
+    # where there is no path; sentencepiece: one is trained on the training split
+    kind: str = one_of("sentencepiece", "bytes")
+    vocab_size: int = integer(2048, least=2, most=2**24)  # of a tokenizer that is trained
+    # that it is trained on, evenly out of the split; 0: all
+    max_documents: int = integer(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    # dotted path of a module with make_loss(**the rest) and token_logprobs
+    type: str = "lm.objectives.causal"
+    z_loss: float = number(0.0, least=0)
+    balance_loss: float = number(0.0, least=0)  # weight of the routers' imbalance (num_experts)
+    # positions of a row whose logits exist at a time; 0: all
+    chunk: int = integer(0, most=2**24)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerFields:
+    """config.optimizer."""
+
+    name: str = one_of("adamw", "adafactor", "lion", "muon")
+    learning_rate: float = number(1e-3, least=0, most=1000)
+    schedule: str = one_of("cosine", "wsd", "linear", "constant")
+    warmup_steps: int = integer(20)
+    decay_steps: int = integer(0)  # wsd: length of the decay
+    # share of the peak at the end (cosine, linear, wsd)
+    final_learning_rate: float = number(0.1, least=0, most=1)
+    b1: float = number(0.9, least=0, below=1)
+    b2: float = number(0.95, least=0, below=1)
+    eps: float = number(1e-8, above=0, most=1)
+    momentum: float = number(0.95, least=0, below=1)  # muon
+    # muon: the learning rate of what Adam updates (embeddings, norms), as a share
+    muon_adam_ratio: float = number(1.0, least=0, most=1000)
+    adafactor_decay: float = number(0.8, above=0, most=1)
+    weight_decay: float = number(0.1, least=0, most=1000)
+    clip_norm: float = number(1.0, least=0)  # of the gradient; 0: no clipping
+    # how bfloat16 parameters take an f32 update: stochastic | nearest | master (f32 copy)
+    rounding: str = one_of("stochastic", "nearest", "master")
+    # of an f32 moving average of the weights, evaluated instead of them; 0: none
+    ema_decay: float = number(0.0, least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    length: str = "1000 steps"  # "N steps", "N tokens" (positions of the batches) or "X epochs"
+    accumulation: int = integer(1, least=1, most=2**20)  # microbatches a step
+    # FSDP's collectives: partitioner (auto, by GSPMD) | by_hand (manual, by shard_map; faster on
+    # TPU pods)
+    fsdp: str = one_of("partitioner", "by_hand")
+    # of gradients between devices: float32 | bfloat16 (by_hand only)
+    grad_reduce_dtype: str = one_of("float32", "bfloat16")
+    # by_hand, over fsdp and fsdp2: staged, one after the other (v4, v5p, v6e) | joint, in one
+    # all-gather (v5e)
+    fsdp_gather: str = one_of("staged", "joint")
+    # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
+    nonfinite: str = one_of("halt", "skip")
+    log_every: int = integer(10, least=1)  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+    """config.mesh: sizes (lm/sharding.py says what each splits); -1 takes the devices left."""
+
+    slice: int = integer(1, least=1, most=2**20, besides=(-1,))
+    data: int = integer(1, least=1, most=2**20, besides=(-1,))
+    fsdp: int = integer(-1, least=1, most=2**20, besides=(-1,))
+    fsdp2: int = integer(1, least=1, most=2**20, besides=(-1,))
+    tensor: int = integer(1, least=1, most=2**20, besides=(-1,))
+    sequence: int = integer(1, least=1, most=2**20, besides=(-1,))
+    expert: int = integer(1, least=1, most=2**20, besides=(-1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int = integer(0)  # steps; 0: only at the end
+    keep: int = integer(2, least=1)  # newest ones kept
+    # a metric ("eval/validation/loss") whose best checkpoint is kept besides; "": none
+    best: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """The keys that all entries of config.evals have."""
+
+    type: str = ""  # dotted path of an Evaluator
+    every: int = integer(0)  # steps; 0: only at the end
+    batch_size: int = integer(16, least=1, most=2**20)  # rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The keys of no group."""
+
+    # The largest seed that jax takes as it is.
+    seed: int = integer(0, most=2**32 - 1)
+    # "": TPU if there is one, else GPU, else CPU
+    platform: str = one_of("", "tpu", "gpu", "cpu")
+    # What the run starts from, at step 0: a run directory (its newest checkpoint's weights), or the
+    # directory of a Hugging Face checkpoint, which also decides config.model (but for its execution
+    # and param_dtype) and, if tokenizer.path is "", the tokenizer.
+    init_from: str = ""
+
+
+MODEL = "lm.models.transformer"
+GROUPS = dict(
+    data=Data,
+    tokenizer=Tokenizer,
+    model=ModelFields,
+    objective=Objective,
+    optimizer=OptimizerFields,
+    train=Train,
+    mesh=MeshAxes,
+    checkpoint=Checkpoint,
+)
 
 
 def default() -> ConfigDict:
     """All keys with their defaults. configs/*.py start from here."""
-    c = ConfigDict()
-    c.seed = 0
-    c.platform = ""  # tpu | gpu | cpu; "": TPU if there is one, else GPU, else CPU
-    # What the run starts from, at step 0: a run directory (its newest checkpoint's weights), or the
-    # directory of a Hugging Face checkpoint, which also decides config.model (but for its execution
-    # and param_dtype) and, if tokenizer.path is "", the tokenizer.
-    c.init_from = ""
-
-    c.data = ConfigDict()
-    # dotted path of a function (split, **source_args) -> Documents
-    c.data.source = "lm.data.pydocs.pydocs"
-    c.data.source_args = ConfigDict(dict(data_dir="~/.cache/lm"), allow_dotted_keys=False)
-    c.data.split = "train"
-    c.data.cache_dir = "~/.cache/lm"  # trained tokenizers
-    # if not "", a training document with a label ends with this line and the label
-    c.data.label_prompt = ""
-    c.data.length = 256  # tokens a row, T
-    c.data.batch_size = 16  # rows of the global batch, B
-    # independent streams that the rows are dealt from; a multiple of the number of processes
-    c.data.streams = 8
-    # first_fit (documents whole) | concat_then_split (rows full, documents cut anywhere)
-    c.data.packing = "first_fit"
-    c.data.packing_bins = 128  # rows that first_fit fills at a time
-
-    c.tokenizer = ConfigDict()
-    # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face
-    # checkpoint; "": see kind.
-    c.tokenizer.path = ""
-    # where there is no path: sentencepiece (one is trained on the training split) | bytes
-    c.tokenizer.kind = "sentencepiece"
-    c.tokenizer.vocab_size = 2048  # of a tokenizer that is trained
-    c.tokenizer.max_documents = 0  # that it is trained on, evenly out of the split; 0: all
-
+    c = ConfigDict(dataclasses.asdict(Run()))
+    for name, group in GROUPS.items():
+        c[name] = ConfigDict(dataclasses.asdict(group()))
+    c.data.source_args = ConfigDict(c.data.source_args, allow_dotted_keys=False)
     # dotted path of a module with Config and a class named Transformer
-    c.model = ConfigDict(dict(type="lm.models.transformer") | dataclasses.asdict(ModelFields()))
-
-    c.objective = ConfigDict()
-    # dotted path of a module with make_loss(**the rest) and token_logprobs
-    c.objective.type = "lm.objectives.causal"
-    c.objective.z_loss = 0.0
-    c.objective.balance_loss = 0.0  # weight of the routers' imbalance (num_experts)
-    c.objective.chunk = 0  # positions of a row whose logits exist at a time; 0: all
-
-    c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw | adafactor | lion | muon
-    c.optimizer.learning_rate = 1e-3
-    c.optimizer.schedule = "cosine"  # cosine | wsd | linear | constant
-    c.optimizer.warmup_steps = 20
-    c.optimizer.decay_steps = 0  # wsd: length of the decay
-    c.optimizer.final_learning_rate = 0.1  # share of the peak at the end (cosine, linear, wsd)
-    c.optimizer.b1 = 0.9
-    c.optimizer.b2 = 0.95
-    c.optimizer.eps = 1e-8
-    c.optimizer.momentum = 0.95  # muon
-    # muon: the learning rate of what Adam updates (embeddings, norms), as a share
-    c.optimizer.muon_adam_ratio = 1.0
-    c.optimizer.adafactor_decay = 0.8
-    c.optimizer.weight_decay = 0.1
-    c.optimizer.clip_norm = 1.0  # of the gradient; 0: no clipping
-    # how bfloat16 parameters take an f32 update: stochastic | nearest | master (f32 copy)
-    c.optimizer.rounding = "stochastic"
-    # of an f32 moving average of the weights, evaluated instead of them; 0: none
-    c.optimizer.ema_decay = 0.0
-
-    c.train = ConfigDict()
-    c.train.length = "1000 steps"  # "N steps", "N tokens" (positions of the batches) or "X epochs"
-    c.train.accumulation = 1  # microbatches a step
-    # FSDP's collectives: partitioner (auto, by GSPMD) | by_hand (manual, by shard_map; faster on
-    # TPU pods)
-    c.train.fsdp = "partitioner"
-    # of gradients between devices: float32 | bfloat16 (by_hand only)
-    c.train.grad_reduce_dtype = "float32"
-    # by_hand, over fsdp and fsdp2: staged, one after the other (v4, v5p, v6e) | joint, in one
-    # all-gather (v5e)
-    c.train.fsdp_gather = "staged"
-    # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
-    c.train.nonfinite = "halt"
-    c.train.log_every = 10  # steps
-
-    # Axes of the mesh (lm/sharding.py says what each splits); -1 takes the devices that are left.
-    c.mesh = ConfigDict(dict(slice=1, data=1, fsdp=-1, fsdp2=1, tensor=1, sequence=1, expert=1))
-
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 0  # steps; 0: only at the end
-    c.checkpoint.keep = 2  # newest ones kept
-    # a metric ("eval/validation/loss") whose lowest checkpoint is kept besides; "": none
-    c.checkpoint.best = ""
-
-    # name -> dict(type=dotted path of an Evaluator, every=steps (0: only at the end),
-    # batch_size=rows, **its arguments)
+    c.model = ConfigDict(dict(type=MODEL) | dataclasses.asdict(ModelFields()))
+    # name -> an entry (lm/evals/entries.py)
     c.evals = ConfigDict()
     return c
+
+
+# A configuration against its keys.
+
+MAX_BATCH_TOKENS = 2**28
+# of config.train.length, by its unit
+MAX_AMOUNTS = dict(steps=2**31 - 1, tokens=10**18, epochs=10**6)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the keys of a configuration, each for itself, before anything is read or computed.
+
+    What depends on data or devices is checked where these are known.
+
+    Raises:
+      ValueError: a key that is missing or unknown, or whose value has another type or lies outside
+        its range; all of them are named, with what is wanted.
+    """
+    top = {name: value for name, value in config.items() if name not in GROUPS and name != "evals"}
+    problems = _problems("config", Run, top)
+    for name, group in GROUPS.items():
+        problems += _problems_of_group(f"config.{name}", group, config.get(name))
+    problems += _problems_of_evals(config.get("evals"))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    parse_length(config.train.length)
+    tokens = config.data.batch_size * config.data.length
+    if tokens > MAX_BATCH_TOKENS:
+        raise ValueError(
+            f"config.data.batch_size = {config.data.batch_size} rows of config.data.length = "
+            f"{config.data.length} are {tokens} tokens; a batch has at most {MAX_BATCH_TOKENS}"
+        )
+
+
+def check_model(fields: Mapping, where: str) -> None:
+    """Checks the fields of a Transformer's Config; `where` is what errors call them.
+
+    Raises:
+      ValueError: see `check`.
+    """
+    if problems := _problems(where, ModelFields, fields):
+        raise ValueError("\n".join(problems))
+
+
+def stored_model(meta: Mapping, where: str, model_type: str = "") -> dict:
+    """Returns the config.model that a checkpoint was saved with, checked.
+
+    A file names no code: its model is one of lm.models, or the one that the user's own command
+    names.
+
+    Args:
+      meta: the checkpoint's JSON object.
+      where: what errors call the checkpoint.
+      model_type: dotted path of a module outside of lm.models that may be imported; "": none.
+
+    Raises:
+      ValueError: no such model, keys that are missing or unknown, or values outside their range.
+    """
+    config = meta.get("config")
+    fields = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(fields, dict) or not isinstance(fields.get("type"), str):
+        raise ValueError(f"{where} has no config.model with a type in its metadata")
+
+    stored_type = fields["type"]
+    if not stored_type.startswith("lm.models.") and stored_type != model_type:
+        raise ValueError(
+            f"{where} has a model of the module {stored_type!r}, which would be imported. Where "
+            f"you trust it, --model_type={stored_type} allows it"
+        )
+    if stored_type == MODEL:
+        check_model({k: v for k, v in fields.items() if k != "type"}, f"{where}: config.model")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+
+
+def _problems_of_group(name: str, group: type, values) -> list[str]:
+    if not isinstance(values, (ConfigDict, dict)):
+        return [f"{name} = {values!r}; wanted the keys of lm/config.py's {group.__name__}"]
+
+    values = dict(values.items())
+    if group is ModelFields:
+        model_type = values.pop("type", None)
+        if not isinstance(model_type, str):
+            return [f"{name}.type = {model_type!r}; wanted the dotted path of a module"]
+        # Another model has fields of its own, and checks them.
+        if model_type != MODEL:
+            return []
+    # An objective of its own takes what it likes.
+    if group is Objective and values.get("type") != Objective.type:
+        return []
+    return _problems(name, group, values)
+
+
+def _problems_of_evals(evals) -> list[str]:
+    """Problems of what all entries have; the evaluators check the rest when they are built."""
+    if not isinstance(evals, (ConfigDict, dict)):
+        return [f"config.evals = {evals!r}; wanted entries by name (lm/evals/entries.py)"]
+
+    problems = []
+    for name, entry in evals.items():
+        if not isinstance(entry, (ConfigDict, dict)):
+            problems.append(f"config.evals.{name} = {entry!r}; wanted an entry, a ConfigDict")
+            continue
+        common = {field.name for field in dataclasses.fields(Eval)}
+        values = {key: value for key, value in entry.items() if key in common}
+        problems += _problems(f"config.evals.{name}", Eval, values)
+    return problems
+
+
+def _problems(prefix: str, group: type, values: Mapping) -> list[str]:
+    """What is wrong with the values of a group's keys, a line each."""
+    fields = {field.name: field for field in dataclasses.fields(group)}
+    problems = []
+    for name in sorted(values.keys() - fields.keys()):
+        problems.append(f"{prefix}.{name} is no key; valid: {list(fields)}")
+    for name, field in fields.items():
+        if name not in values:
+            problems.append(f"{prefix}.{name} is missing; start from lm.config.default()")
+        elif wanted := _wanted(field, values[name]):
+            problems.append(f"{prefix}.{name} = {values[name]!r}; {wanted}")
+    return problems
+
+
+# The type of a key -> (the types of its values, how errors call them).
+_TYPES = {
+    bool: ((bool,), "True or False"),
+    str: ((str,), "a text"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    dict: ((dict, ConfigDict), "keys with values"),
+    tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
+}
+
+
+def _wanted(field: dataclasses.Field, value) -> str:
+    """What a key wants, if `value` is not that; "" if it is."""
+    types, words = _TYPES[field.type]
+    # In Python a bool is an int.
+    if not isinstance(value, types) or (isinstance(value, bool) and field.type is not bool):
+        return f"wanted {words}"
+    if isinstance(value, (tuple, list)) and not all(_is_finite_number(item) for item in value):
+        return f"wanted {words}"
+
+    valid = field.metadata.get("valid")
+    if valid is None or value in valid:
+        return ""
+    return f"wanted {valid}" if isinstance(valid, Range) else f"valid: {sorted(valid)}"
+
+
+def _is_finite_number(value) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def sized(sizes: dict, size: str):
@@ -236,6 +505,26 @@ def _is_resumable(key: str) -> bool:
     return any(key == name or key.startswith(name + ".") for name in RESUMABLE)
 
 
+def parse_length(length: str) -> tuple[Fraction, str]:
+    """Returns (amount, "steps", "tokens" or "epochs") of config.train.length.
+
+    Raises:
+      ValueError: anything else, or more than a run of 2^31 steps may have.
+    """
+    number, _, unit = length.partition(" ")
+    try:
+        amount = Decimal(number.replace("_", "").replace(",", ""))
+        # Compared as it stands: the integer of 1e999999999 fills the memory.
+        if not 0 < amount <= MAX_AMOUNTS[unit]:
+            raise ValueError
+    except (ValueError, KeyError, ArithmeticError):
+        raise ValueError(
+            f'config.train.length = {length!r}; wanted "N steps", "N tokens" or "X epochs", such '
+            f'as "2e6 tokens", of at most {", ".join(f"{n:g} {u}" for u, n in MAX_AMOUNTS.items())}'
+        ) from None
+    return Fraction(amount), unit
+
+
 def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], int]) -> int:
     """Steps of a run whose config.train.length is `length`, rounded up.
 
@@ -245,19 +534,9 @@ def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], in
       epoch_tokens: gives the targets of one epoch; called where the length needs it.
 
     Raises:
-      ValueError: anything else.
+      ValueError: see `parse_length`.
     """
-    number, _, unit = length.partition(" ")
-    try:
-        amount = Fraction(number.replace("_", "").replace(",", ""))
-        if amount <= 0 or unit not in ("steps", "tokens", "epochs"):
-            raise ValueError
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f'config.train.length = {length!r}; wanted "N steps", "N tokens" or "X epochs", such '
-            'as "2e6 tokens"'
-        ) from None
-
+    amount, unit = parse_length(length)
     if unit == "steps":
         return math.ceil(amount)
     tokens = amount if unit == "tokens" else amount * epoch_tokens()

@@ -79,13 +79,16 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
 # --- export ---
 
 
-def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = "") -> str:
+def export_checkpoint(
+    workdir: epath.Path, target: Path, devices, family: str = "", model_type: str = ""
+) -> str:
     """Writes the newest checkpoint of a run (its moving average, where it has one) as a directory
     that transformers loads. A checkpoint that was imported and not changed becomes what it was.
 
     Args:
       family: name of the family to write; "": the one that it came from, or the first that has such
         models.
+      model_type: see `lm.config.stored_model`.
 
     Returns:
       The family's name.
@@ -99,8 +102,9 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
         raise ValueError(f"--family={family}; valid: {sorted(families.FAMILIES)}")
 
     with checkpoint.open_run(workdir) as saved:
-        config = _config_with_model(saved.meta)
-        fields = _fields(config)
+        checkpoint.check_meta(saved.meta, str(workdir))
+        config = _config_with_model(saved.meta, str(workdir), model_type)
+        fields = config.model.to_dict()
 
         # The model is checked before its arrays are read.
         original = None if family else saved.meta.get("hf")
@@ -127,21 +131,13 @@ def export_checkpoint(workdir: epath.Path, target: Path, devices, family: str = 
     return target_family.name
 
 
-def _config_with_model(meta: Mapping[str, Any]) -> ConfigDict:
-    """The default configuration with a checkpoint's model."""
+def _config_with_model(meta: Mapping[str, Any], where: str, model_type: str) -> ConfigDict:
+    """The default configuration with a checkpoint's model, see `lm.config.stored_model`."""
     config = config_lib.default()
-    config.model = ConfigDict(meta["config"]["model"])
+    config.model = ConfigDict(config_lib.stored_model(meta, where, model_type))
     # 0 is the tokenizer's.
     config.model.vocab_size = config.model.vocab_size or meta["tokenizer"]["vocab_size"]
     return config
-
-
-def _fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields of config.model, with tuples where JSON made lists of them."""
-    fields = {}
-    for name, value in config.model.to_dict().items():
-        fields[name] = tuple(value) if isinstance(value, list) else value
-    return fields
 
 
 def _family_to_write(
@@ -191,7 +187,7 @@ def main(argv: list[str]) -> None:
             f"--config.init_from={workdir} starts from it, where config.model is the same"
         )
     else:
-        family = export_checkpoint(workdir, directory, devices, _FAMILY.value)
+        family = export_checkpoint(workdir, directory, devices, _FAMILY.value, _MODEL_TYPE.value)
         print(f"{directory} is a {family}")
 
 
@@ -211,6 +207,7 @@ if __name__ == "__main__":
         "export: the model_type to write; by default the one it came from, or the first that has "
         "such models.",
     )
+    _MODEL_TYPE = command_line.model_type_flag()
     _PLATFORM = flags.DEFINE_string(
         "platform", "", "tpu | gpu | cpu; by default the first that is there."
     )

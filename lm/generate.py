@@ -17,7 +17,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, command_line, startup
+from lm import build, checkpoint, command_line, escape, startup
 from lm import config as config_lib
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
@@ -42,7 +42,11 @@ class GenerationOptions:
 
 
 def load(
-    source: epath.Path, devices, sampling: Sampling, mesh: Mapping[str, int] | None = None
+    source: epath.Path,
+    devices,
+    sampling: Sampling,
+    mesh: Mapping[str, int] | None = None,
+    model_type: str = "",
 ) -> tuple[Generator, Tokenizer]:
     """Loads a model that is ready to continue texts.
 
@@ -51,12 +55,15 @@ def load(
         directory of a Hugging Face checkpoint.
       mesh: axis -> size; by default heads are split over as many devices as they can be, and the
         weights over the rest.
+      model_type: of a run, see `lm.config.stored_model`.
 
     Raises:
       ValueError: no such checkpoint, or devices that it can't be laid out on.
     """
-    load_checkpoint = load_hf_directory if hf.is_checkpoint(source) else load_run
-    model, params, tokenizer = load_checkpoint(source, devices, mesh)
+    if hf.is_checkpoint(source):
+        model, params, tokenizer = load_hf_directory(source, devices, mesh)
+    else:
+        model, params, tokenizer = load_run(source, devices, mesh, model_type)
     generator = Generator(
         model.model_config,
         model.graphdef,
@@ -70,12 +77,14 @@ def load(
 
 
 def load_run(
-    workdir: epath.Path, devices, mesh: Mapping[str, int] | None
+    workdir: epath.Path, devices, mesh: Mapping[str, int] | None, model_type: str = ""
 ) -> tuple[build.AbstractModel, Any, Tokenizer]:
     """(model, parameters, tokenizer) of a run's newest checkpoint; see `load`."""
     with checkpoint.open_run(workdir) as saved:
+        checkpoint.check_meta(saved.meta, str(workdir))
         tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
-        model = _abstract_model(saved.meta["config"]["model"], tokenizer, devices, mesh)
+        fields = config_lib.stored_model(saved.meta, str(workdir), model_type)
+        model = _abstract_model(fields, tokenizer, devices, mesh)
         params = saved.restore_params(model.params, averaged=True)
     logging.info("step %d of %s", saved.step, workdir)
     return model, params, tokenizer
@@ -175,8 +184,8 @@ def continue_prompts(
             texts = [text + piece for text, piece in zip(texts, pieces)]
 
         for prompt, text in zip(prompts[start:], texts):
-            record = {"prompt": prompt, "text": text}
-            print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
+            record = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+            print(_shown(record, out), file=out, flush=True)
 
 
 def converse(
@@ -221,9 +230,14 @@ def _write_continuation(
     text = ""
     for (piece,) in _stream([ids], generator, tokenizer, options):
         text += piece
-        print(piece, end="", file=out, flush=True)
+        print(_shown(piece, out), end="", file=out, flush=True)
     print(file=out, flush=True)
     return text
+
+
+def _shown(text: str, out: TextIO) -> str:
+    """A model's text as it is, but for what a terminal would obey."""
+    return escape.printable(text) if out.isatty() else text
 
 
 def _stream(
@@ -290,7 +304,8 @@ def main(argv: list[str]) -> None:
         prompts = read_prompts(Path(_PROMPTS.value).expanduser())
 
     devices = startup.start(_PLATFORM.value)
-    generator, tokenizer = load(source, devices, sampling, parse_mesh(_MESH.value))
+    mesh = parse_mesh(_MESH.value)
+    generator, tokenizer = load(source, devices, sampling, mesh, _MODEL_TYPE.value)
     if _INTERACTIVE.value:
         lines = (line.rstrip("\n") for line in sys.stdin)
         converse(generator, tokenizer, options, lines, sys.stdout)
@@ -346,6 +361,7 @@ if __name__ == "__main__":
     )
     _BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts continued together.")
     _MESH = flags.DEFINE_string("mesh", "", "Sizes of the mesh's axes, such as tensor=4,data=2.")
+    _MODEL_TYPE = command_line.model_type_flag()
     _PLATFORM = flags.DEFINE_string(
         "platform", "", "tpu | gpu | cpu; by default the first that is there."
     )

@@ -9,7 +9,7 @@ import jax
 from absl import app, flags
 from etils import epath
 
-from lm import command_line, evaluate, files, startup, train
+from lm import command_line, escape, evaluate, files, startup, train
 from lm.reports import comparison, tables
 
 _CONFIG = command_line.config_flag()
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
         values = evaluate.evaluate(config, workdir, devices, _STEPS.value)
 
     if jax.process_index() == 0:
-        print(f"\n{report(values, workdir, _MODE.value)}")
+        print(f"\n{escape.printable(report(values, workdir, _MODE.value))}")
         if compare_to:
             compare(workdir, compare_to)
 
@@ -107,7 +107,7 @@ def compare(workdir: epath.Path, other: epath.Path) -> None:
     compared = comparison.compare_runs(workdir, other)
     content = json.dumps({"to": _COMPARE.value} | compared, indent=2) + "\n"
     files.write_whole(workdir / "comparison.json", content)
-    print(f"\nbeside {_COMPARE.value}\n{comparison.table(compared)}")
+    print(f"\nbeside {_COMPARE.value}\n{escape.printable(comparison.table(compared))}")
 
 
 def cli() -> None:

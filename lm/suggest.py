@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from lm import build, command_line, startup, weights
+from lm import build, command_line, escape, startup, weights
 from lm.evals import classification
 
 PROMPT_EVAL = "lm.evals.classification.PromptClassification"
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     suggestions = suggest(config, workdir, devices, _EVAL.value, _EXAMPLES.value, _WORDS.value)
 
     for label, words_by_method in suggestions.items():
-        print(label)
+        print(escape.printable(label))
         for method, words in words_by_method.items():
             print(f"  {method}: {', '.join(map(repr, words))}")
 

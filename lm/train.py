@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from lm import build, checkpoint, evaluate, files, stopping, telemetry, weights
 from lm import config as config_lib
+from lm.reports import metrics as metrics_lib
 
 
 class NonFinite(stopping.RunFailed):
@@ -132,19 +133,25 @@ class Run:
         self.config = config = build.apply_hf_config(config)
         self.workdir = workdir
         self.stop = stop
+        config_lib.check(config)
+        files.check_tree(workdir)
         config_file = workdir / "config.json"
         if config_file.exists():
-            config_lib.check_resumable(json.loads(config_file.read_text()), config, str(workdir))
+            config_lib.check_resumable(files.read_json(config_file), config, str(workdir))
 
         # Everything is built, and so checked, now and not after the first hour.
         self.experiment = build.build(config, devices)
         self.total_steps = self.experiment.total_steps
         self.evaluators = self.experiment.make_evaluators(stop.check)
-        _check_best(config.checkpoint.best, self.evaluators)
+        best = config.checkpoint.best
+        metrics_of_evals = {}
+        for name, evaluator in self.evaluators.items():
+            metrics_of_evals[name] = getattr(evaluator, "metrics", ())
+        highest = bool(best) and metrics_lib.check_best(best, metrics_of_evals)
         build.log_summary(self.experiment)
 
         self.checkpointer = checkpoint.Checkpointer(
-            workdir / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best
+            workdir / "checkpoints", keep=config.checkpoint.keep, best=best, highest=highest
         )
         closing.callback(self.checkpointer.close)
         self.loader = self.experiment.make_loader()
@@ -196,6 +203,7 @@ class Run:
             )
         self.step = step
         meta = self.checkpointer.meta(step)
+        checkpoint.check_meta(meta, str(self.workdir), of_run=True)
         config_lib.check_resumable(meta["config"], self.config, str(self.workdir))
         weights.check_tokenizer(e, meta, self.workdir)
         if meta["corpus"] != e.train_documents.fingerprint:
@@ -300,7 +308,7 @@ class Run:
 
         self.read_metrics()
         if names:
-            with self.timer.paused("evals"):
+            with self.timer.paused("evals"), self._saved_if_it_fails():
                 values = self.run_evals(step, names)
                 self.progress.note(" | ".join([f"step {step}", *evaluate.summary(values)]))
         with self.timer.paused("checkpoints"):
@@ -310,6 +318,21 @@ class Run:
             # A checkpoint of this step that is there already gets the new metrics.
             if save_due or self.checkpointer.latest() == step:
                 self.save(step, self.streams)
+
+    @contextlib.contextmanager
+    def _saved_if_it_fails(self):
+        """An eval that fails costs no step: they are saved before its error ends the run."""
+        try:
+            yield
+        except stopping.Stopped:
+            raise
+        except Exception:
+            # Processes save together, and which of them failed isn't known.
+            if jax.process_count() == 1 and self.checkpointer.latest() != self.step:
+                self.save(self.step, self.streams)
+                self.checkpointer.wait()
+                logging.error("an eval failed; step %d is saved", self.step)
+            raise
 
     def due_evals(self) -> list[str]:
         """Evaluators that should run at this step and have not."""
@@ -352,15 +375,6 @@ class Run:
         # A copy: Orbax writes later, and the run goes on changing its dicts.
         self.checkpointer.save(step, self.state, json.loads(json.dumps(meta)), metrics)
         self.saved_evals = copy.deepcopy(self.evals)
-
-
-def _check_best(best: str, evaluators: dict) -> None:
-    """Raises ValueError if config.checkpoint.best can't be a metric of these evaluators."""
-    if best and best.rpartition("/")[0] not in {f"eval/{name}" for name in evaluators}:
-        examples = sorted(f"eval/{name}/loss" for name in evaluators)
-        raise ValueError(
-            f"config.checkpoint.best = {best!r} is not a metric of config.evals; such as {examples}"
-        )
 
 
 def _all_streams(local: dict) -> dict:

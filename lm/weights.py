@@ -25,6 +25,7 @@ def load_weights(
         return hf.Checkpoint(source).load(abstract_params, hf.progress_line(str(source))), 0
 
     with checkpoint.open_run(source, step) as saved:
+        checkpoint.check_meta(saved.meta, str(source))
         check_tokenizer(experiment, saved.meta, source)
         return saved.restore_params(abstract_params, averaged=averaged), saved.step
 

@@ -190,8 +190,8 @@ def test_rope_on_a_tpu_and_its_gradient(interleaved, turning, dtype):
     angles = positions[:, :, None, None] * frequencies(turning, 500.0)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
 
-    plain = functools.partial(rotate, interleaved, sin_BT1R=sin, cos_BT1R=cos)
-    by_matmul = functools.partial(rotate_by_matmul, interleaved, sin_BT1R=sin, cos_BT1R=cos)
+    plain = functools.partial(rotate, interleaved, sin_BT1P=sin, cos_BT1P=cos)
+    by_matmul = functools.partial(rotate_by_matmul, interleaved, sin_BT1P=sin, cos_BT1P=cos)
     np.testing.assert_array_equal(jax.jit(by_matmul)(x), jax.jit(plain)(x))
 
     with_own_gradient = functools.partial(

@@ -259,6 +259,7 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
     for optimizer in ("muon", "adafactor"):
         other = tiny.copy_and_resolve_references()
         other.optimizer.name = optimizer
+        other.train.fsdp = "by_hand"
         other.tokenizer.update(dict(kind="sentencepiece", vocab_size=280))
         recorder = ReadRecorder(other)
         with monkeypatch.context() as patch:

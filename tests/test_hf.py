@@ -311,7 +311,7 @@ def test_a_file_that_is_missing(directory, file_of_down_proj):
 def test_an_index_that_is_none(directory, text):
     (directory / hf.INDEX).write_text(text)
 
-    assert_load_fails(directory, f"{hf.INDEX} (can't be read|names)")
+    assert_load_fails(directory, f"{hf.INDEX} (can't be read|names|is not JSON|is a list)")
 
 
 def test_several_files_without_an_index(directory):

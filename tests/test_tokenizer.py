@@ -112,7 +112,8 @@ def test_training_is_deterministic_and_cached(trained, tmp_path):
     again = train(iter(TEXTS), 320, cache)
     assert again.fingerprint == trained.fingerprint
     assert again.vocab_size == 320
-    assert [path.name for path in cache.parent.iterdir()] == ["b.model"]  # no leftovers
+    # No leftovers.
+    assert {path.name for path in cache.parent.iterdir()} == {"b.model", "b.model.sha256"}
 
     def unread():
         raise AssertionError("texts are read in spite of the cache")
@@ -120,6 +121,14 @@ def test_training_is_deterministic_and_cached(trained, tmp_path):
 
     cached = train(unread(), 320, cache)
     assert cached.fingerprint == trained.fingerprint
+
+    # A bit that flipped in it may load without complaint.
+    content = bytearray(cache.read_bytes())
+    content[len(content) // 2] ^= 1
+    cache.write_bytes(content)
+    mended = train(iter(TEXTS), 320, cache)
+    assert mended.fingerprint == trained.fingerprint
+    assert train(unread(), 320, cache).fingerprint == trained.fingerprint
 
     other = train([*TEXTS, "zebra zebra zebra zebra"], 320, tmp_path / "c.model")
     assert other.fingerprint != trained.fingerprint

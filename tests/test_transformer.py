@@ -468,16 +468,17 @@ def test_execution_fields_are_fields():
         ),
         (
             dict(compute_dtype="float64"),
-            r"config.model.compute_dtype = 'float64'; valid: \['bfloat16', 'float32'\]",
+            r"config.model.compute_dtype = 'float64'; valid: \['', 'bfloat16', 'float32'\]",
         ),
         (dict(compute_dtype="f32_please"), "config.model.compute_dtype = 'f32_please'; valid"),
         (
             dict(num_layers=0, mlp_dim=-3),
-            "num_layers = 0, mlp_dim = -3|mlp_dim = -3, num_layers = 0",
+            "config.model.num_layers = 0; wanted 1 to 4096\n"
+            "config.model.mlp_dim = -3; wanted 1 to 1048576",
         ),
         (dict(num_heads=4, num_kv_heads=3), "num_heads = 4 must be a multiple of num_kv_heads = 3"),
         (dict(head_dim=7), "head_dim = 7, rope_fraction = 1.0"),
-        (dict(rope_fraction=0.0), "head_dim = 8, rope_fraction = 0.0"),
+        (dict(rope_fraction=0.0), "rope_fraction = 0.0; wanted at most 1 and above 0"),
         (dict(rope_scaling=(8.0, 1.0)), r"rope_scaling = \(8.0, 1.0\); wanted \(\) or"),
         (
             dict(residual="sandwich"),
@@ -488,7 +489,8 @@ def test_execution_fields_are_fields():
             r"config.model.bias = 'qkv,head': \['head'\]; "
             r"valid: names of \['qkv', 'out', 'mlp', 'norm'\]",
         ),
-        (dict(window=-1, table_dim=-2), "window = -1, table_dim = -2"),
+        (dict(window=-1), "window = -1; wanted 0 to"),
+        (dict(compute_dtype=""), "compute_dtype = ''"),
         (
             dict(num_experts=4, experts_per_token=5),
             "experts_per_token = 5: wanted 1 to num_experts = 4",

@@ -1,12 +1,13 @@
 """Chat templates: a conversation as the text that an instruction-tuned model was trained on.
 
-The templates of Hugging Face checkpoints are Jinja, and run in its sandbox.
+The templates of Hugging Face checkpoints are Jinja. They run in its sandbox, in a process of their
+own.
 """
 
-import datetime
-import json
+import importlib.util
 from collections.abc import Mapping, Sequence
 
+from lm import limited
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import Tokenizer
 
@@ -14,16 +15,16 @@ from lm.data.tokenizer import Tokenizer
 def template(tokenizer: Tokenizer) -> str | None:
     """Returns the chat template in a checkpoint's tokenizer files; None if there is none."""
     if "chat_template.jinja" in tokenizer.files:
-        return tokenizer.files["chat_template.jinja"].decode()
+        return tokenizer.files["chat_template.jinja"].decode("utf-8", errors="replace")
 
     # Older checkpoints: one template, or a list of {"name": ..., "template": ...}.
     config = tokenizers.parse_json(tokenizer.files, "tokenizer_config.json")
     templates = config.get("chat_template")
-    if not isinstance(templates, list):
+    if isinstance(templates, str):
         return templates
-    for entry in templates:
-        if entry["name"] == "default":
-            return entry["template"]
+    for entry in templates if isinstance(templates, list) else []:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            return str(entry.get("template", ""))
     return None
 
 
@@ -55,39 +56,18 @@ def render(
       add_generation_prompt: whether the text ends with what introduces the model's answer.
 
     Raises:
-      ValueError: a template that is no Jinja, or refuses the messages; jinja2 isn't installed.
+      ValueError: a template that is no Jinja, refuses the messages, or takes more time or memory
+        than `lm.limited` gives; jinja2 isn't installed.
     """
+    if not importlib.util.find_spec("jinja2"):
+        raise ValueError("chat templates need the package jinja2: pip install 'lm[hf]'")
     try:
-        import jinja2
-    except ImportError:
-        raise ValueError("chat templates need the package jinja2: pip install 'lm[hf]'") from None
-
-    environment = _sandbox()
-    try:
-        return environment.from_string(source).render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
+        return limited.call(
+            "lm.data.templates:render",
+            source=source,
+            messages=list(messages),
+            tokens=dict(tokens),
+            add_generation_prompt=add_generation_prompt,
         )
-    except jinja2.exceptions.TemplateError as error:
+    except ValueError as error:
         raise ValueError(f"the chat template fails: {error}") from None
-
-
-def _sandbox():
-    """Jinja's sandbox, with the functions and options that Hugging Face's templates count on."""
-    from jinja2 import exceptions, sandbox
-
-    def raise_exception(message):
-        raise exceptions.TemplateError(message)
-
-    def strftime_now(date_format):
-        return datetime.datetime.now().strftime(date_format)
-
-    def tojson(value, indent=None):
-        # Jinja's own filter escapes HTML's signs, which a model has never seen escaped.
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= dict(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment

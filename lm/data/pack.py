@@ -24,7 +24,6 @@ from lm.data import tokenizer as tokenizers
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import Tokenizer
 
-PACKINGS = ("first_fit", "concat_then_split")
 _FEATURES = ("tokens", "targets", "weights")
 
 
@@ -165,9 +164,8 @@ def _pack(
         return grain_experimental.FirstFitPackIterDataset(
             dataset, length_struct=structure, num_packing_bins=bins, seed=seed
         )
-    if packing == "concat_then_split":
-        return grain_experimental.ConcatThenSplitIterDataset(dataset, length_struct=structure)
-    raise ValueError(f"config.data.packing = {packing!r}; valid: {list(PACKINGS)}")
+    assert packing == "concat_then_split", packing
+    return grain_experimental.ConcatThenSplitIterDataset(dataset, length_struct=structure)
 
 
 class _Unpack(grain_experimental.FlatMapTransform):

@@ -5,15 +5,18 @@ Policy: a tokenizer never adds special ids by itself. `lm.data.pack` puts one BO
 and one EOS after it.
 """
 
+import hashlib
 import io
 import json
-import os
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import sentencepiece
 from etils import epath
 
+from lm import files
 from lm.files import short_hash
 
 # What a Hugging Face checkpoint's tokenizer may consist of. All that is present is kept, so that
@@ -29,6 +32,7 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+MAX_FILE_BYTES = 2**28  # of each of them
 # A file of lm's own: BOS and EOS, which some checkpoints have in config.json only.
 SPECIAL_IDS = "special_ids.json"
 # Another one, by which `load` knows a directory that `ByteTokenizer.save` wrote.
@@ -93,29 +97,41 @@ def load(path: str | epath.Path) -> Tokenizer:
     if (path / BYTES_MARKER).exists():
         return ByteTokenizer()
 
-    files = {}
+    contents = {}
     for name in (*FILES, SPECIAL_IDS):
         if (path / name).exists():
-            files[name] = (path / name).read_bytes()
+            contents[name] = _read(path / name)
 
     # A tokenizer.json is preferred to a tokenizer.model, as in transformers.
-    if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files):
+    if "tokenizer.json" in contents or {"vocab.json", "merges.txt"} <= set(contents):
         config = path / "config.json"
-        model_config = json.loads(config.read_text()) if config.exists() else {}
-        return HuggingFaceTokenizer(files, model_config, str(path))
+        model_config = files.read_json(config) if config.exists() else {}
+        return HuggingFaceTokenizer(contents, model_config, str(path))
 
-    model = path / "tokenizer.model" if "tokenizer.model" in files else path
+    model = path / "tokenizer.model" if "tokenizer.model" in contents else path
     if model.is_dir() or not model.exists():
         raise ValueError(
             f"no tokenizer at {path}: wanted a SentencePiece model file, or a directory with "
             "tokenizer.model, tokenizer.json, or vocab.json and merges.txt in it"
         )
-    return SentencePieceTokenizer(model.read_bytes(), str(model), files)
+    return SentencePieceTokenizer(_read(model), str(model), contents)
 
 
-def parse_json(files: Mapping[str, bytes], name: str) -> dict:
-    """Returns the object in the JSON file `name`; {} if there is no such file."""
-    return json.loads(files.get(name, b"{}"))
+def _read(path: epath.Path) -> bytes:
+    """The content of a tokenizer's file. Raises ValueError for one too large to be one."""
+    files.check_plain(path)
+    if path.stat().length > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {path.stat().length} bytes; a tokenizer has fewer")
+    return path.read_bytes()
+
+
+def parse_json(contents: Mapping[str, bytes], name: str) -> dict:
+    """Returns the object in the JSON file `name`; {} if there is no such file.
+
+    Raises:
+      ValueError: see `lm.files.parse_json`.
+    """
+    return files.parse_json(contents.get(name, b"{}"), name)
 
 
 def token_text(token):
@@ -150,9 +166,10 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, directory: epath.Path) -> None:
-        (directory / BYTES_MARKER).write_text(self.fingerprint)
+        files.write_whole(directory / BYTES_MARKER, self.fingerprint)
         for name, content in self._for_transformers().items():
-            (directory / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            files.write_whole(directory / name, text)
 
     def _for_transformers(self) -> dict[str, dict]:
         """Files with which transformers gives the same ids: byte-level BPE without merges.
@@ -252,7 +269,7 @@ class SentencePieceTokenizer:
         contents = {"tokenizer_config.json": config} | dict(self.files)
         contents["tokenizer.model"] = self._model
         for name, content in contents.items():
-            (directory / name).write_bytes(content)
+            files.write_whole(directory / name, content)
 
     def _for_transformers(self) -> dict:
         """A tokenizer_config.json with which transformers gives the same ids.
@@ -288,19 +305,28 @@ def train_sentencepiece(
     Args:
       texts: read only if there is nothing at `cache`.
       vocab_size: number of ids, special ones included.
-      cache: where the model is kept, and read from the next time.
+      cache: where the model is kept, with its hash beside it, and read from the next time. One that
+        is damaged is trained again.
 
     Raises:
       ValueError: the texts are too few for the size.
     """
-    if not cache.exists():
-        model = _sentencepiece_model(texts, vocab_size)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may train at once: each renames a file of its own.
-        partial = cache.parent / f"{cache.name}.{os.getpid()}"
-        partial.write_bytes(model)
-        partial.replace(cache)
-    return load(cache)
+    hash_file = cache.parent / f"{cache.name}.sha256"
+    if cache.exists() and hash_file.exists():
+        model = _read(cache)
+        if _sha256(model) == hash_file.read_text().strip():
+            return SentencePieceTokenizer(model, str(cache))
+        logging.warning("the cached tokenizer %s is damaged; training it again", cache)
+
+    model = _sentencepiece_model(texts, vocab_size)
+    # Several processes may train at once: all write the same.
+    files.write_whole(cache, model)
+    files.write_whole(hash_file, _sha256(model) + "\n")
+    return SentencePieceTokenizer(model, str(cache))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sentencepiece_model(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -376,11 +402,16 @@ class HuggingFaceTokenizer:
                 **parse_json(files, SPECIAL_IDS),
             }
             if "tokenizer.json" in files:
+                _check_text_rules(parse_json(files, "tokenizer.json"))
                 self._tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
             else:
                 self._tokenizer = _byte_level_bpe(tokenizers, files, settings)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{name} can't be read: {str(error).splitlines()[0]}") from None
+        except BaseException as error:
+            # The library raises bare Exceptions, and panics, which are no Exceptions.
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{name} can't be read: {reason}") from None
 
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         # Not their number: ids may have gaps.
@@ -420,7 +451,55 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: epath.Path) -> None:
         for name, content in self.files.items():
-            (directory / name).write_bytes(content)
+            files.write_whole(directory / name, content)
+
+
+MAX_EXPANSION = 64
+MAX_RULES = 256
+
+
+def _check_text_rules(settings: Mapping) -> None:
+    """Checks that a tokenizer.json's rules take time and memory in proportion to a text.
+
+    Replacements, one after the other, may each make a text longer. A repetition within a repetition
+    of a regular expression may be tried in exponentially many ways.
+
+    Raises:
+      ValueError: rules that may take more.
+    """
+    rules = []
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        rules += _flat_rules(settings.get(part))
+    if len(rules) > MAX_RULES:
+        raise ValueError(f"it has {len(rules)} rules for a text; at most {MAX_RULES} are taken")
+
+    expansion = 1.0
+    for rule in rules:
+        pattern = rule.get("pattern")
+        pattern = pattern if isinstance(pattern, dict) else {}
+        if _REPEATED_REPETITION.search(str(pattern.get("Regex", ""))):
+            raise ValueError(f"its pattern {pattern['Regex']!r} repeats a repetition")
+        # A regular expression may match as little as nothing.
+        matched = len(str(pattern.get("String", ""))) or 1
+        expansion *= max(1.0, len(str(rule.get("content", ""))) / matched)
+    if expansion > MAX_EXPANSION:
+        raise ValueError(f"its rules may make a text {expansion:.3g} times as long")
+
+
+def _flat_rules(rule) -> list[Mapping]:
+    """The rules of a sequence of rules, at any depth."""
+    if not isinstance(rule, dict):
+        return []
+    rules = [rule]
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        inner = rule.get(key)
+        for item in inner if isinstance(inner, list) else []:
+            rules += _flat_rules(item)
+    return rules
+
+
+# A group that ends in a repetition, or has one before its end, and is repeated: (a+)*, (a*b?)+.
+_REPEATED_REPETITION = re.compile(r"[+*}][^()|]*\)[+*{]")
 
 
 def _special_ids(
@@ -444,7 +523,7 @@ def _special_ids(
 
 def _byte_level_bpe(tokenizers, files: Mapping[str, bytes], settings: Mapping):
     """A tokenizer of the library's, as GPT-2's, out of vocab.json and merges.txt."""
-    vocab = json.loads(files["vocab.json"])
+    vocab = parse_json(files, "vocab.json")
     merges = []
     for line in files["merges.txt"].decode().split("\n"):
         if line and not line.startswith("#version"):

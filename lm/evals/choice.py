@@ -266,6 +266,14 @@ class MultipleChoice:
             scores["byte"].append(values / num_bytes)
         return scores
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        names = ("accuracy", "nll", "perplexity", "bits_per_byte", "greedy_accuracy")
+        if not self._has_choice:
+            return names
+        names += ("accuracy_token", "accuracy_char", "accuracy_byte")
+        return (*names, "accuracy_pmi") if self._premise_trees else names
+
     def _accuracies(self, scores: _Scores) -> Iterator[tuple[str, float]]:
         n = len(self._trees)
         credit = scores.credit["none"] if self._has_choice else scores.greedy

@@ -15,7 +15,14 @@ from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.evals import prompts
-from lm.evals.label_results import ENSEMBLES, PromptSet, Variant, results, score_prompts
+from lm.evals.label_results import (
+    ENSEMBLES,
+    PromptSet,
+    Variant,
+    metric_names,
+    results,
+    score_prompts,
+)
 from lm.evals.predict import Artifact, PredictFns
 from lm.evals.scores.label_scores import (
     AGGREGATES,
@@ -131,6 +138,7 @@ class DocumentClassification:
         self.predict_fns = predict_fns
         self._scorer = LabelScorer(length_norm, aggregate)
         self.about = {"fingerprint": documents.fingerprint, "examples": len(chosen)}
+        self.metrics = metric_names(self.prompt_set)
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         logprobs = score_prompts(self.predict_fns, params, self.prompt_set)
@@ -501,6 +509,10 @@ class PromptClassification:
         else:
             columns = [[text] * len(template.fields) for text in CONTENT_FREE]
         return [shots_text + template.fill(texts) for texts in columns]
+
+    @property
+    def metrics(self) -> list[str]:
+        return metric_names(self.prompt_set, batch_prior="batch" in self._priors)
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         yield from results(

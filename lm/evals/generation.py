@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from lm import escape
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer, prefix_ids
@@ -149,6 +150,8 @@ class Samples:
                 )
             self._prompt_ids.append(ids)
 
+    metrics = ()
+
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
         self._predict_fns.check_stop()
         generator = self._predict_fns.make_generator(params, self._sampling)
@@ -158,7 +161,7 @@ class Samples:
 
         blocks = []
         for prompt, ids in zip(self._prompts, continuations):
-            blocks.append(f"```\n{prompt}⟫{self._tokenizer.decode(ids)}\n```\n")
+            blocks.append(escape.fenced(f"{prompt}⟫{self._tokenizer.decode(ids)}"))
         yield "samples", Artifact("samples.md", "\n".join(blocks) + "\n", append=True)
 
 
@@ -228,7 +231,7 @@ class TextGeneration:
         self._name = name
         self._predict_fns = predict_fns
         self._tokenizer = encoder.tokenizer
-        self._scores = tuple(scores)
+        self._scores = self.metrics = tuple(scores)
         self._output = _parse_output(name, output)
 
         template = prompts_lib.Template(prompt["template"], f"{key}.prompt.template")

@@ -286,6 +286,8 @@ class Harness:
             where = f" in {include_path}: there are {known}" if include_path else ""
             raise ValueError(f"lm_eval has no tasks {unknown}{where}")
 
+    metrics = None  # the tasks', TASK/METRIC,FILTER
+
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         report = lm_eval.simple_evaluate(
             HarnessModel(self._predict_fns, params, self._tokenizer),

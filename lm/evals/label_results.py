@@ -182,6 +182,40 @@ def results(
     yield from picture_artifacts(prompt_set, P)
 
 
+# What `label_metrics` yields by which models are compared.
+LABEL_METRICS = (
+    "accuracy",
+    "nll",
+    "macro_f1",
+    "micro_f1",
+    "weighted_f1",
+    "balanced_accuracy",
+    "mcc",
+    "kappa",
+    "brier",
+    "ece",
+    "ece_equal_mass",
+    "classwise_ece",
+    "auroc",
+    "auroc_ovo",
+    "confidence_auroc",
+    "selective_accuracy",
+)
+
+
+def metric_names(prompt_set: PromptSet, *, batch_prior: bool = True) -> list[str]:
+    """What `results` yields by which models are compared."""
+    names = [*LABEL_METRICS, "label_mass"]
+    corrections = list(prompt_set.variants[0].prior_trees) + ["batch"] * batch_prior
+    for correction in corrections:
+        names += [f"{metric}_{correction}" for metric in ("accuracy", "nll", "ece")]
+    if len(prompt_set.calibration_gold):
+        names += ["nll_temperature", "ece_temperature"]
+    if len(prompt_set.variants) > 1:
+        names += [f"accuracy_{over}" for over in ("mean", "min", "max")]
+    return names
+
+
 def _check_finite(name: str, variant_logprobs: Sequence[VariantLogprobs]) -> None:
     """Raises ValueError if an example has a log-probability that isn't finite."""
     for logprobs in variant_logprobs:

@@ -98,6 +98,8 @@ class LinearVerbalizer:
         self._init = init
         self._l2 = l2
 
+    metrics = (*label_results.LABEL_METRICS, "train_accuracy")
+
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         prompt_set = self._prompt_set
         gold = prompt_set.gold

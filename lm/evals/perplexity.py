@@ -36,6 +36,8 @@ class Perplexity:
       ValueError: a stride below 0 or above the row; max_documents below 0.
     """
 
+    metrics = ("bits_per_byte", "perplexity", "loss", "word_perplexity")
+
     def __init__(
         self,
         predict_fns: PredictFns,

@@ -60,7 +60,9 @@ class Evaluator(Protocol):
     """What runs an entry of config.evals.
 
     It may have an attribute `about`: a dict that describes its data beside the results
-    (fingerprint, examples, citation; `words`, see `Variant.word_tokens`).
+    (fingerprint, examples, citation; `words`, see `Variant.word_tokens`). And an attribute
+    `metrics`: the names of what it yields by which models are compared (`lm.reports.metrics`); of
+    one without, no metric can be config.checkpoint.best.
     """
 
     def run(self, params: Any) -> Iterator[tuple[str, float | Artifact]]: ...

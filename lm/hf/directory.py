@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lm import files
 from lm.hf import families, safetensors
 from lm.hf.families import Family, ParamSlice, Tensor
 
@@ -31,8 +32,8 @@ TensorSpec = tuple[np.dtype, tuple[int, ...]]
 def is_checkpoint(directory) -> bool:
     """Whether there is a config.json that names a model_type; that of a run names none."""
     try:
-        return "model_type" in json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+        return "model_type" in files.read_json(directory / "config.json")
+    except (OSError, ValueError):
         return False
 
 
@@ -99,7 +100,22 @@ class Checkpoint:
             raise ValueError(f"{directory}/{error}") from None
 
         self.entries = _read_entries(self.directory)
+        self._check_sizes()
         self._lacks_prefix = self._add_missing_prefix()
+
+    def _check_sizes(self) -> None:
+        """Raises ValueError for sizes that these files can't have, before anything of such a size
+        is made.
+        """
+        total = sum(math.prod(entry.shape) for entry in self.entries.values())
+        for field, limit in dict(
+            num_layers=len(self.entries), embed_dim=total, mlp_dim=total, vocab_size=total
+        ).items():
+            if self.fields[field] > limit:
+                raise ValueError(
+                    f"{self.directory}/config.json says {field} = {self.fields[field]}, and the "
+                    f"files hold {len(self.entries)} tensors of {total} numbers"
+                )
 
     def _add_missing_prefix(self) -> bool:
         """Gives tensors their full names if this is a checkpoint of a model's body alone, whose
@@ -296,13 +312,11 @@ def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 def _read_config_json(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / "config.json").read_text())
+        return files.read_json(directory / "config.json")
     except FileNotFoundError:
         raise ValueError(
             f"{directory} has no config.json; wanted the directory of a Hugging Face checkpoint"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{directory}/config.json is not JSON: {error}") from None
 
 
 def _read_entries(directory: Path) -> dict[str, safetensors.Entry]:
@@ -310,10 +324,10 @@ def _read_entries(directory: Path) -> dict[str, safetensors.Entry]:
     # Checkpoints in several files have an index, those in one file don't.
     has_index = (directory / INDEX).exists()
     weight_map = _read_weight_map(directory) if has_index else {}
-    files = sorted(set(weight_map.values())) if has_index else [_only_file(directory)]
+    names = sorted(set(weight_map.values())) if has_index else [_only_file(directory)]
 
     entries: dict[str, safetensors.Entry] = {}
-    for file in files:
+    for file in names:
         for name, entry in safetensors.entries(directory / file).items():
             if name in entries:
                 raise ValueError(
@@ -341,20 +355,15 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
     """
     index = directory / INDEX
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = files.read_json(index)["weight_map"]
+        names = sorted({files.check_name(name, str(index)) for name in weight_map.values()})
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{index} can't be read ({type(error).__name__}: {error}); wanted JSON with a "
             "weight_map of tensors to files"
         ) from None
 
-    # A stranger's index must not lead to files outside of its directory.
-    bad = [name for name in files if not isinstance(name, str) or Path(name).name != name]
-    if bad:
-        raise ValueError(f"{index} names {bad}; wanted files in the same directory")
-
-    missing = [name for name in files if not (directory / name).exists()]
+    missing = [name for name in names if not (directory / name).exists()]
     if missing:
         raise ValueError(
             f"{directory} lacks {_listed(missing)}, which {INDEX} names; copy the whole directory"
@@ -368,13 +377,13 @@ def _only_file(directory: Path) -> str:
     Raises:
       ValueError: there is none, or more than one.
     """
-    files = sorted(path.name for path in directory.glob("*.safetensors"))
-    if len(files) > 1:
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(names) > 1:
         raise ValueError(
-            f"{directory} has {_listed(files)}, but no {INDEX} that says what belongs together"
+            f"{directory} has {_listed(names)}, but no {INDEX} that says what belongs together"
         )
-    if files:
-        return files[0]
+    if names:
+        return names[0]
 
     pickled = [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt"))]
     problem = f"{directory} has no safetensors"
@@ -568,9 +577,9 @@ def save(
     config |= token_ids
     config |= {"torch_dtype": "bfloat16" if has_bfloat16 else "float32"}
 
-    files = _split_into_files(specs, shard_bytes)
+    shards = _split_into_files(specs, shard_bytes)
     makers = hf_tensors(family, params, fields["num_heads"])
-    _write(directory, config, files, specs, makers, progress)
+    _write(directory, config, shards, specs, makers, progress)
 
 
 def _split_into_files(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict[str, list[str]]:
@@ -587,10 +596,10 @@ def _split_into_files(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict
 
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
-    files = {}
+    names_by_file = {}
     for number, names in enumerate(shards, 1):
-        files[f"model-{number:05d}-of-{len(shards):05d}.safetensors"] = names
-    return files
+        names_by_file[f"model-{number:05d}-of-{len(shards):05d}.safetensors"] = names
+    return names_by_file
 
 
 def _num_bytes(spec: TensorSpec) -> int:
@@ -616,7 +625,7 @@ def save_as(
     Raises:
       ValueError: the parameters are of another model than that checkpoint's.
     """
-    config, recorded = original["config"], original["tensors"]
+    config, recorded = _check_record(original)
     family = families.family_of_config(config)
     original_fields = families.read_config(config)
     changed = [name for name, value in original_fields.items() if value != fields[name]]
@@ -644,18 +653,41 @@ def save_as(
         recorded_makers[name] = make
         specs[name] = (np.dtype(safetensors.DTYPES[dtype_name]), shapes[full_name])
 
-    files = collections.defaultdict(list)
+    shards = collections.defaultdict(list)
     for name, (_, file) in recorded.items():
         # Buffers are no parameters, and are left out.
         if name in recorded_makers:
-            files[file].append(name)
-    _write(directory, config, files, specs, recorded_makers, progress)
+            shards[file].append(name)
+    _write(directory, config, shards, specs, recorded_makers, progress)
+
+
+def _check_record(original: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns config.json and {hf_name: (dtype, file)} of a `Checkpoint.record()`.
+
+    It comes out of a checkpoint's metadata, which somebody else may have made.
+
+    Raises:
+      ValueError: it is none, or names a file elsewhere, or another than a safetensors file.
+    """
+    config, tensors = original.get("config"), original.get("tensors")
+    if not isinstance(config, dict) or not isinstance(tensors, dict):
+        raise ValueError("the checkpoint's record of its import lacks its config.json or tensors")
+    for name, entry in tensors.items():
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in safetensors.DTYPES:
+            raise ValueError(f"the checkpoint's record of its import says of {name}: {entry!r}")
+        file = files.check_name(entry[1], "the checkpoint's record of its import")
+        if not file.endswith(".safetensors"):
+            raise ValueError(
+                f"the checkpoint's record of its import has {name} in {file}; wanted a name that "
+                "ends in .safetensors"
+            )
+    return config, tensors
 
 
 def _write(
     directory: Path,
     config: Mapping[str, Any],
-    files: Mapping[str, Sequence[str]],
+    shards: Mapping[str, Sequence[str]],
     specs: Mapping[str, TensorSpec],
     makers: Mapping[str, Callable[[], np.ndarray]],
     progress: ProgressFn,
@@ -663,23 +695,23 @@ def _write(
     """Writes the files of a checkpoint. config.json, which `is_checkpoint` looks for, comes last.
 
     Args:
-      files: file -> hf_names of its tensors.
+      shards: file -> hf_names of its tensors.
     """
     directory.mkdir(parents=True, exist_ok=True)
     total = sum(map(_num_bytes, specs.values()))
     counter = _ByteCounter(progress, total)
-    for file, names in files.items():
+    for file, names in shards.items():
         file_specs = {name: specs[name] for name in names}
         arrays = _make_arrays(file_specs, makers, counter)
         safetensors.write(directory / file, file_specs, arrays)
 
-    if len(files) > 1:
+    if len(shards) > 1:
         weight_map = {}
-        for file, names in files.items():
+        for file, names in shards.items():
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        files.write_whole(directory / INDEX, json.dumps(index, indent=2) + "\n")
+    files.write_whole(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _make_arrays(

@@ -14,15 +14,12 @@ from flax import nnx
 from lm import config as config_lib
 from lm.collectives import gather_sequence
 from lm.nn.attention import SPLASH, Attention, Cache
-from lm.nn.layers import ACTIVATIONS, MLP, NORMS, Embed, dense, param
+from lm.nn.layers import MLP, NORMS, Embed, dense, param
 from lm.nn.masks import Mask, cache_mask, cache_slots, causal_mask, tree_mask
 from lm.nn.moe import MoE
 from lm.sharding import constrain
 
-POSITIONS = ("learned", "rope")
-RESIDUALS = ("pre_norm", "post_norm", "parallel")
 BIASES = ("qkv", "out", "mlp", "norm")
-ATTENTION = ("xla", "cudnn", *SPLASH)
 # What the backward pass may find saved of each layer: results of matmuls, and the attention
 # kernel's own residuals (splash).
 REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down")
@@ -94,32 +91,19 @@ class Config(config_lib.ModelFields):
     """
 
     def __post_init__(self):
-        self._check_names()
-        self._check_sizes()
+        config_lib.check_model(dataclasses.asdict(self), "config.model")
+        if not self.vocab_size or not self.compute_dtype:
+            raise ValueError(
+                f"config.model.vocab_size = {self.vocab_size}, compute_dtype = "
+                f"{self.compute_dtype!r}: a model of its own needs both"
+            )
+        self._check_biases()
+        self._check_heads()
         self._check_experts()
         self._check_rope()
-
-    def _check_names(self) -> None:
-        names = dict(
-            norm=NORMS,
-            residual=RESIDUALS,
-            activation=ACTIVATIONS,
-            positions=POSITIONS,
-            attention=ATTENTION,
-        )
-        for field, valid in names.items():
-            value = getattr(self, field)
-            if value not in valid:
-                raise ValueError(f"config.model.{field} = {value!r}; valid: {sorted(valid)}")
-
-        for field in ("param_dtype", "compute_dtype"):
-            value = getattr(self, field)
-            if value not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
-                raise ValueError(
-                    f"config.model.{field} = {value!r}; valid: ['bfloat16', 'float32']"
-                )
-
         remat_policy(self.remat)
+
+    def _check_biases(self) -> None:
         unknown = [name for name in self.biases if name not in BIASES]
         if unknown:
             raise ValueError(
@@ -127,26 +111,12 @@ class Config(config_lib.ModelFields):
                 'with commas between them, or ""'
             )
 
-    def _check_sizes(self) -> None:
-        positive = ("vocab_size", "context_length", "num_layers", "embed_dim", "mlp_dim")
-        positive += ("num_heads", "num_kv_heads", "head_dim", "scan_unroll")
-        if small := self._assignments(positive, below=1):
-            raise ValueError(f"config.model: {small}; sizes must be at least 1")
-
-        not_negative = ("window", "position_offset", "table_dim", "num_experts", "shared_mlp_dim")
-        if negative := self._assignments(not_negative, below=0):
-            raise ValueError(f"config.model: {negative}; must not be negative")
-
+    def _check_heads(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"config.model: num_heads = {self.num_heads} must be a multiple of num_kv_heads = "
                 f"{self.num_kv_heads}"
             )
-
-    def _assignments(self, fields: tuple[str, ...], below: int) -> str:
-        """ "field = value, ..." of the fields below a limit."""
-        small = [field for field in fields if getattr(self, field) < below]
-        return ", ".join(f"{field} = {getattr(self, field)}" for field in small)
 
     def _check_experts(self) -> None:
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
@@ -168,7 +138,7 @@ class Config(config_lib.ModelFields):
     def _check_rope(self) -> None:
         if self.positions != "rope":
             return
-        if not 0 < self.rope_fraction <= 1 or int(self.head_dim * self.rope_fraction) % 2:
+        if int(self.head_dim * self.rope_fraction) % 2:
             raise ValueError(
                 f"config.model.head_dim = {self.head_dim}, rope_fraction = "
                 f"{self.rope_fraction}: an even number of dims must turn, 2 to all"

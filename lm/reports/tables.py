@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lm import escape
+from lm.reports import metrics as metrics_lib
+
 Metrics = Mapping[str, float]
 
 INTERVAL_SUFFIXES = ("_low", "_high")
@@ -32,7 +35,7 @@ def markdown(about: Mapping, values: Metrics) -> str:
     """
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
-        f"# Step {about['step']} of {about['from']}",
+        f"# Step {about['step']} of {escape.inline(about['from'])}",
         "",
         f"{versions}; tokenizer {about['tokenizer']}",
     ]
@@ -46,7 +49,7 @@ def markdown(about: Mapping, values: Metrics) -> str:
 
         # Evals such as samples write files only.
         if metrics:
-            lines += ["", f"## {name}", ""]
+            lines += ["", f"## {escape.inline(name)}", ""]
             lines += _data_lines(data)
             lines += _metric_lines(metrics)
     return "\n".join(lines) + "\n"
@@ -59,7 +62,7 @@ def _data_lines(data: Mapping) -> list[str]:
         facts = []
         for key, value in data.items():
             if isinstance(value, (str, int)) and value:
-                facts.append(f"{key} {value}")
+                facts.append(f"{key} {escape.inline(str(value))}")
         lines += ["; ".join(facts), ""]
 
     # One entry for each variant of the prompt: label -> word -> the texts of its tokens.
@@ -67,7 +70,7 @@ def _data_lines(data: Mapping) -> list[str]:
         labels = []
         for label, tokens_of_words in words.items():
             labels.append(f"{label}: {', '.join(map(repr, tokens_of_words.values()))}")
-        lines += [f"words and their tokens: {'; '.join(labels)}", ""]
+        lines += [f"words and their tokens: {escape.inline('; '.join(labels))}", ""]
     return lines
 
 
@@ -76,7 +79,8 @@ def _metric_lines(metrics: Metrics) -> list[str]:
     for key, value in metrics.items():
         # The bounds of an interval stand beside its metric.
         if not _is_bound(key, metrics):
-            lines.append(f"| {key} | {cell(value)} | {_given_interval(key, metrics)} |")
+            name = escape.inline(key)
+            lines.append(f"| {name} | {cell(value)} | {_given_interval(key, metrics)} |")
     return lines
 
 
@@ -96,33 +100,7 @@ def _given_interval(metric: str, metrics: Metrics) -> str:
 
 # --- the table that ends a run ---
 
-# A metric by which a kind of eval is known -> the metrics that stand for it, the most important
-# first. In order: label words, several choices, a single choice, perplexity.
-HEADLINES = {
-    "majority_accuracy": ("accuracy", "accuracy_mean", "nll"),
-    "chance": ("accuracy", "accuracy_char"),
-    "greedy_accuracy": ("accuracy", "perplexity"),
-    "xz_bits_per_byte": ("bits_per_byte", "perplexity"),
-}
-# (metric, the metric that is its baseline, what that is)
-BASELINES = (
-    ("accuracy", "majority_accuracy", "majority label"),
-    ("accuracy", "chance", "chance"),
-    ("accuracy_char", "chance", "chance"),
-    ("bits_per_byte", "xz_bits_per_byte", "xz -9e"),
-)
 ROWS_OF_AN_EVAL = 2
-# Metrics that say how much was evaluated and how that went, not how good the model is.
-SIDE_METRICS = (
-    "examples",
-    "cut",
-    "empty",
-    "unmatched",
-    "tokens",
-    "bytes",
-    "documents",
-    "seconds",
-)
 
 
 class Row(NamedTuple):
@@ -166,7 +144,7 @@ def headline(values: Metrics) -> str:
 
 def _main_metrics(metrics: Metrics) -> list[str]:
     """The one or two metrics that stand for an eval; [] if it has side metrics only."""
-    for known_by, preferred in HEADLINES.items():
+    for known_by, preferred in metrics_lib.HEADLINES.items():
         if known_by in metrics:
             return [key for key in preferred if key in metrics][:ROWS_OF_AN_EVAL]
 
@@ -174,7 +152,8 @@ def _main_metrics(metrics: Metrics) -> list[str]:
     # ones first.
     scores = []
     for key in metrics:
-        if not _is_bound(key, metrics) and STANDARD_ERROR not in key and key not in SIDE_METRICS:
+        is_side = STANDARD_ERROR in key or key in metrics_lib.SIDE_METRICS
+        if not is_side and not _is_bound(key, metrics):
             scores.append(key)
     return scores[:ROWS_OF_AN_EVAL]
 
@@ -197,7 +176,7 @@ def _interval_or_range(metric: str, metrics: Metrics) -> str:
 
 
 def _baseline(metric: str, metrics: Metrics) -> str:
-    for of_metric, baseline, description in BASELINES:
+    for of_metric, baseline, description in metrics_lib.BASELINES:
         if of_metric == metric and baseline in metrics:
             return f"{cell(metrics[baseline])} ({description})"
     return ""
