@@ -595,5 +595,9 @@ def tokenizer_from_meta(saved: dict[str, Any]) -> tokenizers.Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         for name, content in saved["files"].items():
             name = files.check_name(name, "the tokenizer of a checkpoint")
-            (epath.Path(folder) / name).write_bytes(base64.b64decode(content))
+            try:
+                decoded = base64.b64decode(content)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"the file {name} in a checkpoint's tokenizer: {error}") from None
+            (epath.Path(folder) / name).write_bytes(decoded)
         return tokenizers.load(folder)

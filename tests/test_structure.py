@@ -22,6 +22,7 @@ RANKS = {
     "lm/sharding.py": 0,
     "lm/evals/scores/": 0,
     "lm/plan/hlo.py": 0,
+    "lm/claim.py": 1,
     "lm/collectives.py": 1,
     "lm/command_line.py": 1,
     "lm/telemetry.py": 1,
