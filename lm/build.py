@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,9 +29,12 @@ from lm.data.loader import Loader
 from lm.data.sources import Documents
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
+from lm.evals import entries
 from lm.evals.predict import Evaluator, ModelFns, PredictFns, never_stop
 from lm.hf import directory as hf
 from lm.nn.attention import KERNEL_PLATFORMS
+
+LONGEST_RUN = 2**31 - 1  # steps
 
 
 def resolve(path: str, what: str) -> Any:
@@ -41,11 +45,13 @@ def resolve(path: str, what: str) -> Any:
     """
     module, _, name = path.rpartition(".")
     try:
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise ValueError("no dotted path")
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         try:
             return importlib.import_module(path)
-        except (ImportError, ValueError):
+        except (ImportError, ValueError, TypeError):
             raise ValueError(
                 f"{what} = {path!r} can't be imported ({error}); wanted a dotted path, such as "
                 "lm.data.sources.text"
@@ -55,8 +61,11 @@ def resolve(path: str, what: str) -> Any:
 # What a run reads: documents and their tokenizer.
 
 
-def documents(config: ConfigDict, split: str) -> Documents:
+def documents(config: ConfigDict, split: str, key: str = "config.data.split") -> Documents:
     """A split of the corpus.
+
+    Args:
+      key: the configuration's key for the split, for messages.
 
     Raises:
       ValueError: no such source, or arguments that it doesn't take; see the source.
@@ -68,14 +77,31 @@ def documents(config: ConfigDict, split: str) -> Documents:
             f"config.data.source = {config.data.source!r} is not a function; lm.data.sources has "
             f"{['jsonl', 'text', 'tfds']}"
         )
+    signature = inspect.signature(source)
     try:
-        inspect.signature(source).bind(split, **arguments)
+        signature.bind(split, **arguments)
+        _check_annotations(signature, arguments)
     except TypeError as error:
         raise ValueError(
             f"config.data.source_args = {arguments}: {error}; {config.data.source} takes "
-            f"{inspect.signature(source)}"
+            f"{signature}"
         ) from None
-    return source(split, **arguments)
+    try:
+        return source(split, **arguments)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} ({key} = {split!r}, config.data.source_args = {arguments})"
+        ) from None
+
+
+def _check_annotations(signature: inspect.Signature, arguments: dict[str, Any]) -> None:
+    """Raises TypeError for an argument of another plain type than its annotation."""
+    for name, value in arguments.items():
+        wanted = getattr(signature.parameters.get(name), "annotation", None)
+        types = {str: (str,), int: (int,), float: (int, float), bool: (bool,)}.get(wanted)
+        is_stray_bool = isinstance(value, bool) and wanted is not bool
+        if types and (is_stray_bool or not isinstance(value, types)):
+            raise TypeError(f"{name} = {value!r}; wanted {wanted.__name__}")
 
 
 def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> tokenizers.Tokenizer:
@@ -89,7 +115,7 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
     """
     c = config.tokenizer
     if c.path:
-        return tokenizers.load(epath.Path(c.path).expanduser())
+        return _load_tokenizer(c.path)
     if c.kind == "bytes":
         return tokenizers.ByteTokenizer()
     return pack.train_tokenizer(
@@ -99,6 +125,13 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
         label_prompt=config.data.label_prompt,
         cache_dir=config.data.cache_dir,
     )
+
+
+def _load_tokenizer(path: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.load(epath.Path(path).expanduser())
+    except ValueError as error:
+        raise ValueError(f"config.tokenizer.path = {path!r}: {error}") from None
 
 
 def apply_hf_config(config: ConfigDict) -> ConfigDict:
@@ -255,6 +288,11 @@ def program(
     optimizer = optim.make_optimizer(c.optimizer, axes, total_steps)
     objective_args = c.objective.to_dict()
     objective = resolve(objective_args.pop("type"), "config.objective.type")
+    if not (hasattr(objective, "make_loss") and hasattr(objective, "token_logprobs")):
+        raise ValueError(
+            f"config.objective.type = {c.objective.type!r} has no make_loss and token_logprobs; "
+            "wanted the dotted path of a module that has, such as lm.objectives.causal"
+        )
 
     # The train step, and where its state lies.
     train_step = step.make_train_step(
@@ -310,6 +348,12 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
         )
     microbatch = "config.data.batch_size / config.train.accumulation"
     sharding.check_batch(mesh, batch_size // accumulation, length, microbatch)
+
+    chunk = config.objective.get("chunk", 0)
+    if chunk and length % chunk:
+        raise ValueError(
+            f"config.objective.chunk = {chunk} must divide config.data.length = {length}"
+        )
 
 
 def _gradient_wrapper(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:
@@ -386,18 +430,25 @@ class Experiment:
         evaluators = {}
         for name, entry in self.config.evals.items():
             arguments = entry.to_dict()
-            cls = resolve(arguments.pop("type"), f"config.evals.{name}.type")
+            cls = resolve(entry.type, f"config.evals.{name}.type")
+            arguments.pop("type")
             arguments.pop("every")
             batch_size = arguments.pop("batch_size")
             if "split" in arguments:
-                arguments["documents"] = read_split(arguments.pop("split"))
+                split_key = f"config.evals.{name}.split"
+                arguments["documents"] = read_split(arguments.pop("split"), split_key)
                 key = f"config.evals.{name}.batch_size"
                 sharding.check_batch(mesh, batch_size, length, key)
 
             predict_fns = PredictFns(
                 mesh, model_fns, batch_size=batch_size, length=length, check_stop=check_stop
             )
-            evaluators[name] = cls(predict_fns, name=name, encoder=self.encoder, **arguments)
+            arguments |= dict(name=name, encoder=self.encoder)
+            try:
+                inspect.signature(cls).bind(predict_fns, **arguments)
+            except TypeError as error:
+                raise ValueError(f"config.evals.{name}.type = {entry.type!r}: {error}") from None
+            evaluators[name] = cls(predict_fns, **arguments)
         return evaluators
 
     def _model_fns(self) -> ModelFns:
@@ -439,7 +490,19 @@ def build(
     """
     c = config
     config_lib.check(c)
-    sharding.make_mesh(c.mesh.to_dict(), devices)  # before the corpus is read
+    for name, entry in c.evals.items():
+        entries.check(name, entry.to_dict())
+
+    # What is compiled is described before the corpus is read and a tokenizer trained on it: most
+    # mistakes show here.
+    _, unit = config_lib.parse_length(c.train.length)
+    count_steps = functools.partial(
+        config_lib.total_steps, c.train.length, batch_tokens=c.data.batch_size * c.data.length
+    )
+    total_steps = LONGEST_RUN if unit == "epochs" else count_steps(epoch_tokens=None)
+    vocab_size = _vocab_size(c)
+    run_program = program(c, devices, vocab_size, total_steps)
+    _check_memory(run_program)
 
     read_train = functools.cache(lambda: documents(c, c.data.split))
     if training and len(read_train()) < c.data.streams:
@@ -451,18 +514,42 @@ def build(
 
     run_tokenizer = make_tokenizer(c, read_train)
     encoder = pack.Encoder(run_tokenizer, c.data.label_prompt)
-    total_steps = config_lib.total_steps(
-        c.train.length,
-        batch_tokens=c.data.batch_size * c.data.length,
-        epoch_tokens=lambda: pack.count_tokens(read_train(), encoder),
-    )
+    if unit == "epochs":
+        total_steps = count_steps(epoch_tokens=lambda: pack.count_tokens(read_train(), encoder))
+    if unit == "epochs" or run_tokenizer.vocab_size != vocab_size:
+        run_program = program(c, devices, run_tokenizer.vocab_size, total_steps)
     return Experiment(
-        program=program(c, devices, run_tokenizer.vocab_size, total_steps),
+        program=run_program,
         tokenizer=run_tokenizer,
         encoder=encoder,
         train_documents=read_train() if training else None,
         total_steps=total_steps,
     )
+
+
+def _vocab_size(config: ConfigDict) -> int:
+    """The size of the tokenizer that the run will have."""
+    c = config.tokenizer
+    if c.path:
+        return _load_tokenizer(c.path).vocab_size
+    return tokenizers.ByteTokenizer.vocab_size if c.kind == "bytes" else c.vocab_size
+
+
+def _check_memory(program: Program) -> None:
+    """Raises ValueError if a train state is larger than the machine of the CPU devices it lies on.
+
+    Accelerators say so themselves; here the system would end the process without a word.
+    """
+    if program.devices[0].platform != "cpu":
+        return
+    leaves = jax.tree.leaves(program.abstract_state)
+    wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > memory * jax.process_count():
+        raise ValueError(
+            f"config.model and config.optimizer make a train state of {wanted / 1e9:.1f} GB, and "
+            f"this machine has {memory / 1e9:.1f} GB"
+        )
 
 
 def log_summary(experiment: Experiment) -> None:

@@ -392,6 +392,8 @@ def _problems_of_group(name: str, group: type, values) -> list[str]:
             return []
     # An objective of its own takes what it likes.
     if group is Objective and values.get("type") != Objective.type:
+        if not isinstance(values.get("type"), str):
+            return [f"{name}.type = {values.get('type')!r}; wanted the dotted path of a module"]
         return []
     return _problems(name, group, values)
 
@@ -525,7 +527,7 @@ def parse_length(length: str) -> tuple[Fraction, str]:
     return Fraction(amount), unit
 
 
-def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], int]) -> int:
+def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], int] | None) -> int:
     """Steps of a run whose config.train.length is `length`, rounded up.
 
     Args:

@@ -36,7 +36,7 @@ def make_schedule(
     if rest < 1:
         raise ValueError(
             f"config.optimizer.warmup_steps = {warmup_steps} must be below the run's {total_steps} "
-            "steps"
+            "steps (config.train.length)"
         )
     if name == "wsd" and not 0 < decay_steps <= rest:
         raise ValueError(

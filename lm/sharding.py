@@ -100,15 +100,17 @@ def _mesh_shape(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> list
     if math.prod(shape) != len(devices):
         multiple = " or a multiple" if -1 in shape else ""
         raise ValueError(
-            f"config.mesh asks for {_longer_than_one(shape) or 'one device'}, which is {known} "
-            f"device(s){multiple}, but there are {len(devices)} ({devices[0].platform}). Change "
-            "the sizes, or set one axis to -1 to take what is left."
+            f"{_longer_than_one(shape) or 'config.mesh'}: this asks for {known} device(s)"
+            f"{multiple}, but there are {len(devices)} ({devices[0].platform}). Change the sizes, "
+            "or set one axis to -1 to take what is left."
         )
     return shape
 
 
-def _longer_than_one(shape: Sequence[int]) -> dict[str, int]:
-    return {axis: n for axis, n in zip(MESH_AXES, shape) if n != 1}
+def _longer_than_one(shape: Sequence[int]) -> str:
+    """The axes that are not 1, as assignments."""
+    sizes = zip(MESH_AXES, shape)
+    return ", ".join(f"config.mesh.{axis} = {size}" for axis, size in sizes if size != 1)
 
 
 def spec(

@@ -44,9 +44,9 @@ def verbalizer(**changes):
 # Overrides, on how many devices, and what the error must say.
 BAD = [
     # The mesh and the batch.
-    ({"mesh.data": 3}, 1, "config.mesh asks for.*there are 1"),
-    ({"mesh.data": 16}, 8, "config.mesh asks for.*16.*there are 8"),
-    ({"mesh.data": 4}, 8, "config.mesh asks for.*there are 8"),
+    ({"mesh.data": 3}, 1, "this asks for.*there are 1"),
+    ({"mesh.data": 16}, 8, "this asks for 16.*there are 8"),
+    ({"mesh.data": 4}, 8, "this asks for.*there are 8"),
     ({"mesh.data": -1, "mesh.fsdp": -1}, 8, "at most one of them -1"),
     ({"mesh.data": 0}, 1, "config.mesh.data = 0; wanted 1 to 1048576, or -1"),
     (
@@ -114,7 +114,7 @@ BAD = [
     ),
     ({"data.length": 64}, 1, "config.data.length = 64 is above config.model.context_length = 32"),
     ({"model.norm": "batchnorm"}, 1, "config.model.norm = 'batchnorm'; valid"),
-    ({"model.num_kv_heads": 3}, 1, "multiple of num_kv_heads = 3"),
+    ({"model.num_kv_heads": 3}, 1, "multiple of config.model.num_kv_heads = 3"),
     ({"model.num_layers": 0}, 1, "config.model.num_layers = 0; wanted 1 to 4096"),
     ({"model.param_dtype": "float16"}, 1, "config.model.param_dtype = 'float16'; valid"),
     ({"model.param_dtype": "half-ish"}, 1, "config.model.param_dtype = 'half-ish'"),

@@ -402,7 +402,7 @@ def test_the_rest_of_the_devices():
         (dict(data=4, fsdp=4), "16 device.*there are 8"),
         (dict(data=4), "4 device.*there are 8"),
         (dict(data=3, fsdp=-1), "3 device.*a multiple.*there are 8"),
-        ({}, "one device.*there are 8"),
+        ({}, "asks for 1 device.*there are 8"),
     ],
 )
 def test_mesh_errors(sizes, message):

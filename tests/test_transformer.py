@@ -476,7 +476,10 @@ def test_execution_fields_are_fields():
             "config.model.num_layers = 0; wanted 1 to 4096\n"
             "config.model.mlp_dim = -3; wanted 1 to 1048576",
         ),
-        (dict(num_heads=4, num_kv_heads=3), "num_heads = 4 must be a multiple of num_kv_heads = 3"),
+        (
+            dict(num_heads=4, num_kv_heads=3),
+            "num_heads = 4 must be a multiple of config.model.num_kv_heads = 3",
+        ),
         (dict(head_dim=7), "head_dim = 7, rope_fraction = 1.0"),
         (dict(rope_fraction=0.0), "rope_fraction = 0.0; wanted at most 1 and above 0"),
         (dict(rope_scaling=(8.0, 1.0)), r"rope_scaling = \(8.0, 1.0\); wanted \(\) or"),
@@ -493,7 +496,7 @@ def test_execution_fields_are_fields():
         (dict(compute_dtype=""), "compute_dtype = ''"),
         (
             dict(num_experts=4, experts_per_token=5),
-            "experts_per_token = 5: wanted 1 to num_experts = 4",
+            "experts_per_token = 5: wanted 1 to config.model.num_experts = 4",
         ),
         (dict(num_experts=4, bias="qkv,mlp"), "bias = 'qkv,mlp': experts have none"),
         (dict(shared_mlp_dim=8), "shared_mlp_dim = 8 needs num_experts"),

@@ -163,6 +163,8 @@ def _part_of_split(whole, split: str, held_out: float):
             f"split {split!r}: this source has 'train' and 'validation' (the last "
             "config.data.source_args.held_out of it)"
         )
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"held_out = {held_out}; wanted a share, 0 to 1")
     boundary = int(len(whole) * (1 - held_out))
     return whole[:boundary] if split == "train" else whole[boundary:]
 
@@ -180,7 +182,7 @@ def _cut(documents: list[Document], document_chars: int) -> list[Document]:
 def _document_of_record(record: dict, place: str, text_key: str, label_key: str) -> Document:
     """A document out of a JSONL file's object; `place` is its file and line."""
     for key in (text_key, label_key):
-        if key and key not in record:
+        if (key or key == text_key) and key not in record:
             raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
 
     text = record[text_key]

@@ -12,6 +12,7 @@ All entries are evaluated at the last step of training, and by --mode=eval.
 
 import pathlib
 import tomllib
+from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -91,6 +92,78 @@ TASKS = {
         l2=0.0,  # penalty on the distance from the start; 0: chosen by cross-validation
     ),
 }
+
+
+# The other types, with values of the types that their keys have.
+SCHEMAS = TASKS | {
+    "lm.evals.perplexity.Perplexity": dict(split="", max_documents=0, stride=0),
+    "lm.evals.classification.DocumentClassification": dict(
+        split="", max_documents=0, verbalizer=(), aggregate="", length_norm=""
+    ),
+    "lm.evals.generation.Samples": dict(prompts=(), max_new_tokens=0, temperature=0.0, top_k=0),
+    "lm.evals.harness.Harness": dict(tasks=(), num_fewshot=0, limit=0, include_path=""),
+}
+# What the arrays among these keys hold.
+_ITEMS = dict(
+    templates=str,
+    prompts=str,
+    choices=str,
+    scores=str,
+    priors=str,
+    stop=str,
+    tasks=str,
+    seeds=int,
+    weights=(int, float),
+)
+_ITEM_WORDS = dict.fromkeys(_ITEMS, "texts") | dict(seeds="integers", weights="numbers")
+_COMMON_KEYS = ("type", "every", "batch_size")  # checked by `lm.config.check`
+
+
+def check(name: str, entry: Mapping) -> None:
+    """Checks the keys of config.evals.NAME, and the types of their values. The evaluator, when it
+    is built, checks what the values say.
+
+    Raises:
+      ValueError: an unknown key, or a value of another type.
+    """
+    # One's own evaluators have keys of their own.
+    schema = SCHEMAS.get(entry["type"])
+    if schema:
+        values = {key: value for key, value in entry.items() if key not in _COMMON_KEYS}
+        _check_values(f"config.evals.{name}", schema, values)
+
+
+def _check_values(where: str, schema: Mapping, values: Mapping) -> None:
+    for key, value in values.items():
+        path = f"{where}.{key}"
+        if key not in schema:
+            raise ValueError(f"{path} is no key; valid: {list(schema)}")
+        _check_type(schema[key], value, path)
+
+        if key in ("verbalizer", "words") and isinstance(schema[key], tuple):
+            _check_verbalizers(path, value if key == "words" else (value,))
+        elif key in _ITEMS:
+            if not all(isinstance(item, _ITEMS[key]) for item in value):
+                raise ValueError(f"{path} = {value!r}; wanted an array of {_ITEM_WORDS[key]}")
+        elif isinstance(value, Mapping) and key != "lines":
+            _check_values(path, schema[key], value)
+
+
+def _check_verbalizers(path: str, verbalizers: Sequence) -> None:
+    """Raises ValueError unless each is ((label, (word, ...)), ...)."""
+    try:
+        for verbalizer in verbalizers:
+            if not verbalizer:
+                raise ValueError
+            for label, words in verbalizer:
+                texts = [label, *words]
+                if isinstance(words, str) or not all(isinstance(text, str) for text in texts):
+                    raise TypeError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{path} = {verbalizers!r}; wanted pairs of a label and its words: "
+            "((label, (word, ...)), ...)"
+        ) from None
 
 
 def task(

@@ -145,8 +145,8 @@ class Samples:
             if len(ids) > max_prompt:
                 raise ValueError(
                     f"{key}.prompts: {prompt!r:.40} has {len(ids)} tokens; wanted 1 to "
-                    f"{max_prompt}: config.data.length = {predict_fns.length} less max_new_tokens "
-                    f"= {max_new_tokens}"
+                    f"{max_prompt}: config.data.length = {predict_fns.length} less "
+                    f"{key}.max_new_tokens = {max_new_tokens}"
                 )
             self._prompt_ids.append(ids)
 

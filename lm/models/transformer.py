@@ -114,15 +114,15 @@ class Config(config_lib.ModelFields):
     def _check_heads(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"config.model: num_heads = {self.num_heads} must be a multiple of num_kv_heads = "
-                f"{self.num_kv_heads}"
+                f"config.model.num_heads = {self.num_heads} must be a multiple of "
+                f"config.model.num_kv_heads = {self.num_kv_heads}"
             )
 
     def _check_experts(self) -> None:
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"config.model.experts_per_token = {self.experts_per_token}: wanted 1 to "
-                f"num_experts = {self.num_experts}"
+                f"config.model.num_experts = {self.num_experts}"
             )
         if self.num_experts and "mlp" in self.biases:
             raise ValueError(

@@ -1,0 +1,168 @@
+"""Mutates configurations, a key or two at a time, and sees how each ends:
+
+    python -m tests.fuzz_config --num=5000 --seed=1
+
+A mutation is accepted, or refused by a ValueError that names its key before data are read (evals:
+before anything is computed). Anything else is printed, and is a fault.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import logging
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import jax
+
+from lm import build
+from lm import config as config_lib
+from lm.data import sources
+from lm.evals import entries
+from tests.helpers import VERBALIZER, write_corpus
+
+MAX_SECONDS = 30
+
+INTEGERS = (-1, 0, 1, 2, 3, 7, 64, 2**20, 2**31 - 1, 2**31, 2**63, 10**30, -(2**40))
+NUMBERS = (-1.0, 0.0, 1e-30, 0.5, 1.0, 1.5, 1e9, 1e38, 1e308, float("nan"), float("inf"), -1e-9)
+TEXTS = ("", "x", "../..", "/dev/null", "a" * 1000, "\0", "\x1b[31m", "lm", "lm.nn", "os.system")
+LENGTHS = ("0 steps", "-3 steps", "5", "1e999999999 steps", "1/0 steps", "nan epochs", "3 tokens")
+OTHERS = (None, True, [], (), {}, [1], (1.5, "a"), ("",), {"a": 1})
+
+
+class DataRead(Exception):
+    """All that needs no data has been checked."""
+
+
+class Unclear(Exception):
+    """A mutation that ended otherwise than accepted, or refused by its key."""
+
+
+def base_config(folder):
+    """A complete small configuration with evals of each kind that needs no download."""
+    write_corpus(folder / "corpus.jsonl")
+    c = config_lib.default()
+    c.data.source = "lm.data.sources.jsonl"
+    c.data.source_args = dict(
+        path=str(folder / "corpus.jsonl"), held_out=0.25, label_key="label", text_key="text"
+    )
+    c.data.cache_dir = str(folder / "cache")
+    c.data.label_prompt = "\n="
+    c.data.update(dict(length=32, batch_size=8, streams=4))
+    c.tokenizer.kind = "bytes"
+    c.model.update(dict(context_length=64, num_layers=2, embed_dim=32, mlp_dim=64, head_dim=8))
+    c.optimizer.warmup_steps = 2
+    c.train.length = "100 steps"
+    c.mesh.fsdp = 1
+    c.evals.text = entries.perplexity(every=1, batch_size=8)
+    c.evals.labels = entries.classification(VERBALIZER, every=2, batch_size=8)
+    c.evals.samples = entries.samples(("ab",), every=0, max_new_tokens=4)
+    return c
+
+
+def mutate(config, draw):
+    """Changes one or two keys of `config`; returns {key: value}."""
+    keys = sorted(config_lib.flatten(config))
+    changes = {}
+    for key in draw.sample(keys, draw.choice((1, 1, 1, 2))):
+        *groups, last = key.split(".")
+        group = config
+        for name in groups:
+            group = group[name]
+        pool = {int: INTEGERS, float: NUMBERS, bool: OTHERS, str: TEXTS}
+        values = pool.get(type(group[last]), OTHERS)
+        if key == "train.length":
+            values = LENGTHS
+        # Now and then a value of another type.
+        value = draw.choice(draw.choice((values, values, values, OTHERS, INTEGERS, TEXTS)))
+        with group.ignore_type():
+            group[last] = value
+        changes[key] = value
+    return changes
+
+
+@contextlib.contextmanager
+def time_limit():
+    def fail(*unused):
+        raise Unclear(f"more than {MAX_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@functools.wraps(sources.jsonl)
+def read_nothing(*unused, **arguments):
+    raise DataRead
+
+
+def end_of(config, changes):
+    """ "accepted" or "refused".
+
+    Raises:
+      Unclear: neither.
+    """
+    devices = jax.devices()[:1]
+    needs_data = any(key.startswith(("evals.", "data.source_args")) for key in changes)
+    try:
+        with time_limit():
+            if needs_data:
+                build.build(config, devices).make_evaluators()
+            else:
+                with mock.patch.object(sources, "jsonl", read_nothing):
+                    build.build(config, devices)
+    except DataRead:
+        return "accepted"
+    except Unclear:
+        raise
+    except ValueError as error:
+        # What a source takes is its own affair: its arguments are named together.
+        names = [key.removesuffix(key.partition("source_args")[2]) for key in changes]
+        if any(f"config.{name}" in str(error) for name in names):
+            return "refused"
+        raise Unclear(f"without the key: {error}") from error
+    except Exception as error:
+        raise Unclear(f"{type(error).__name__}: {error}") from error
+    return "accepted"
+
+
+def fuzz(num, seed, folder):
+    """Returns (Counter of ends, messages of those that are unclear)."""
+    draw = random.Random(seed)
+    ends = collections.Counter()
+    unclear = []
+    for number in range(num):
+        config = base_config(folder)
+        changes = mutate(config, draw)
+        try:
+            ends[end_of(config, changes)] += 1
+        except Unclear as error:
+            ends["unclear"] += 1
+            unclear.append(f"{number}: {changes!r:.200}: {error!s:.300}")
+    return ends, unclear
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.disable()
+    with tempfile.TemporaryDirectory() as folder:
+        ends, unclear = fuzz(arguments.num, arguments.seed, Path(folder))
+    print("\n".join(unclear))
+    print(dict(ends))
+    sys.exit(bool(unclear))
+
+
+if __name__ == "__main__":
+    main()
