@@ -258,7 +258,7 @@ def test_command_with_a_bad_value(config_file, tmp_path):
     result = run_command(*flags_of_run, *overrides, cwd=tmp_path)
 
     assert result.returncode == 1
-    assert "error: config.mesh asks for" in result.stderr
+    assert "this asks for" in result.stderr
     assert "Traceback" not in result.stderr
     assert "running on 1 x cpu" in result.stderr
     assert not run.exists()

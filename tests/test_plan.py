@@ -232,7 +232,7 @@ def test_slices():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(mesh=dict(fsdp=3)), "config.mesh asks for .*there are 4"),
+        (dict(mesh=dict(fsdp=3)), "config.mesh.fsdp = 3: this asks for .*there are 4"),
         (dict(data=dict(batch_size=10)), "can't be divided by 4"),
         (dict(model=dict(vocab_size=0)), "config.model.vocab_size = 0"),
         (dict(data=dict(length=192)), "splash"),

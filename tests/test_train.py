@@ -721,3 +721,77 @@ def test_handlers_are_back_after_an_error(small, tmp_path):
     with pytest.raises(ValueError, match="config.data.streams = 3"):
         run_training(small, tmp_path / "run")
     assert handlers() == before
+
+
+# Evals that fail, and the best checkpoint.
+
+
+class Failing:
+    """An evaluator that fails when it runs."""
+
+    metrics = ("accuracy",)
+
+    def __init__(self, predict_fns, *, name, encoder):
+        pass
+
+    def run(self, params):
+        raise RuntimeError("no such luck")
+
+
+def test_an_eval_that_fails_costs_no_step(small, tmp_path):
+    small.train.length = "6 steps"
+    small.evals.text = entries.perplexity(every=0, batch_size=8)
+    entry = dict(type="tests.test_train.Failing", every=4, batch_size=8)
+    small.evals.failing = config_lib.ConfigDict(entry)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such luck"):
+            run_training(small, tmp_path / "run")
+        assert saved_steps(tmp_path / "run") == [4]
+
+    del small.evals.failing
+    run_training(small, tmp_path / "run")
+    run_training(small, tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
+
+
+class Counting:
+    """An evaluator whose accuracy and loss are highest at the second of its evaluations."""
+
+    metrics = ("accuracy", "loss")
+
+    def __init__(self, predict_fns, *, name, encoder):
+        self._values = iter([0.2, 0.9, 0.5])
+
+    def run(self, params):
+        value = next(self._values)
+        yield "accuracy", value
+        yield "loss", value
+
+
+@pytest.mark.parametrize("metric, best", [("accuracy", 4), ("loss", 2)])
+def test_best_is_the_highest_of_what_is_better_higher(small, tmp_path, metric, best):
+    small.train.length = "6 steps"
+    entry = dict(type="tests.test_train.Counting", every=2, batch_size=8)
+    small.evals.count = config_lib.ConfigDict(entry)
+    small.checkpoint.update(dict(every=2, keep=1, best=f"eval/count/{metric}"))
+    run_training(small, tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [best, 6]
+
+
+@pytest.mark.parametrize(
+    "best, message",
+    [
+        ("eval/count/acuracy", r"'acuracy' is no metric of config.evals.count.*\['accuracy'"),
+        ("eval/count/seconds", "'seconds' is no metric of config.evals.count"),
+        ("eval/other/loss", "is not a metric of config.evals; such as .*eval/count/accuracy"),
+        ("loss", "is not a metric of config.evals"),
+    ],
+)
+def test_a_misspelt_best_is_refused(small, tmp_path, best, message):
+    small.evals.count = config_lib.ConfigDict(
+        dict(type="tests.test_train.Counting", every=2, batch_size=8)
+    )
+    small.checkpoint.best = best
+    with pytest.raises(ValueError, match=f"config.checkpoint.best = '{best}'.*{message}"):
+        run_training(small, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints").exists()
