@@ -170,7 +170,8 @@ def _recover_replaced(directory: epath.Path) -> None:
 
 
 def _set_damaged_aside(directory: epath.Path) -> None:
-    """Renames damaged checkpoints after the newest intact one to damaged-STEP.
+    """Renames damaged checkpoints after the newest intact one to damaged-STEP, and removes those
+    that were renamed earlier once the run is past them.
 
     Raises:
       ValueError: there are checkpoints, but none is intact.
@@ -194,6 +195,12 @@ def _set_damaged_aside(directory: epath.Path) -> None:
         if aside.exists():
             aside.rmtree()
         (directory / str(step)).rename(aside)
+
+    # What the run has passed since is of no use to anybody.
+    for aside in directory.glob("damaged-*") if jax.process_index() == 0 else ():
+        step = aside.name.removeprefix("damaged-")
+        if step.isdigit() and int(step) < intact:
+            aside.rmtree()
 
 
 def _absolute(path: epath.Path) -> epath.Path:

@@ -4,6 +4,7 @@ change.
 
 import difflib
 import functools
+import inspect
 import logging
 import os
 import runpy
@@ -53,7 +54,9 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_PrintableFormatter("%(levelname).1s %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS log too much at INFO
+        # Orbax's and TFDS's: every move, and a traceback for each part of a save that failed, which
+        # `lm.checkpoint` says in a sentence.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         try:
             return main(argv) or 0
         except stopping.Stopped as stopped:
@@ -95,7 +98,10 @@ def parse(argv: list[str]) -> list[str]:
             path, _, size = choice.partition(":")
             if not os.path.exists(path):
                 raise ValueError(f"no configuration file {path!r} (run from the repository's root)")
-            config = runpy.run_path(path)["get_config"](*([size] if size else []))
+            get_config = runpy.run_path(path)["get_config"]
+            if size and not inspect.signature(get_config).parameters:
+                raise ValueError(f"--config={choice}: {path} has no sizes; leave out :{size}")
+            config = get_config(*([size] if size else []))
             if error := unknown_key(argv[1:], list(config_lib.flatten(config))):
                 raise ValueError(error)
         return flags.FLAGS(argv)
@@ -116,6 +122,23 @@ def _config_choices(argv: list[str]) -> list[str]:
     return choices
 
 
+def nearest_keys(key: str, known: list[str]) -> list[str]:
+    """The three keys at most that are likest to one that doesn't exist.
+
+    First those that it abbreviates (optimizer.lr is optimizer.learning_rate), then those that are
+    spelt alike.
+    """
+    group, _, name = key.rpartition(".")
+    abbreviated = []
+    for candidate in known:
+        other_group, _, other = candidate.rpartition(".")
+        initials = "".join(word[:1] for word in other.split("_"))
+        if other_group == group and name in (initials, other.replace("_", "")):
+            abbreviated.append(candidate)
+    alike = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    return list(dict.fromkeys(abbreviated + alike))[:3]
+
+
 def unknown_key(argv: list[str], known: list[str]) -> str | None:
     """An error message if an override in `argv` names no configuration key, with the nearest ones;
     None if all are known.
@@ -126,7 +149,7 @@ def unknown_key(argv: list[str], known: list[str]) -> str | None:
             continue
         key = key.removeprefix("config.")
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            nearest = nearest_keys(key, known)
             hint = f"did you mean {', '.join(nearest)}?" if nearest else "lm/config.py has them all"
             return f"no configuration key {key!r}; {hint}"
     return None

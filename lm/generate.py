@@ -314,7 +314,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check_flags(argv: list[str]) -> None:
-    """Raises ValueError unless there is one source and one kind of prompts."""
+    """Raises ValueError unless there is one source and one kind of prompts, or for bad numbers."""
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}")
 
@@ -325,6 +325,9 @@ def _check_flags(argv: list[str]) -> None:
             "wanted --workdir=RUN or --from=DIR, and one of --prompt=TEXT, --prompts=FILE, "
             "--interactive"
         )
+    for flag, least in ((_SEED, 0), (_BATCH, 1), (_NEW, 1)):
+        if not least <= flag.value < 2**32:
+            raise ValueError(f"--{flag.name}={flag.value}; wanted {least} or above, below 2**32")
 
 
 if __name__ == "__main__":

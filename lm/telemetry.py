@@ -68,8 +68,11 @@ class Writer:
         line = {"step": step, **values}
         self._lines.append(line)
         if self._appends:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise files.named(error, self._path) from None
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._events.add_scalar(name, value, step)
@@ -111,8 +114,9 @@ class Progress:
         parts = [
             f"step {step}/{self._total}",
             f"loss {values.get('train/loss', math.nan):.3f}",
-            f"{values['train/tokens_per_second']:,.0f} tokens/s",
         ]
+        if "train/tokens_per_second" in values:
+            parts.append(f"{values['train/tokens_per_second']:,.0f} tokens/s")
         if "train/mfu" in values:
             parts.append(f"MFU {values['train/mfu']:.1%}")
         seconds_a_step = (now - self._began) / max(step - self._start, 1)
@@ -195,10 +199,11 @@ class Timer:
         steps = step - self._line_step if self._line_step is not None else None
         self._line_step, self._line_time, self._paused_seconds = step, now, 0.0
 
-        # The first line has the first step in it, whose time was compilation.
-        speed = self._batch_tokens * steps / seconds if steps else 0.0
-        values = {"train/tokens_per_second": speed}
+        # The first line has the first step in it, whose time was compilation: no speed is known.
+        values = {}
         if steps:
+            speed = self._batch_tokens * steps / seconds
+            values["train/tokens_per_second"] = speed
             for name, per_token in self._flops_per_token.items():
                 share = flops.mfu(per_token * speed, self._devices)
                 if share is not None:

@@ -385,6 +385,14 @@ def test_run_goes_on_from_the_one_before_the_damaged_one(small, tmp_path, caplog
     assert "going back to 4" in caplog.text
     assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
 
+    # It is there until the run is past it.
+    assert (tmp_path / "run/checkpoints/damaged-6").exists()
+    with small.unlocked():
+        small.train.length = "8 steps"
+    run_training(small, tmp_path / "run")
+    make(tmp_path / "run/checkpoints").close()
+    assert not (tmp_path / "run/checkpoints/damaged-6").exists()
+
     checkpointer = make(tmp_path / "run/checkpoints")
     stored = checkpointer.meta(6)["tokenizer"]
     checkpointer.close()

@@ -1,6 +1,7 @@
 """The command line: misspelt keys, bad values, and what a run prints."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -87,6 +88,9 @@ def run_command(*arguments, cwd):
         ("--config.train.lenght", "train.length"),
         ("--config.model=x", "model."),
         ("--config.sede=1", "seed"),
+        ("--config.optimizer.lr=1", "did you mean optimizer.learning_rate"),
+        ("--config.optimizer.wd=1", "did you mean optimizer.weight_decay"),
+        ("--config.data.batchsize=1", "did you mean data.batch_size"),
     ],
 )
 def test_misspelt_keys_name_the_nearest(argument, nearest):
@@ -94,6 +98,42 @@ def test_misspelt_keys_name_the_nearest(argument, nearest):
     key = argument.split(".", 1)[1].split("=")[0]
     assert message.startswith(f"no configuration key {key!r}; did you mean ")
     assert nearest in message
+
+
+def test_a_size_of_a_file_without_sizes(tmp_path):
+    (tmp_path / "config.py").write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(SystemExit, match=r"config.py has no sizes; leave out :big"):
+        command_line.parse(["main", f"--config={tmp_path}/config.py:big"])
+
+
+@pytest.fixture
+def logging_restored(monkeypatch):
+    """A command takes over the root logger, with the standard error of this test."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_an_error_without_words_has_its_name_and_traceback(capsys):
+    @command_line.command
+    def main(argv):
+        raise MemoryError
+
+    assert main([]) == 1
+    printed = capsys.readouterr().err
+    assert printed.endswith("\nerror: MemoryError\n")
+    assert "Traceback" in printed
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_errors_obey_no_terminal(capsys):
+    @command_line.command
+    def main(argv):
+        logging.warning("a\x1b[31m")
+        raise ValueError("no file b\x1b]0;title\x07")
+
+    assert main([]) == 1
+    assert capsys.readouterr().err == "W a\\x1b[31m\n\nerror: no file b\\x1b]0;title\\x07\n"
 
 
 def test_a_key_near_to_none():
