@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from lm import escape
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import choice, classification, entries, generation, perplexity
 from lm.evals.predict import Artifact
-from lm.reports import tables
+from lm.reports import metrics, tables
 
 ENCODER = Encoder(ByteTokenizer(), "\n?")
 RECORDS = [dict(text=f"text {i}", label=("red", "green")[i % 2], number=i % 2) for i in range(12)]
@@ -49,9 +50,15 @@ def evaluate(cls, **arguments):
     """The metrics of an evaluator as eval/NAME/METRIC."""
     evaluator = cls(FakeFns(), name="x", encoder=ENCODER, **arguments)
     values = {}
+    yielded = []
     for key, value in evaluator.run(None):
         if not isinstance(value, Artifact):
             values[f"eval/x/{key}"] = value
+            yielded.append(key)
+
+    # What it says beforehand is what it yields by which models are compared.
+    comparable = {key for key in yielded if metrics.is_higher_better(key) is not None}
+    assert comparable == set(evaluator.metrics)
     return values
 
 
@@ -245,3 +252,71 @@ def test_a_run_without_metrics_has_no_table(values):
 )
 def test_cells(value, text):
     assert tables.cell(value) == text
+
+
+# Which way is better.
+
+
+@pytest.mark.parametrize(
+    "metric, wanted",
+    [
+        ("accuracy", True),
+        ("accuracy_pmi_dc", True),
+        ("accuracy_mean", True),
+        ("nll_content_free", False),
+        ("bits_per_byte", False),
+        ("ece_temperature", False),
+        ("mmlu/acc_norm,none", True),
+        ("wikitext/byte_perplexity,none", False),
+        ("accuracy_low", None),
+        ("accuracy_spread", None),
+        ("temperature", None),
+        ("majority_accuracy", None),
+        ("xz_bits_per_byte", None),
+        ("examples", None),
+        ("acuracy", None),
+    ],
+)
+def test_which_way_is_better(metric, wanted):
+    assert metrics.is_higher_better(metric) is wanted
+
+
+def test_best_of_an_eval_of_lm_eval_is_known_by_its_name():
+    evals = {"harness": None}
+    assert metrics.check_best("eval/harness/mmlu/acc,none", evals)
+    assert not metrics.check_best("eval/harness/wikitext/bits_per_byte,none", evals)
+    with pytest.raises(ValueError, match="'mmlu/speed' is no metric of config.evals.harness"):
+        metrics.check_best("eval/harness/mmlu/speed", evals)
+
+
+# What others wrote, in Markdown.
+
+HOSTILE = "a|b\n<img src=x onerror=y>\x1b[31m\n\n# not a heading"
+
+
+def test_labels_citations_and_paths_break_no_table():
+    about = {
+        "step": 3,
+        "from": HOSTILE,
+        "versions": {"lm": "1"},
+        "tokenizer": "t",
+        "evals": {
+            "x": {"citation": HOSTILE, "words": [{HOSTILE: {"w": [HOSTILE]}}]},
+        },
+    }
+    text = tables.markdown(about, {f"eval/x/accuracy_{HOSTILE}": 0.5})
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("#")][1:] == ["## x"]
+    assert "<img" not in text
+    assert "\x1b" not in text
+    (row,) = [line for line in lines if line.startswith("| accuracy")]
+    assert row.replace("\\|", "").count("|") == 4
+
+
+@pytest.mark.parametrize("text", ["plain", "```", "a\n````\nb", "`" * 9])
+def test_nothing_in_a_text_ends_its_code_block(text):
+    fence, *inner, last, end = escape.fenced(text).split("\n")
+    assert "\n".join(inner) == text
+    assert fence == last
+    assert end == ""
+    assert fence not in text
