@@ -386,6 +386,7 @@ def plan(
     """
     if unknown := sorted(set(programs) - set(PROGRAMS)):
         raise ValueError(f"no programs {unknown}; valid: {list(PROGRAMS)}")
+    config_lib.check(config)
     devices = describe(topology, slices)
     if not config.model.vocab_size:
         raise ValueError(
