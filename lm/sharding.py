@@ -76,7 +76,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
         sides = [int(n) + 1 for n in corner if n > 0]
         example = {"fsdp": sides[0], "fsdp2": math.prod(sides[1:])}
         raise ValueError(
-            f"config.mesh = {_longer_than_one(shape)} can't be laid on a torus of "
+            f"{_longer_than_one(shape)} can't be laid on a torus of "
             f"{' x '.join(map(str, sides))} chips: each axis must be as long as one of the "
             f"torus's sides, or as some of them multiplied, such as {example}"
         ) from None

@@ -232,10 +232,10 @@ def test_slices():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(mesh=dict(fsdp=3)), "config.mesh.fsdp = 3: this asks for .*there are 4"),
+        (dict(mesh=dict(fsdp=3)), "config.mesh.fsdp = 3.*this asks for .*there are 4"),
         (dict(data=dict(batch_size=10)), "can't be divided by 4"),
         (dict(model=dict(vocab_size=0)), "config.model.vocab_size = 0"),
-        (dict(data=dict(length=192)), "splash"),
+        (dict(data=dict(length=192), objective=dict(chunk=0)), "splash"),
         (dict(model=dict(attention="cudnn")), "is for gpu, and this runs on tpu"),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_mesh_that_the_torus_does_not_hold(small):
 
     small.mesh.update(dict(slice=2))
     small.data.batch_size = 32
-    message = "'slice': 2, 'fsdp': 2, 'fsdp2': 8.*can't be laid on a torus of 4 x 4 chips"
+    message = "slice = 2, config.mesh.fsdp = 2, config.mesh.fsdp2 = 8 can't be laid on a torus of 4 x 4 chips"
     with pytest.raises(ValueError, match=message):
         plan_lib.plan(small, "v5e:4x4", 2)
 
