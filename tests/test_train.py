@@ -286,6 +286,14 @@ def test_what_may_change_when_a_run_goes_on(finished):
     assert json.loads((run / "config.json").read_text())["train"]["length"] == "8 steps"
 
 
+def test_a_run_may_take_its_tokenizer_from_its_own_folder(finished):
+    """As the error of another tokenizer advises: the fingerprint says that it is the same."""
+    config, run = finished
+    config.tokenizer.path = str(run / "tokenizer")
+    config.train.length = "7 steps"
+    assert run_training(config, run)["step"] == 7
+
+
 def test_shorter_than_the_restored_step_is_refused(finished):
     config, run = finished
     before = snapshot(run)
