@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, evaluate, files, stopping, telemetry, weights
+from lm import build, checkpoint, claim, evaluate, files, stopping, telemetry, weights
 from lm import config as config_lib
 from lm.reports import metrics as metrics_lib
 
@@ -51,6 +51,9 @@ def train(
         try:
             with jax.set_mesh(run.experiment.program.mesh):
                 _loop(run, profile)
+        except claim.Lost:
+            closing.pop_all()  # closing would write over the new owner's files
+            raise
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -150,6 +153,11 @@ class Run:
         highest = bool(best) and metrics_lib.check_best(best, metrics_of_evals)
         build.log_summary(self.experiment)
 
+        # From here on files are written: by one process, or one pod, at a time.
+        first_process = jax.process_index() == 0
+        self.claim = closing.enter_context(claim.Claim(workdir, active=first_process))
+        if first_process:
+            files.remove_leftovers(workdir)
         self.checkpointer = checkpoint.Checkpointer(
             workdir / "checkpoints", keep=config.checkpoint.keep, best=best, highest=highest
         )
@@ -361,6 +369,7 @@ class Run:
 
     def save(self, step: int, streams: dict) -> None:
         """Starts a checkpoint of `step`; `streams` are the stream states before the next batch."""
+        self.claim.check()
         e = self.experiment
         meta = {
             "config": self.config.to_dict(),

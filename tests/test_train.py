@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import build, evaluate, files, stopping, telemetry, train
+from lm import build, claim, evaluate, files, stopping, telemetry, train
 from lm import config as config_lib
 from lm.data import loader
 from lm.data import tokenizer as tokenizers
@@ -805,3 +805,29 @@ def test_a_misspelt_best_is_refused(small, tmp_path, best, message):
     with pytest.raises(ValueError, match=f"config.checkpoint.best = '{best}'.*{message}"):
         run_training(small, tmp_path / "run")
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_workdir_has_one_writer(small, tmp_path):
+    run = tmp_path / "run"
+    with claim.Claim(epath.Path(run)):
+        with pytest.raises(claim.Taken, match=f"process {os.getpid()} on .*another --workdir"):
+            run_training(small, run)
+        assert [path.name for path in run.iterdir()] == ["CLAIM.json"]
+
+    run_training(small, run)
+    assert not (run / "CLAIM.json").exists()
+
+
+def test_a_run_that_lost_its_claim_writes_nothing_more(small, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    small.checkpoint.every = 2
+    real_save = train.Run.save
+
+    def lose_and_save(self, step, streams):
+        (run / "CLAIM.json").unlink()
+        real_save(self, step, streams)
+
+    monkeypatch.setattr(train.Run, "save", lose_and_save)
+    with pytest.raises(claim.Lost):
+        run_training(small, run)
+    assert not saved_steps(run)

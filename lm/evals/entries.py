@@ -117,6 +117,7 @@ _ITEMS = dict(
 )
 _ITEM_WORDS = dict.fromkeys(_ITEMS, "texts") | dict(seeds="integers", weights="numbers")
 _COMMON_KEYS = ("type", "every", "batch_size")  # checked by `lm.config.check`
+_SUGGEST_KEY = "examples_key"  # of PromptClassification, which lm.suggest alone gives
 
 
 def check(name: str, entry: Mapping) -> None:
@@ -129,7 +130,8 @@ def check(name: str, entry: Mapping) -> None:
     # One's own evaluators have keys of their own.
     schema = SCHEMAS.get(entry["type"])
     if schema:
-        values = {key: value for key, value in entry.items() if key not in _COMMON_KEYS}
+        others = (*_COMMON_KEYS, _SUGGEST_KEY)
+        values = {key: value for key, value in entry.items() if key not in others}
         _check_values(f"config.evals.{name}", schema, values)
 
 
