@@ -115,7 +115,10 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
     """
     c = config.tokenizer
     if c.path:
-        return _load_tokenizer(c.path)
+        try:
+            return tokenizers.load(epath.Path(c.path).expanduser())
+        except ValueError as error:
+            raise ValueError(f"config.tokenizer.path = {c.path!r}: {error}") from None
     if c.kind == "bytes":
         return tokenizers.ByteTokenizer()
     return pack.train_tokenizer(
@@ -125,13 +128,6 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
         label_prompt=config.data.label_prompt,
         cache_dir=config.data.cache_dir,
     )
-
-
-def _load_tokenizer(path: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.load(epath.Path(path).expanduser())
-    except ValueError as error:
-        raise ValueError(f"config.tokenizer.path = {path!r}: {error}") from None
 
 
 def apply_hf_config(config: ConfigDict) -> ConfigDict:
@@ -500,11 +496,14 @@ def build(
         config_lib.total_steps, c.train.length, batch_tokens=c.data.batch_size * c.data.length
     )
     total_steps = LONGEST_RUN if unit == "epochs" else count_steps(epoch_tokens=None)
-    vocab_size = _vocab_size(c)
+
+    read_train = functools.cache(lambda: documents(c, c.data.split))
+    is_trained = not c.tokenizer.path and c.tokenizer.kind == "sentencepiece"
+    run_tokenizer = None if is_trained else make_tokenizer(c, read_train)
+    vocab_size = c.tokenizer.vocab_size if is_trained else run_tokenizer.vocab_size
     run_program = program(c, devices, vocab_size, total_steps)
     _check_memory(run_program)
 
-    read_train = functools.cache(lambda: documents(c, c.data.split))
     if training and len(read_train()) < c.data.streams:
         # A stream without documents would wait for ever.
         raise ValueError(
@@ -512,7 +511,8 @@ def build(
             f"{len(read_train())} documents; set config.data.streams to at most that"
         )
 
-    run_tokenizer = make_tokenizer(c, read_train)
+    if is_trained:
+        run_tokenizer = make_tokenizer(c, read_train)
     encoder = pack.Encoder(run_tokenizer, c.data.label_prompt)
     if unit == "epochs":
         total_steps = count_steps(epoch_tokens=lambda: pack.count_tokens(read_train(), encoder))
@@ -525,14 +525,6 @@ def build(
         train_documents=read_train() if training else None,
         total_steps=total_steps,
     )
-
-
-def _vocab_size(config: ConfigDict) -> int:
-    """The size of the tokenizer that the run will have."""
-    c = config.tokenizer
-    if c.path:
-        return _load_tokenizer(c.path).vocab_size
-    return tokenizers.ByteTokenizer.vocab_size if c.kind == "bytes" else c.vocab_size
 
 
 def _check_memory(program: Program) -> None:

@@ -86,8 +86,8 @@ class DocumentClassification:
         is_labelled = chosen and all(document.label for document in chosen)
         if not encoder.label_prompt or not is_labelled:
             raise ValueError(
-                f"the eval {name!r} needs documents with labels (config.data.source_args says "
-                f"where they are) and config.data.label_prompt (now {encoder.label_prompt!r})"
+                f"the eval {name!r} needs labelled documents (config.data.source_args says where "
+                f"labels are) and config.data.label_prompt (now {encoder.label_prompt!r})"
             )
         prompts.check_choice(name, "aggregate", aggregate, AGGREGATES)
         prompts.check_choice(name, "length_norm", length_norm, NORMS)
