@@ -153,12 +153,12 @@ def _missing() -> str:
     if importlib.util.find_spec("libtpu"):
         tpu = "libtpu finds none"
     else:
-        tpu = "no TPU support installed (pip install 'lm[tpu]')"
+        tpu = "no TPU support installed (pip install -e '.[tpu]')"
     plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
     if any(importlib.util.find_spec(plugin) for plugin in plugins):
         gpu = "CUDA finds none"
     else:
-        gpu = "no GPU support installed (pip install 'lm[cuda]')"
+        gpu = "no GPU support installed (pip install -e '.[cuda]')"
     return f"TPU: {tpu}; GPU: {gpu}"
 
 

@@ -60,7 +60,7 @@ def render(
         than `lm.limited` gives; jinja2 isn't installed.
     """
     if not importlib.util.find_spec("jinja2"):
-        raise ValueError("chat templates need the package jinja2: pip install 'lm[hf]'")
+        raise ValueError("chat templates need the package jinja2: pip install -e '.[hf]'")
     try:
         return limited.call(
             "lm.data.templates:render",

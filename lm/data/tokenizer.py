@@ -392,7 +392,9 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(f"{name} needs the package tokenizers: pip install 'lm[hf]'") from None
+            raise ValueError(
+                f"{name} needs the package tokenizers: pip install -e '.[hf]'"
+            ) from None
         try:
             # Several files name the special tokens; the later one here wins.
             settings = {

@@ -30,7 +30,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ImportError(f"{error}: lm_eval is in pip install 'lm[harness]'") from None
+    raise ImportError(f"{error}: lm_eval is in pip install -e '.[harness]'") from None
 
 SAMPLING_OPTIONS = ("top_k", "top_p", "min_p", "repetition_penalty")
 

@@ -1,6 +1,6 @@
 """Compiles a configuration's programs for a TPU pod, without one, and reports what they take.
 
-libtpu's compiler runs on any x86-64 Linux machine (pip install 'lm[plan]'). Memory, FLOPs,
+libtpu's compiler runs on any x86-64 Linux machine (pip install -e '.[plan]'). Memory, FLOPs,
 collectives and kernels are its facts; times are models of them (lm/plan/hlo.py), given as a range.
 """
 
@@ -89,7 +89,7 @@ def describe(topology: str, slices: int = 1) -> list[jax.Device]:
         first_line = str(error).splitlines()[0]
         if "libtpu" in str(error):
             raise ValueError(
-                "compiling for TPUs needs libtpu: pip install 'lm[plan]' (x86-64 Linux). "
+                "compiling for TPUs needs libtpu: pip install -e '.[plan]' (x86-64 Linux). "
                 f"{first_line}"
             ) from None
         raise ValueError(

@@ -155,4 +155,4 @@ def require_package(score: str) -> None:
     """Raises ValueError if the package that a score needs isn't installed."""
     package = PACKAGES.get(score)
     if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"{score} needs the package {package}: pip install 'lm[evals]'")
+        raise ValueError(f"{score} needs the package {package}: pip install -e '.[evals]'")
