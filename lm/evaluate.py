@@ -11,7 +11,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lm import build, checkpoint, files, startup, telemetry, weights
-from lm import config as config_lib
 from lm.evals.predict import Artifact
 from lm.reports import tables
 
@@ -35,7 +34,6 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
       ValueError: what can't work; steps that aren't there.
     """
     config = build.apply_hf_config(config)
-    config_lib.check(config)
     files.check_tree(workdir)
     experiment = build.build(config, devices, training=False)
     source = weights.source_of(config, workdir)

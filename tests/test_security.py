@@ -206,7 +206,7 @@ def test_an_export_writes_only_into_its_directory(received, file):
         meta["hf"] = {"config": config, "tensors": {"lm_head.weight": ["F32", file]}}
 
     change_meta(received, record)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="names the file|ends in .safetensors"):
         export(received)
     assert victim.read_text() == "mine"
     with pytest.raises(ValueError, match="names the file|ends in .safetensors"):

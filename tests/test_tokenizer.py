@@ -113,7 +113,7 @@ def test_training_is_deterministic_and_cached(trained, tmp_path):
     assert again.fingerprint == trained.fingerprint
     assert again.vocab_size == 320
     # No leftovers.
-    assert {path.name for path in cache.parent.iterdir()} == {"b.model", "b.model.sha256"}
+    assert {path.name for path in cache.parent.iterdir()} == {"b.model", "b.model.hash"}
 
     def unread():
         raise AssertionError("texts are read in spite of the cache")

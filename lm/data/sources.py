@@ -181,8 +181,8 @@ def _cut(documents: list[Document], document_chars: int) -> list[Document]:
 
 def _document_of_record(record: dict, place: str, text_key: str, label_key: str) -> Document:
     """A document out of a JSONL file's object; `place` is its file and line."""
-    for key in (text_key, label_key):
-        if (key or key == text_key) and key not in record:
+    for key in (text_key, label_key) if label_key else (text_key,):
+        if key not in record:
             raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
 
     text = record[text_key]

@@ -5,7 +5,6 @@ Policy: a tokenizer never adds special ids by itself. `lm.data.pack` puts one BO
 and one EOS after it.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -311,22 +310,20 @@ def train_sentencepiece(
     Raises:
       ValueError: the texts are too few for the size.
     """
-    hash_file = cache.parent / f"{cache.name}.sha256"
-    if cache.exists() and hash_file.exists():
+    hash_file = cache.parent / f"{cache.name}.hash"
+    if cache.exists():
         model = _read(cache)
-        if _sha256(model) == hash_file.read_text().strip():
+        if hash_file.exists() and short_hash(model) == hash_file.read_text().strip():
             return SentencePieceTokenizer(model, str(cache))
-        logging.warning("the cached tokenizer %s is damaged; training it again", cache)
+        logging.warning(
+            "the cached tokenizer %s is damaged, or has no hash beside it; training it again", cache
+        )
 
     model = _sentencepiece_model(texts, vocab_size)
     # Several processes may train at once: all write the same.
     files.write_whole(cache, model)
-    files.write_whole(hash_file, _sha256(model) + "\n")
+    files.write_whole(hash_file, short_hash(model) + "\n")
     return SentencePieceTokenizer(model, str(cache))
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _sentencepiece_model(texts: Iterable[str], vocab_size: int) -> bytes:
