@@ -330,9 +330,12 @@ class Checkpointer:
 
             latest = self._manager.latest_step()
             outcome = "No checkpoint is" if latest is None else f"Checkpoint {latest} is whole and"
+            # TensorStore adds its whole configuration.
+            reason = str(error).splitlines()[0].partition(" [tensorstore_spec=")[0]
+            advice = "make the directory writable" if "ead-only" in reason else "free space"
             raise OSError(
-                f"checkpoint {self._saving} could not be written to {self._directory}: "
-                f"{str(error).splitlines()[0]}. {outcome} kept; free space and start again."
+                f"checkpoint {self._saving} could not be written to {self._directory}: {reason}. "
+                f"{outcome} kept; {advice} and start again."
             ) from error
 
     def restore(self, step: int, abstract) -> Any:

@@ -56,7 +56,9 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
         logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         # Orbax's and TFDS's: every move, and a traceback for each part of a save that failed, which
         # `lm.checkpoint` says in a sentence.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = _report_unraisable
         try:
             return main(argv) or 0
         except stopping.Stopped as stopped:
@@ -74,6 +76,14 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
             return 1
 
     return run
+
+
+def _report_unraisable(unraisable) -> None:
+    """Is sys.unraisablehook. Leaves out what TensorStore's threads say of a save that failed: once
+    for each array, that Orbax doesn't wait for them any more.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -123,7 +123,7 @@ def write_artifact(workdir: epath.Path, artifact: Artifact, step: int) -> None:
     content = artifact.content
     if artifact.append:
         # A comment begins each part: text that a model wrote may have any heading in it.
-        old = path.read_text() if path.exists() else ""
+        old = files.read_text(str(path)) if path.exists() else ""
         parts = re.split(r"(?m)^(?=<!-- lm step \d+ -->$)", old)
         earlier = "".join(part for part in parts if part and int(part.split()[3]) < step)
         text = content.replace("<!-- lm step", "<!-- lm-step")

@@ -17,7 +17,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, command_line, escape, startup
+from lm import build, checkpoint, command_line, escape, files, startup
 from lm import config as config_lib
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
@@ -137,20 +137,19 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file: one a line, or the "prompt" of each object of a .jsonl file.
 
     Raises:
-      ValueError: a line of a .jsonl file is anything else.
+      ValueError: the file is not UTF-8, or a line of a .jsonl file is anything else.
     """
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
     if path.suffix != ".jsonl":
-        return lines
+        return [line for line in files.read_text(str(path)).splitlines() if line.strip()]
 
-    try:
-        prompts = [json.loads(line)["prompt"] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path}: {type(error).__name__}: {error}; wanted a JSON object with "prompt" a line'
-        ) from None
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"{path}: a prompt is not a string")
+    prompts = []
+    for number, values in files.read_jsonl(str(path)):
+        prompt = values.get("prompt")
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f'{path}:{number}: wanted a JSON object with "prompt", a string; got {prompt!r}'
+            )
+        prompts.append(prompt)
     return prompts
 
 

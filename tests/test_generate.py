@@ -171,13 +171,14 @@ def test_reading_prompts(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{", "wanted a JSON object"),
-        ('{"text": "a"}', "KeyError: 'prompt'; wanted"),
-        ('{"prompt": 1}', "a prompt is not a string"),
+        (b"{", r"p\.jsonl:1"),
+        (b'{"text": "a"}', r'p\.jsonl:1: wanted a JSON object with "prompt".* None'),
+        (b'{"prompt": 1}', r'p\.jsonl:1: wanted a JSON object with "prompt".* 1'),
+        (b'{"prompt": "\xe9"}', r"p\.jsonl is not UTF-8"),
     ],
 )
 def test_prompts_that_cannot_be_read(tmp_path, line, message):
-    (tmp_path / "p.jsonl").write_text(line)
+    (tmp_path / "p.jsonl").write_bytes(line)
 
     with pytest.raises(ValueError, match=message):
         generate.read_prompts(tmp_path / "p.jsonl")

@@ -13,7 +13,7 @@ from absl import flags
 from lm import command_line, evaluate, startup, stopping, train
 from lm import config as config_lib
 from lm import main as main_lib
-from tests.helpers import ROOT
+from tests.helpers import CONFIG_FILE, ROOT
 
 KEYS = list(config_lib.flatten(config_lib.default()))
 # A config file with an argument and an eval.
@@ -302,6 +302,35 @@ def test_command_with_a_bad_value(config_file, tmp_path):
     assert "Traceback" not in result.stderr
     assert "running on 1 x cpu" in result.stderr
     assert not run.exists()
+
+
+@pytest.mark.slow
+def test_command_without_space(tiny, tmp_path):
+    """A checkpoint that can't be written is one sentence, though each of its arrays fails."""
+    tiny.unlock()
+    tiny.model.embed_dim = 256
+    tiny.checkpoint.every = 1
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG_FILE.format(text=json.dumps(tiny.to_dict())))
+    # A limit on the size of a file fails as a full disk does. A cache of programs would fail too.
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{limited}from lm import main; main.cli()",
+            f"--config={path}",
+            f"--workdir={tmp_path}/run",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "could not be written to" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr and "never retrieved" not in result.stderr
 
 
 def test_steps_to_profile():

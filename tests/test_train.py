@@ -559,6 +559,13 @@ def test_samples_of_earlier_steps_survive_a_failed_write(tmp_path, monkeypatch):
     assert (tmp_path / "samples.md").read_text() == before
 
 
+def test_damaged_samples_are_named(tmp_path):
+    samples = Artifact("samples.md", "text\n", append=True)
+    (tmp_path / "samples.md").write_bytes(b"\xb7")
+    with pytest.raises(ValueError, match=r"samples\.md is not UTF-8"):
+        evaluate.write_artifact(epath.Path(tmp_path), samples, 2)
+
+
 def test_failed_write_of_the_config_does_not_end_the_run_for_ever(finished, monkeypatch):
     config, run = finished
     with monkeypatch.context() as patch:

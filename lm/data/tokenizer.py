@@ -313,7 +313,8 @@ def train_sentencepiece(
     hash_file = cache.parent / f"{cache.name}.hash"
     if cache.exists():
         model = _read(cache)
-        if hash_file.exists() and short_hash(model) == hash_file.read_text().strip():
+        expected = _read(hash_file) if hash_file.exists() else b""
+        if short_hash(model).encode() == expected.strip():
             return SentencePieceTokenizer(model, str(cache))
         logging.warning(
             "the cached tokenizer %s is damaged, or has no hash beside it; training it again", cache

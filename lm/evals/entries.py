@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from lm import files
+
 # The keys of a task by its type, with their defaults. A TOML file of lm/evals/tasks/ says what
 # differs. It is read when a configuration is made, so that config.json holds all of a task, and
 # each key can be overridden.
@@ -190,7 +192,7 @@ def task(
         names = sorted(file.stem for file in folder.glob("*.toml"))
         raise ValueError(f"no task {name!r}; valid: {names}, and paths of .toml files")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(files.read_text(str(path)))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
 
