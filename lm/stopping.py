@@ -5,6 +5,10 @@ import threading
 
 import jax
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+
+ALL_COME_SECONDS = 20  # within which processes that fail alike do so
 
 
 class RunFailed(RuntimeError):
@@ -57,3 +61,17 @@ class StopSignal:
         """
         if jax.process_count() == 1 and self._asked.is_set():
             raise Stopped
+
+
+def all_come_to(place: str) -> bool:
+    """Whether all processes call this, and not some of them alone.
+
+    Args:
+      place: a name that is used once in a run.
+    """
+    try:
+        barrier = multihost.get_barrier_sync_fn()
+        barrier(key=place, timeout_ms=1000 * ALL_COME_SECONDS)
+    except jax.errors.JaxRuntimeError:  # DEADLINE_EXCEEDED
+        return False
+    return True

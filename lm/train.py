@@ -335,8 +335,9 @@ class Run:
         except stopping.Stopped:
             raise
         except Exception:
-            # Processes save together, and which of them failed isn't known.
-            if jax.process_count() == 1 and self.checkpointer.latest() != self.step:
+            unsaved = self.checkpointer.latest() != self.step
+            # Processes save together; where one failed alone, the others wait for it in the eval.
+            if unsaved and stopping.all_come_to(f"the eval of step {self.step} failed"):
                 self.save(self.step, self.streams)
                 self.checkpointer.wait()
                 logging.error("an eval failed; step %d is saved", self.step)

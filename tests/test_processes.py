@@ -234,6 +234,43 @@ def test_the_coordinator_dies(config, slow_data, tmp_path):
     assert_same_run(run, undisturbed, LAST_STEP)
 
 
+BROKEN_EVAL = """
+import jax
+from lm.evals import perplexity
+
+run = perplexity.Perplexity.run
+
+def fail(self, params):
+    if jax.process_index() in FAILING:
+        raise ValueError("a broken eval")
+    yield from run(self, params)
+
+perplexity.Perplexity.run = fail
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [(0, 1), (1,)])
+def test_a_failing_eval_costs_no_step(config, slow_data, tmp_path, failing):
+    """If all processes fail they save together. One that fails alone can't; all end."""
+    breaking = BROKEN_EVAL.replace("FAILING", str(failing))
+    (tmp_path / "slow_source.py").write_text(SLOW_SOURCE + breaking)
+    with config.unlocked():
+        config.evals = dict(text=entries.perplexity(every=6, batch_size=16))
+
+    run = tmp_path / "run"
+    codes, outputs = Hosts(2, config, run, slow_data).wait(120)
+    assert 0 not in codes, outputs
+    assert all("a broken eval" in outputs[process] for process in failing), outputs
+    if failing == (0, 1):
+        assert codes == [1, 1], outputs
+        assert "step 6 is saved" in outputs[0]
+        assert saved_steps(run) == [4, 6]
+    else:
+        assert_says_that_another_died(outputs[0])
+        assert saved_steps(run) == [4]
+
+
 def assert_says_that_another_died(output):
     messages = ("another one has died", "another task died")
     assert any(message in output for message in messages), output
