@@ -35,8 +35,8 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
     """
     config = build.apply_hf_config(config)
     files.check_tree(workdir)
-    experiment = build.build(config, devices, training=False)
     source = weights.source_of(config, workdir)
+    experiment = build.build(config, devices, training=False)
     chosen = _parse_steps(steps, source)
     first_process = jax.process_index() == 0
 

@@ -7,7 +7,6 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-
 ALL_COME_SECONDS = 20  # within which processes that fail alike do so
 
 

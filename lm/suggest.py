@@ -42,8 +42,8 @@ def suggest(
         `lm.evals.classification.PromptClassification`.
     """
     config = single_eval(build.apply_hf_config(config), name, num_prompts)
-    experiment = build.build(config, devices, training=False)
     source = weights.source_of(config, workdir)
+    experiment = build.build(config, devices, training=False)
 
     # All that needs the model: states after the prompts, and rows of the head.
     with jax.set_mesh(experiment.program.mesh):

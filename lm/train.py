@@ -141,6 +141,8 @@ class Run:
         config_file = workdir / "config.json"
         if config_file.exists():
             config_lib.check_resumable(files.read_json(config_file), config, str(workdir))
+        if not checkpoint.steps(workdir / "checkpoints"):
+            weights.source_of(config, workdir)  # needed at the start only
 
         # Everything is built, and so checked, now and not after the first hour.
         self.experiment = build.build(config, devices)
@@ -193,7 +195,7 @@ class Run:
         program, c = self.experiment.program, self.config
         self.step = 0
         if c.init_from:
-            source = epath.Path(c.init_from).expanduser()
+            source = weights.source_of(c, self.workdir)
             params, step = weights.load_weights(self.experiment, source, averaged=False)
             logging.info("weights from %s, step %d", c.init_from, step)
         else:

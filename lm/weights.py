@@ -31,8 +31,20 @@ def load_weights(
 
 
 def source_of(config: ConfigDict, workdir: epath.Path) -> epath.Path:
-    """Where the weights to be looked at lie: config.init_from, or else the run directory."""
-    return epath.Path(config.init_from).expanduser() if config.init_from else workdir
+    """Where the weights to be looked at lie: config.init_from, or else the run directory.
+
+    Raises:
+      ValueError: there are none at config.init_from.
+    """
+    if not config.init_from:
+        return workdir
+    source = epath.Path(config.init_from).expanduser()
+    if not (hf.is_checkpoint(source) or checkpoint.steps(source / "checkpoints")):
+        raise ValueError(
+            f"config.init_from = {config.init_from!r} has no checkpoint; wanted a run directory, "
+            "with checkpoints/ in it, or the directory of a Hugging Face checkpoint"
+        )
+    return source
 
 
 def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path) -> None:

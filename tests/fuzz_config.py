@@ -1,4 +1,4 @@
-"""Mutates configurations, a key or two at a time, and sees how each ends:
+"""Mutates configurations, a key or two at a time, and command lines, and sees how each ends:
 
     python -m tests.fuzz_config --num=5000 --seed=1
 
@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import json
 import logging
 import random
 import signal
@@ -19,12 +20,13 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+from absl import flags
 
-from lm import build
+from lm import build, command_line
 from lm import config as config_lib
 from lm.data import sources
 from lm.evals import entries
-from tests.helpers import VERBALIZER, write_corpus
+from tests.helpers import CONFIG_FILE, VERBALIZER, write_corpus
 
 MAX_SECONDS = 30
 
@@ -32,6 +34,10 @@ INTEGERS = (-1, 0, 1, 2, 3, 7, 64, 2**20, 2**31 - 1, 2**31, 2**63, 10**30, -(2**
 NUMBERS = (-1.0, 0.0, 1e-30, 0.5, 1.0, 1.5, 1e9, 1e38, 1e308, float("nan"), float("inf"), -1e-9)
 TEXTS = ("", "x", "../..", "/dev/null", "a" * 1000, "\0", "\x1b[31m", "lm", "lm.nn", "os.system")
 LENGTHS = ("0 steps", "-3 steps", "5", "1e999999999 steps", "1/0 steps", "nan epochs", "3 tokens")
+# What may stand behind --config.KEY=
+WORDS = ("", "x", "None", "True", "false", "-1", "0", "1.5", "1e400", "nan", "-inf", "[1,2]", "(1,")
+WORDS += ("()", "('a',)", "{}", "{'a':1}", "'x'", '"', "1_0", "0x10", "\uff19", "a=b", "lambda: 1")
+WORDS += ("\x1b[31m", "(" * 300, "9" * 5000, "1e999999999 steps", "5 steps", "lm.nn", "print(1)")
 OTHERS = (None, True, [], (), {}, [1], (1.5, "a"), ("",), {"a": 1})
 
 
@@ -151,17 +157,75 @@ def fuzz(num, seed, folder):
     return ends, unclear
 
 
+@contextlib.contextmanager
+def flags_restored():
+    """Overrides become flags of their own, which are looked for in sys.argv."""
+    argv, before = sys.argv, set(flags.FLAGS)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS["config"].unparse()
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+
+
+def end_of_command_line(config_flag, config_file, argument, key):
+    """ "accepted" or "refused".
+
+    Raises:
+      Unclear: neither.
+    """
+    with flags_restored():
+        sys.argv = ["main", f"--config={config_file}", argument]
+        try:
+            command_line.parse(list(sys.argv))
+        except SystemExit as error:
+            if f"config.{key}" in str(error) or f"configuration key {key!r}" in str(error):
+                return "refused"
+            raise Unclear(f"without the key: {error}") from error
+        except Exception as error:
+            raise Unclear(f"{type(error).__name__}: {error}") from error
+        return end_of(config_flag.value, {key: argument})
+
+
+def fuzz_command_lines(num, seed, folder):
+    """Returns (Counter of ends, messages of those that are unclear)."""
+    draw = random.Random(seed)
+    config_flag = command_line.config_flag()
+    config_file = folder / "config.py"
+    config_file.write_text(CONFIG_FILE.format(text=json.dumps(base_config(folder).to_dict())))
+    keys = sorted(config_lib.flatten(base_config(folder)))
+    keys += [*config_lib.GROUPS, "evals", "evals.text"]
+
+    ends = collections.Counter()
+    unclear = []
+    for number in range(num):
+        key, word = draw.choice(keys), draw.choice(WORDS)
+        with_word = [f"--config.{key}={word}", f"-config.{key}={word}"]
+        argument = draw.choice([*with_word, *with_word, f"--config.{key}", f"--noconfig.{key}"])
+        try:
+            ends[end_of_command_line(config_flag, config_file, argument, key)] += 1
+        except Unclear as error:
+            ends["unclear"] += 1
+            unclear.append(f"{number}: {argument!r:.200}: {error!s:.300}")
+    return ends, unclear
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--num", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.disable()
-    with tempfile.TemporaryDirectory() as folder:
-        ends, unclear = fuzz(arguments.num, arguments.seed, Path(folder))
-    print("\n".join(unclear))
-    print(dict(ends))
-    sys.exit(bool(unclear))
+    failed = False
+    for fuzzer in (fuzz, fuzz_command_lines):
+        with tempfile.TemporaryDirectory() as folder:
+            ends, unclear = fuzzer(arguments.num, arguments.seed, Path(folder))
+        print("\n".join([*unclear, f"{fuzzer.__name__}: {dict(ends)}"]))
+        failed = failed or bool(unclear)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -378,11 +378,15 @@ def test_init_from_checks_the_tokenizer(finished, tmp_path):
         evaluate_run(config, tmp_path / "eval")
 
 
-def test_init_from_nothing(small, tmp_path):
+def test_init_from_nothing(small, tmp_path, monkeypatch):
+    """It is said before data are read, and nothing is written."""
     small.init_from = str(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="nowhere has no checkpoint"):
-        run_training(small, tmp_path / "run")
+    monkeypatch.setattr(build, "documents", None)
+    for command in (run_training, evaluate_run):
+        with pytest.raises(ValueError, match="config.init_from = .*nowhere' has no checkpoint"):
+            command(small, tmp_path / "run")
     assert not (tmp_path / "nowhere").exists()
+    assert not (tmp_path / "run").exists()
 
 
 # Evaluation without training.
