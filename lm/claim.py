@@ -332,8 +332,7 @@ class Claim:
     def _taken(self, owner: Owner | None) -> Taken:
         who = owner or f"a process whose {NAME} can't be understood, and changes"
         return Taken(
-            f"{self._workdir} is being trained by {who}; wait for it, stop it, or take another "
-            "--workdir"
+            f"{self._workdir} is in use by {who}; wait for it, stop it, or take another --workdir"
         )
 
     def _beat_on(self) -> None:

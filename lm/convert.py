@@ -23,7 +23,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, command_line, files, startup
+from lm import build, checkpoint, claim, command_line, files, startup
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
 from lm.hf import directory as hf
@@ -43,7 +43,7 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
 
     Raises:
       ValueError: the source can't be read, see `lm.hf.directory.Checkpoint`, or the workdir is in
-        use.
+        use, or claimed by another process.
     """
     if (workdir / "config.json").exists():
         raise ValueError(f"{workdir} is in use; take another --workdir")
@@ -65,15 +65,18 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
     }
     # As JSON has it: lists for tuples.
     meta = json.loads(json.dumps(meta))
-    checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=1)
-    checkpointer.save(0, {"params": params}, meta, {})
-    checkpointer.close()
+    first_process = jax.process_index() == 0
+    with claim.Claim(workdir, active=first_process):
+        checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", keep=1)
+        checkpointer.save(0, {"params": params}, meta, {})
+        checkpointer.close()
 
-    # config.json comes last: a workdir with one is in use.
-    if jax.process_index() == 0:
-        (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir / "tokenizer")
-        files.write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        # config.json comes last: a workdir with one is in use.
+        if first_process:
+            (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
+            tokenizer.save(workdir / "tokenizer")
+            config_text = json.dumps(config.to_dict(), indent=2) + "\n"
+            files.write_whole(workdir / "config.json", config_text)
 
 
 # --- export ---

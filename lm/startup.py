@@ -8,6 +8,7 @@ import logging
 import os
 import platform as platform_module
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,17 +136,28 @@ def order_simulated_collectives() -> None:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once if it is one of several. An orderly end would wait for the others,
-    which may wait for this one in the middle of a step; so they notice that it is gone.
+    """Ends this process at once after an error, if an orderly end would wait for what may not come.
+
+    One of several processes would wait for the others, which may wait for it in the middle of a
+    step; so they notice that it is gone. After a save that failed, threads of Orbax wait for
+    minutes for the rest of it.
     """
     # Checked first, since jax.process_count() alone would start the devices.
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    one_of_several = jax.distributed.is_initialized() and jax.process_count() > 1
+    if one_of_several:
         # Where all processes meet the same error, this gives each the time to print it before one's
         # exit stops the others.
         time.sleep(1)
+    if one_of_several or _threads_of_orbax():
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
+
+
+def _threads_of_orbax() -> list[threading.Thread]:
+    """Those that the end of this process would wait for."""
+    waited_for = [thread for thread in threading.enumerate() if not thread.daemon]
+    return [thread for thread in waited_for if type(thread).__module__.startswith("orbax.")]
 
 
 def _missing() -> str:

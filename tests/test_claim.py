@@ -293,7 +293,7 @@ def test_a_live_process_is_refused_at_once_and_a_killed_one_taken_over_at_once(
     with pytest.raises(claim.Taken) as refused, claim.Claim(place.workdir):
         pass
     message = str(refused.value)
-    assert message.startswith(f"{place.workdir} is being trained by process {pid} on ")
+    assert message.startswith(f"{place.workdir} is in use by process {pid} on ")
     assert os.uname().nodename in message
     assert "another --workdir" in message
     assert isinstance(refused.value, ValueError)

@@ -311,6 +311,7 @@ def test_the_command(run, tmp_path):
         (("--prompt=a",), "wanted --workdir=RUN or --from=DIR, and one of"),
         (common, "and one of --prompt=TEXT"),
         ((*common, "--prompt=a", "--top_p=2"), "top_p = 2.0; wanted above 0, up to 1"),
+        ((*common, "--prompt=a", "--seed=-1"), "error: --seed=-1; wanted 0 or above"),
         ((*common, "--prompt=" + "a" * 30), "prompt 0 has 31 tokens; wanted 1 to 20"),
         ((*common, "--prompt=a", "--mesh=tensor"), "--mesh=tensor; wanted AXIS=SIZE"),
         ((f"--from={run}", "--prompt=a"), "is not the directory of a Hugging Face checkpoint"),

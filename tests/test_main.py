@@ -304,32 +304,58 @@ def test_command_with_a_bad_value(config_file, tmp_path):
     assert not run.exists()
 
 
+# A limit on the size of a file fails as a full disk does.
+FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+"""
+READ_ONLY_DISK = """
+import os
+make_folder = os.mkdir
+
+def fail(path, *args, **kwargs):
+    if "orbax-checkpoint-tmp" in str(path):
+        raise OSError(30, "Read-only file system", str(path))
+    make_folder(path, *args, **kwargs)
+
+os.mkdir = fail
+"""
+
+
 @pytest.mark.slow
-def test_command_without_space(tiny, tmp_path):
-    """A checkpoint that can't be written is one sentence, though each of its arrays fails."""
+@pytest.mark.parametrize(
+    "disk, advice",
+    [(FULL_DISK, "free space"), (READ_ONLY_DISK, "make the directory writable")],
+    ids=["full", "read-only"],
+)
+def test_command_that_cannot_save(tiny, tmp_path, disk, advice):
+    """A checkpoint that can't be written is one sentence, though each of its arrays fails, and the
+    end, though Orbax's threads wait for it.
+    """
     tiny.unlock()
     tiny.model.embed_dim = 256
     tiny.checkpoint.every = 1
     path = tmp_path / "config.py"
     path.write_text(CONFIG_FILE.format(text=json.dumps(tiny.to_dict())))
-    # A limit on the size of a file fails as a full disk does. A cache of programs would fail too.
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
     result = subprocess.run(
         [
             sys.executable,
             "-c",
-            f"{limited}from lm import main; main.cli()",
+            f"{disk}\nfrom lm import main\nmain.cli()",
             f"--config={path}",
             f"--workdir={tmp_path}/run",
         ],
         cwd=ROOT,
+        # A cache of programs would fail too.
         env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,
     )
     assert result.returncode == 1
-    assert "could not be written to" in result.stderr.splitlines()[-1]
+    message = result.stderr.splitlines()[-1]
+    assert "could not be written to" in message
+    assert f"No checkpoint is kept; {advice} and start again" in message
     assert "Traceback" not in result.stderr and "never retrieved" not in result.stderr
 
 

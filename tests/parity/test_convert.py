@@ -14,7 +14,7 @@ import torch
 import transformers
 from etils import epath
 
-from lm import build, convert, evaluate, train
+from lm import build, claim, convert, evaluate, train
 from lm.data import pack
 from lm.data import tokenizer as lm_tokenizers
 from tests.helpers import ROOT
@@ -195,6 +195,14 @@ def test_a_tokenizer_with_more_ids_than_the_embedding(tmp_path):
         convert.import_checkpoint(source, epath.Path(tmp_path / "run"), jax.devices()[:1])
 
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_another_process_has(tmp_path):
+    source, workdir = make_checkpoint(tmp_path / "source"), epath.Path(tmp_path / "run")
+    with claim.Claim(workdir):
+        with pytest.raises(claim.Taken, match="run is in use by process"):
+            convert.import_checkpoint(source, workdir, jax.devices()[:1])
+    assert not (workdir / "checkpoints").exists()
 
 
 # --- runs ---
