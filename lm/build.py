@@ -9,8 +9,10 @@ import functools
 import importlib
 import inspect
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -401,18 +403,11 @@ class Experiment:
     def make_loader(self) -> Loader:
         """The training batches."""
         c = self.config.data
+        amount, unit = config_lib.parse_length(self.config.train.length)
+        arguments = _stream_arguments(self.config, amount if unit == "epochs" else None)
 
-        def make_stream(number: int):
-            return pack.stream(
-                self.train_documents,
-                self.encoder,
-                length=c.length,
-                packing=c.packing,
-                bins=c.packing_bins,
-                number=number,
-                num_streams=c.streams,
-                seed=self.config.seed,
-            )
+        def make_stream(number: int) -> pack.Stream:
+            return pack.stream(self.train_documents, self.encoder, number=number, **arguments)
 
         layout = sharding.batch_sharding(self.program.mesh)
         return Loader(make_stream, c.streams, c.batch_size, c.length, layout)
@@ -495,7 +490,8 @@ def build(
     count_steps = functools.partial(
         config_lib.total_steps, c.train.length, batch_tokens=c.data.batch_size * c.data.length
     )
-    total_steps = LONGEST_RUN if unit == "epochs" else count_steps(epoch_tokens=None)
+    # Epochs are counted below.
+    total_steps = LONGEST_RUN if unit == "epochs" else count_steps(steps_of_epochs=None)
 
     read_train = functools.cache(lambda: documents(c, c.data.split))
     is_trained = not c.tokenizer.path and c.tokenizer.kind == "sentencepiece"
@@ -515,7 +511,8 @@ def build(
         run_tokenizer = make_tokenizer(c, read_train)
     encoder = pack.Encoder(run_tokenizer, c.data.label_prompt)
     if unit == "epochs":
-        total_steps = count_steps(epoch_tokens=lambda: pack.count_tokens(read_train(), encoder))
+        steps_of_epochs = functools.partial(_steps_of_epochs, c, read_train(), encoder)
+        total_steps = count_steps(steps_of_epochs=steps_of_epochs)
     if unit == "epochs" or run_tokenizer.vocab_size != vocab_size:
         run_program = program(c, devices, run_tokenizer.vocab_size, total_steps)
     return Experiment(
@@ -525,6 +522,29 @@ def build(
         train_documents=read_train() if training else None,
         total_steps=total_steps,
     )
+
+
+def _stream_arguments(config: ConfigDict, epochs: Fraction | None) -> dict:
+    """What all streams of a run have in common, by the arguments of `lm.data.pack.Stream`."""
+    c = config.data
+    return dict(
+        length=c.length,
+        packing=c.packing,
+        bins=c.packing_bins,
+        num_streams=c.streams,
+        seed=config.seed,
+        epochs=epochs,
+    )
+
+
+def _steps_of_epochs(
+    config: ConfigDict, train_documents: Documents, encoder: pack.Encoder, epochs: Fraction
+) -> int:
+    """Steps until the last stream has ended its last epoch."""
+    logging.info("counting the rows of %s", config.train.length)
+    arguments = _stream_arguments(config, epochs)
+    longest = max(pack.count_rows(train_documents, encoder, **arguments))
+    return math.ceil(longest / (config.data.batch_size // config.data.streams))
 
 
 def _check_memory(program: Program) -> None:

@@ -220,7 +220,8 @@ class OptimizerFields:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    length: str = "1000 steps"  # "N steps", "N tokens" (positions of the batches) or "X epochs"
+    # "N steps", "N tokens" (positions of the batches) or "X epochs" (each has every document once)
+    length: str = "1000 steps"
     accumulation: int = integer(1, least=1, most=2**20)  # microbatches a step
     # FSDP's collectives: partitioner (auto, by GSPMD) | by_hand (manual, by shard_map; faster on
     # TPU pods)
@@ -335,6 +336,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.data.batch_size = {config.data.batch_size} rows of config.data.length = "
             f"{config.data.length} are {tokens} tokens; a batch has at most {MAX_BATCH_TOKENS}"
+        )
+    if config.data.batch_size % config.data.streams:
+        raise ValueError(
+            f"config.data.streams = {config.data.streams} must divide config.data.batch_size = "
+            f"{config.data.batch_size}"
         )
 
 
@@ -527,13 +533,15 @@ def parse_length(length: str) -> tuple[Fraction, str]:
     return Fraction(amount), unit
 
 
-def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], int] | None) -> int:
+def total_steps(
+    length: str, *, batch_tokens: int, steps_of_epochs: Callable[[Fraction], int] | None
+) -> int:
     """Steps of a run whose config.train.length is `length`, rounded up.
 
     Args:
-      length: "N steps", "N tokens" or "X epochs" (of the corpus's targets).
+      length: "N steps", "N tokens" (positions of the batches) or "X epochs".
       batch_tokens: of each step.
-      epoch_tokens: gives the targets of one epoch; called where the length needs it.
+      steps_of_epochs: epochs -> their steps; called where the length needs it.
 
     Raises:
       ValueError: see `parse_length`.
@@ -541,5 +549,6 @@ def total_steps(length: str, *, batch_tokens: int, epoch_tokens: Callable[[], in
     amount, unit = parse_length(length)
     if unit == "steps":
         return math.ceil(amount)
-    tokens = amount if unit == "tokens" else amount * epoch_tokens()
-    return math.ceil(tokens / batch_tokens)
+    if unit == "epochs":
+        return steps_of_epochs(amount)
+    return math.ceil(amount / batch_tokens)

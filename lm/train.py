@@ -86,7 +86,8 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             profile.before(run.step + 1)
             run.state, metrics = train_step(run.state, batch)
             run.step += 1
-            run.pending.append(PendingStep(run.step, metrics, batch_hash, streams_before))
+            epochs = run.loader.epochs_begun()
+            run.pending.append(PendingStep(run.step, metrics, batch_hash, streams_before, epochs))
             run.timer.mark_first_step(run.state)
             profile.after(run.step, run.state)
 
@@ -112,6 +113,7 @@ class PendingStep(NamedTuple):
     metrics: dict  # on the devices
     batch_hash: str
     streams_before: dict  # stream states before its batch
+    epochs: float  # that have begun with its batch
 
 
 class Run:
@@ -279,6 +281,8 @@ class Run:
         """Writes a line of metrics.jsonl: means since the last one, and the step's own values."""
         means = telemetry.means(self.sums)
         line = {f"train/{name}": value for name, value in means.items()}
+        line["train/targets"] = self.sums.get("loss", (0.0, 0.0))[1]
+        line["train/epochs"] = pending.epochs
         line["train/learning_rate"] = float(values["learning_rate"])
         line["train/skipped_steps"] = int(values["skipped_steps"])
         line["train/batch_hash"] = pending.batch_hash

@@ -104,6 +104,14 @@ def test_a_batch_has_a_largest_size(tmp_path):
         config_lib.check(config)
 
 
+def test_streams_divide_the_batch(tmp_path):
+    config = fuzz_config.base_config(tmp_path)
+    config.data.update(dict(batch_size=8, streams=3))
+    message = "config.data.streams = 3 must divide config.data.batch_size = 8"
+    with pytest.raises(ValueError, match=message):
+        config_lib.check(config)
+
+
 def test_a_model_larger_than_the_machine_is_refused(tmp_path):
     config = fuzz_config.base_config(tmp_path)
     config.model.update(dict(num_layers=4096, embed_dim=2**18, mlp_dim=2**20))

@@ -88,7 +88,7 @@ def test_every_configuration_builds(path, size):
     _, abstract = abstract_model(c, vocab_size)
     batch_tokens = c.data.batch_size * c.data.length
     steps = config_lib.total_steps(
-        c.train.length, batch_tokens=batch_tokens, epoch_tokens=lambda: 10**7
+        c.train.length, batch_tokens=batch_tokens, steps_of_epochs=lambda epochs: 1000
     )
     optim.make_optimizer(c.optimizer, sharding.logical_axes(abstract), steps)
     arguments = c.objective.to_dict()

@@ -207,10 +207,12 @@ def test_state_restores_exactly_on_another_mesh(reference):
     loader.close()
 
 
-def test_streams_that_do_not_divide_the_batch():
-    message = "config.data.streams = 3 must divide config.data.batch_size = 8"
-    with pytest.raises(ValueError, match=message):
-        make_loader(num_streams=3)
+@pytest.mark.parametrize("state", [None, {}, {"next_index": 3}, {"epoch": 0, "started": 1}])
+def test_states_that_are_none(state):
+    loader = make_loader()
+    with pytest.raises(ValueError, match="data stream 0 can't be restored"):
+        loader.restore({"0": state})
+    loader.close()
 
 
 # --- evaluation ---

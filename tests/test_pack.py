@@ -1,8 +1,10 @@
 """From documents to rows: the document policy, windows, packing, streams and their states."""
 
 import json
+import math
 import random
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -177,34 +179,39 @@ def test_rows_keep_the_contract(packing):
             assert targets[:-1] == tokens[1:]
             assert len(set(tokens) - {BOS}) <= 1
 
-        if packing == "concat_then_split":
-            assert used.all()  # its rows are full
+
+def epochs_of(stream, num):
+    """The rows of the first `num` epochs of a fresh stream, epoch by epoch."""
+    epochs = [[] for _ in range(num)]
+    while True:
+        row = next(stream)
+        epoch = stream.get_state()["epoch"]
+        if epoch == num:
+            return epochs
+        epochs[epoch].append(row)
 
 
 def test_concat_then_split_is_the_documents_in_order():
     documents = make_documents(10)
-    per_epoch = count_targets(documents)
-    rows = take(make_stream(documents, "concat_then_split"), -(-3 * per_epoch // LENGTH))
-    tokens = concatenate(rows, "tokens").tolist()
-    targets = concatenate(rows, "targets").tolist()
-
     whole_documents = set()
     for document in documents.items:
         ids = document.text.encode()
         whole_documents.add(((BOS, *ids), (*ids, EOS)))
 
     orders = set()
-    for epoch in range(3):
-        epoch_tokens = tokens[epoch * per_epoch : (epoch + 1) * per_epoch]
-        epoch_targets = targets[epoch * per_epoch : (epoch + 1) * per_epoch]
+    for rows in epochs_of(make_stream(documents, "concat_then_split"), 3):
+        # The rows are full, but for the last one's end.
+        num_targets = count_targets(documents)
+        assert concatenate(rows, "weights").tolist()[:num_targets] == [1] * num_targets
+        assert len(rows) == -(-num_targets // LENGTH)
 
         # Each BOS begins a document, which ends where the next one begins.
-        starts = [i for i, token in enumerate(epoch_tokens) if token == BOS]
+        tokens = concatenate(rows, "tokens").tolist()
+        targets = concatenate(rows, "targets").tolist()
+        starts = [i for i, token in enumerate(tokens) if token == BOS]
         order = []
-        for start, end in zip(starts, [*starts[1:], per_epoch]):
-            order.append((tuple(epoch_tokens[start:end]), tuple(epoch_targets[start:end])))
-
-        # One epoch holds every document, whole.
+        for start, end in zip(starts, [*starts[1:], num_targets]):
+            order.append((tuple(tokens[start:end]), tuple(targets[start:end])))
         assert len(order) == 10
         assert set(order) == whole_documents
         orders.add(tuple(order))
@@ -213,31 +220,19 @@ def test_concat_then_split_is_the_documents_in_order():
 
 
 @pytest.mark.parametrize("bins", [1, 3, 8])
-def test_first_fit_keeps_windows_whole_and_counts_each_once_an_epoch(bins):
-    epochs = 6
+def test_first_fit_keeps_windows_whole_and_has_each_once_an_epoch(bins):
     documents = make_documents(10)
-    per_epoch = count_targets(documents)
     # A long document of one character has several windows that are the same.
-    per_window = Counter()
+    windows = Counter()
     for document in documents.items:
         ids = [BOS, *document.text.encode(), EOS]
-        per_window.update(map(pair, pack.windows(ids, LENGTH)))
+        windows.update(map(pair, pack.windows(ids, LENGTH)))
 
-    stream = make_stream(documents, bins=bins)
-    counts = Counter()
-    num_seen = 0
-    while num_seen < epochs * per_epoch:
-        for segment in segments(next(stream)):
-            assert segment in per_window
-            counts[segment] += 1
-            num_seen += len(segment[0])
-
-    # Windows wait in at most `bins` open rows: no count may be further from the number of epochs
-    # than that explains.
-    waiting = 1 + -(-bins * LENGTH // per_epoch)
-    assert waiting < epochs - 1
-    for window, times in per_window.items():
-        assert abs(counts[window] / times - epochs) <= waiting, counts
+    for rows in epochs_of(make_stream(documents, bins=bins), 4):
+        counts = Counter()
+        for row in rows:
+            counts.update(segments(row))
+        assert counts == windows
 
 
 def test_streams_share_the_documents_out():
@@ -374,16 +369,65 @@ def test_empty_row_is_padding():
         assert not array.any()
 
 
-def test_count_tokens_is_an_epoch_of_targets():
-    documents = Documents([Document("abc", "n", "red"), Document("é", "n", "")], "")
+# --- epochs ---
 
-    # Bytes and EOS: 3 + 1 and 2 + 1.
-    assert pack.count_tokens(documents, pack.Encoder(TOKENIZER, "")) == 4 + 3
-    assert pack.count_tokens(documents, pack.Encoder(TOKENIZER, "\n=")) == 4 + len("\n= red") + 3
 
-    # 16 epochs of 13 targets are 13 rows, and have 16 times 2 documents.
-    rows = take(make_stream(documents, "concat_then_split", label_prompt="\n="), 13)
-    assert (concatenate(rows, "targets") == EOS).sum() == 32
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("epochs", ["1", "2", "2.5", "0.3"])
+def test_streams_end_with_their_epochs(packing, epochs):
+    """Every document as often as there are epochs, then padding; streams are told how long."""
+    documents, epochs = make_documents(23), Fraction(epochs)
+    arguments = dict(packing=packing, bins=BINS, num_streams=3, seed=0, epochs=epochs)
+    encoder = pack.Encoder(TOKENIZER, "")
+    num_rows = pack.count_rows(documents, encoder, length=LENGTH, **arguments)
+
+    starts = Counter()
+    for number in range(3):
+        stream = pack.stream(documents, encoder, length=LENGTH, number=number, **arguments)
+        rows = take(stream, num_rows[number])
+        assert all(row["segments"].any() for row in rows)
+        assert stream.has_ended()
+        for row in take(stream, 3):
+            batch_contract.check(row)
+            assert not row["segments"].any()
+
+        tokens = concatenate(rows, "tokens")
+        own = documents.items[number::3]
+        begun = math.floor(epochs) * len(own) + math.ceil(epochs % 1 * len(own))
+        assert (tokens == BOS).sum() == begun
+        assert stream.epochs_begun() == pytest.approx(begun / len(own))
+        starts.update(tokens[1:][tokens[:-1] == BOS].tolist())
+
+    # A document's first character is its own.
+    assert len(starts) <= 23
+    whole, more = divmod(epochs, 1)
+    if not more:
+        assert set(starts.values()) == {whole}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_state_restores_at_every_row(packing):
+    """At epochs' ends, and where a row ends with a document; a stream that has ended stays so."""
+    documents = make_documents(12)
+
+    def make():
+        arguments = dict(length=LENGTH, packing=packing, bins=BINS, number=0, num_streams=1, seed=0)
+        encoder = pack.Encoder(TOKENIZER, "")
+        return pack.stream(documents, encoder, epochs=Fraction("2.5"), **arguments)
+
+    stream, rows, states, progress = make(), [], [], []
+    while len(rows) < 4 or rows[-4]["segments"].any():
+        states.append(as_json(stream.get_state()))
+        progress.append(stream.epochs_begun())
+        rows.append(next(stream))
+    assert progress == sorted(progress)
+
+    for i, state in enumerate(states):
+        fresh = make()
+        fresh.set_state(state)
+        assert fresh.epochs_begun() == progress[i]
+        assert_same(take(fresh, len(rows[i : i + 4])), rows[i : i + 4])
+        fresh.close()
 
 
 # --- the Batch contract ---

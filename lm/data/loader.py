@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from lm.data import batch as batch_contract
+from lm.data import pack
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[int]:
@@ -50,26 +51,22 @@ class Loader:
     kept by stream number, so that a run can move.
 
     Args:
-      make_stream: stream number -> iterator over rows, with get_state and set_state.
+      make_stream: stream number -> its rows.
       sharding: of a [B, T] array.
 
     Raises:
-      ValueError: streams that don't divide the rows, or whose rows lie on two processes.
+      ValueError: streams whose rows lie on two processes.
     """
 
     def __init__(
         self,
-        make_stream: Callable[[int], Iterator],
+        make_stream: Callable[[int], pack.Stream],
         num_streams: int,
         batch_size: int,
         length: int,
         sharding: jax.sharding.Sharding,
     ):
-        if batch_size % num_streams:
-            raise ValueError(
-                f"config.data.streams = {num_streams} must divide config.data.batch_size = "
-                f"{batch_size}"
-            )
+        assert batch_size % num_streams == 0  # the configuration is checked
 
         # This process runs the streams of its own rows, and no others.
         rows_per_stream = batch_size // num_streams
@@ -110,10 +107,24 @@ class Loader:
         """Returns the states of this process's streams by number, JSON-able."""
         return {str(number): stream.get_state() for number, stream in self._streams.items()}
 
+    def epochs_begun(self) -> float:
+        """Returns the epochs whose documents have begun, in the first of this process's streams."""
+        return self._streams[min(self._streams)].epochs_begun()
+
     def restore(self, states: dict[str, dict]) -> None:
-        """Goes on from states that `state` returned, gathered over all processes."""
+        """Goes on from states that `state` returned, gathered over all processes.
+
+        Raises:
+          ValueError: they are no such states.
+        """
         for number, stream in self._streams.items():
-            stream.set_state(states[str(number)])
+            try:
+                stream.set_state(states[str(number)])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"the state of data stream {number} can't be restored ({error!r}): it is "
+                    "damaged, or from another version of lm"
+                ) from None
 
     def close(self) -> None:
         """Ends the streams' threads."""

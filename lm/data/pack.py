@@ -11,7 +11,10 @@ rows have all of the Batch contract (`lm.data.batch`), [T] each.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any
 
 import grain
 import numpy as np
@@ -94,11 +97,6 @@ def train_tokenizer(
     return tokenizers.train_sentencepiece(texts(), vocab_size, folder / f"{vocab_size}-{key}.model")
 
 
-def count_tokens(documents: Documents, encoder: Encoder) -> int:
-    """Returns the number of targets in one epoch."""
-    return sum(len(encoder.training(document)) - 1 for document in documents)
-
-
 # --- windows ---
 
 
@@ -177,41 +175,140 @@ class _Unpack(grain_experimental.FlatMapTransform):
         return element
 
 
-def stream(
-    documents: Documents,
-    encoder: Encoder,
-    *,
-    length: int,
-    packing: str,
-    bins: int,
-    number: int,
-    num_streams: int,
-    seed: int,
-):
-    """Returns stream `number` of `num_streams`: an endless iterator over rows of `length`.
+class Stream:
+    """Stream `number` of `num_streams`: an endless iterator over rows of `length`.
 
-    It takes every num_streams-th document, shuffled anew each epoch. Tokenizing runs in a thread
-    ahead of the packing. The iterator's get_state and set_state restore it exactly, whatever the
-    threads were doing.
+    It takes every num_streams-th item, shuffled anew each epoch. An epoch has each of them once: at
+    its end the packing's bins are emptied. Windows are made in a thread ahead of the packing.
+    `get_state` and `set_state` restore it exactly, whatever the thread was doing.
 
-    Raises:
-      ValueError: an unknown `packing`.
+    Args:
+      items: documents, or what stands for them.
+      to_windows: item -> its windows.
+      bos_id: the token that begins an item's first window, and none of its other windows.
+      packing: first_fit, into `bins` rows at a time, or concat_then_split.
+      epochs: after so many it gives rows of padding; None: there is always another.
     """
-    # Grain shuffles epoch e with seed + e: neighbouring streams need seeds that are not neighbours.
-    seeds = np.random.SeedSequence([seed, number]).generate_state(2)
-    shuffle_seed = int(seeds[0])
-    pack_seed = int(seeds[1])
 
-    def to_windows(document):
+    def __init__(
+        self,
+        items: Sequence,
+        to_windows: Callable[[Any], list[dict[str, np.ndarray]]],
+        *,
+        bos_id: int,
+        length: int,
+        packing: str,
+        bins: int,
+        number: int,
+        num_streams: int,
+        seed: int,
+        epochs: Fraction | None = None,
+    ):
+        # The epochs of a stream have seeds that are neighbours: two streams must not.
+        seeds = np.random.SeedSequence([seed, number]).generate_state(2)
+        self._shuffle_seed, self._pack_seed = int(seeds[0]), int(seeds[1])
+        self._items = grain.MapDataset.source(items)[number::num_streams]
+        self._to_windows, self._bos_id = to_windows, bos_id
+        self._length, self._packing, self._bins = length, packing, bins
+        self._epochs = epochs
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch, self._num_started = epoch, 0
+        items = self._items.shuffle(seed=(self._shuffle_seed + epoch) % 2**32)
+        if self._epochs is not None:
+            # Of the last epoch perhaps a part.
+            items = items[: math.ceil(min(self._epochs - epoch, 1) * len(items))]
+
+        # Packing is sequential: from here on rows have no random access.
+        dataset = items.map(self._to_windows).to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=32)
+        )
+        dataset = grain_experimental.FlatMapIterDataset(dataset, _Unpack())
+        packed = _pack(dataset, self._packing, self._length, self._bins, self._pack_seed)
+        self._rows = iter(packed.map(to_row))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while (row := next(self._rows, None)) is None:
+            if self.has_ended():
+                return empty_row(self._length)
+            self._rows.close()
+            self._begin(self._epoch + 1)
+
+        first_of_windows = (row["positions"] == 0) & (row["segments"] > 0)
+        self._num_started += int(np.sum(row["tokens"][first_of_windows] == self._bos_id))
+        return row
+
+    def has_ended(self) -> bool:
+        """Whether this epoch is the last one."""
+        return self._epochs is not None and self._epoch + 1 >= self._epochs
+
+    def epochs_begun(self) -> float:
+        """Returns the epochs whose items have begun: 1.5 after half of the second one's."""
+        return self._epoch + self._num_started / len(self._items)
+
+    def get_state(self) -> dict:
+        """Returns the state, JSON-able."""
+        rows = self._rows.get_state()
+        return {"epoch": self._epoch, "started": self._num_started, "rows": rows}
+
+    def set_state(self, state: dict) -> None:
+        self._rows.close()
+        self._begin(state["epoch"])
+        self._num_started = state["started"]
+        rows = dict(state["rows"])
+        if slices := rows.get("remainder_slices"):
+            # concat_then_split compares them with a tuple, and JSON has lists.
+            rows["remainder_slices"] = {name: tuple(pair) for name, pair in slices.items()}
+        self._rows.set_state(rows)
+
+    def close(self) -> None:
+        """Ends its thread."""
+        self._rows.close()
+
+
+def stream(documents: Documents, encoder: Encoder, *, length: int, **arguments) -> Stream:
+    """Returns a `Stream` of documents' training rows; `arguments` are Stream's."""
+
+    def to_windows(document: Document) -> list[dict[str, np.ndarray]]:
         return windows(encoder.training(document), length)
 
-    own_documents = grain.MapDataset.source(documents)[number::num_streams]
-    dataset = own_documents.shuffle(seed=shuffle_seed).repeat(None).map(to_windows)
+    bos_id = encoder.tokenizer.bos_id
+    return Stream(documents, to_windows, bos_id=bos_id, length=length, **arguments)
 
-    # Packing is sequential: from here on rows have no random access.
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=32))
-    dataset = grain_experimental.FlatMapIterDataset(dataset, _Unpack())
-    return iter(_pack(dataset, packing, length, bins, pack_seed).map(to_row))
+
+def count_rows(
+    documents: Documents, encoder: Encoder, *, num_streams: int, length: int, **arguments
+) -> list[int]:
+    """Returns how many rows each `Stream` of documents has until it ends.
+
+    Args:
+      arguments: Stream's, with `epochs`, but not `number`.
+    """
+    sizes = [len(encoder.training(document)) for document in documents]
+
+    def to_windows(size: int) -> list[dict[str, np.ndarray]]:
+        return windows([0] * size, length)  # the sizes alone decide where windows go
+
+    counts = []
+    for number in range(num_streams):
+        rows = Stream(
+            sizes,
+            to_windows,
+            bos_id=0,
+            length=length,
+            number=number,
+            num_streams=num_streams,
+            **arguments,
+        )
+        counts.append(0)
+        while next(rows)["segments"].any():
+            counts[-1] += 1
+        rows.close()
+    return counts
 
 
 def evaluation_rows(
