@@ -214,7 +214,8 @@ class OptimizerFields:
     clip_norm: float = number(1.0, least=0)  # of the gradient; 0: no clipping
     # how bfloat16 parameters take an f32 update: stochastic | nearest | master (f32 copy)
     rounding: str = one_of("stochastic", "nearest", "master")
-    # of an f32 moving average of the weights, evaluated instead of them; 0: none
+    # of an f32 moving average of the weights, evaluated, sampled from and exported instead of them;
+    # less in the first steps, so that the random start is forgotten; 0: none
     ema_decay: float = number(0.0, least=0, below=1)
 
 

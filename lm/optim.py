@@ -257,7 +257,7 @@ class Optimizer:
         the optimizer state (the parameters are its rounding), or "nearest": plain rounding, which
         loses most small updates. f32 parameters ignore it.
       ema_decay: 0, or the decay of an f32 moving average of the weights, which evaluation then
-        uses.
+        uses. At step n it is (1 + n) / (10 + n), where that is less.
     """
 
     transform: optax.GradientTransformation
@@ -308,7 +308,14 @@ class Optimizer:
         if "master" in state:
             new_state["master"] = new
         if "ema" in state:
-            new_state["ema"] = jax.tree.map(self._average, state["ema"], new)
+            # The start is no weight to remember: at 0.999 it would be 82% of the average of 200
+            # steps. So the decay begins low (Adam's correction of the bias would do the same, but
+            # then the stored average couldn't be used as it is).
+            count = step.astype(jnp.float32)
+            decay = jnp.minimum(self.ema_decay, (1 + count) / (10 + count))
+            new_state["ema"] = jax.tree.map(
+                lambda average, value: decay * average + (1 - decay) * value, state["ema"], new
+            )
 
         # What is left of the f32 sum after the step.
         remembered = _f32(new_params) if self.rounding == "nearest" else new
@@ -320,9 +327,6 @@ class Optimizer:
             "updates_lost": lost / jnp.maximum(_count(nonzero), 1.0),
         }
         return new_params, new_state, metrics
-
-    def _average(self, average, value):
-        return self.ema_decay * average + (1 - self.ema_decay) * value
 
     def eval_params(self, params, state: dict):
         """The parameters to evaluate: the moving average where there is one, in the parameters'

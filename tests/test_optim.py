@@ -252,15 +252,16 @@ def test_master_is_the_f32_twin():
 
 
 def test_moving_average():
-    optimizer = make({"w": ("embed",)}, name="adamw", ema_decay=0.9)
+    optimizer = make({"w": ("embed",)}, name="adamw", ema_decay=0.2)
     params = draw({"w": (32,)}, 0)
     grads = [draw({"w": (32,)}, seed) for seed in range(1, 5)]
 
-    # The average begins as the parameters.
+    # The average begins as the parameters, which it forgets.
     average = params["w"].astype(np.float64)
     for n in range(1, 5):
         new, state, _ = run_updates(optimizer, params, grads[:n])
-        average = 0.9 * average + 0.1 * new["w"]
+        decay = min(0.2, n / (9 + n))
+        average = decay * average + (1 - decay) * new["w"]
     eval_params = optimizer.eval_params(new, state)
     np.testing.assert_allclose(eval_params["w"], average, rtol=1e-5, atol=1e-6)
 
