@@ -132,11 +132,14 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
     )
 
 
-def apply_hf_config(config: ConfigDict) -> ConfigDict:
+def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
     """The configuration with what a Hugging Face checkpoint in `init_from` decides.
 
-    That is the model, but for how it is executed and the dtype of its parameters, and the
-    tokenizer, unless another is given. Other configurations come back as they are.
+    That is the model, but for how it is executed, and the tokenizer, unless another is given. Other
+    configurations come back as they are.
+
+    Args:
+      training: the parameters have the dtype of the configuration; else the checkpoint's own.
 
     Raises:
       ValueError: a checkpoint that can't be read, see `lm.hf.directory.Checkpoint`.
@@ -149,9 +152,12 @@ def apply_hf_config(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references().unlock()
     config.model.update(hf_checkpoint.fields)
     config.tokenizer.path = config.tokenizer.path or str(directory)
-    if hf_checkpoint.dtype() == "float32" and config.model.param_dtype == "bfloat16":
+    if not training:
+        config.model.param_dtype = hf_checkpoint.dtype()
+    elif hf_checkpoint.dtype() == "float32" and config.model.param_dtype == "bfloat16":
         logging.warning(
-            "%s has float32 weights, and config.model.param_dtype = 'bfloat16' rounds them",
+            "%s has float32 weights, and config.model.param_dtype = 'bfloat16' rounds them; "
+            "float32 trains them as they are",
             directory,
         )
     logging.info("model and tokenizer from %s: %s", directory, hf_checkpoint.family.name)

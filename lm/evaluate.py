@@ -33,7 +33,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
     Raises:
       ValueError: what can't work; steps that aren't there.
     """
-    config = build.apply_hf_config(config)
+    config = build.apply_hf_config(config, training=False)
     files.check_tree(workdir)
     source = weights.source_of(config, workdir)
     experiment = build.build(config, devices, training=False)

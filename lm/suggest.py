@@ -41,7 +41,8 @@ def suggest(
       ValueError: no such eval; a label without prompts; a tokenizer without whole words; see
         `lm.evals.classification.PromptClassification`.
     """
-    config = single_eval(build.apply_hf_config(config), name, num_prompts)
+    config = build.apply_hf_config(config, training=False)
+    config = single_eval(config, name, num_prompts)
     source = weights.source_of(config, workdir)
     experiment = build.build(config, devices, training=False)
 

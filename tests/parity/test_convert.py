@@ -222,7 +222,6 @@ def test_a_run_starts_from_a_directory(tiny, tmp_path):
     config = tiny.copy_and_resolve_references()
     with config.unlocked():
         config.init_from = str(source)
-        config.model.param_dtype = "float32"
         config.optimizer.learning_rate = 1e-5
         config.evals.validation = perplexity_entry(batch_size=8, max_documents=0)
 
@@ -232,12 +231,16 @@ def test_a_run_starts_from_a_directory(tiny, tmp_path):
     assert applied.model.num_kv_heads == 2
     assert config.model.window == 0
 
+    # Evaluation keeps the source's float32; training takes it if it is asked to.
     texts = [document.text for document in build.documents(config, "validation")]
+    assert config.model.param_dtype == "bfloat16"
     results = evaluate.evaluate(config, epath.Path(tmp_path / "eval"), devices)
     loss = results["eval/validation/loss"]
     their_loss = mean_loss_in_transformers(source, texts, config.data.length)
     assert loss == pytest.approx(their_loss, abs=1e-4)
 
+    with config.unlocked():
+        config.model.param_dtype = "float32"
     # With a learning rate this small the loss gets better only if training starts from there.
     results = train.train(config, epath.Path(tmp_path / "run"), devices)
     trained_loss = results["eval/validation/loss"]
