@@ -392,10 +392,6 @@ MESSAGES = [dict(role="user", content="Hi")]
     "source, message",
     [
         ("{{ 'a' * 10**11 }}", "fails"),
-        (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "took more than|failed",
-        ),
         ("{{ ''.__class__.__mro__ }}", "fails"),
         ("{% include '/etc/passwd' %}", "fails"),
         ("{{ messages[5].content }}", "fails"),
@@ -403,9 +399,15 @@ MESSAGES = [dict(role="user", content="Hi")]
         ("{{ 'a' * 2**25 }}", "characters"),
     ],
 )
-def test_templates_that_take_without_end(monkeypatch, source, message):
-    monkeypatch.setattr("lm.limited.SECONDS", 3)
+def test_templates_that_take_without_end(source, message):
     with pytest.raises(ValueError, match=f"the chat template fails.*{message}|{message}"):
+        chat.render(source, MESSAGES, tokens={})
+
+
+def test_a_template_that_never_ends(monkeypatch):
+    monkeypatch.setattr("lm.limited.SECONDS", 3)
+    source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match="the chat template fails: it (took more than|failed)"):
         chat.render(source, MESSAGES, tokens={})
 
 

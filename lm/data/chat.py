@@ -6,26 +6,41 @@ own.
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lm import limited
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import Tokenizer
 
 
-def template(tokenizer: Tokenizer) -> str | None:
-    """Returns the chat template in a checkpoint's tokenizer files; None if there is none."""
+def template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str | None:
+    """Returns the chat template in a checkpoint's tokenizer files; None if there is none.
+
+    Args:
+      with_tools: takes the one named tool_use, where there are several.
+
+    Raises:
+      ValueError: there are several, none of which is named default.
+    """
     if "chat_template.jinja" in tokenizer.files:
         return tokenizer.files["chat_template.jinja"].decode("utf-8", errors="replace")
 
     # Older checkpoints: one template, or a list of {"name": ..., "template": ...}.
-    config = tokenizers.parse_json(tokenizer.files, "tokenizer_config.json")
-    templates = config.get("chat_template")
-    if isinstance(templates, str):
+    templates = tokenizers.parse_json(tokenizer.files, "tokenizer_config.json").get("chat_template")
+    if templates is None or isinstance(templates, str):
         return templates
+
+    by_name = {}
     for entry in templates if isinstance(templates, list) else []:
-        if isinstance(entry, dict) and entry.get("name") == "default":
-            return str(entry.get("template", ""))
-    return None
+        if isinstance(entry, dict):
+            by_name[entry.get("name")] = entry.get("template")
+    name = "tool_use" if with_tools and "tool_use" in by_name else "default"
+    if not isinstance(by_name.get(name), str):
+        raise ValueError(
+            f"tokenizer_config.json has the chat templates {sorted(map(str, by_name))}; wanted one "
+            "named default: rename one, or write it to chat_template.jinja beside it"
+        )
+    return by_name[name]
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
@@ -42,17 +57,22 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 def render(
     source: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     tokens: Mapping[str, str | None],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
-    """Returns the conversation as text, up to where the model is to answer.
+    """Returns the conversation as text, as transformers' apply_chat_template does.
 
     Args:
       source: the template's text.
-      messages: {"role": system | user | assistant, "content": ...} each.
+      messages: {"role": system | user | assistant, "content": ...} each, JSON-able; what else is in
+        them is for the template.
       tokens: bos_token and the like, which templates may spell out.
+      tools: JSON schemas of functions that the model may call.
+      documents: {"title": ..., "text": ...} each, for templates that answer from them.
       add_generation_prompt: whether the text ends with what introduces the model's answer.
 
     Raises:
@@ -67,6 +87,8 @@ def render(
             source=source,
             messages=list(messages),
             tokens=dict(tokens),
+            tools=tools,
+            documents=documents,
             add_generation_prompt=add_generation_prompt,
         )
     except ValueError as error:

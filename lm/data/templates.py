@@ -7,12 +7,20 @@ runs this in a process with limits, which imports nothing else of lm.
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+# Names of what a model thinks before it answers. The first is the one that templates read, but for
+# gpt-oss's, which read the second.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def render(
     source: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     tokens: Mapping[str, str | None],
+    tools: Sequence[Mapping[str, Any]] | None,
+    documents: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
 ) -> str:
     """Returns the conversation as text; see `lm.data.chat.render`.
@@ -20,20 +28,46 @@ def render(
     Raises:
       ValueError: a template that is no Jinja, or refuses the messages.
     """
-    from jinja2.exceptions import TemplateError
-
     try:
         template = _sandbox().from_string(source)
         return template.render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
+            messages=[_with_reasoning(message) for message in messages],
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            **tokens,
         )
-    except (TemplateError, ArithmeticError, LookupError, RecursionError, TypeError) as error:
+    except Exception as error:  # whatever a stranger's template does
         raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with its reasoning under both names that templates read."""
+    for name in _REASONING:
+        if message.get(name) is not None:
+            reasoning = message[name]
+            return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
+    return message
 
 
 def _sandbox():
     """Jinja's sandbox, with the functions and options that Hugging Face's templates count on."""
-    from jinja2 import exceptions, sandbox
+    from jinja2 import exceptions, ext, nodes, sandbox
+
+    class Generation(ext.Extension):
+        """{% generation %} ... {% endgeneration %}, around what the model is to learn to say."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            # A call, so that what is set inside isn't set outside.
+            call = self.call_method("_render")
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _render(self, caller):
+            return caller()
 
     def raise_exception(message):
         raise exceptions.TemplateError(message)
@@ -41,12 +75,18 @@ def _sandbox():
     def strftime_now(date_format):
         return datetime.datetime.now().strftime(date_format)
 
-    def tojson(value, indent=None):
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         # Jinja's own filter escapes HTML's signs, which a model has never seen escaped.
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals |= dict(raise_exception=raise_exception, strftime_now=strftime_now)
