@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
+import jax.numpy as jnp
 from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
@@ -36,6 +38,7 @@ class GenerationOptions:
     max_new_tokens: int
     seed: int = 0  # the same for every prompt, whose text is then the same in any batch
     stop: Sequence[str] = ()  # strings that a text ends before
+    num_samples: int = 1  # of each prompt, with the seeds from `seed` on
 
 
 # --- loading ---
@@ -58,12 +61,14 @@ def load(
       model_type: of a run, see `lm.config.stored_model`.
 
     Raises:
-      ValueError: no such checkpoint, or devices that it can't be laid out on.
+      ValueError: no such checkpoint, devices that it can't be laid out on, or weights that are not
+        finite.
     """
     if hf.is_checkpoint(source):
         model, params, tokenizer = load_hf_directory(source, devices, mesh)
     else:
         model, params, tokenizer = load_run(source, devices, mesh, model_type)
+    _check_finite(params, source)
     generator = Generator(
         model.model_config,
         model.graphdef,
@@ -74,6 +79,18 @@ def load(
         vocab_size=tokenizer.vocab_size,
     )
     return generator, tokenizer
+
+
+@jax.jit
+def _all_finite(params):
+    return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), params)
+
+
+def _check_finite(params, source: epath.Path) -> None:
+    """Raises ValueError for NaNs and infinities, of which any token could come."""
+    finite = checkpoint.flatten(jax.device_get(_all_finite(params)))
+    if broken := [path for path, is_finite in finite.items() if not is_finite]:
+        raise ValueError(f"{source} has weights that are not finite numbers, in {broken[:5]}")
 
 
 def load_run(
@@ -130,17 +147,64 @@ def _abstract_model(
     return build.abstract_model(config, devices, tokenizer.vocab_size)
 
 
+# What lm.generate draws from unless flags or the checkpoint say something else.
+DEFAULT_SAMPLING = dict(repetition_penalty=1.0, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0)
+# What generation_config.json may ask for besides, and isn't done.
+_NOT_FOLLOWED = (
+    "num_beams",
+    "no_repeat_ngram_size",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "penalty_alpha",
+    "suppress_tokens",
+)
+
+
+def choose_sampling(source: epath.Path, given: Mapping[str, float | None]) -> Sampling:
+    """What is given, else what the checkpoint's generation_config.json says, else the default.
+
+    Args:
+      source: see `load`.
+      given: option -> value; None: not given.
+
+    Raises:
+      ValueError: a value that is none, or out of its range.
+    """
+    folder = source if hf.is_checkpoint(source) else source / "tokenizer"
+    path = folder / "generation_config.json"
+    config = files.read_json(path) if path.exists() else {}
+
+    suggested = {}
+    for name in DEFAULT_SAMPLING if config.get("do_sample") else ():
+        value = config.get(name)
+        if type(value) in (int, float):
+            suggested[name] = value
+        elif value is not None:
+            raise ValueError(f"{path}: {name} = {value!r}; wanted a number")
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if taken := {name: value for name, value in suggested.items() if name not in chosen}:
+        logging.info("from generation_config.json: %s", taken)
+    if ignored := [name for name in _NOT_FOLLOWED if config.get(name) not in (None, 0, 1, 1.0)]:
+        logging.warning("generation_config.json asks for %s, which lm doesn't do", ignored)
+    return Sampling(**DEFAULT_SAMPLING | suggested | chosen)
+
+
 # --- prompts ---
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: one a line, or the "prompt" of each object of a .jsonl file.
+    """The prompts of a file: one a line, or the "prompt" of each object of a .jsonl file. Empty
+    lines are left out.
 
     Raises:
       ValueError: the file is not UTF-8, or a line of a .jsonl file is anything else.
     """
     if path.suffix != ".jsonl":
-        return [line for line in files.read_text(str(path)).splitlines() if line.strip()]
+        # Not splitlines: a prompt may have U+2028 or a form feed in it.
+        lines = files.read_text(str(path)).split("\n")
+        return [line.removesuffix("\r") for line in lines if line.strip()]
 
     prompts = []
     for number, values in files.read_jsonl(str(path)):
@@ -164,27 +228,36 @@ def continue_prompts(
     options: GenerationOptions,
     out: TextIO,
 ) -> None:
-    """Continues prompts. The text of a single one is written as it comes; those of several as a
-    JSON object a line.
+    """Continues prompts. A single text is written as it comes; several as a JSON object a line.
+
+    Each object has `prompt` and `text`, and where there are several samples of a prompt also
+    `sample`, their number from 0.
     """
-    prompt_ids = [tokenizer.prompt(prompt) for prompt in prompts]
-
     # A prompt that is too long is an error now, not after the batches before it.
-    generator.check(prompt_ids, options.max_new_tokens)
+    generator.check([tokenizer.prompt(prompt) for prompt in prompts], options.max_new_tokens)
 
-    if len(prompts) == 1:
-        _write_continuation(prompt_ids[0], generator, tokenizer, options, out)
+    records = []
+    for prompt in prompts:
+        for number in range(options.num_samples):
+            records.append({"prompt": prompt, "sample": number})
+    if len(records) == 1:
+        ids = tokenizer.prompt(prompts[0])
+        _write_continuation(ids, generator, tokenizer, options, out)
         return
 
-    for start in range(0, len(prompts), batch_size):
-        batch_ids = prompt_ids[start : start + batch_size]
-        texts = [""] * len(batch_ids)
-        for pieces in _stream(batch_ids, generator, tokenizer, options):
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        batch_ids = [tokenizer.prompt(record["prompt"]) for record in batch]
+        seeds = [options.seed + record["sample"] for record in batch]
+        texts = [""] * len(batch)
+        for pieces in _stream(batch_ids, seeds, generator, tokenizer, options):
             texts = [text + piece for text, piece in zip(texts, pieces)]
 
-        for prompt, text in zip(prompts[start:], texts):
-            record = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
-            print(_shown(record, out), file=out, flush=True)
+        for record, text in zip(batch, texts):
+            shown = record | {"text": text}
+            if options.num_samples == 1:
+                del shown["sample"]
+            print(_shown(json.dumps(shown, ensure_ascii=False), out), file=out, flush=True)
 
 
 def converse(
@@ -193,27 +266,54 @@ def converse(
     options: GenerationOptions,
     lines: Iterable[str],
     out: TextIO,
+    system: str = "",
 ) -> None:
     """Answers each line, in the checkpoint's chat template. Without a template the text so far is
     continued.
+
+    What no longer fits into the model's context is forgotten, the oldest turns first.
+
+    Args:
+      system: a message that comes before all others and is kept; "": none.
+
+    Raises:
+      ValueError: a system message without a template.
     """
     template = chat.template(tokenizer)
+    if system and not template:
+        raise ValueError("--system needs a chat template, which this checkpoint has none of")
     special_tokens = chat.special_tokens(tokenizer)
+    longest = generator.longest_prompt(options.max_new_tokens)
 
+    first = [dict(role="system", content=system)] if system else []
     messages: list[dict[str, str]] = []
     text = ""
+
+    def prompt() -> list[int]:
+        if not template:
+            return tokenizer.prompt(text)
+        # The template writes BOS itself, where the model wants one.
+        rendered = chat.render(template, first + messages, tokens=special_tokens)
+        return tokenizer.encode(rendered) or [tokenizer.bos_id]
+
     for line in lines:
+        messages.append(dict(role="user", content=line))
+        text += line
+        ids = prompt()
+
         if template:
-            messages.append(dict(role="user", content=line))
-            # The template writes BOS itself, where the model wants one.
-            rendered = chat.render(template, messages, tokens=special_tokens)
-            ids = tokenizer.encode(rendered) or [tokenizer.bos_id]
-        else:
-            text += line
-            ids = tokenizer.prompt(text)
+            while len(ids) > longest and len(messages) > 1:
+                del messages[:2]  # a question, and its answer
+                ids = prompt()
+                logging.warning("the conversation is too long; its oldest turn is forgotten")
+        elif len(ids) > longest > 1:
+            ids = [ids[0], *ids[-(longest - 1) :]]  # BOS, and the end
 
+        if len(ids) > longest:
+            logging.warning("that is %d tokens; at most %d fit", len(ids), longest)
+            messages.pop()
+            continue
         answer = _write_continuation(ids, generator, tokenizer, options, out)
-
         messages.append(dict(role="assistant", content=answer))
         text += answer
 
@@ -227,7 +327,7 @@ def _write_continuation(
 ) -> str:
     """Writes the continuation of one prompt as it comes, and returns it."""
     text = ""
-    for (piece,) in _stream([ids], generator, tokenizer, options):
+    for (piece,) in _stream([ids], [options.seed], generator, tokenizer, options):
         text += piece
         print(_shown(piece, out), end="", file=out, flush=True)
     print(file=out, flush=True)
@@ -241,6 +341,7 @@ def _shown(text: str, out: TextIO) -> str:
 
 def _stream(
     prompt_ids: Sequence[Sequence[int]],
+    seeds: Sequence[int],
     generator: Generator,
     tokenizer: Tokenizer,
     options: GenerationOptions,
@@ -250,7 +351,7 @@ def _stream(
         tokenizer,
         prompt_ids,
         max_new_tokens=options.max_new_tokens,
-        seeds=[options.seed] * len(prompt_ids),
+        seeds=seeds,
         stop=options.stop,
     )
 
@@ -290,14 +391,17 @@ def main(argv: list[str]) -> None:
             "config.json with a model_type in it"
         )
 
-    sampling = Sampling(
+    given = dict(
         repetition_penalty=_PENALTY.value,
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
         min_p=_MIN_P.value,
     )
-    options = GenerationOptions(_NEW.value, seed=_SEED.value, stop=_STOP.value)
+    sampling = choose_sampling(source, given)
+    options = GenerationOptions(
+        _NEW.value, seed=_SEED.value, stop=_STOP.value, num_samples=_SAMPLES.value
+    )
     prompts = _PROMPT.value
     if _PROMPTS.value:
         prompts = read_prompts(Path(_PROMPTS.value).expanduser())
@@ -307,7 +411,7 @@ def main(argv: list[str]) -> None:
     generator, tokenizer = load(source, devices, sampling, mesh, _MODEL_TYPE.value)
     if _INTERACTIVE.value:
         lines = (line.rstrip("\n") for line in sys.stdin)
-        converse(generator, tokenizer, options, lines, sys.stdout)
+        converse(generator, tokenizer, options, lines, sys.stdout, _SYSTEM.value)
     else:
         continue_prompts(prompts, generator, tokenizer, _BATCH.value, options, sys.stdout)
 
@@ -324,9 +428,13 @@ def _check_flags(argv: list[str]) -> None:
             "wanted --workdir=RUN or --from=DIR, and one of --prompt=TEXT, --prompts=FILE, "
             "--interactive"
         )
-    for flag, least in ((_SEED, 0), (_BATCH, 1), (_NEW, 1)):
+    for flag, least in ((_SEED, 0), (_BATCH, 1), (_NEW, 1), (_SAMPLES, 1)):
         if not least <= flag.value < 2**32:
             raise ValueError(f"--{flag.name}={flag.value}; wanted {least} or above, below 2**32")
+    for flag in (_SYSTEM, _SAMPLES):
+        if flag.value != flag.default and _INTERACTIVE.value != (flag is _SYSTEM):
+            with_it = "with" if flag is _SYSTEM else "without"
+            raise ValueError(f"--{flag.name} goes {with_it} --interactive")
 
 
 if __name__ == "__main__":
@@ -343,17 +451,23 @@ if __name__ == "__main__":
         False,
         "Answer what is typed, in the checkpoint's chat template if it has one.",
     )
+    _SYSTEM = flags.DEFINE_string("system", "", "With --interactive: the system message.")
     _NEW = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of a continuation, at most.")
-    _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the best token each time.")
-    _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many best tokens; 0: from all.")
+    # Without a value: the checkpoint's generation_config.json, or DEFAULT_SAMPLING.
+    _TEMPERATURE = flags.DEFINE_float(
+        "temperature",
+        None,
+        "0 takes the best token each time; by default the checkpoint's, or 0.8.",
+    )
+    _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from so many best tokens; 0: from all.")
     _TOP_P = flags.DEFINE_float(
-        "top_p", 1.0, "Draw from the fewest best tokens that together have this share."
+        "top_p", None, "Draw from the fewest best tokens that together have this share."
     )
     _MIN_P = flags.DEFINE_float(
-        "min_p", 0.0, "Draw from the tokens with this share of the best one's probability."
+        "min_p", None, "Draw from the tokens with this share of the best one's probability."
     )
     _PENALTY = flags.DEFINE_float(
-        "repetition_penalty", 1.0, "Above 1: tokens seen become less likely."
+        "repetition_penalty", None, "Above 1: tokens seen become less likely."
     )
     _STOP = flags.DEFINE_multi_string(
         "stop", [], "End before this string; may be given several times."
@@ -361,7 +475,10 @@ if __name__ == "__main__":
     _SEED = flags.DEFINE_integer(
         "seed", 0, "Of what is drawn; each prompt's text is the same in any batch."
     )
-    _BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts continued together.")
+    _SAMPLES = flags.DEFINE_integer(
+        "num_samples", 1, "Texts for each prompt, with the seeds from --seed on."
+    )
+    _BATCH = flags.DEFINE_integer("batch_size", 8, "Texts made together.")
     _MESH = flags.DEFINE_string("mesh", "", "Sizes of the mesh's axes, such as tensor=4,data=2.")
     _MODEL_TYPE = command_line.model_type_flag()
     _PLATFORM = flags.DEFINE_string(

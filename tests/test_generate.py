@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import generate, train
+from lm import checkpoint, generate, train
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
 from lm.decoding.sampling import Sampling, row_keys
@@ -95,6 +95,10 @@ class ScriptedGenerator:
         self.texts = [[*text.encode(), end] for text in texts]
         self.num_steps = 0
         self.calls = []
+        self.longest = 1000
+
+    def longest_prompt(self, max_new_tokens):
+        return self.longest
 
     def check(self, prompts, max_new_tokens):
         assert max_new_tokens == 50
@@ -161,10 +165,10 @@ def test_a_single_prompt_is_continued_as_plain_text():
 
 
 def test_reading_prompts(tmp_path):
-    (tmp_path / "p.txt").write_text("one\n\ntwo words\n")
+    (tmp_path / "p.txt").write_text("one\n\ntwo words\r\na\u2028b\x0cc\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb", "other": 1}\n{"prompt": ""}\n')
 
-    assert generate.read_prompts(tmp_path / "p.txt") == ["one", "two words"]
+    assert generate.read_prompts(tmp_path / "p.txt") == ["one", "two words", "a\u2028b\x0cc"]
     assert generate.read_prompts(tmp_path / "p.jsonl") == ["a\nb", ""]
 
 
@@ -226,6 +230,83 @@ def test_a_conversation_without_a_template_goes_on_as_one_text():
 
     prompts = [BYTES.decode(ids) for (ids,), _ in generator.calls]
     assert prompts == ["hi", "hihellomore"]
+
+
+def test_a_long_conversation_forgets_its_oldest_turns(caplog):
+    generator = ScriptedGenerator("hello", "bye", "yes")
+    generator.longest = 50
+    lines = ["hi", "more" * 5, "x" * 60, "so?"]
+    generate.converse(generator, chat_tokenizer(), OPTIONS, lines, io.StringIO(), system="S")
+
+    prompts = [bytes(ids).decode() for (ids,), _ in generator.calls]
+    assert prompts == [
+        "<s>[system]S[user]hi[assistant]",
+        f"<s>[system]S[user]{'more' * 5}[assistant]",
+        "<s>[system]S[user]so?[assistant]",
+    ]
+    assert "oldest turn is forgotten" in caplog.text
+    assert "at most 50 fit" in caplog.text
+
+    # Without a template: the end of the text, after BOS.
+    generator = ScriptedGenerator("hello", "bye")
+    generator.longest = 4
+    generate.converse(generator, BYTES, OPTIONS, ["hi", "more"], io.StringIO())
+    assert [ids for (ids,), _ in generator.calls] == [[256, *b"hi"], [256, *b"ore"]]
+    with pytest.raises(ValueError, match="--system needs a chat template"):
+        generate.converse(generator, BYTES, OPTIONS, [], io.StringIO(), system="S")
+
+
+def test_several_samples_of_a_prompt():
+    generator = ScriptedGenerator("1", "22", "333", "4")
+    out = io.StringIO()
+    options = GenerationOptions(max_new_tokens=50, seed=5, num_samples=2)
+    generate.continue_prompts(["a", "b"], generator, BYTES, 3, options, out)
+
+    records = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert records == [
+        dict(prompt="a", sample=0, text="1"),
+        dict(prompt="a", sample=1, text="22"),
+        dict(prompt="b", sample=0, text="333"),
+        dict(prompt="b", sample=1, text="4"),
+    ]
+    assert_same_keys(generator.calls[0][1], row_keys([5, 6, 5]))
+    assert_same_keys(generator.calls[1][1], row_keys([6]))
+
+
+def test_sampling_is_the_checkpoints_where_flags_say_nothing(tmp_path, caplog):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    nothing = dict.fromkeys(generate.DEFAULT_SAMPLING)
+
+    def choose(given=nothing, **config):
+        (folder / "generation_config.json").write_text(json.dumps(config))
+        return generate.choose_sampling(epath.Path(tmp_path), given)
+
+    assert choose() == Sampling(**generate.DEFAULT_SAMPLING)
+    assert choose(temperature=0.6) == Sampling(temperature=0.8)  # not to be drawn with
+    suggested = dict(do_sample=True, temperature=0.6, top_p=0.9, top_k=None)
+    caplog.set_level("INFO")
+    assert choose(**suggested) == Sampling(temperature=0.6, top_p=0.9)
+    assert "from generation_config.json: {'temperature': 0.6, 'top_p': 0.9}" in caplog.text
+    assert choose(nothing | dict(top_p=0.5), **suggested) == Sampling(temperature=0.6, top_p=0.5)
+    choose(num_beams=4)
+    assert "asks for ['num_beams']" in caplog.text
+    for value in ("hot", True, -1):
+        with pytest.raises(ValueError, match="temperature"):
+            choose(do_sample=True, temperature=value)
+
+
+def test_weights_that_are_no_numbers(run, tmp_path, monkeypatch):
+    restore = checkpoint.SavedCheckpoint.restore_params
+
+    def restore_broken(self, *args, **kwargs):
+        params = restore(self, *args, **kwargs)
+        params["norm"]["scale"] = params["norm"]["scale"].at[3].set(np.nan)
+        return params
+
+    monkeypatch.setattr(checkpoint.SavedCheckpoint, "restore_params", restore_broken)
+    with pytest.raises(ValueError, match=r"not finite numbers, in \['norm/scale'\]"):
+        generate.load(epath.Path(run), jax.devices()[:1], Sampling(temperature=0.0))
 
 
 def test_where_templates_are_found():

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
 # Names of what a model thinks before it answers. The first is the one that templates read, but for
 # gpt-oss's, which read the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")

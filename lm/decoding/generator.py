@@ -274,12 +274,16 @@ class Generator:
             _Graph(graphdef, source), sampling, self._stop_ids, vocab_size, mesh
         )
 
+    def longest_prompt(self, max_new_tokens: int) -> int:
+        """Returns the tokens of a prompt that leaves room for so many new ones."""
+        return self._config.context_length - max_new_tokens
+
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises ValueError for prompts that are empty, or too long to be continued."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {max_new_tokens}; wanted 1 or more")
 
-        longest = self._config.context_length - max_new_tokens
+        longest = self.longest_prompt(max_new_tokens)
         for number, ids in enumerate(prompts):
             if not 0 < len(ids) <= longest:
                 raise ValueError(
