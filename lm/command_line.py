@@ -175,7 +175,7 @@ def _flag_values(name: str, argv: list[str]) -> list[str]:
 
 
 # The last names of keys that are texts, in which a newline typed as \n is meant as one.
-TEXT_KEYS = ("separator", "label_prompt", "template", "target", "terminator")
+TEXT_KEYS = ("separator", "label_prompt", "template", "templates", "target", "terminator", "stop")
 
 
 def _unescape_overrides() -> None:
@@ -186,10 +186,17 @@ def _unescape_overrides() -> None:
         return
     config = flags.FLAGS["config"].value
     for key, value in flags.FLAGS["config"].override_values.items():
-        is_text = key.rpartition(".")[2] in TEXT_KEYS and isinstance(value, str)
-        if is_text and files.unescape(value) != value:
-            logging.warning("config.%s: %r is taken for %r", key, value, files.unescape(value))
-            config.update_from_flattened_dict({key: files.unescape(value)})
+        unescaped = _unescaped(value)
+        if key.rpartition(".")[2] in TEXT_KEYS and unescaped != value:
+            logging.warning("config.%s: %r is taken for %r", key, value, unescaped)
+            config.update_from_flattened_dict({key: unescaped})
+
+
+def _unescaped(value):
+    """A text, or a tuple of texts, without escapes; another value as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_unescaped, value))
+    return files.unescape(value) if isinstance(value, str) else value
 
 
 def nearest_keys(key: str, known: list[str]) -> list[str]:

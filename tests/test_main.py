@@ -181,10 +181,12 @@ def test_keys_of_an_eval_that_is_added(config_file):
     assert config.is_locked
 
 
-def test_escapes_in_texts(config_file, capsys):
+def test_escapes_in_texts(config_file):
     """A shell leaves a backslash and an n; in a path or a pattern they mean themselves."""
     overrides = (r"--config.data.label_prompt=\n\nLabel:", r"--config.data.cache_dir=a\nb")
-    parse(config_file, *overrides)
+    stop = (r"--config.evals.xsum.output.stop=\n", r"--config.evals.xsum.output.stop=\end")
+    parse(config_file, "--evals=+xsum", *overrides, *stop)
+    assert main_lib._CONFIG.value.evals.xsum.output.stop == ("\n", r"\end")
     assert main_lib._CONFIG.value.data.label_prompt == "\n\nLabel:"
     assert main_lib._CONFIG.value.data.cache_dir == r"a\nb"
 

@@ -123,7 +123,7 @@ def jsonl(
       path: a file, a folder (all .jsonl files in it, .jsonl.gz and .jsonl.zst too, at any depth) or
         a glob pattern (gs:// too).
       text_key, label_key: keys of the text and of the label; no label if "". A label is a string or
-        a number, which is taken as it is written; null or "" where there is none.
+        a number, of which the digits are taken; null or "" where there is none.
 
     Raises:
       ValueError: no file, a line that is not such an object (file and line are named), a file that
