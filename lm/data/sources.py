@@ -208,6 +208,7 @@ class _HeldOut:
         self._split, self._path = split, path
         self._held_out, self._by = held_out, held_out_by
         self._chars = {}  # file -> (characters that the split has, characters)
+        self._squares = 0  # of the documents' characters, summed
 
     def of_documents(self, documents: list[Document], file: str) -> list[Document]:
         """Returns those documents of a file that the split has."""
@@ -238,6 +239,7 @@ class _HeldOut:
 
     def _count(self, file: str, kept: list[Document], documents: list[Document]) -> None:
         self._chars[file] = (_num_chars(kept), _num_chars(documents))
+        self._squares += sum(len(document.text) ** 2 for document in documents)
 
     def log(self) -> None:
         """Logs what share of which file the split has, the largest files first."""
@@ -258,14 +260,13 @@ class _HeldOut:
             ", ".join(shares),
         )
 
-        # Documents are few, or one of them is most of the text.
-        share = kept / total if self._split == "validation" else 1 - kept / total
-        if not self._held_out / 2 <= share <= self._held_out * 2:
+        # The variance of the share that hashes hold out: is its deviation half of the share?
+        variance = self._held_out * (1 - self._held_out) * self._squares / total**2
+        if self._by == "hash" and variance > (self._held_out / 2) ** 2:
             logging.warning(
-                "config.data.source_args.held_out = %g, but %s of the characters are held out: "
-                "documents are few, or very unequal. %s",
+                "documents are too few, or too unequal, for a hash to hold out %g of them: whole "
+                "files may be on one side. %s",
                 self._held_out,
-                _percent(round(share * total), total),
                 _MORE_DOCUMENTS,
             )
 
