@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
 
     c.tokenizer.kind = "bytes"
     c.data.source = "lm.data.sources.text"
-    c.data.source_args = dict(path="", held_out=0.1, separator="", document_chars=4096)
+    c.data.source_args = dict(
+        path="", held_out=0.1, held_out_by="tail", separator="", document_chars=4096
+    )
     c.data.length = 64
     c.data.batch_size = 12
     # Rows of several documents in mixed order.

@@ -1,7 +1,8 @@
-"""Tasks of lm/evals/tasks/ on a checkpoint, named with commas between them, or one of the lists
-below:
+"""Tasks of lm/evals/tasks/ on a checkpoint, or of TOML files of your own, named with commas between
+them, or one of the lists below:
 
     python -m lm.main --config=configs/tasks.py:sst2,piqa --workdir=runs/evals --mode=eval --config.init_from=DIR
+    python -m lm.main --config=configs/tasks.py:/data/mine.toml --workdir=runs/mine --mode=eval --config.init_from=DIR
 
 DIR is a Hugging Face checkpoint's directory or a run's. Data is read from TFDS copies, or from
 files: --config.evals.piqa.source.path="piqa/{split}.jsonl".
@@ -27,6 +28,5 @@ def get_config(tasks: str = "zero_shot") -> ConfigDict:
     c.data.length = 1024
     c.model.context_length = 1024
 
-    for name in SIZES.get(tasks, tasks).split(","):
-        c.evals[name] = entries.task(name)
+    c.evals.update(entries.tasks(SIZES.get(tasks, tasks)))
     return c

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import collectives, optim, sharding, startup, step
+from lm import collectives, files, optim, sharding, startup, step
 from lm import config as config_lib
 from lm.data import batch as batch_contract
 from lm.data import pack
@@ -118,7 +118,7 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
     c = config.tokenizer
     if c.path:
         try:
-            return tokenizers.load(epath.Path(c.path).expanduser())
+            return tokenizers.load(epath.Path(files.expand(c.path)))
         except ValueError as error:
             raise ValueError(f"config.tokenizer.path = {c.path!r}: {error}") from None
     if c.kind == "bytes":
@@ -144,7 +144,7 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
     Raises:
       ValueError: a checkpoint that can't be read, see `lm.hf.directory.Checkpoint`.
     """
-    directory = epath.Path(config.init_from).expanduser() if config.init_from else None
+    directory = epath.Path(files.expand(config.init_from)) if config.init_from else None
     if directory is None or not hf.is_checkpoint(directory):
         return config
 

@@ -13,10 +13,11 @@ import traceback
 from collections.abc import Callable
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from lm import config as config_lib
-from lm import escape, startup, stopping
+from lm import escape, files, startup, stopping
+from lm.evals import entries
 
 # Errors whose message is meant for the user; others are shown with their traceback.
 EXPLAINED = (ValueError, OSError, MemoryError, stopping.RunFailed)
@@ -24,13 +25,39 @@ EXPLAINED = (ValueError, OSError, MemoryError, stopping.RunFailed)
 
 @functools.cache
 def config_flag() -> flags.FlagHolder:
-    """Defines --config, for the commands that have it."""
-    return config_flags.DEFINE_config_file(
+    """Defines --config and --evals, for the commands that have them."""
+    flags.DEFINE_string(
+        "evals",
+        "",
+        "Changes of config.evals, with commas between them: -samples takes out that eval, -all all "
+        "of them, +sst2 adds a task of lm/evals/tasks/, +PATH.toml one of yours.",
+    )
+    holder = config_flags.DEFINE_config_file(
         "config",
         None,
-        "Configuration file, with its size after a colon: configs/pydocs.py:small",
+        "Configuration file, with its size or path after a colon: configs/pydocs.py:small",
         lock_config=True,
     )
+    # An override is looked for in the configuration as soon as that is read: evals change before.
+    parser = flags.FLAGS["config"].parser
+    read_file = parser.parse
+
+    def read_file_and_change_evals(path: str) -> ConfigDict:
+        config = read_file(path)
+        with config.unlocked():
+            _change_evals(config, sys.argv)
+        return config
+
+    parser.parse = read_file_and_change_evals
+    return holder
+
+
+def _change_evals(config: ConfigDict, argv: list[str]) -> None:
+    for changes in _flag_values("evals", argv):
+        try:
+            entries.change(config.evals, changes)
+        except ValueError as error:
+            raise ValueError(f"--evals={changes}: {error}") from None
 
 
 def model_type_flag() -> flags.FlagHolder:
@@ -103,8 +130,9 @@ def no_arguments(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Parses flags as absl does, after checks whose errors say what to change."""
+    argv = [_expanded(argument) for argument in argv]
     try:
-        for choice in _config_choices(argv):
+        for choice in _flag_values("config", argv):
             path, _, size = choice.partition(":")
             if not os.path.exists(path):
                 raise ValueError(f"no configuration file {path!r} (run from the repository's root)")
@@ -112,24 +140,63 @@ def parse(argv: list[str]) -> list[str]:
             if size and not inspect.signature(get_config).parameters:
                 raise ValueError(f"--config={choice}: {path} has no sizes; leave out :{size}")
             config = get_config(*([size] if size else []))
+            _change_evals(config, argv)
             if error := unknown_key(argv[1:], list(config_lib.flatten(config))):
+                if "source_args." in error:
+                    error += (
+                        f" These are for {config.data.source}. Files of your own go by "
+                        "--config=configs/text.py:PATH or --config=configs/jsonl.py:PATH"
+                    )
                 raise ValueError(error)
-        return flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)
+        _unescape_overrides()
+        return arguments
     # What config_flags raises for bad overrides.
     except (ValueError, TypeError, KeyError, AttributeError, flags.Error) as error:
         sys.exit(f"error: {error}")
 
 
-def _config_choices(argv: list[str]) -> list[str]:
-    """What --config is given, in both of its spellings: --config=FILE and --config FILE."""
-    choices = []
+def _expanded(argument: str) -> str:
+    """The argument --config=FILE with `~` in its path expanded: after "=" shells leave it."""
+    flag, equals, path = argument.partition("=")
+    return flag + equals + files.expand(path) if flag.lstrip("-") == "config" else argument
+
+
+def _flag_values(name: str, argv: list[str]) -> list[str]:
+    """What a flag is given, in both of its spellings: --config=FILE and --config FILE."""
+    values = []
     for argument in argv:
-        if argument.lstrip("-").startswith("config="):
-            choices.append(argument.split("=", 1)[1])
+        if argument.lstrip("-").startswith(f"{name}="):
+            values.append(argument.split("=", 1)[1])
     for argument, following in zip(argv, argv[1:]):
-        if argument in ("--config", "-config"):
-            choices.append(following)
-    return choices
+        if argument in (f"--{name}", f"-{name}"):
+            values.append(following)
+    return values
+
+
+# The last names of keys that are texts, in which a newline typed as \n is meant as one.
+TEXT_KEYS = ("separator", "label_prompt", "template", "templates", "target", "terminator", "stop")
+
+
+def _unescape_overrides() -> None:
+    """Puts characters in the place of escapes such as \n, which a shell leaves as they are, in
+    overrides of texts.
+    """
+    if "config" not in flags.FLAGS or not flags.FLAGS["config"].value:
+        return
+    config = flags.FLAGS["config"].value
+    for key, value in flags.FLAGS["config"].override_values.items():
+        unescaped = _unescaped(value)
+        if key.rpartition(".")[2] in TEXT_KEYS and unescaped != value:
+            logging.warning("config.%s: %r is taken for %r", key, value, unescaped)
+            config.update_from_flattened_dict({key: unescaped})
+
+
+def _unescaped(value):
+    """A text, or a tuple of texts, without escapes; another value as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_unescaped, value))
+    return files.unescape(value) if isinstance(value, str) else value
 
 
 def nearest_keys(key: str, known: list[str]) -> list[str]:

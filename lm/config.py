@@ -31,8 +31,10 @@ RESUMABLE = (
     "model.remat",
     "model.scan_unroll",
     "data.cache_dir",
-    # Where corpus and tokenizer lie; their fingerprints say whether they are the same.
+    # Where corpus and tokenizer lie, and a key that old runs don't have; fingerprints say whether
+    # they are the same.
     "data.source_args.data_dir",
+    "data.source_args.held_out_by",
     "data.source_args.path",
     "tokenizer.path",
 )

@@ -180,8 +180,8 @@ def main(argv: list[str]) -> None:
     if not directory_flag.value or not _WORKDIR.value:
         raise ValueError(f"{command} needs --{directory_flag.name}=DIR and --workdir=RUN")
 
-    directory = Path(directory_flag.value).expanduser()
-    workdir = epath.Path(_WORKDIR.value).expanduser()
+    directory = Path(files.expand(directory_flag.value))
+    workdir = epath.Path(files.expand(_WORKDIR.value))
     devices = startup.start(_PLATFORM.value)
     if command == "import":
         import_checkpoint(directory, workdir, devices, _PARAM_DTYPE.value)

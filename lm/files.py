@@ -1,17 +1,24 @@
-"""Files: written whole, found by pattern, read with errors that name the place; and hashes.
+"""Files: written whole, found by pattern, unpacked and read with errors that name the place; and
+hashes.
 
 What lies in a directory may have been put there by a stranger. Nothing that exists is written
 through, and nothing is read that isn't a plain file.
 """
 
+import codecs
 import contextlib
+import fnmatch
 import glob
+import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -146,8 +153,25 @@ def parse_json(text: bytes | str, where: str, **options) -> dict:
 # --- found and read ---
 
 
-def find(pattern: str) -> list[str]:
-    """Returns the files that a path or a glob pattern matches, sorted.
+def expand(path: str, folder: str = "") -> str:
+    """Returns a path that a user wrote, with `~` expanded. Every path of the project comes here.
+
+    Args:
+      path: a path, a glob pattern, or a URL such as gs://; "" stays "".
+      folder: what a relative path is relative to; "": the working directory.
+    """
+    if not path or "://" in path:
+        return path
+    return os.path.join(folder, os.path.expanduser(path))
+
+
+def find(pattern: str, names: Sequence[str] = ("*",)) -> list[str]:
+    """Returns the files that a path, a folder or a glob pattern stands for, sorted.
+
+    Args:
+      pattern: in a glob pattern `**` stands for folders at any depth. gs:// too.
+      names: patterns of the names that are taken from a folder, at any depth. Hidden files, and
+        those in hidden folders, are left out.
 
     Raises:
       ValueError: no pattern, or no file that it matches.
@@ -158,32 +182,152 @@ def find(pattern: str) -> list[str]:
             "--config.data.source_args.path=FILE"
         )
 
-    if "://" in pattern:
-        # The standard library's glob knows local file systems only.
-        path = epath.Path(pattern)
-        matches = [str(match) for match in path.parent.glob(path.name)]
+    pattern = expand(pattern)
+    path = epath.Path(pattern)
+    if path.is_dir():
+        folder = pattern if "://" in pattern else glob.escape(pattern)
+        matches = _matches(os.path.join(folder, "**", "*"))
+        matches = [file for file in matches if _has_name(file, names)]
+        if not matches:
+            raise ValueError(f"no file named {' or '.join(names)} in the folder {pattern}")
+    elif path.exists():
+        # A name may have the characters of a pattern in it.
+        matches = [pattern]
     else:
-        matches = glob.glob(pattern)
-
-    if not matches:
-        raise ValueError(f"no file at {pattern}")
+        matches = _matches(pattern)
+        if not matches:
+            raise ValueError(f"no file at {pattern}")
     return sorted(matches)
 
 
+def _has_name(file: str, names: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(os.path.basename(file), name) for name in names)
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files, without the folders, that a glob pattern matches."""
+    if "://" not in pattern:
+        found = glob.glob(pattern, recursive=True)
+        return [file for file in found if not os.path.isdir(file)]
+
+    # The standard library's glob knows local file systems only, and epath's has no `**`.
+    path = epath.Path(pattern)
+    if "**" not in pattern:
+        return [str(match) for match in path.parent.glob(path.name)]
+    wanted = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?")
+    wanted = wanted.replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+    top = re.split(r"[*?]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    return [file for file in _files_below(epath.Path(top)) if re.fullmatch(wanted, file)]
+
+
+def _files_below(folder: epath.Path) -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files_below(entry)
+        else:
+            yield str(entry)
+
+
+# A packed file says with its first bytes what it is.
+GZIP = b"\x1f\x8b"
+ZSTD = b"\x28\xb5\x2f\xfd"
+# Text unpacks to some ten times its size. What unpacks to more than this is there to fill the
+# memory.
+MAX_UNPACKED = 250
+SMALL = 1 << 24  # bytes that any file may unpack to
+
+# Byte-order marks. UTF-32's begin as UTF-16's do.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+
+# What is no text, by its first bytes -> (what it is, what helps).
+NO_TEXT = {
+    b"BZh": ("bzip2", "unpack it with bzip2 -dk"),
+    b"\xfd7zXZ": ("xz", "unpack it with xz -dk"),
+    b"PK\x03\x04": ("a zip archive, as .docx and .xlsx are", "unpack it, or save it as text"),
+    b"%PDF": ("PDF", "extract its text, for instance with pdftotext"),
+    b"PAR1": ("Parquet", "write it as JSONL, for instance with pandas"),
+}
+
+
 def read_text(file: str) -> str:
-    """Returns the text of a UTF-8 file, line ends as they are.
+    """Returns the text of a file, line ends as they are, without a byte-order mark.
+
+    The file is UTF-8, or UTF-16 or UTF-32 with a byte-order mark, and may be packed by gzip or
+    zstd. Its first bytes say which, not its name.
 
     Raises:
-      ValueError: the file is not UTF-8; the message names the first wrong byte.
+      ValueError: another file; the message says which, or names the first wrong byte.
     """
     check_plain(epath.Path(file))
+    content = _unpacked(epath.Path(file).read_bytes(), file)
+    marks = (mark for mark in BYTE_ORDER_MARKS if content.startswith(mark))
+    mark = next(marks, b"")
+    encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
     try:
-        return epath.Path(file).read_bytes().decode("utf-8")
+        text = (content[len(mark) :] if mark else content).decode(encoding)
     except UnicodeDecodeError as error:
+        for first_bytes, (kind, advice) in NO_TEXT.items():
+            if content.startswith(first_bytes):
+                raise ValueError(f"{file} is {kind}, not text; {advice}") from None
         raise ValueError(
-            f"{file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. "
-            "Convert it, for instance with iconv -f latin1 -t utf-8"
+            f"{file} is not {encoding.upper()}: byte {error.object[error.start]:#04x} at offset "
+            f"{error.start + len(mark)}. Find out its encoding, for instance with file -i, then "
+            "convert it: iconv -f ENCODING -t utf-8. (Every byte is a letter in latin1, which "
+            "never fails, and is seldom right.)"
         ) from None
+    _check_no_nulls(text, file)
+    return text
+
+
+def _check_no_nulls(text: str, file: str) -> None:
+    """Raises ValueError for a text of which an eighth is U+0000: it was never UTF-8."""
+    if "\0" not in text or text.count("\0") <= len(text) // 8:
+        return
+    if text[257:262] == "ustar":
+        raise ValueError(f"{file} is a tar archive, not text; unpack it with tar -x")
+    encoding = "utf-16le" if text[1:2] == "\0" else "utf-16be"
+    raise ValueError(
+        f"{file} is no text, or UTF-16 without a byte-order mark: an eighth of it or more is "
+        f"U+0000. Convert it: iconv -f {encoding} -t utf-8"
+    )
+
+
+def _unpacked(content: bytes, file: str) -> bytes | bytearray:
+    """The content of a file that gzip or zstd packed; that of any other as it is."""
+    if not content.startswith((GZIP, ZSTD)):
+        return content
+    limit = max(SMALL, MAX_UNPACKED * len(content))
+    unpacked = bytearray()
+    try:
+        stream = _open_packed(content, file)
+        while piece := stream.read(1 << 20):
+            unpacked += piece
+            if len(unpacked) > limit:
+                raise ValueError(
+                    f"{file} unpacks to more than {MAX_UNPACKED} times its size; where that is "
+                    "right, unpack it yourself"
+                )
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is damaged and can't be unpacked: {error}") from None
+    return unpacked
+
+
+def _open_packed(content: bytes, file: str):
+    if content.startswith(GZIP):
+        return gzip.GzipFile(fileobj=io.BytesIO(content))
+    try:
+        import pyarrow  # TFDS needs it too; a third of a second, so only where used
+    except ImportError:
+        raise ValueError(
+            f"{file} is zstd, which takes pip install pyarrow; or unpack it with zstd -dk"
+        ) from None
+    return pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd")
 
 
 def read_jsonl(file: str) -> Iterator[tuple[int, dict]]:
@@ -196,9 +340,18 @@ def read_jsonl(file: str) -> Iterator[tuple[int, dict]]:
         named.
     """
     # Not splitlines: a JSON string may contain U+2028, which splitlines takes for a line end.
-    for number, line in enumerate(read_text(file).split("\n"), 1):
+    for number, line in enumerate(_lines(read_text(file)), 1):
         if line.strip():
             yield number, parse_json(line, f"{file}:{number}")
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text, without the list of all of them."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 def read_jsonl_log(path: epath.Path) -> list[dict]:
@@ -220,6 +373,18 @@ def read_jsonl_log(path: epath.Path) -> list[dict]:
     with contextlib.suppress(ValueError):
         records.append(parse_json(last, str(path)))
     return records
+
+
+# The escapes of Python's strings that stand for a character, but none for half of a pair.
+_ESCAPE = re.compile(r"\\(?:[nrtf\\]|x[0-9a-fA-F]{2}|u(?![dD][89a-fA-F])[0-9a-fA-F]{4})")
+
+
+def unescape(text: str) -> str:
+    r"""Returns a text with characters in place of \n, \r, \t, \f, \\, \xHH and \uHHHH.
+
+    A shell leaves these as they are. Other backslashes mean nothing.
+    """
+    return _ESCAPE.sub(lambda match: codecs.decode(match[0], "unicode_escape"), text)
 
 
 def short_hash(content: bytes) -> str:

@@ -384,7 +384,7 @@ def parse_mesh(text: str) -> dict[str, int] | None:
 def main(argv: list[str]) -> None:
     # Flags that make no sense end it before anything is loaded.
     _check_flags(argv)
-    source = epath.Path(_WORKDIR.value or _FROM.value).expanduser()
+    source = epath.Path(files.expand(_WORKDIR.value or _FROM.value))
     if _FROM.value and not hf.is_checkpoint(source):
         raise ValueError(
             f"--from={_FROM.value} is not the directory of a Hugging Face checkpoint: no "
@@ -399,12 +399,13 @@ def main(argv: list[str]) -> None:
         min_p=_MIN_P.value,
     )
     sampling = choose_sampling(source, given)
-    options = GenerationOptions(
-        _NEW.value, seed=_SEED.value, stop=_STOP.value, num_samples=_SAMPLES.value
-    )
+    stop = [files.unescape(text) for text in _STOP.value]
+    if stop != _STOP.value:
+        logging.info("--stop: %r is taken for %r", _STOP.value, stop)
+    options = GenerationOptions(_NEW.value, seed=_SEED.value, stop=stop, num_samples=_SAMPLES.value)
     prompts = _PROMPT.value
     if _PROMPTS.value:
-        prompts = read_prompts(Path(_PROMPTS.value).expanduser())
+        prompts = read_prompts(Path(files.expand(_PROMPTS.value)))
 
     devices = startup.start(_PLATFORM.value)
     mesh = parse_mesh(_MESH.value)

@@ -80,8 +80,8 @@ def main(argv: list[str]) -> None:
     for flag in (_COMPARE, _STEPS):
         if flag.value and _MODE.value != "eval":
             raise ValueError(f"--{flag.name}={flag.value} needs --mode=eval")
-    workdir = epath.Path(_WORKDIR.value).expanduser()
-    compare_to = epath.Path(_COMPARE.value).expanduser() if _COMPARE.value else None
+    workdir = epath.Path(files.expand(_WORKDIR.value))
+    compare_to = epath.Path(files.expand(_COMPARE.value)) if _COMPARE.value else None
     if compare_to and not comparison.newest_predictions(compare_to):
         raise ValueError(
             f"--compare_to={_COMPARE.value} has no predictions/: evaluate it first, with the "

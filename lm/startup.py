@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 import lm
+from lm import files
 
 PLATFORMS = ("", "tpu", "gpu", "cpu")
 HEARTBEAT_SECONDS = 30  # how long a process may be silent before the others are stopped
@@ -113,7 +114,7 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
 
     # Not on CPUs, whose executables are bound to the machine's exact instruction set.
     if kind != "cpu":
-        default = str(Path("~/.cache/lm/xla").expanduser())
+        default = files.expand("~/.cache/lm/xla")
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
         jax.config.update("jax_compilation_cache_dir", cache)
     return devices

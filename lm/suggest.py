@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from lm import build, command_line, escape, startup, weights
+from lm import build, command_line, escape, files, startup, weights
 from lm.evals import classification
 
 PROMPT_EVAL = "lm.evals.classification.PromptClassification"
@@ -187,7 +187,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 def main(argv: list[str]) -> None:
     command_line.no_arguments(argv)
     config = _CONFIG.value
-    workdir = epath.Path(_WORKDIR.value).expanduser()
+    workdir = epath.Path(files.expand(_WORKDIR.value))
     devices = startup.start(config.platform)
     suggestions = suggest(config, workdir, devices, _EVAL.value, _EXAMPLES.value, _WORDS.value)
 

@@ -3,7 +3,7 @@
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint
+from lm import build, checkpoint, files
 from lm.hf import directory as hf
 
 
@@ -38,7 +38,7 @@ def source_of(config: ConfigDict, workdir: epath.Path) -> epath.Path:
     """
     if not config.init_from:
         return workdir
-    source = epath.Path(config.init_from).expanduser()
+    source = epath.Path(files.expand(config.init_from))
     if not (hf.is_checkpoint(source) or checkpoint.steps(source / "checkpoints")):
         raise ValueError(
             f"config.init_from = {config.init_from!r} has no checkpoint; wanted a run directory, "

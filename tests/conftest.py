@@ -41,7 +41,10 @@ def tiny(tmp_path):
     write_corpus(tmp_path / "corpus.jsonl")
     c = config_lib.default()
     c.data.source = "lm.data.sources.jsonl"
-    c.data.source_args = dict(path=str(tmp_path / "corpus.jsonl"), held_out=0.25, label_key="label")
+    # 48 documents are trained on, 16 held out.
+    c.data.source_args = dict(
+        path=str(tmp_path / "corpus.jsonl"), held_out=0.25, held_out_by="tail", label_key="label"
+    )
     c.data.label_prompt = "\n="
     c.data.cache_dir = str(tmp_path / "cache")
     c.data.update(dict(length=32, batch_size=8, streams=4, packing_bins=4))

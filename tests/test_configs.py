@@ -41,7 +41,9 @@ def sizes(path):
     nothing where get_config takes no argument.
     """
     module = runpy.run_path(str(path))
-    if not inspect.signature(module["get_config"]).parameters:
+    parameters = inspect.signature(module["get_config"]).parameters
+    # What some take is the path of a corpus.
+    if not parameters or "path" in parameters:
         return [()]
     return [()] + [(size,) for size in module.get("SIZES", presets.PRESETS)]
 
@@ -121,6 +123,46 @@ def test_every_configuration_has_evals_that_take_their_arguments(path, size):
 def test_another_size_is_refused(path):
     with pytest.raises(ValueError, match=r"'gpt5'; valid: \["):
         runpy.run_path(str(path))["get_config"]("gpt5")
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl"])
+def test_a_path_behind_the_colon(name):
+    get_config = runpy.run_path(f"configs/{name}.py")["get_config"]
+    assert get_config("gs://bucket/a b/*").data.source_args.path == "gs://bucket/a b/*"
+
+
+def test_paths_in_a_task_file_are_relative_to_it(tmp_path, monkeypatch):
+    """Wherever the command runs; those that the configuration gives are the command's."""
+    (tmp_path / "tasks").mkdir()
+    path = tmp_path / "tasks/mine.toml"
+    text = """type = "lm.evals.generation.TextGeneration"
+target = "{de}"
+[source]
+path = "../data/{split}.jsonl"
+data_dir = "~/tfds"
+lines = { en = "a.en", de = "/b.de", fr = "gs://c/d" }
+"""
+    path.write_text(text)
+    monkeypatch.setenv("HOME", "/home/me")
+
+    get_config = runpy.run_path("configs/tasks.py")["get_config"]
+    entry = get_config(f"sst2,{path}").evals.mine
+    changed = entries.task(str(path), source=dict(path="x.jsonl"))
+
+    assert entry.source.path == f"{tmp_path}/tasks/../data/{{split}}.jsonl"
+    assert entry.source.data_dir == "/home/me/tfds"
+    lines = dict(en=f"{tmp_path}/tasks/a.en", de="/b.de", fr="gs://c/d")
+    assert entry.source.lines.to_dict() == lines
+    assert changed.source.path == "x.jsonl"
+
+    # The file itself, from home.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert entries.task("~/tasks/mine.toml").source.path == entry.source.path
+    with pytest.raises(ValueError, match="two tasks of the name 'mine'"):
+        get_config(f"{path},/other/mine.toml")
+    path.write_text(text.replace('"a.en"', "1"))
+    with pytest.raises(ValueError, match="lines.en = 1; wanted str"):
+        entries.task(str(path))
 
 
 @pytest.mark.parametrize("preset", sorted(presets.PRESETS))

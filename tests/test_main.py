@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from etils import epath
 
 from lm import command_line, evaluate, startup, stopping, train
 from lm import config as config_lib
 from lm import main as main_lib
-from tests.helpers import CONFIG_FILE, ROOT
+from tests.helpers import CONFIG_FILE, ROOT, slow, write_task
 
 KEYS = list(config_lib.flatten(config_lib.default()))
 # A config file with an argument and an eval.
@@ -41,7 +42,7 @@ def config_file(tmp_path, monkeypatch):
 
     # Flags would keep their values from one parse to the next.
     flags.FLAGS.unparse_flags()
-    for name in ("mode", "compare_to", "steps"):
+    for name in ("mode", "compare_to", "steps", "evals"):
         flags.FLAGS[name].unparse()
     for name in set(flags.FLAGS) - flags_before:
         delattr(flags.FLAGS, name)
@@ -158,8 +159,53 @@ def test_overrides_reach_the_configuration(config_file):
 
 
 @pytest.mark.parametrize(
+    "changes, names",
+    [
+        ("+sst2", ["validation", "sst2"]),
+        ("-validation,+sst2,+piqa", ["sst2", "piqa"]),
+        ("-all", []),
+        ("-validation", []),
+        ("+TOML", ["validation", "my-own_task"]),
+    ],
+)
+def test_evals_are_added_and_taken_out(config_file, tmp_path, changes, names):
+    path = write_task(tmp_path / "my-own.task.toml", "{text}")
+    parse(config_file, f"--evals={changes.replace('TOML', path)}")
+    assert set(main_lib._CONFIG.value.evals) == set(names)
+
+
+def test_keys_of_an_eval_that_is_added(config_file):
+    parse(config_file, "--evals", "+sst2", "--config.evals.sst2.prompt.shots=3")
+    config = main_lib._CONFIG.value
+    assert config.evals.sst2.prompt.shots == 3
+    assert config.is_locked
+
+
+def test_escapes_in_texts(config_file):
+    """A shell leaves a backslash and an n; in a path or a pattern they mean themselves."""
+    overrides = (r"--config.data.label_prompt=\n\nLabel:", r"--config.data.cache_dir=a\nb")
+    stop = (r"--config.evals.xsum.output.stop=\n", r"--config.evals.xsum.output.stop=\end")
+    parse(config_file, "--evals=+xsum", *overrides, *stop)
+    assert main_lib._CONFIG.value.evals.xsum.output.stop == ("\n", r"\end")
+    assert main_lib._CONFIG.value.data.label_prompt == "\n\nLabel:"
+    assert main_lib._CONFIG.value.data.cache_dir == r"a\nb"
+
+
+def test_a_configuration_in_the_home_folder(config_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(config_file).parent))
+    sys.argv[:] = ["main", "--config=~/experiment.py:large", "--workdir=x"]
+    command_line.parse(list(sys.argv))
+    assert main_lib._CONFIG.value.model.num_layers == 9
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--evals=sst2"], "--evals=sst2: 'sst2' is no change .*-validation"),
+        (["--evals=-samples"], "'-samples' is no change .*wanted .TASK, -all, or .*-validation"),
+        (["--evals=+sst3"], "no task 'sst3'; valid:"),
+        (["--evals=+sst2,+sst2"], "has 'sst2' already"),
+        (["--config.data.source_args.path=x"], "pydocs.* go by --config=configs/text.py:PATH"),
         (["--config.evals.validation.evry=7"], "did you mean .*evals.validation.every"),
         (["--config.evals.test.every=7"], "did you mean .*evals.validation.every"),
         (["--noconfig.model.gated_mpl"], "gated_mlp"),
@@ -357,6 +403,42 @@ def test_command_that_cannot_save(tiny, tmp_path, disk, advice):
     assert "could not be written to" in message
     assert f"No checkpoint is kept; {advice} and start again" in message
     assert "Traceback" not in result.stderr and "never retrieved" not in result.stderr
+
+
+@pytest.mark.parametrize("kind, by_key", [("text", False), slow("jsonl", True)])
+@pytest.mark.usefixtures("config_file", "fast_runs")
+def test_files_of_ones_own_by_flags_alone(tmp_path, kind, by_key, one_device):
+    """A folder named behind the configuration's colon, or by its key, is trained on."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rows = [dict(text=f"document {i} in words", label=str(i % 2)) for i in range(100)]
+    lines = [row["text"] if kind == "text" else json.dumps(row) for row in rows]
+    (folder / f"a.{kind}").write_text("\n".join(lines))
+    flags_of_kind = dict(
+        text=[r"--config.data.source_args.separator=\n"],
+        jsonl=["--config.data.source_args.label_key=label"],
+    )
+    path = [f"--config.data.source_args.path={folder}"] if by_key else []
+    overrides = [
+        "--evals=-samples",
+        *path,
+        *flags_of_kind[kind],
+        "--config.tokenizer.kind=bytes",
+        "--config.model.num_layers=1",
+        "--config.model.embed_dim=32",
+        "--config.data.length=32",
+        "--config.train.length=2 steps",
+        "--config.model.mlp_dim=32",
+        "--config.optimizer.name=adamw",
+        "--config.optimizer.warmup_steps=1",
+        "--config.mesh.fsdp=1",
+    ]
+    parse(f"{ROOT}/configs/{kind}.py", *overrides, size="" if by_key else f":{folder}")
+    run = epath.Path(tmp_path / "run")
+    values = train.train(main_lib._CONFIG.value, run, one_device)
+
+    assert values["step"] == 2
+    assert 2 <= values["eval/validation/documents"] <= 25
 
 
 def test_steps_to_profile():

@@ -1,7 +1,9 @@
 """Records of files in each format."""
 
+import gzip
 import json
 
+import pyarrow
 import pytest
 
 from lm.data import records
@@ -53,6 +55,18 @@ def test_csv_with_byte_order_mark_and_long_field(tmp_path):
     path.write_text(f"\ufefftext,label\n{text},y\n\n")
 
     assert load(path) == [dict(text=text, label="y")]
+
+
+def test_packed_tables_in_a_folder(tmp_path):
+    half = [json.dumps(row) for row in ROWS]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(half[0].encode()))
+    (tmp_path / "b.csv").write_bytes("text,label\né ,y\n".encode("utf-16"))
+    (tmp_path / "c.json.zst").write_bytes(
+        pyarrow.compress(f"[{half[0]}]".encode(), codec="zstd", asbytes=True)
+    )
+    (tmp_path / "README.md").write_text("no table")
+
+    assert load(tmp_path) == [ROWS[0], ROWS[1], ROWS[0]]
 
 
 def test_squad(tmp_path):

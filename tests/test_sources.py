@@ -1,11 +1,15 @@
 """Sources: plain text, JSONL, and TFDS copies, and what each says of bad input."""
 
+import gzip
 import json
+import logging
 import os
 import re
 import sys
+import tracemalloc
 
 import numpy as np
+import pyarrow
 import pytest
 import tensorflow_datasets as tfds
 
@@ -32,7 +36,8 @@ def read_text(split, path, held_out=0.1, **args):
     return sources.text(split, path=str(path), held_out=held_out, **args)
 
 
-def test_one_file_is_cut_by_characters(tmp_path):
+def test_one_file_is_cut_by_characters(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     path = tmp_path / "a.txt"
     path.write_text("é€😀abcdefg", encoding="utf-8")
 
@@ -41,30 +46,32 @@ def test_one_file_is_cut_by_characters(tmp_path):
 
     assert texts(train) == ["é€😀abcd"]
     assert texts(validation) == ["efg"]
+    assert "split 'train' has 70%" in caplog.text and "by tail" in caplog.text
     assert train.fingerprint != validation.fingerprint
     assert train[0].label == ""
 
 
 def test_several_files_are_documents(tmp_path):
-    for name in "dabc":
-        (tmp_path / f"{name}.txt").write_text(f"text {name}\n")
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text(f"text {number}\n")
     (tmp_path / "empty.txt").write_text("")
 
     train = read_text("train", tmp_path / "*.txt", held_out=0.25)
-    validation = read_text("validation", tmp_path / "*.txt", held_out=0.25)
+    validation = read_text("validation", tmp_path, held_out=0.25)
 
-    assert texts(train) == ["text a\n", "text b\n", "text c\n"]
-    assert texts(validation) == ["text d\n"]
-    assert num_names(train) == 3
-    assert "a.txt" in train[0].name
+    assert sorted(texts(train) + texts(validation)) == sorted(f"text {i}\n" for i in range(20))
+    assert 0 < len(validation) < 10
+    assert num_names(train) == len(train)
+    assert train[0].name.endswith(".txt:0")
 
 
 def test_separator_makes_documents(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one<|>two<|><|>three\r\n<|>four")
+    args = dict(held_out=0.5, held_out_by="tail", separator="<|>")
 
-    train = read_text("train", path, held_out=0.5, separator="<|>")
-    validation = read_text("validation", path, held_out=0.5, separator="<|>")
+    train = read_text("train", path, **args)
+    validation = read_text("validation", path, **args)
 
     # Line ends stay as they are.
     assert texts(train) == ["one", "two"]
@@ -72,6 +79,32 @@ def test_separator_makes_documents(tmp_path):
     assert num_names(train) == 2
     assert num_names(validation) == 2
     assert not {d.name for d in train.items} & {d.name for d in validation.items}
+
+
+def test_escapes_of_a_separator(tmp_path, caplog):
+    """A shell gives a backslash and an n."""
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo\n\nthree")
+    caplog.set_level(logging.INFO)
+
+    documents = read_text("train", path, held_out=0.0, separator=r"\n\n")
+
+    assert texts(documents) == ["one", "two", "three"]
+    assert r"'\\n\\n' is taken for the characters '\n\n'" in caplog.text
+    # What stands in the text as it was given means itself.
+    path.write_text(r"one\ntwo" + "\nthree")
+    assert texts(read_text("train", path, held_out=0.0, separator=r"\n")) == ["one", "two\nthree"]
+
+
+@pytest.mark.parametrize(
+    "separator, hint", [("<|>", "leave it empty"), (r"\n\n", r"'\\r\\n\\r\\n' does")]
+)
+def test_a_separator_that_divides_nothing(tmp_path, separator, hint):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"one\r\n\r\ntwo")
+
+    with pytest.raises(ValueError, match=f"separator = .* occurs in no file.*{hint}"):
+        read_text("train", tmp_path, separator=separator)
 
 
 def test_text_errors(tmp_path):
@@ -91,8 +124,145 @@ def test_text_errors(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(ValueError, match="split 'test'.*'validation'"):
         read_text("test", tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="no documents"):
+    with pytest.raises(ValueError, match="no documents.*held_out = 0 leaves it none$"):
         read_text("validation", tmp_path / "a.txt", held_out=0.0)
+
+
+@pytest.mark.parametrize("args", [{}, {"document_chars": 4096}, {"separator": "\n"}])
+def test_a_file_costs_few_times_its_size(tmp_path, args):
+    path = tmp_path / "a.txt"
+    # One character outside of the first 65,536 makes a string of four bytes each.
+    path.write_text(("some words of a line that is as long as lines are, or two\n" * 50_000) + "😀")
+    size = path.stat().st_size
+
+    tracemalloc.start()
+    documents = read_text("train", path, **args)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(documents)
+    assert kept < 6 * size
+    assert peak < 10 * size
+
+
+# --- what is held out ---
+
+LANGUAGES = {
+    "en": "word {} of many",
+    "zh": "\u7b2c{}\u53e5\u8bdd",
+    "ar": "\u0643\u0644\u0645\u0629 {}",
+}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """{source: (function, arguments)}: the same documents, ordered by language, as text, as JSONL
+    and packed.
+    """
+    rows = [[template.format(i) for i in range(200)] for template in LANGUAGES.values()]
+    everything = []
+    for language, texts_ in zip(LANGUAGES, rows):
+        (tmp_path / f"{language}.txt").write_text("\n\n".join(texts_), encoding="utf-8")
+        everything += [json.dumps({"text": text, "label": language}) for text in texts_]
+    lines = "\n".join(everything).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.zst").write_bytes(pyarrow.compress(lines, codec="zstd", asbytes=True))
+
+    ways = {"text": (sources.text, dict(path=str(tmp_path / "*.txt"), separator="\n\n"))}
+    for way, name in (("jsonl", "a.jsonl"), ("gzip", "b.jsonl.gz"), ("zstd", "c.zst")):
+        ways[way] = (sources.jsonl, dict(path=str(tmp_path / name)))
+    return ways
+
+
+def test_each_way_holds_out_the_same_documents(corpus):
+    validation, train = [], []
+    for source, args in corpus.values():
+        validation.append(sorted(texts(source("validation", held_out=0.1, **args))))
+        train.append(sorted(texts(source("train", held_out=0.1, **args))))
+
+    assert validation == [validation[0]] * 4
+    assert train == [train[0]] * 4
+    everything = [t.format(i) for t in LANGUAGES.values() for i in range(200)]
+    assert sorted(train[0] + validation[0]) == sorted(everything)
+    assert 40 < len(validation[0]) < 80
+    # No language is on one side only.
+    for start in ("word", "\u7b2c", "\u0643"):
+        assert 10 < sum(text.startswith(start) for text in validation[0]) < 30
+
+
+def test_a_document_stays_on_its_side(tmp_path):
+    """Whatever is added, and whatever it is cut into."""
+    texts_ = [f"document {i} " + "abcdefgh " * 20 for i in range(50)]
+    path = tmp_path / "a.txt"
+    args = dict(held_out=0.3, separator="|")
+
+    path.write_text("|".join(texts_))
+    before = set(texts(read_text("validation", path, **args)))
+    path.write_text("|".join(["another", *texts_[::-1], *texts_]))
+    after = texts(read_text("validation", path, **args))
+    cut = read_text("train", path, **args, document_chars=50)
+
+    assert set(after) - {"another"} == before
+    # Duplicates are together.
+    assert len([text for text in after if text != "another"]) == 2 * len(before)
+    whole = {}
+    for piece in cut.items:
+        name = piece.name.split("+")[0]
+        whole[name] = whole.get(name, "") + piece.text
+    assert not set(whole.values()) & before
+    assert len(whole) + len(after) == 101
+
+
+def test_the_tail_of_each_file(tmp_path):
+    (tmp_path / "a").write_text("0123456789")
+    (tmp_path / "b").write_text("abcdefghij")
+    validation = read_text("validation", tmp_path, held_out=0.2, held_out_by="tail")
+    assert texts(validation) == ["89", "ij"]
+
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}"} for i in range(4)])
+    args = dict(path=str(tmp_path / "*.jsonl"), held_out=0.25, held_out_by="tail")
+    assert texts(sources.jsonl("train", **args)) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert texts(sources.jsonl("validation", **args)) == ["a3", "b3"]
+
+
+def test_a_text_has_files_for_splits(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"of {split}")
+    assert texts(read_text("test", tmp_path / "{split}.txt")) == ["of test"]
+
+
+@pytest.mark.parametrize("held_out", [1.0, 1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("source", [sources.text, sources.jsonl])
+def test_shares_that_are_none(tmp_path, source, held_out):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    with pytest.raises(ValueError, match=r"source_args\.held_out = .*wanted a share, 0 to below 1"):
+        source("train", path=path, held_out=held_out)
+    with pytest.raises(ValueError, match=r"held_out_by = 'head'; valid: \['hash', 'tail'\]"):
+        source("train", path=path, held_out=0.1, held_out_by="head")
+
+
+def test_shares_are_logged(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("|".join(f"number {i}" for i in range(1000)))
+    (tmp_path / "b.txt").write_text("x" * 300)
+    caplog.set_level(logging.INFO)
+
+    read_text("validation", tmp_path, separator="|")
+    assert re.search(
+        r"split 'validation' has \d+\.\d+% of the characters of \S+, by hash: \S+a\.txt "
+        r"\d+(\.\d+)?%, \S+b\.txt 100%$",
+        caplog.text.strip(),
+    )
+
+    # Two documents: each is on one side, whole.
+    assert "too few" not in caplog.text
+    caplog.clear()
+    (tmp_path / "a.txt").write_text("x" * 200)
+    read_text("train", tmp_path, held_out=0.1)
+    assert "too few, or too unequal, for a hash to hold out 0.1 of them" in caplog.text
+    with pytest.raises(ValueError, match="no documents.*holds out the end of each file"):
+        read_text("validation", tmp_path, held_out=1e-9)
 
 
 # --- JSONL ---
@@ -109,23 +279,31 @@ def write_jsonl(path, lines):
 
 def test_jsonl_documents_and_labels(tmp_path):
     lines = [
-        {"body": "text 0", "kind": 0},
-        {"body": "text 1", "kind": 1},
-        {"body": "text 2", "kind": 0},
+        {"body": "text 0", "kind": 10**400},
+        {"body": "text 1", "kind": 1.5},
+        {"body": "text 2", "kind": None},
         "\n",
         {"body": "last", "kind": "x", "more": []},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", lines)
-    keys = dict(text_key="body", label_key="kind")
+    keys = dict(text_key="body", label_key="kind", held_out_by="tail")
 
     train = sources.jsonl("train", path=path, held_out=0.25, **keys)
     validation = sources.jsonl("validation", path=path, held_out=0.25, **keys)
     unlabelled = sources.jsonl("train", path=path, held_out=0.25, text_key="body")
 
-    assert labelled_texts(train) == [("text 0", "0"), ("text 1", "1"), ("text 2", "0")]
+    # Without a label is what has null.
+    assert labelled_texts(train) == [("text 0", str(10**400)), ("text 1", "1.5"), ("text 2", "")]
     assert labelled_texts(validation) == [("last", "x")]
     assert validation[0].name.endswith("a.jsonl:5")  # its line in the file, the empty one counted
     assert unlabelled[0].label == ""
+
+
+@pytest.mark.parametrize("label", ["true", "[1]", '{"a": 1}', "NaN", r'"\ud800"'])
+def test_labels_that_are_none(tmp_path, label):
+    path = write_jsonl(tmp_path / "a.jsonl", [f'{{"text": "a", "label": {label}}}\n'])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the label 'label' is .*; wanted a string"):
+        sources.jsonl("train", path=path, held_out=0.0, label_key="label")
 
 
 def test_jsonl_file_for_each_split(tmp_path):
@@ -247,6 +425,25 @@ def test_tfds_by_name_version_and_slice(copies):
     assert texts(read_tfds("train[80%:]", "lm1b", copies)) == whole[8:]
     assert texts(read_tfds("train[3:7]", "lm1b", copies)) == whole[3:7]
     assert "tensorflow" not in sys.modules
+
+
+def test_tfds_labels_and_texts_that_are_none(tmp_path):
+    """-1 is TFDS's sign for no label; a list is no text."""
+    features = dict(
+        text=TEXT,
+        kind=tfds.features.ClassLabel(names=["no", "yes"]),
+        words=tfds.features.Sequence(TEXT),
+        flag=np.bool_,
+    )
+    row = dict(text="a", kind=-1, words=["b"], flag=True)
+    prepare(tmp_path, "odd", features, dict(train=[row, row | {"kind": "yes"}]))
+
+    documents = read_tfds("train", "odd", tmp_path, label_key="kind")
+    assert labelled_texts(documents) == [("a", ""), ("a", "yes")]
+    with pytest.raises(ValueError, match=r"odd\[0\]: 'words' is \['b'\]; wanted a string"):
+        read_tfds("train", "odd", tmp_path, text_key="words")
+    with pytest.raises(ValueError, match=r"odd\[0\]: the label 'flag' is True"):
+        read_tfds("train", "odd", tmp_path, label_key="flag")
 
 
 def test_tfds_configuration_and_features(copies):

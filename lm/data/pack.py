@@ -93,7 +93,7 @@ def train_tokenizer(
 
     identity = [documents.fingerprint, vocab_size, max_documents, label_prompt]
     key = files.short_hash(json.dumps(identity).encode())
-    folder = epath.Path(cache_dir).expanduser() / "tokenizers"
+    folder = epath.Path(files.expand(cache_dir)) / "tokenizers"
     return tokenizers.train_sentencepiece(texts(), vocab_size, folder / f"{vocab_size}-{key}.model")
 
 

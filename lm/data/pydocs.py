@@ -188,7 +188,7 @@ def pydocs(split: str, *, data_dir: str) -> Documents:
     splits = sorted(map(str, SPLITS.items()))
     identity = [versions, str(Pydocs.VERSION), MIN_CHARS, sorted(SKIPPED), splits]
     key = files.short_hash(json.dumps(identity).encode())[:12]
-    folder = Path(data_dir).expanduser() / f"pydocs-{key}"
+    folder = Path(files.expand(data_dir)) / f"pydocs-{key}"
 
     if not folder.exists():
         described = ", ".join(f"{library} {version}" for library, version in versions.items())

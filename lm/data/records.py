@@ -17,6 +17,7 @@ from lm import files
 
 T = TypeVar("T")
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
+PACKED = ("", ".gz", ".zst")  # what may stand behind them
 
 
 def load(
@@ -31,8 +32,9 @@ def load(
 
     Args:
       split: what "{split}" in `path` and `lines` stands for; TFDS's split, slices too.
-      path: a file or a glob pattern (gs:// too): .jsonl; .json (a list of objects, or SQuAD's own
-        format); .csv or .tsv with a header line.
+      path: a file, a folder or a glob pattern (see `lm.files.find`): .jsonl; .json (a list of
+        objects, or SQuAD's own format); .csv or .tsv with a header line. Each may be packed, with
+        .gz or .zst after that.
       lines: column -> text file whose line i is that column of record i (parallel texts).
       tfds, data_dir: a TFDS data set, see `lm.data.sources.tfds`; taken where there is neither path
         nor lines.
@@ -54,7 +56,8 @@ def load(
         records = _read_parallel_texts(line_files, split)
     elif path:
         records = []
-        for file in files.find(path.replace("{split}", split)):
+        names = [f"*{ending}{packed}" for ending in FORMATS for packed in PACKED]
+        for file in files.find(path.replace("{split}", split), names):
             records.extend(read_table(file))
     elif tfds:
         return open_tfds(split, tfds, data_dir)
@@ -102,15 +105,16 @@ def read_table(file: str) -> list[dict]:
     Raises:
       ValueError: another format, or contents that don't keep theirs.
     """
-    if file.endswith(".jsonl"):
+    name = file.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".jsonl"):
         return [record for _, record in files.read_jsonl(file)]
 
     text = files.read_text(file)
-    if file.endswith(".json"):
+    if name.endswith(".json"):
         return _parse_json(text, file)
-    if file.endswith(".csv"):
+    if name.endswith(".csv"):
         return _parse_csv(text, file, delimiter=",", quoting=csv.QUOTE_MINIMAL)
-    if file.endswith(".tsv"):
+    if name.endswith(".tsv"):
         # Quotes in a TSV are text, as in GLUE's.
         return _parse_csv(text, file, delimiter="\t", quoting=csv.QUOTE_NONE)
     raise ValueError(f"{file}: wanted a file that ends in {', '.join(FORMATS)}")
@@ -121,7 +125,7 @@ def _read_parallel_texts(line_files: Mapping[str, str], split: str) -> list[dict
     columns = {}
     lengths = {}
     for column, file in line_files.items():
-        text = files.read_text(file.replace("{split}", split))
+        text = files.read_text(files.expand(file.replace("{split}", split)))
         # Only the last line end goes: empty lines are records too.
         columns[column] = text.removesuffix("\n").split("\n")
         lengths[column] = len(columns[column])
@@ -135,8 +139,7 @@ def _parse_csv(text: str, file: str, *, delimiter: str, quoting: int) -> list[di
     """Records of a table whose first row names the columns."""
     # The module's own limit is 128 KiB a field; a document may be longer.
     csv.field_size_limit(1 << 30)
-    # Spreadsheets begin UTF-8 files with a byte-order mark.
-    lines = io.StringIO(text.removeprefix("\ufeff"), newline="")
+    lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
     rows = [row for row in reader if row]
     if not rows:
@@ -206,11 +209,13 @@ class TfdsRecords(Sequence):
 
     Attributes:
       identity: what tells this split from others, JSON-able; the data set's name comes first.
+      class_names: feature of class labels -> their names. Where a record has none of them, its
+        value is -1.
     """
 
     def __init__(self, source, class_names: Mapping[str, Sequence[str]], identity: list):
         self._source = source
-        self._class_names = class_names
+        self.class_names = class_names
         self.identity = identity
 
     def __len__(self) -> int:
@@ -237,8 +242,8 @@ class TfdsRecords(Sequence):
     def _value(self, key: str, value):
         value = to_json_value(value)
         # TFDS writes -1 where a split has no labels.
-        if key in self._class_names and value >= 0:
-            return self._class_names[key][value]
+        if key in self.class_names and value >= 0:
+            return self.class_names[key][value]
         return value
 
 
@@ -267,7 +272,7 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
     """
     import tensorflow_datasets as tfds  # half a second: only where used
 
-    data_dir = epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
+    data_dir = epath.Path(files.expand(data_dir or "~/tensorflow_datasets"))
     dataset = name.partition(":")[0]
     advice = (
         "Prepare it once, where TensorFlow is installed: pip install -e '.[prepare]', then tfds "

@@ -6,7 +6,10 @@ Another corpus is another such function, anywhere importable: the config's `data
 """
 
 import dataclasses
+import hashlib
 import json
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -59,65 +62,86 @@ def is_utf8_text(value) -> bool:
 
 
 def text(
-    split: str, *, path: str, held_out: float, separator: str = "", document_chars: int = 0
+    split: str,
+    *,
+    path: str,
+    held_out: float,
+    held_out_by: str = "hash",
+    separator: str = "",
+    document_chars: int = 0,
 ) -> Documents:
-    """Returns the documents of UTF-8 text files.
+    """Returns the documents of text files, see `lm.files.read_text`.
 
     Args:
-      split: "train", the first part, or "validation", the rest, a share of `held_out`.
-      path: a file or a glob pattern (gs:// too).
-      held_out: share of the documents; of the characters, where the whole is one document.
+      split: "train" or "validation", which is what is held out. A path with "{split}" in it has
+        files for each split instead, of any name.
+      path: a file, a folder (all files in it, at any depth) or a glob pattern (gs:// too).
+      held_out: share of the documents, from 0 to below 1.
+      held_out_by: "hash" of a document's text, see `is_held_out`; "tail", the last documents of
+        each file, for published splits. A file that is one document is divided by its characters,
+        by "tail", and by "hash" where there is no other file.
       separator: what divides documents within a file; "" if each file is one.
-      document_chars: cuts what is longer into documents of so many characters; 0: no cutting.
+      document_chars: cuts what is longer into documents of so many characters, each in the split of
+        the whole; 0: no cutting.
 
     Raises:
-      ValueError: no file, no text, text that is not UTF-8, or an unknown split.
+      ValueError: no file, no text, a file that is no text, a separator that no file has, a share
+        out of range, or an unknown split.
     """
+    held_out_part = _HeldOut(split, path, held_out, held_out_by)
+    found = files.find(path.replace("{split}", split))
+    if separator:
+        separator = _separator_in(found, separator)
+
     documents = []
-    for file in files.find(path):
+    for file in found:
         content = files.read_text(file)
         parts = content.split(separator) if separator else [content]
         parts = [part for part in parts if part]
-        for number, part in enumerate(parts):
-            documents.append(Document(part, f"{file}:{number}", ""))
-
-    if len(documents) == 1:
-        whole = documents[0]
-        documents = [whole._replace(text=_part_of_split(whole.text, split, held_out))]
-    else:
-        documents = _part_of_split(documents, split, held_out)
-
-    # After the split, so that no document has parts in both.
-    if document_chars:
-        documents = _cut(documents, document_chars)
-    return _in_memory(documents, f"split {split!r} of {path}")
+        in_file = [Document(part, f"{file}:{number}", "") for number, part in enumerate(parts)]
+        if len(parts) == 1 and (held_out_by == "tail" or len(found) == 1):
+            in_file = [held_out_part.of_characters(in_file[0], file)]
+        else:
+            in_file = held_out_part.of_documents(in_file, file)
+        documents += _cut(in_file, document_chars) if document_chars else in_file
+    return _in_memory(documents, held_out_part)
 
 
 def jsonl(
-    split: str, *, path: str, held_out: float, text_key: str = "text", label_key: str = ""
+    split: str,
+    *,
+    path: str,
+    held_out: float,
+    held_out_by: str = "hash",
+    text_key: str = "text",
+    label_key: str = "",
 ) -> Documents:
     """Returns the documents of JSONL files, one a line: {"text": ..., "label": ...}.
 
     Args:
-      split: "train", the first documents, or "validation", the last `held_out` of them. A path with
-        "{split}" in it has a file for each split instead, of any name.
-      path: a file or a glob pattern (gs:// too).
-      held_out: share of the documents.
-      text_key, label_key: keys of the text and of the label; no label if "".
+      split, held_out, held_out_by: see `text`.
+      path: a file, a folder (all .jsonl files in it, .jsonl.gz and .jsonl.zst too, at any depth) or
+        a glob pattern (gs:// too).
+      text_key, label_key: keys of the text and of the label; no label if "". A label is a string or
+        a number, of which the digits are taken; null or "" where there is none.
 
     Raises:
-      ValueError: no file, a line that is not such an object (file and line are named), not UTF-8,
-        or an unknown split.
+      ValueError: no file, a line that is not such an object (file and line are named), a file that
+        is no text, a share out of range, or an unknown split.
     """
+    held_out_part = _HeldOut(split, path, held_out, held_out_by)
+    names = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
     documents = []
-    for file in files.find(path.replace("{split}", split)):
+    for file in files.find(path.replace("{split}", split), names):
+        in_file = []
         for number, record in files.read_jsonl(file):
-            document = _document_of_record(record, f"{file}:{number}", text_key, label_key)
-            documents.append(document)
-
-    if "{split}" not in path:
-        documents = _part_of_split(documents, split, held_out)
-    return _in_memory(documents, f"split {split!r} of {path}")
+            place = f"{file}:{number}"
+            for key in (text_key, label_key) if label_key else (text_key,):
+                if key not in record:
+                    raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
+            in_file.append(_document(record, place, place, text_key, label_key))
+        documents += held_out_part.of_documents(in_file, file)
+    return _in_memory(documents, held_out_part)
 
 
 def tfds(
@@ -148,25 +172,163 @@ def tfds(
     return Documents(documents, files.short_hash(json.dumps(identity).encode()))
 
 
-def _in_memory(documents: list[Document], what: str) -> Documents:
-    """Documents with text in it; `what` names them in the error if there are none."""
+def is_held_out(text: str, held_out: float) -> bool:
+    """Returns whether a document is held out of training, by a hash of its text alone.
+
+    So it is wherever the text stands and whatever else the corpus has, and duplicates are on the
+    same side.
+    """
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") < held_out * 2**64
+
+
+HELD_OUT_BY = ("hash", "tail")
+SHOWN_FILES = 20  # in the log
+
+
+class _HeldOut:
+    """The part of each file that a split has, and the log of it.
+
+    Raises:
+      ValueError: a share out of range, or unknown names.
+    """
+
+    def __init__(self, split: str, path: str, held_out: float, held_out_by: str):
+        where = "config.data.source_args"
+        if not 0 <= held_out < 1:
+            raise ValueError(f"{where}.held_out = {held_out}; wanted a share, 0 to below 1")
+        if held_out_by not in HELD_OUT_BY:
+            raise ValueError(f"{where}.held_out_by = {held_out_by!r}; valid: {list(HELD_OUT_BY)}")
+        self._has_files_of_its_own = "{split}" in path
+        if not self._has_files_of_its_own and split not in ("train", "validation"):
+            raise ValueError(
+                f"split {split!r}: this source has 'train' and 'validation', which is {where}."
+                f"held_out of it. {{split}} in {where}.path stands for files of any split"
+            )
+        self._split, self._path = split, path
+        self._held_out, self._by = held_out, held_out_by
+        self._chars = {}  # file -> (characters that the split has, characters)
+        self._squares = 0  # of the documents' characters, summed
+
+    def of_documents(self, documents: list[Document], file: str) -> list[Document]:
+        """Returns those documents of a file that the split has."""
+        if self._has_files_of_its_own:
+            kept = documents
+        elif self._by == "tail":
+            kept = self._of_ends(documents)
+        else:
+            is_wanted = self._split == "validation"
+            kept = [d for d in documents if is_held_out(d.text, self._held_out) == is_wanted]
+        self._count(file, kept, documents)
+        return kept
+
+    def of_characters(self, document: Document, file: str) -> Document:
+        """Returns the part of a document, all that a file has, that the split has."""
+        if self._has_files_of_its_own:
+            kept = document
+        else:
+            self._by = "tail"
+            kept = document._replace(text=self._of_ends(document.text))
+        self._count(file, [kept], [document])
+        return kept
+
+    def _of_ends(self, whole):
+        """The beginning of a list or string for "train", its end for "validation"."""
+        boundary = int(len(whole) * (1 - self._held_out))
+        return whole[:boundary] if self._split == "train" else whole[boundary:]
+
+    def _count(self, file: str, kept: list[Document], documents: list[Document]) -> None:
+        self._chars[file] = (_num_chars(kept), _num_chars(documents))
+        self._squares += sum(len(document.text) ** 2 for document in documents)
+
+    def log(self) -> None:
+        """Logs what share of which file the split has, the largest files first."""
+        if self._has_files_of_its_own:
+            return
+        files_ = sorted(self._chars, key=lambda file: -self._chars[file][1])
+        shares = [f"{file} {_percent(*self._chars[file])}" for file in files_[:SHOWN_FILES]]
+        if len(files_) > SHOWN_FILES:
+            shares.append(f"and {len(files_) - SHOWN_FILES} smaller files")
+        kept = sum(chars for chars, _ in self._chars.values())
+        total = sum(chars for _, chars in self._chars.values())
+        logging.info(
+            "split %r has %s of the characters of %s, by %s: %s",
+            self._split,
+            _percent(kept, total),
+            self._path,
+            self._by,
+            ", ".join(shares),
+        )
+
+        # The variance of the share that hashes hold out: is its deviation half of the share?
+        variance = self._held_out * (1 - self._held_out) * self._squares / total**2
+        if self._by == "hash" and variance > (self._held_out / 2) ** 2:
+            logging.warning(
+                "documents are too few, or too unequal, for a hash to hold out %g of them: whole "
+                "files may be on one side. %s",
+                self._held_out,
+                _MORE_DOCUMENTS,
+            )
+
+    def error_without_documents(self) -> ValueError:
+        """The error where the split has no text."""
+        message = f"split {self._split!r} of {self._path} has no documents with text in it"
+        is_divided = not self._has_files_of_its_own
+        if is_divided and any(chars for _, chars in self._chars.values()):
+            message += f": config.data.source_args.held_out = {self._held_out:g} leaves it none"
+            if self._held_out:
+                message += f". {_MORE_DOCUMENTS}"
+        return ValueError(message)
+
+
+_MORE_DOCUMENTS = (
+    "Among config.data.source_args, held_out_by='tail' holds out the end of each file, and a "
+    "separator (of text) divides files into more documents"
+)
+
+
+def _num_chars(documents: list[Document]) -> int:
+    return sum(len(document.text) for document in documents)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.3g}%" if whole else "(no text)"
+
+
+def _in_memory(documents: list[Document], held_out_part: _HeldOut) -> Documents:
+    """Documents with text in it."""
     documents = [document for document in documents if document.text]
     if not documents:
-        raise ValueError(f"{what} has no documents with text in it")
+        raise held_out_part.error_without_documents()
+    held_out_part.log()
     return Documents(documents, fingerprint(documents))
 
 
-def _part_of_split(whole, split: str, held_out: float):
-    """The first 1 - held_out of a list or string for "train", the rest for "validation"."""
-    if split not in ("train", "validation"):
-        raise ValueError(
-            f"split {split!r}: this source has 'train' and 'validation' (the last "
-            "config.data.source_args.held_out of it)"
-        )
-    if not 0 <= held_out <= 1:
-        raise ValueError(f"held_out = {held_out}; wanted a share, 0 to 1")
-    boundary = int(len(whole) * (1 - held_out))
-    return whole[:boundary] if split == "train" else whole[boundary:]
+def _separator_in(found: list[str], separator: str) -> str:
+    """The separator as the files have it: as it was given or, where none has that, with the
+    characters that its escapes stand for.
+
+    Raises:
+      ValueError: none has either.
+    """
+    unescaped = files.unescape(separator)
+    with_crlf = unescaped.replace("\n", "\r\n")
+    in_files = dict.fromkeys((separator, unescaped, with_crlf), False)
+    for file in found:
+        content = files.read_text(file)
+        if separator in content:
+            return separator
+        for candidate in in_files:
+            in_files[candidate] = in_files[candidate] or candidate in content
+
+    where = "config.data.source_args.separator"
+    if in_files[unescaped]:
+        logging.info("%s: %r is taken for the characters %r", where, separator, unescaped)
+        return unescaped
+    hint = "where there is none to divide by, leave it empty"
+    if in_files[with_crlf]:
+        hint = f"{with_crlf!r} does: the files' lines end in that way"
+    raise ValueError(f"{where} = {separator!r} occurs in no file; {hint}")
 
 
 def _cut(documents: list[Document], document_chars: int) -> list[Document]:
@@ -179,19 +341,27 @@ def _cut(documents: list[Document], document_chars: int) -> list[Document]:
     return pieces
 
 
-def _document_of_record(record: dict, place: str, text_key: str, label_key: str) -> Document:
-    """A document out of a JSONL file's object; `place` is its file and line."""
-    for key in (text_key, label_key) if label_key else (text_key,):
-        if key not in record:
-            raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
-
+def _document(record: dict, name: str, place: str, text_key: str, label_key: str) -> Document:
+    """A document out of a record; `place` is where that stands."""
     text = record[text_key]
     if not is_utf8_text(text):
         raise ValueError(
             f"{place}: {text_key!r} is {text!r:.60}; wanted a string that UTF-8 can hold"
         )
-    label = str(record[label_key]) if label_key else ""
-    return Document(text, place, label)
+
+    label = record[label_key] if label_key else ""
+    if label is None:
+        label = ""
+    elif isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    elif isinstance(label, float) and math.isfinite(label):
+        label = str(label)
+    if not is_utf8_text(label):
+        raise ValueError(
+            f"{place}: the label {label_key!r} is {label!r:.60}; wanted a string, a number, or "
+            "null for none"
+        )
+    return Document(text, name, label)
 
 
 class _TfdsDocuments(Sequence):
@@ -210,7 +380,10 @@ class _TfdsDocuments(Sequence):
             raise IndexError(index)
 
         record = self._table.select(index, (self._text_key, self._label_key, "name"))
-        label = str(record[self._label_key]) if self._label_key else ""
+        # TFDS writes -1 where a split has no labels.
+        if self._label_key in self._table.class_names and record[self._label_key] == -1:
+            record[self._label_key] = None
         # Few data sets name their records; the others go by data set and number.
-        name = str(record.get("name", f"{self._table.identity[0]}[{index}]"))
-        return Document(str(record[self._text_key]), name, label)
+        place = f"{self._table.identity[0]}[{index}]"
+        name = str(record.get("name", place))
+        return _document(record, name, place, self._text_key, self._label_key)

@@ -14,6 +14,7 @@ import pathlib
 import tomllib
 from collections.abc import Mapping, Sequence
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from lm import files
@@ -177,6 +178,8 @@ def task(
 
     Args:
       name: a file of lm/evals/tasks/ without its ending, "sst2", or the path of a .toml file.
+        Relative paths in that file are relative to its folder; those in `changes`, as all others,
+        to the working directory.
       every, batch_size: see the top of this file.
       type: another type than the file's, "lm.evals.linear.LinearVerbalizer".
       changes: other values for the task's keys. A dict changes only the keys that it has:
@@ -187,7 +190,8 @@ def task(
         that is of another type than the key's default.
     """
     folder = pathlib.Path(__file__).parent / "tasks"
-    path = pathlib.Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    is_file = name.endswith(".toml")
+    path = epath.Path(files.expand(name) if is_file else folder / f"{name}.toml")
     if not path.exists():
         names = sorted(file.stem for file in folder.glob("*.toml"))
         raise ValueError(f"no task {name!r}; valid: {names}, and paths of .toml files")
@@ -203,8 +207,70 @@ def task(
 
     # Defaults, what the file says, what the caller says: each overrides what is before it.
     values = _merge(TASKS[type], values, str(path))
+    if is_file:
+        values["source"] = _relative_to(values["source"], str(path.parent))
     values = _merge(values, changes, f"task({name!r})")
     return ConfigDict(dict(type=type, every=every, batch_size=batch_size) | values)
+
+
+def tasks(names: str) -> dict[str, ConfigDict]:
+    """Makes the entries of tasks, by their names.
+
+    Args:
+      names: tasks as `task` takes them, with commas between them. One of a .toml file has the name
+        of the file, without dots, since it becomes part of flags.
+
+    Raises:
+      ValueError: see `task`; two of one name.
+    """
+    entries = {}
+    for name in names.split(","):
+        key = name
+        if name.endswith(".toml"):
+            key = pathlib.PurePath(name).stem.replace(".", "_")
+        if key in entries:
+            raise ValueError(f"{names!r} has two tasks of the name {key!r}; rename a file")
+        entries[key] = task(name)
+    return entries
+
+
+def change(evals: ConfigDict, changes: str) -> None:
+    """Adds tasks to config.evals and takes entries out.
+
+    Args:
+      changes: with commas between them, -NAME takes out an entry, -all all of them; +TASK adds one,
+        see `tasks`.
+
+    Raises:
+      ValueError: an entry that isn't there, or is there already; a change of another form; see
+        `task`.
+    """
+    for item in changes.split(","):
+        sign, name = item[:1], item[1:]
+        if sign == "-" and name == "all":
+            for key in list(evals):
+                del evals[key]
+        elif sign == "-" and name in evals:
+            del evals[name]
+        elif sign == "+" and name:
+            for key, entry in tasks(name).items():
+                if key in evals:
+                    raise ValueError(f"{item}: config.evals has {key!r} already; -{key} before it")
+                evals[key] = entry
+        else:
+            raise ValueError(
+                f"{item!r} is no change of config.evals; wanted +TASK, -all, or one of "
+                f"{[f'-{key}' for key in evals]}"
+            )
+
+
+def _relative_to(source: dict, folder: str) -> dict:
+    """The keys of a task's source with its paths as seen from the working directory."""
+    lines = {column: files.expand(file, folder) for column, file in source["lines"].items()}
+    path, data_dir = source["path"], source["data_dir"]
+    return source | dict(
+        path=files.expand(path, folder), data_dir=files.expand(data_dir, folder), lines=lines
+    )
 
 
 def _merge(defaults: dict, changes: dict, where: str) -> dict:
@@ -229,6 +295,8 @@ def _merge(defaults: dict, changes: dict, where: str) -> dict:
 
         # The keys of `lines` are the columns of the data: any will do.
         if key == "lines":
+            for column, file in value.items():
+                _check_type("", file, f"{where}: {key}.{column}")
             merged[key] = dict(value)
         elif isinstance(default, dict):
             merged[key] = _merge(default, value, f"{where}: {key}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lm import files
 from lm.data import chat
 from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer, prefix_ids
@@ -277,7 +278,7 @@ class Harness:
         self._limit = limit or None
 
         self._manager = TaskManager(
-            include_path=include_path or None, include_defaults=not include_path
+            include_path=files.expand(include_path) or None, include_defaults=not include_path
         )
         known = self._manager.all_tasks
         unknown = [task for task in tasks if task not in known]

@@ -44,7 +44,7 @@ _CHECK = flags.DEFINE_boolean(
     "check", False, "Compile the cards named (all by default) again, and fail where figures moved."
 )
 
-CACHE = Path("~/.cache/lm/plan")  # of the search's reports
+CACHE = "~/.cache/lm/plan"  # of the search's reports
 
 
 def log_progress(text: str) -> None:
@@ -62,7 +62,7 @@ def search_settings(
     """
     evaluate = search.cached(
         functools.partial(plan, topology=topology, slices=slices),
-        CACHE.expanduser(),
+        Path(files.expand(CACHE)),
         topology,
         str(slices),
         jax.__version__,
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
             _TOPOLOGY.value,
             _SLICES.value,
             minutes=_MINUTES.value,
-            overrides=Path(_OVERRIDES.value),
+            overrides=Path(files.expand(_OVERRIDES.value)),
         )
         print(ranking)
         return 0
