@@ -411,9 +411,12 @@ class Experiment:
         c = self.config.data
         amount, unit = config_lib.parse_length(self.config.train.length)
         arguments = _stream_arguments(self.config, amount if unit == "epochs" else None)
+        packing = _packing(self.config)
 
         def make_stream(number: int) -> pack.Stream:
-            return pack.stream(self.train_documents, self.encoder, number=number, **arguments)
+            return pack.stream(
+                self.train_documents, self.encoder, packing, number=number, **arguments
+            )
 
         layout = sharding.batch_sharding(self.program.mesh)
         return Loader(make_stream, c.streams, c.batch_size, c.length, layout)
@@ -532,15 +535,11 @@ def build(
 
 def _stream_arguments(config: ConfigDict, epochs: Fraction | None) -> dict:
     """What all streams of a run have in common, by the arguments of `lm.data.pack.Stream`."""
-    c = config.data
-    return dict(
-        length=c.length,
-        packing=c.packing,
-        bins=c.packing_bins,
-        num_streams=c.streams,
-        seed=config.seed,
-        epochs=epochs,
-    )
+    return dict(num_streams=config.data.streams, seed=config.seed, epochs=epochs)
+
+
+def _packing(config: ConfigDict) -> pack.Packing:
+    return pack.Packing(config.data.packing, config.data.length, config.data.packing_bins)
 
 
 def _steps_of_epochs(
@@ -549,7 +548,7 @@ def _steps_of_epochs(
     """Steps until the last stream has ended its last epoch."""
     logging.info("counting the rows of %s", config.train.length)
     arguments = _stream_arguments(config, epochs)
-    longest = max(pack.count_rows(train_documents, encoder, **arguments))
+    longest = max(pack.count_rows(train_documents, encoder, _packing(config), **arguments))
     return math.ceil(longest / (config.data.batch_size // config.data.streams))
 
 

@@ -38,9 +38,7 @@ def make_stream(number, num_streams):
     return pack.stream(
         DOCUMENTS,
         pack.Encoder(ByteTokenizer(), ""),
-        length=LENGTH,
-        packing="first_fit",
-        bins=4,
+        pack.Packing("first_fit", LENGTH, 4),
         number=number,
         num_streams=num_streams,
         seed=0,

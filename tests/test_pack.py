@@ -38,9 +38,7 @@ def make_stream(
     return pack.stream(
         documents,
         pack.Encoder(TOKENIZER, label_prompt),
-        length=LENGTH,
-        packing=packing,
-        bins=bins,
+        pack.Packing(packing, LENGTH, bins),
         number=number,
         num_streams=num_streams,
         seed=seed,
@@ -377,13 +375,13 @@ def test_empty_row_is_padding():
 def test_streams_end_with_their_epochs(packing, epochs):
     """Every document as often as there are epochs, then padding; streams are told how long."""
     documents, epochs = make_documents(23), Fraction(epochs)
-    arguments = dict(packing=packing, bins=BINS, num_streams=3, seed=0, epochs=epochs)
-    encoder = pack.Encoder(TOKENIZER, "")
-    num_rows = pack.count_rows(documents, encoder, length=LENGTH, **arguments)
+    arguments = dict(num_streams=3, seed=0, epochs=epochs)
+    encoder, packing = pack.Encoder(TOKENIZER, ""), pack.Packing(packing, LENGTH, BINS)
+    num_rows = pack.count_rows(documents, encoder, packing, **arguments)
 
     starts = Counter()
     for number in range(3):
-        stream = pack.stream(documents, encoder, length=LENGTH, number=number, **arguments)
+        stream = pack.stream(documents, encoder, packing, number=number, **arguments)
         rows = take(stream, num_rows[number])
         assert all(row["segments"].any() for row in rows)
         assert stream.has_ended()
@@ -411,9 +409,9 @@ def test_state_restores_at_every_row(packing):
     documents = make_documents(12)
 
     def make():
-        arguments = dict(length=LENGTH, packing=packing, bins=BINS, number=0, num_streams=1, seed=0)
+        arguments = dict(number=0, num_streams=1, seed=0, epochs=Fraction("2.5"))
         encoder = pack.Encoder(TOKENIZER, "")
-        return pack.stream(documents, encoder, epochs=Fraction("2.5"), **arguments)
+        return pack.stream(documents, encoder, pack.Packing(packing, LENGTH, BINS), **arguments)
 
     stream, rows, states, progress = make(), [], [], []
     while len(rows) < 4 or rows[-4]["segments"].any():

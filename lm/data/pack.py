@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -153,16 +153,22 @@ def empty_row(length: int) -> dict[str, np.ndarray]:
     return {name: np.zeros(length, dtype) for name, dtype in batch.DTYPES.items()}
 
 
-def _pack(
-    dataset: grain.IterDataset, packing: str, length: int, bins: int, seed: int
-) -> grain.IterDataset:
+class Packing(NamedTuple):
+    """How windows become rows."""
+
+    name: str  # first_fit, into `bins` rows at a time, or concat_then_split
+    length: int  # of a row
+    bins: int
+
+
+def _pack(dataset: grain.IterDataset, packing: Packing, seed: int) -> grain.IterDataset:
     """Windows -> Grain's packed elements."""
-    structure = {name: length for name in _FEATURES}
-    if packing == "first_fit":
+    structure = {name: packing.length for name in _FEATURES}
+    if packing.name == "first_fit":
         return grain_experimental.FirstFitPackIterDataset(
-            dataset, length_struct=structure, num_packing_bins=bins, seed=seed
+            dataset, length_struct=structure, num_packing_bins=packing.bins, seed=seed
         )
-    assert packing == "concat_then_split", packing
+    assert packing.name == "concat_then_split", packing
     return grain_experimental.ConcatThenSplitIterDataset(dataset, length_struct=structure)
 
 
@@ -176,7 +182,7 @@ class _Unpack(grain_experimental.FlatMapTransform):
 
 
 class Stream:
-    """Stream `number` of `num_streams`: an endless iterator over rows of `length`.
+    """Stream `number` of `num_streams`: an endless iterator over rows.
 
     It takes every num_streams-th item, shuffled anew each epoch. An epoch has each of them once: at
     its end the packing's bins are emptied. Windows are made in a thread ahead of the packing.
@@ -186,7 +192,6 @@ class Stream:
       items: documents, or what stands for them.
       to_windows: item -> its windows.
       bos_id: the token that begins an item's first window, and none of its other windows.
-      packing: first_fit, into `bins` rows at a time, or concat_then_split.
       epochs: after so many it gives rows of padding; None: there is always another.
     """
 
@@ -194,11 +199,9 @@ class Stream:
         self,
         items: Sequence,
         to_windows: Callable[[Any], list[dict[str, np.ndarray]]],
+        packing: Packing,
         *,
         bos_id: int,
-        length: int,
-        packing: str,
-        bins: int,
         number: int,
         num_streams: int,
         seed: int,
@@ -209,8 +212,7 @@ class Stream:
         self._shuffle_seed, self._pack_seed = int(seeds[0]), int(seeds[1])
         self._items = grain.MapDataset.source(items)[number::num_streams]
         self._to_windows, self._bos_id = to_windows, bos_id
-        self._length, self._packing, self._bins = length, packing, bins
-        self._epochs = epochs
+        self._packing, self._epochs = packing, epochs
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -225,8 +227,7 @@ class Stream:
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=32)
         )
         dataset = grain_experimental.FlatMapIterDataset(dataset, _Unpack())
-        packed = _pack(dataset, self._packing, self._length, self._bins, self._pack_seed)
-        self._rows = iter(packed.map(to_row))
+        self._rows = iter(_pack(dataset, self._packing, self._pack_seed).map(to_row))
 
     def __iter__(self):
         return self
@@ -234,7 +235,7 @@ class Stream:
     def __next__(self) -> dict[str, np.ndarray]:
         while (row := next(self._rows, None)) is None:
             if self.has_ended():
-                return empty_row(self._length)
+                return empty_row(self._packing.length)
             self._rows.close()
             self._begin(self._epoch + 1)
 
@@ -270,18 +271,18 @@ class Stream:
         self._rows.close()
 
 
-def stream(documents: Documents, encoder: Encoder, *, length: int, **arguments) -> Stream:
+def stream(documents: Documents, encoder: Encoder, packing: Packing, **arguments) -> Stream:
     """Returns a `Stream` of documents' training rows; `arguments` are Stream's."""
 
     def to_windows(document: Document) -> list[dict[str, np.ndarray]]:
-        return windows(encoder.training(document), length)
+        return windows(encoder.training(document), packing.length)
 
     bos_id = encoder.tokenizer.bos_id
-    return Stream(documents, to_windows, bos_id=bos_id, length=length, **arguments)
+    return Stream(documents, to_windows, packing, bos_id=bos_id, **arguments)
 
 
 def count_rows(
-    documents: Documents, encoder: Encoder, *, num_streams: int, length: int, **arguments
+    documents: Documents, encoder: Encoder, packing: Packing, *, num_streams: int, **arguments
 ) -> list[int]:
     """Returns how many rows each `Stream` of documents has until it ends.
 
@@ -291,15 +292,16 @@ def count_rows(
     sizes = [len(encoder.training(document)) for document in documents]
 
     def to_windows(size: int) -> list[dict[str, np.ndarray]]:
-        return windows([0] * size, length)  # the sizes alone decide where windows go
+        # The sizes alone decide where windows go.
+        return windows([0] * size, packing.length)
 
     counts = []
     for number in range(num_streams):
         rows = Stream(
             sizes,
             to_windows,
+            packing,
             bos_id=0,
-            length=length,
             number=number,
             num_streams=num_streams,
             **arguments,
@@ -321,4 +323,4 @@ def evaluation_rows(
     # All is in memory already: no thread reads ahead.
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = grain.MapDataset.source(windows_).to_iter_dataset(read_options)
-    return [to_row(packed) for packed in _pack(dataset, "first_fit", length, bins=64, seed=0)]
+    return [to_row(packed) for packed in _pack(dataset, Packing("first_fit", length, 64), 0)]
