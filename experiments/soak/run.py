@@ -5,6 +5,7 @@ disturbed; see README.md beside this file.
 """
 
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -236,9 +237,10 @@ def fill_disk(soak: "Soak") -> bool:
         with open(filler, "wb") as file:
             while program.is_running():
                 # Again and again: old checkpoints go, and make room.
-                free = shutil.disk_usage(soak.place.disk).free
-                if free > left:
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(filler) + free - left)
+                more = shutil.disk_usage(soak.place.disk).free - left
+                if more > 0:
+                    with contextlib.suppress(OSError):  # the program was faster
+                        os.posix_fallocate(file.fileno(), os.path.getsize(filler), more)
                 time.sleep(0.01)
         program.expect_error(str(soak.run))
     finally:
