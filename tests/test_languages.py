@@ -1,5 +1,5 @@
-"""A corpus in eleven languages: each way to read it holds out the same documents, an epoch has every
-other one once, and each text comes back from its tokens.
+"""A corpus in eleven languages: each way to read it holds out the same documents, an epoch has
+every other one once, and each text comes back from its tokens.
 """
 
 import collections
