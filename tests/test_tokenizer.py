@@ -1,5 +1,6 @@
 """Tokenizers: text comes back as it went in, and training is a function of the text."""
 
+import json
 import random
 
 import pytest
@@ -29,6 +30,7 @@ TRICKY = [
     "e\u0301 é ﬁ Ⅳ ①",
     "\u2028\u2029\ufeff\u200b",
     "\ufffd ⁇ ▅",
+    "▁ a▁▁ ▁b",
     "<s> </s> <unk> <0x0A>",
     "a\u00a0b\u3000c",
     "אב \u202eabc",
@@ -105,6 +107,55 @@ def test_pieces_never_cross_a_newline(trained):
 
 # --- training ---
 
+CHINESE = ["".join(random.Random(i).choices("的一是不了人我在有他", k=50)) for i in range(400)]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        CHINESE,
+        [*CHINESE, "的 一"],  # 1 space in 20,000 characters
+        ["".join(CHINESE) * 4],  # a word that the trainer can't hold
+        ["".join(CHINESE * 20)],  # a line that it leaves out
+        [" ".join(CHINESE * 20)],
+        [text + "\u2585" for text in CHINESE],  # lines that it leaves out for their sign
+    ],
+    ids=["no space", "rare spaces", "a long word", "a long line", "of words", "reserved sign"],
+)
+def test_any_text_comes_back_whatever_it_was_trained_on(texts, tmp_path):
+    trained = train(texts, 300, tmp_path / "a.model")
+
+    all_characters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    for text in [*TRICKY, "你好 world", "\t \t", all_characters]:
+        assert trained.decode(trained.encode(text)) == text, text[:40]
+    # Nothing was left out.
+    assert len(trained.encode("的一是不了人我在有他")) <= 10
+
+
+def test_no_text_needs_a_space_to_train(tmp_path):
+    trained = train(["\t\t", "\t"], 261, tmp_path / "a.model")
+    assert trained.decode(trained.encode("\t a")) == "\t a"
+
+
+def test_a_line_is_cut_between_words():
+    line = "ab  cde f" * 20_000
+    parts = list(tokenizers._sentences([line]))
+    assert "".join(parts) == line
+    assert len(parts) == 3
+    # No part ends in a space, or begins within a word.
+    assert all(part[0] == " " for part in parts[1:])
+    assert not any(part[-1] == " " for part in parts)
+
+
+def test_advice_names_what_there_is(tmp_path):
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+    with pytest.raises(ValueError, match="vocab_size = 2048: .* take 3261 ids") as error:
+        train([characters], 2048, tmp_path / "a.model")
+    assert "character_coverage" not in str(error.value)
+    with pytest.raises(ValueError, match="vocab_size = 2048: this text gives at most 266 ids"):
+        train(["ab ab"], 2048, tmp_path / "a.model")
+    train(["ab ab"], 266, tmp_path / "a.model")
+
 
 def test_training_is_deterministic_and_cached(trained, tmp_path):
     cache = tmp_path / "new" / "b.model"
@@ -155,6 +206,35 @@ def test_a_vocabulary_that_the_text_does_not_fill(tmp_path):
         with pytest.raises(ValueError, match=f"config.tokenizer.vocab_size = {vocab_size}"):
             train(texts, vocab_size, tmp_path / "a.model")
     assert not list(tmp_path.iterdir())  # nothing incomplete is kept
+
+
+# --- of Hugging Face checkpoints ---
+
+
+@pytest.mark.parametrize(
+    "length", [dict(Fixed=8), "BatchLongest"], ids=["to a length", "to the longest"]
+)
+def test_saved_truncation_and_padding_are_dropped(length, tmp_path):
+    byte_tokenizer = tokenizers.ByteTokenizer()
+    byte_tokenizer.save(epath.Path(tmp_path))
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.bytes").unlink()
+    saved["truncation"] = dict(direction="Right", max_length=8, strategy="LongestFirst", stride=0)
+    saved["padding"] = dict(
+        strategy=length,
+        direction="Right",
+        pad_to_multiple_of=None,
+        pad_id=0,
+        pad_type_id=0,
+        pad_token="x",
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+
+    loaded = tokenizers.load(tmp_path)
+    for text in TRICKY[:-10] + TEXTS[:2]:
+        assert loaded.encode(text) == byte_tokenizer.encode(text)
+    assert loaded.encode_batch(TEXTS) == byte_tokenizer.encode_batch(TEXTS)
+    assert loaded.prompt("a") == [97]
 
 
 # --- what is refused ---

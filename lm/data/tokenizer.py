@@ -6,6 +6,7 @@ and one EOS after it.
 """
 
 import io
+import itertools
 import json
 import logging
 import re
@@ -215,6 +216,14 @@ def _gpt2_spelling() -> dict[str, int]:
 
 # --- SentencePiece ---
 
+SPACE_SIGN = "\u2581"  # what SentencePiece writes for a space in its pieces
+UNKNOWN_SIGN = "\u2585"  # its trainer leaves out lines that have it
+RARE = 10_000  # one character in so many is spelt in bytes, the rarest ones
+# Its trainer ends the process at a longer word, and leaves out lines of more than
+# MAX_LINE_BYTES. No character has more than 4 bytes.
+MAX_LINE_CHARS = 2**16 - 1
+MAX_LINE_BYTES = 2**20
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), with its own BOS and EOS.
@@ -249,11 +258,22 @@ class SentencePieceTokenizer:
         self.fingerprint = "sentencepiece-" + short_hash(model)
         self.files = files or {}
         self._model = model
+        self._sign_ids = self._bytes_of_the_sign()
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        if not self._sign_ids or SPACE_SIGN not in text:
+            return self._processor.encode(text)
+
+        # The model would take the sign for a space: it is spelt in bytes, between the rest.
+        first, *others = self._processor.encode(text.split(SPACE_SIGN))
+        ids = list(first)
+        for other in others:
+            ids += self._sign_ids + other
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if any(SPACE_SIGN in text for text in texts):
+            return [self.encode(text) for text in texts]
         return self._processor.encode(list(texts))
 
     def prompt(self, text: str) -> list[int]:
@@ -287,6 +307,19 @@ class SentencePieceTokenizer:
             unk_token=self._piece(self._processor.unk_id()),
         )
 
+    def _bytes_of_the_sign(self) -> list[int]:
+        """The ids of the bytes of U+2581; [] in a model where they can't stand for it.
+
+        They can't where a text gets a space in front, or loses one.
+        """
+        pieces = [f"<0x{byte:02X}>" for byte in SPACE_SIGN.encode()]
+        ids = [self._processor.piece_to_id(piece) for piece in pieces]
+        if not all(map(self._processor.is_byte, ids)):
+            return []
+        around = self._processor.encode(["a", " a"])
+        decoded = self._processor.decode(around[0] + ids + around[1])
+        return ids if decoded == f"a{SPACE_SIGN} a" else []
+
     def _piece(self, piece_id: int) -> str | None:
         """The text of a piece; SentencePiece gives -1 for the id of one that a model lacks."""
         return self._processor.id_to_piece(piece_id) if piece_id >= 0 else None
@@ -297,9 +330,8 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Returns a byte-pair model with byte fallback of `texts`.
 
-    Text comes back unchanged: no normalisation, runs of spaces kept, a piece for the newline, bytes
-    for what is rare. (The one exception is U+2581, SentencePiece's own sign for the space.) Pieces
-    never cross a newline.
+    Text comes back unchanged: no normalisation, runs of spaces kept, pieces for the space and the
+    newline in any corpus, bytes for what is rare. Pieces never cross a newline.
 
     Args:
       texts: read only if there is nothing at `cache`.
@@ -308,7 +340,7 @@ def train_sentencepiece(
         is damaged is trained again.
 
     Raises:
-      ValueError: the texts are too few for the size.
+      ValueError: the texts are too few for the size, or have too many characters for it.
     """
     hash_file = cache.parent / f"{cache.name}.hash"
     if cache.exists():
@@ -332,7 +364,7 @@ def _sentencepiece_model(texts: Iterable[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_sentences(texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -343,29 +375,70 @@ def _sentencepiece_model(texts: Iterable[str], vocab_size: int) -> bytes:
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],
-            character_coverage=0.9999,
+            character_coverage=1 - 1 / RARE,
             unk_id=0,
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            max_sentence_length=1 << 20,
+            max_sentence_length=MAX_LINE_BYTES,
             num_threads=1,  # the model file records it: one setting, one fingerprint
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"config.tokenizer.vocab_size = {vocab_size}: SentencePiece can't train that on "
-            f"this text: {error}"
+            f"config.tokenizer.vocab_size = {vocab_size}: {_advice(str(error))}"
         ) from None
     return model.getvalue()
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """The lines of texts that have anything in them: SentencePiece trains on sentences."""
+def _advice(error: str) -> str:
+    """What an error of SentencePiece's trainer says, in terms of the configuration."""
+    too_small = re.search(r"smaller than required_chars. \d+ vs (\d+)", error)
+    if too_small:
+        return (
+            f"bytes, special ids and this text's characters take {too_small[1]} ids before the "
+            "first word has one; set it to several times as many, or take "
+            "config.tokenizer.kind=bytes"
+        )
+    too_large = re.search(r"size too high .* value <= (\d+)", error)
+    if too_large:
+        return f"this text gives at most {too_large[1]} ids; set it to so many, or take more text"
+    return f"SentencePiece can't train that on this text: {error}"
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """What SentencePiece trains on: the lines of texts that have anything in them.
+
+    Where spaces are so rare that the coverage would drop their piece, so many follow that it is
+    kept: else the bytes of `SPACE_SIGN` would stand for them.
+    """
+    num_chars = num_spaces = 0
     for text in texts:
-        for line in text.split("\n"):
-            if line:
-                yield line
+        for line in text.replace(UNKNOWN_SIGN, "\n").split("\n"):
+            for part in _cut(line):
+                num_chars += len(part)
+                num_spaces += part.count(" ")
+                yield part
+
+    if num_chars:
+        yield from itertools.repeat(" ", num_chars // RARE + 1 - num_spaces)
+
+
+def _cut(line: str) -> Iterator[str]:
+    """A line in parts of at most `MAX_LINE_CHARS`, cut at the end of a word where there is one.
+
+    The trainer counts words, with the spaces in front of them: such a cut changes nothing.
+    """
+    start = 0
+    while len(line) - start > MAX_LINE_CHARS:
+        part = line[start : start + MAX_LINE_CHARS]
+        words, space, _ = part.rpartition(" ")
+        if space and words.strip(" "):
+            part = words.rstrip(" ")
+        yield part
+        start += len(part)
+    if start < len(line):
+        yield line[start:]
 
 
 # --- Hugging Face ---
@@ -412,6 +485,9 @@ class HuggingFaceTokenizer:
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{name} can't be read: {reason}") from None
+        # Settings of whoever saved it, for batches of theirs; transformers drops them too.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         # Not their number: ids may have gaps.
