@@ -6,8 +6,11 @@ import random
 import pytest
 import sentencepiece
 from etils import epath
+from sentencepiece import sentencepiece_model_pb2
 
+from lm.data import chat
 from lm.data import tokenizer as tokenizers
+from lm.data.tokenizer import ByteTokenizer
 
 TEXTS = [
     "def f(x):\n    return  x + 1\n\n\nclass A:\n\tpass\n",
@@ -237,7 +240,85 @@ def test_saved_truncation_and_padding_are_dropped(length, tmp_path):
     assert loaded.prompt("a") == [97]
 
 
+def write_json(directory, **contents):
+    for name, content in contents.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_sentencepiece_checkpoint(tmp_path):
+    """As Llama 2 Chat's, without tokenizer.json; tests/parity compares more with transformers."""
+    model = train(TEXTS, 320, tmp_path / "tokenizer.model")
+    write_json(
+        tmp_path,
+        config=dict(model_type="llama", eos_token_id=2),
+        tokenizer_config=dict(tokenizer_class="LlamaTokenizer", add_bos_token=True),
+        special_tokens_map=dict(pad_token="[PAD]"),
+        added_tokens={"<|end|>": 321},
+        generation_config=dict(eos_token_id=[2, 321]),
+    )
+    loaded = tokenizers.load(tmp_path)
+
+    # Special and added tokens are found in a text.
+    assert loaded.encode("</s>") == [2]
+    assert loaded.encode("fox<|end|>") == [*model.encode(" fox"), 320]
+    assert loaded.prompt("fox") == [1, *model.encode(" fox")]
+    # What a chat needs.
+    assert chat.special_tokens(loaded)["bos_token"] == "<s>"
+    assert loaded.stop_ids == (2, 321)
+    # A run's own takes them for text.
+    (tmp_path / "run").mkdir()
+    model.save(epath.Path(tmp_path / "run"))
+    assert tokenizers.load(tmp_path / "run").fingerprint == model.fingerprint
+
+
+def test_bos_of_vocab_and_merges(tmp_path):
+    """OPT's."""
+    write_json(
+        tmp_path,
+        vocab={"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4},
+        config=dict(model_type="opt"),
+        tokenizer_config=dict(
+            add_bos_token=True, bos_token="</s>", eos_token="</s>", unk_token="</s>"
+        ),
+    )
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    loaded = tokenizers.load(tmp_path)
+    assert loaded.encode("ab</s>a") == [4, 1, 2]
+    assert loaded.prompt("ab") == [1, 4]
+    assert tokenizers.prefix_ids(loaded, [4]) == [1]
+
+
 # --- what is refused ---
+
+
+def test_forms_that_are_not_read(tmp_path):
+    (tmp_path / "vocab.txt").write_text("a")
+    with pytest.raises(ValueError, match="vocab.txt is .*, which lm doesn't read; this command"):
+        tokenizers.load(tmp_path)
+
+    ByteTokenizer().save(epath.Path(tmp_path))
+    (tmp_path / "tokenizer.bytes").unlink()
+    write_json(tmp_path, tokenizer_config=dict(tokenizer_class="CodeLlamaTokenizer"))
+    with pytest.raises(ValueError, match="class CodeLlamaTokenizer .*AutoTokenizer"):
+        tokenizers.load(tmp_path)
+
+    (tmp_path / "tokenizer.json").unlink()
+    train(TEXTS, 320, tmp_path / "tokenizer.model")
+    write_json(tmp_path, tokenizer_config=dict(tokenizer_class="GPT2Tokenizer"))
+    with pytest.raises(ValueError, match="GPT2Tokenizer has its vocabulary in vocab.json"):
+        tokenizers.load(tmp_path)
+
+
+def test_pieces_that_take_without_end(tmp_path):
+    train(TEXTS, 320, tmp_path / "tokenizer.model")
+    model = sentencepiece_model_pb2.ModelProto.FromString(
+        (tmp_path / "tokenizer.model").read_bytes()
+    )
+    model.pieces[300].piece = "a" * 1000
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    write_json(tmp_path, config=dict(model_type="llama"))
+    with pytest.raises(ValueError, match="one of over 256 characters"):
+        tokenizers.load(tmp_path)
 
 
 def test_what_is_not_a_tokenizer(tmp_path):
