@@ -303,9 +303,9 @@ def test_forms_that_are_not_read(tmp_path):
         tokenizers.load(tmp_path)
 
     (tmp_path / "tokenizer.json").unlink()
-    train(TEXTS, 320, tmp_path / "tokenizer.model")
-    write_json(tmp_path, tokenizer_config=dict(tokenizer_class="GPT2Tokenizer"))
-    with pytest.raises(ValueError, match="GPT2Tokenizer has its vocabulary in vocab.json"):
+    (tmp_path / "merges.txt").write_text("")
+    write_json(tmp_path, vocab={"a": 0}, tokenizer_config=dict(tokenizer_class="LlamaTokenizer"))
+    with pytest.raises(ValueError, match="LlamaTokenizer has its vocabulary in tokenizer.model"):
         tokenizers.load(tmp_path)
 
 

@@ -80,7 +80,7 @@ class _Class:
     """How transformers builds a class of tokenizers.
 
     Attributes:
-      form: the file that holds the vocabulary where there is no tokenizer.json.
+      form: the file that holds the vocabulary where there is no tokenizer.json or tokenizer.model.
       special: special tokens that no file need name.
       rules: settings -> normalizer, pre_tokenizer and decoder, as a tokenizer.json has them.
       model: settings of the byte-pair model.
@@ -307,7 +307,7 @@ def _read_settings(
         named |= extra
         extra = []
 
-    by_text = {token_text(token): token for token in added}
+    by_text = {token_text(token): token for token in by_id.values()}
     tokens = {role: by_text.get(token_text(token), token) for role, token in named.items() if token}
     return _Settings(values, added, tokens, list(extra))
 
@@ -521,7 +521,7 @@ def build(library, files: Mapping[str, bytes], config: Mapping, name: str) -> Bu
         raise ValueError(f"its class {class_name} has rules that lm doesn't know; {mending(name)}")
     if "tokenizer.json" in files:
         return _from_json(library, files, class_name)
-    return _from_vocabulary(library, files, class_name, name)
+    return _from_vocabulary(library, files, class_name)
 
 
 def _from_json(library, files: Mapping[str, bytes], class_name: str) -> Built:
@@ -606,26 +606,24 @@ def _model_options(known: _Class, settings: _Settings) -> dict:
     return options
 
 
-def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str, name: str) -> Built:
+def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str) -> Built:
     known = _CLASSES.get(class_name)
-    form = known.form if known else "tokenizer.model"
-    if form not in files or (form == "vocab.json" and "merges.txt" not in files):
-        raise ValueError(
-            f"its class {class_name} has its vocabulary in {form}, which isn't there; set "
-            "tokenizer_class in tokenizer_config.json to the class that it was made with, or "
-            "ask its makers for a tokenizer.json"
-        )
-
-    if form == "vocab.json":
+    # Whatever its class, a model counts more than a vocabulary, as in transformers.
+    if "tokenizer.model" in files:
+        pieces = _read_sentencepiece(files["tokenizer.model"])
+        settings = _read_settings(files, known.special if known else pieces.special, pieces.added)
+        vocab = {piece: i for i, (piece, _) in enumerate(pieces.scored)}
+        merges = _merges(vocab)
+    elif known and known.form == "vocab.json" and "merges.txt" in files:
         settings = _read_settings(files, known.special)
         vocab = parse_json(files, "vocab.json")
         merges = _read_merges(files["merges.txt"])
     else:
-        pieces = _read_sentencepiece(files["tokenizer.model"])
-        defaults = known.special if known else pieces.special
-        settings = _read_settings(files, defaults, pieces.added)
-        vocab = {piece: i for i, (piece, _) in enumerate(pieces.scored)}
-        merges = _merges(vocab)
+        raise ValueError(
+            f"its class {class_name} has its vocabulary in {known.form if known else 'no file'}, "
+            "and there is no tokenizer.json; set tokenizer_class in tokenizer_config.json to the "
+            f"class that it was made with, one of {[*_CLASSES]}"
+        )
 
     if known:
         bpe = library.models.BPE(vocab=vocab, merges=merges, **_model_options(known, settings))
@@ -643,7 +641,8 @@ def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str, name:
     is_plain = known is _CLASSES["GPT2Tokenizer"] and not settings.values.get("add_prefix_space")
     if is_plain and tokenizer.get_vocab_size() == len(vocab):
         return Built(tokenizer, special, "")
-    described = _described(tokenizer).encode() + files.get("tokenizer.model", b"")
+    described = class_name.encode() + _described(tokenizer).encode()
+    described += files.get("tokenizer.model", b"")
     return Built(tokenizer, special, short_hash(described))
 
 

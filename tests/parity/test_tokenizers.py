@@ -117,6 +117,11 @@ def pieces(directory, **options):
     (directory / "tokenizer.vocab").unlink()
 
 
+def pieces_and_merges(directory):
+    pieces(directory)
+    byte_level(directory, False)
+
+
 def llama_json(directory):
     """A Llama's tokenizer.json as transformers 4 wrote it."""
     pieces(directory)
@@ -213,6 +218,7 @@ FORMS = {
     "merges of Qwen": (lambda d: byte_level(d, False), "qwen3", "Qwen2Tokenizer"),
     "merges of SmolLM": (lambda d: byte_level(d, False), "llama", "GPT2Tokenizer"),
     "merges of GPT-1": (openai_gpt, "openai-gpt", ""),
+    "pieces and merges": (pieces_and_merges, "qwen3", ""),
 }
 
 
@@ -230,7 +236,8 @@ def write_checkpoint(vocabulary, form, companions, directory):
     """Writes a checkpoint's directory, without weights."""
     shutil.copytree(vocabulary, directory)
     _, model_type, class_name = FORMS[form]
-    contents = dict(COMPANIONS[companions])
+    contents = companions if isinstance(companions, dict) else COMPANIONS[companions]
+    contents = dict(contents)
     if class_name:
         own = contents.get("tokenizer_config.json", {})
         contents["tokenizer_config.json"] = own | dict(tokenizer_class=class_name)
@@ -273,6 +280,59 @@ def test_ids_are_those_of_auto_tokenizer(form, companions, vocabularies, tmp_pat
     assert again.encode_batch(STRINGS) == plain
     assert again.stop_ids == ours.stop_ids
     assert chat.special_tokens(again) == theirs.special_tokens_map
+
+
+def random_token(rng, typed):
+    """A special token as a text or, more rarely, as an object."""
+    content = rng.choice([*SPECIAL, "ab", "the", " a"])
+    if rng.random() < 0.6:
+        return content
+    flags = {key: rng.random() < 0.3 for key in ("lstrip", "rstrip", "single_word", "normalized")}
+    if typed:
+        return {"__type": "AddedToken"} | token(content, **flags)
+    return token(content, **flags)
+
+
+def random_companions(rng):
+    config = {}
+    for role in ("bos", "eos", "unk", "pad", "cls", "image"):
+        if rng.random() < 0.4:
+            config[f"{role}_token"] = random_token(rng, True)
+    for key in ("add_bos_token", "add_prefix_space", "legacy", "split_special_tokens"):
+        if rng.random() < 0.3:
+            config[key] = rng.random() < 0.6
+    if rng.random() < 0.2:
+        config["additional_special_tokens"] = rng.sample(SPECIAL, rng.randrange(3))
+    if rng.random() < 0.3:
+        flags = dict(lstrip=rng.random() < 0.5, special=rng.random() < 0.5)
+        ids = zip(["0", "2", "1000", "1001"], rng.sample(SPECIAL, 4))
+        config["added_tokens_decoder"] = {i: token(text, **flags) for i, text in ids}
+
+    contents = {"tokenizer_config.json": config}
+    if rng.random() < 0.4:
+        roles = rng.sample(["bos_token", "eos_token", "pad_token"], 2)
+        contents["special_tokens_map.json"] = {role: random_token(rng, False) for role in roles}
+    if rng.random() < 0.3:
+        texts = rng.sample(SPECIAL, 3)
+        contents["added_tokens.json"] = {text: 1000 + i for i, text in enumerate(texts)}
+    return contents
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_random_companions(case, vocabularies, tmp_path):
+    rng = random.Random(case)
+    form = rng.choice([form for form in FORMS if form != "pieces of Unigram"])
+    source = tmp_path / "source"
+    contents = random_companions(rng)
+    write_checkpoint(vocabularies[form], form, contents, source)
+    ours = lm_tokenizers.load(source)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(source)
+        plain = theirs(STRINGS, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # the library raises no other
+        pytest.skip(f"AutoTokenizer itself fails: {error}")
+    assert ours.encode_batch(STRINGS) == plain, contents
+    assert chat.special_tokens(ours) == theirs.special_tokens_map, contents
 
 
 @pytest.mark.parametrize("class_name", ["CodeLlamaTokenizer", "OfSomebodysTokenizer"])
