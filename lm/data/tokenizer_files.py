@@ -208,8 +208,8 @@ _BY_MODEL_TYPE = {
     "ernie4_5": BACKEND,
     "gpt_bigcode": BACKEND,
 }
-# Of these, checkpoints name a wrong class.
-_MISNAMED = ("qwen2",)
+# Of these, transformers takes its own class whatever a checkpoint says.
+MISNAMED = ("qwen2",)
 
 
 def tokenizer_class(files: Mapping[str, bytes], config: Mapping) -> str:
@@ -232,7 +232,7 @@ def tokenizer_class(files: Mapping[str, bytes], config: Mapping) -> str:
     declared = str(declared).removesuffix("Fast")
 
     if "auto_map" not in settings:
-        if registered == BACKEND or model_type in _MISNAMED:
+        if registered == BACKEND or model_type in MISNAMED:
             return registered
         # Llama 3's and its like, whose checkpoints are named after the first Llama's class.
         is_byte_level = b'"ByteLevel"' in files.get("tokenizer.json", b"")

@@ -14,8 +14,9 @@ import tokenizers
 import transformers
 from etils import epath
 
-from lm.data import chat
+from lm.data import chat, tokenizer_files
 from lm.data import tokenizer as lm_tokenizers
+from lm.hf import families
 
 # Letters of ten scripts, with what is hard about them: marks, joiners, compatibility forms.
 SCRIPTS = dict(
@@ -367,3 +368,24 @@ def test_forms_of_encoders_are_refused_by_name(name, tmp_path):
     (tmp_path / name).write_text("a")
     with pytest.raises(ValueError, match=f"{name} is .*, which lm doesn't read; this command"):
         lm_tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_runs_own_tokenizer_as_any_family(kind, tmp_path):
+    ours, by_class = lm_tokenizers.ByteTokenizer(), transformers.PreTrainedTokenizerFast
+    if kind == "sentencepiece":
+        by_class = transformers.LlamaTokenizer
+        cache = epath.Path(tmp_path / "cache")
+        ours = lm_tokenizers.train_sentencepiece(CORPUS, 450, cache)
+    ours.save(epath.Path(tmp_path))
+
+    # They take special tokens in a text for text, and U+2581 for itself.
+    odd = ("<s>", "</s>", "<unk>", "\u2581")
+    texts = [text for text in STRINGS if not any(part in text for part in odd)]
+    assert len(texts) > 100
+    for family in families.FAMILIES:
+        (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family)))
+        is_misread = family in tokenizer_files.MISNAMED
+        theirs = (by_class if is_misread else transformers.AutoTokenizer).from_pretrained(tmp_path)
+        assert theirs(texts, add_special_tokens=False)["input_ids"] == ours.encode_batch(texts)
+        assert lm_tokenizers.load(tmp_path).fingerprint == ours.fingerprint
