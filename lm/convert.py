@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from lm import build, checkpoint, claim, command_line, files, startup
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
+from lm.data import tokenizer_files
 from lm.hf import directory as hf
 from lm.hf import families
 
@@ -131,6 +132,12 @@ def export_checkpoint(
     tokenizer.save(epath.Path(target))
     # A file of ours, which transformers has no use for.
     (target / tokenizers.SPECIAL_IDS).unlink(missing_ok=True)
+    if target_family.name in tokenizer_files.MISNAMED and not tokenizer.files:
+        logging.warning(
+            "AutoTokenizer reads the tokenizer of any %s by that family's rules, not its own: "
+            "load it by the class in tokenizer_config.json, or export with another --family",
+            target_family.name,
+        )
     return target_family.name
 
 

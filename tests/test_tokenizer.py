@@ -1,12 +1,16 @@
 """Tokenizers: text comes back as it went in, and training is a function of the text."""
 
+import json
 import random
 
 import pytest
 import sentencepiece
 from etils import epath
+from sentencepiece import sentencepiece_model_pb2
 
+from lm.data import chat
 from lm.data import tokenizer as tokenizers
+from lm.data.tokenizer import ByteTokenizer
 
 TEXTS = [
     "def f(x):\n    return  x + 1\n\n\nclass A:\n\tpass\n",
@@ -29,6 +33,7 @@ TRICKY = [
     "e\u0301 é ﬁ Ⅳ ①",
     "\u2028\u2029\ufeff\u200b",
     "\ufffd ⁇ ▅",
+    "▁ a▁▁ ▁b",
     "<s> </s> <unk> <0x0A>",
     "a\u00a0b\u3000c",
     "אב \u202eabc",
@@ -105,6 +110,55 @@ def test_pieces_never_cross_a_newline(trained):
 
 # --- training ---
 
+CHINESE = ["".join(random.Random(i).choices("的一是不了人我在有他", k=50)) for i in range(400)]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        CHINESE,
+        [*CHINESE, "的 一"],  # 1 space in 20,000 characters
+        ["".join(CHINESE) * 4],  # a word that the trainer can't hold
+        ["".join(CHINESE * 20)],  # a line that it leaves out
+        [" ".join(CHINESE * 20)],
+        [text + "\u2585" for text in CHINESE],  # lines that it leaves out for their sign
+    ],
+    ids=["no space", "rare spaces", "a long word", "a long line", "of words", "reserved sign"],
+)
+def test_any_text_comes_back_whatever_it_was_trained_on(texts, tmp_path):
+    trained = train(texts, 300, tmp_path / "a.model")
+
+    all_characters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    for text in [*TRICKY, "你好 world", "\t \t", all_characters]:
+        assert trained.decode(trained.encode(text)) == text, text[:40]
+    # Nothing was left out.
+    assert len(trained.encode("的一是不了人我在有他")) <= 10
+
+
+def test_no_text_needs_a_space_to_train(tmp_path):
+    trained = train(["\t\t", "\t"], 261, tmp_path / "a.model")
+    assert trained.decode(trained.encode("\t a")) == "\t a"
+
+
+def test_a_line_is_cut_between_words():
+    line = "ab  cde f" * 20_000
+    parts = list(tokenizers._sentences([line]))
+    assert "".join(parts) == line
+    assert len(parts) == 3
+    # No part ends in a space, or begins within a word.
+    assert all(part[0] == " " for part in parts[1:])
+    assert not any(part[-1] == " " for part in parts)
+
+
+def test_advice_names_what_there_is(tmp_path):
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+    with pytest.raises(ValueError, match="vocab_size = 2048: .* take 3261 ids") as error:
+        train([characters], 2048, tmp_path / "a.model")
+    assert "character_coverage" not in str(error.value)
+    with pytest.raises(ValueError, match="vocab_size = 2048: this text gives at most 266 ids"):
+        train(["ab ab"], 2048, tmp_path / "a.model")
+    train(["ab ab"], 266, tmp_path / "a.model")
+
 
 def test_training_is_deterministic_and_cached(trained, tmp_path):
     cache = tmp_path / "new" / "b.model"
@@ -157,7 +211,114 @@ def test_a_vocabulary_that_the_text_does_not_fill(tmp_path):
     assert not list(tmp_path.iterdir())  # nothing incomplete is kept
 
 
+# --- of Hugging Face checkpoints ---
+
+
+@pytest.mark.parametrize(
+    "length", [dict(Fixed=8), "BatchLongest"], ids=["to a length", "to the longest"]
+)
+def test_saved_truncation_and_padding_are_dropped(length, tmp_path):
+    byte_tokenizer = tokenizers.ByteTokenizer()
+    byte_tokenizer.save(epath.Path(tmp_path))
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.bytes").unlink()
+    saved["truncation"] = dict(direction="Right", max_length=8, strategy="LongestFirst", stride=0)
+    saved["padding"] = dict(
+        strategy=length,
+        direction="Right",
+        pad_to_multiple_of=None,
+        pad_id=0,
+        pad_type_id=0,
+        pad_token="x",
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+
+    loaded = tokenizers.load(tmp_path)
+    for text in TRICKY[:-10] + TEXTS[:2]:
+        assert loaded.encode(text) == byte_tokenizer.encode(text)
+    assert loaded.encode_batch(TEXTS) == byte_tokenizer.encode_batch(TEXTS)
+    assert loaded.prompt("a") == [97]
+
+
+def write_json(directory, **contents):
+    for name, content in contents.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_sentencepiece_checkpoint(tmp_path):
+    """As Llama 2 Chat's, without tokenizer.json; tests/parity compares more with transformers."""
+    model = train(TEXTS, 320, tmp_path / "tokenizer.model")
+    write_json(
+        tmp_path,
+        config=dict(model_type="llama", eos_token_id=2),
+        tokenizer_config=dict(tokenizer_class="LlamaTokenizer", add_bos_token=True),
+        special_tokens_map=dict(pad_token="[PAD]"),
+        added_tokens={"<|end|>": 321},
+        generation_config=dict(eos_token_id=[2, 321]),
+    )
+    loaded = tokenizers.load(tmp_path)
+
+    # Special and added tokens are found in a text.
+    assert loaded.encode("</s>") == [2]
+    assert loaded.encode("fox<|end|>") == [*model.encode(" fox"), 320]
+    assert loaded.prompt("fox") == [1, *model.encode(" fox")]
+    # What a chat needs.
+    assert chat.special_tokens(loaded)["bos_token"] == "<s>"
+    assert loaded.stop_ids == (2, 321)
+    # A run's own takes them for text.
+    (tmp_path / "run").mkdir()
+    model.save(epath.Path(tmp_path / "run"))
+    assert tokenizers.load(tmp_path / "run").fingerprint == model.fingerprint
+
+
+def test_bos_of_vocab_and_merges(tmp_path):
+    """OPT's."""
+    write_json(
+        tmp_path,
+        vocab={"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4},
+        config=dict(model_type="opt"),
+        tokenizer_config=dict(
+            add_bos_token=True, bos_token="</s>", eos_token="</s>", unk_token="</s>"
+        ),
+    )
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    loaded = tokenizers.load(tmp_path)
+    assert loaded.encode("ab</s>a") == [4, 1, 2]
+    assert loaded.prompt("ab") == [1, 4]
+    assert tokenizers.prefix_ids(loaded, [4]) == [1]
+
+
 # --- what is refused ---
+
+
+def test_forms_that_are_not_read(tmp_path):
+    (tmp_path / "vocab.txt").write_text("a")
+    with pytest.raises(ValueError, match="vocab.txt is .*, which lm doesn't read; this command"):
+        tokenizers.load(tmp_path)
+
+    ByteTokenizer().save(epath.Path(tmp_path))
+    (tmp_path / "tokenizer.bytes").unlink()
+    write_json(tmp_path, tokenizer_config=dict(tokenizer_class="CodeLlamaTokenizer"))
+    with pytest.raises(ValueError, match="class CodeLlamaTokenizer .*AutoTokenizer"):
+        tokenizers.load(tmp_path)
+
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "merges.txt").write_text("")
+    write_json(tmp_path, vocab={"a": 0}, tokenizer_config=dict(tokenizer_class="LlamaTokenizer"))
+    with pytest.raises(ValueError, match="LlamaTokenizer has its vocabulary in tokenizer.model"):
+        tokenizers.load(tmp_path)
+
+
+def test_pieces_that_take_without_end(tmp_path):
+    train(TEXTS, 320, tmp_path / "tokenizer.model")
+    model = sentencepiece_model_pb2.ModelProto.FromString(
+        (tmp_path / "tokenizer.model").read_bytes()
+    )
+    model.pieces[300].piece = "a" * 1000
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    write_json(tmp_path, config=dict(model_type="llama"))
+    with pytest.raises(ValueError, match="one of over 256 characters"):
+        tokenizers.load(tmp_path)
 
 
 def test_what_is_not_a_tokenizer(tmp_path):

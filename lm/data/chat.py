@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm import limited
-from lm.data import tokenizer as tokenizers
+from lm.data import tokenizer_files
 from lm.data.tokenizer import Tokenizer
 
 
@@ -26,7 +26,8 @@ def template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str | None:
         return tokenizer.files["chat_template.jinja"].decode("utf-8", errors="replace")
 
     # Older checkpoints: one template, or a list of {"name": ..., "template": ...}.
-    templates = tokenizers.parse_json(tokenizer.files, "tokenizer_config.json").get("chat_template")
+    config = tokenizer_files.parse_json(tokenizer.files, "tokenizer_config.json")
+    templates = config.get("chat_template")
     if templates is None or isinstance(templates, str):
         return templates
 
@@ -44,15 +45,8 @@ def template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str | None:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Returns bos_token, eos_token and so on, as tokenizer_config.json spells them."""
-    config = tokenizers.parse_json(tokenizer.files, "tokenizer_config.json")
-    texts = {}
-    for name, token in config.items():
-        text = tokenizers.token_text(token)
-        # Settings such as add_bos_token end in _token too, but are no strings.
-        if name.endswith("_token") and isinstance(text, str):
-            texts[name] = text
-    return texts
+    """Returns bos_token, eos_token and so on, as the tokenizer's files or its class spell them."""
+    return tokenizer_files.special_tokens(tokenizer.files)
 
 
 def render(

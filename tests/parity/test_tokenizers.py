@@ -1,0 +1,391 @@
+"""Tokenizers of checkpoints, in each form and with each companion file: ids, BOS, special tokens
+and what ends a text are AutoTokenizer's.
+"""
+
+import itertools
+import json
+import random
+import shlex
+import shutil
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from etils import epath
+
+from lm.data import chat, tokenizer_files
+from lm.data import tokenizer as lm_tokenizers
+from lm.hf import families
+
+# Letters of ten scripts, with what is hard about them: marks, joiners, compatibility forms.
+SCRIPTS = dict(
+    latin="abcdefgh éèñßﬁÅÅ",
+    greek="αβγδεζηθ ἀάΩς",
+    cyrillic="абвгдежз ёйЙ",
+    arabic="ابتثجحخد \u064b\u0651لا",
+    hebrew="אבגדהוזח \u05b8\u05bc",
+    devanagari="कखगघचछजझ \u093f\u094d\u200d",
+    thai="กขคงจฉชซ \u0e34\u0e48ำ",
+    han="的一是不了人我在，。",
+    japanese="あいうえおカキクケコ゛ｶﾞ",
+    hangul="가나다라마바사아 \u1100\u1161",
+)
+ODD = [
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\u2581",
+    "😀",
+    "👩\u200d👩",
+    "\u00a0",
+    "\u3000",
+    "\ufeff",
+    "\x00",
+    "'s",
+]
+SPECIAL = ["<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_end|>", "<tool>", "[PAD]", "<0x0A>", "12"]
+
+
+def hard_strings():
+    rng = random.Random(0)
+    strings = ["", " ", "  a", "a ", "\n", "<s>", " <s> a", "<tool> b", "a<tool>b", "\u2581a"]
+    scripts = itertools.cycle(SCRIPTS.values())
+    while len(strings) < 200:
+        letters = next(scripts)
+        parts = []
+        for _ in range(rng.randint(1, 5)):
+            parts.append("".join(rng.choices(letters, k=rng.randint(1, 8))))
+            parts.append(rng.choice(rng.choice([ODD, SPECIAL, [" ", " ", ". "]])))
+        strings.append("".join(parts))
+    return strings
+
+
+STRINGS = hard_strings()
+CORPUS = ["".join(random.Random(i).choices("".join(SCRIPTS.values()), k=60)) for i in range(150)]
+CORPUS += ["the cat and the hat, then the other one 12"] * 20
+
+
+# --- vocabularies ---
+
+
+def byte_level(directory, as_json):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<s>", "</s>", "<unk>", "<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if as_json:
+        tokenizer.save(str(directory / "tokenizer.json"))
+    else:
+        tokenizer.model.save(str(directory))
+
+
+def openai_gpt(directory):
+    """GPT-1's: lower case, words that end in </w>."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(unk_token="<unk>", end_of_word_suffix="</w>")
+    )
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<unk>"],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.model.save(str(directory))
+
+
+def pieces(directory, **options):
+    options = dict(model_type="bpe", byte_fallback=True, character_coverage=0.98) | options
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=500,
+        control_symbols=["<|im_end|>"],
+        user_defined_symbols=["<tool>", "\n"],
+        minloglevel=2,
+        **options,
+    )
+    (directory / "tokenizer.vocab").unlink()
+
+
+def pieces_and_merges(directory):
+    pieces(directory)
+    byte_level(directory, False)
+
+
+def llama_json(directory):
+    """A Llama's tokenizer.json as transformers 4 wrote it."""
+    pieces(directory)
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(directory)
+    (directory / "tokenizer.model").unlink()
+    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    saved = json.loads((directory / "tokenizer.json").read_text())
+    replace = dict(type="Replace", pattern=dict(String=" "), content="▁")
+    prepend = dict(type="Prepend", prepend="▁")
+    saved["normalizer"] = dict(type="Sequence", normalizers=[prepend, replace])
+    saved["pre_tokenizer"] = None
+    saved["post_processor"] = dict(
+        type="TemplateProcessing",
+        single=[
+            {"SpecialToken": dict(id="<s>", type_id=0)},
+            {"Sequence": dict(id="A", type_id=0)},
+        ],
+        pair=[{"Sequence": dict(id="A", type_id=0)}, {"Sequence": dict(id="B", type_id=0)}],
+        special_tokens={"<s>": dict(id="<s>", ids=[1], tokens=["<s>"])},
+    )
+    (directory / "tokenizer.json").write_text(json.dumps(saved))
+
+
+# --- what stands around them ---
+
+
+def token(content, **flags):
+    off = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=True)
+    return dict(content=content) | off | flags
+
+
+ROLES = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+COMPANIONS = {
+    "none": {},
+    "config": {"tokenizer_config.json": ROLES | dict(add_bos_token=True, legacy=False)},
+    "legacy": {"tokenizer_config.json": ROLES | dict(add_bos_token=True, legacy=True)},
+    "no prefix": {"tokenizer_config.json": ROLES | dict(add_prefix_space=False)},
+    "prefix": {"tokenizer_config.json": ROLES | dict(add_prefix_space=True, add_eos_token=True)},
+    "objects": {
+        "tokenizer_config.json": dict(
+            bos_token={"__type": "AddedToken", **token("<s>", normalized=True)},
+            eos_token={"__type": "AddedToken", **token("</s>", rstrip=True)},
+            add_bos_token=True,
+        )
+    },
+    "map": {
+        "special_tokens_map.json": ROLES
+        | dict(pad_token=token("[PAD]"), additional_special_tokens=["<|im_end|>"])
+    },
+    "added": {
+        "tokenizer_config.json": ROLES,
+        "added_tokens.json": {"<|im_end|>": 1001, "<tool>": 1000},
+    },
+    "map and added": {
+        "tokenizer_config.json": dict(add_bos_token=True, additional_special_tokens=["<tool>"]),
+        "special_tokens_map.json": ROLES | dict(eos_token="<|im_end|>"),
+        "added_tokens.json": {"<|im_end|>": 1001, "<tool>": 1000},
+    },
+    "decoder": {
+        "tokenizer_config.json": ROLES
+        | dict(
+            eos_token="<|im_end|>",
+            image_token="<image>",
+            added_tokens_decoder={
+                "1000": token("<|im_end|>", lstrip=True),
+                "1001": token("<tool>", special=False, normalized=True, single_word=True),
+            },
+        ),
+        "special_tokens_map.json": dict(pad_token="[PAD]"),  # unread
+    },
+    "split": {"tokenizer_config.json": ROLES | dict(split_special_tokens=True)},
+}
+
+# name -> (what writes the vocabulary, model_type, class; "" for none)
+FORMS = {
+    "json": (lambda d: byte_level(d, True), "llama", ""),
+    "json of Llama 3": (lambda d: byte_level(d, True), "llama", "LlamaTokenizerFast"),
+    "json of GPT-2": (lambda d: byte_level(d, True), "gpt2", "GPT2Tokenizer"),
+    "json of NeoX": (lambda d: byte_level(d, True), "gpt_neox", "GPTNeoXTokenizerFast"),
+    "json of Qwen": (lambda d: byte_level(d, True), "qwen2", "Qwen2Tokenizer"),
+    "json of Llama": (llama_json, "llama", "LlamaTokenizerFast"),
+    "json of Mistral": (llama_json, "mistral", "LlamaTokenizer"),
+    "pieces of Llama": (pieces, "llama", "LlamaTokenizer"),
+    "pieces": (pieces, "llama", ""),
+    "pieces of Mixtral": (
+        lambda d: pieces(d, normalization_rule_name="nmt_nfkc"),
+        "mixtral",
+        "LlamaTokenizer",
+    ),
+    "pieces of Unigram": (lambda d: pieces(d, model_type="unigram"), "mistral", ""),
+    "merges of GPT-2": (lambda d: byte_level(d, False), "gpt2", ""),
+    "merges of OPT": (lambda d: byte_level(d, False), "opt", "GPT2Tokenizer"),
+    "merges of NeoX": (lambda d: byte_level(d, False), "gpt_neox", ""),
+    "merges of Qwen": (lambda d: byte_level(d, False), "qwen3", "Qwen2Tokenizer"),
+    "merges of SmolLM": (lambda d: byte_level(d, False), "llama", "GPT2Tokenizer"),
+    "merges of GPT-1": (openai_gpt, "openai-gpt", ""),
+    "pieces and merges": (pieces_and_merges, "qwen3", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory):
+    """form -> a directory with its vocabulary."""
+    directories = {}
+    for form, (write, _, _) in FORMS.items():
+        directories[form] = tmp_path_factory.mktemp("vocabulary")
+        write(directories[form])
+    return directories
+
+
+def write_checkpoint(vocabulary, form, companions, directory):
+    """Writes a checkpoint's directory, without weights."""
+    shutil.copytree(vocabulary, directory)
+    _, model_type, class_name = FORMS[form]
+    contents = companions if isinstance(companions, dict) else COMPANIONS[companions]
+    contents = dict(contents)
+    if class_name:
+        own = contents.get("tokenizer_config.json", {})
+        contents["tokenizer_config.json"] = own | dict(tokenizer_class=class_name)
+    # Those that name no EOS have it here.
+    contents["config.json"] = dict(model_type=model_type, bos_token_id=1, eos_token_id=2)
+    contents["generation_config.json"] = dict(eos_token_id=[2, 7])
+    for name, content in contents.items():
+        (directory / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("companions", COMPANIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_ids_are_those_of_auto_tokenizer(form, companions, vocabularies, tmp_path):
+    if form == "pieces of Unigram" and "added" in companions + str(COMPANIONS[companions]):
+        pytest.skip("AutoTokenizer itself fails")
+    source = tmp_path / "source"
+    write_checkpoint(vocabularies[form], form, companions, source)
+    theirs = transformers.AutoTokenizer.from_pretrained(source)
+    ours = lm_tokenizers.load(source)
+
+    plain = theirs(STRINGS, add_special_tokens=False)["input_ids"]
+    for text, wanted in zip(STRINGS, plain):
+        assert ours.encode(text) == wanted, text
+    assert ours.encode_batch(STRINGS) == plain
+    decoded = theirs.batch_decode(plain, skip_special_tokens=True)
+    assert list(map(ours.decode, plain)) == decoded
+    for text in STRINGS[1:]:
+        if wanted := theirs(text)["input_ids"]:
+            assert ours.prompt(text) == wanted, text
+
+    assert chat.special_tokens(ours) == theirs.special_tokens_map
+    assert set(ours.stop_ids) == {2, 7} | ({theirs.eos_token_id} - {None})
+    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
+
+    # Saved by a run, where there is no config.json.
+    (tmp_path / "run").mkdir()
+    ours.save(epath.Path(tmp_path / "run"))
+    again = lm_tokenizers.load(tmp_path / "run")
+    assert again.fingerprint == ours.fingerprint
+    assert again.encode_batch(STRINGS) == plain
+    assert again.stop_ids == ours.stop_ids
+    assert chat.special_tokens(again) == theirs.special_tokens_map
+
+
+def random_token(rng, typed):
+    """A special token as a text or, more rarely, as an object."""
+    content = rng.choice([*SPECIAL, "ab", "the", " a"])
+    if rng.random() < 0.6:
+        return content
+    flags = {key: rng.random() < 0.3 for key in ("lstrip", "rstrip", "single_word", "normalized")}
+    if typed:
+        return {"__type": "AddedToken"} | token(content, **flags)
+    return token(content, **flags)
+
+
+def random_companions(rng):
+    config = {}
+    for role in ("bos", "eos", "unk", "pad", "cls", "image"):
+        if rng.random() < 0.4:
+            config[f"{role}_token"] = random_token(rng, True)
+    for key in ("add_bos_token", "add_prefix_space", "legacy", "split_special_tokens"):
+        if rng.random() < 0.3:
+            config[key] = rng.random() < 0.6
+    if rng.random() < 0.2:
+        config["additional_special_tokens"] = rng.sample(SPECIAL, rng.randrange(3))
+    if rng.random() < 0.3:
+        flags = dict(lstrip=rng.random() < 0.5, special=rng.random() < 0.5)
+        ids = zip(["0", "2", "1000", "1001"], rng.sample(SPECIAL, 4))
+        config["added_tokens_decoder"] = {i: token(text, **flags) for i, text in ids}
+
+    contents = {"tokenizer_config.json": config}
+    if rng.random() < 0.4:
+        roles = rng.sample(["bos_token", "eos_token", "pad_token"], 2)
+        contents["special_tokens_map.json"] = {role: random_token(rng, False) for role in roles}
+    if rng.random() < 0.3:
+        texts = rng.sample(SPECIAL, 3)
+        contents["added_tokens.json"] = {text: 1000 + i for i, text in enumerate(texts)}
+    return contents
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_random_companions(case, vocabularies, tmp_path):
+    rng = random.Random(case)
+    form = rng.choice([form for form in FORMS if form != "pieces of Unigram"])
+    source = tmp_path / "source"
+    contents = random_companions(rng)
+    write_checkpoint(vocabularies[form], form, contents, source)
+    ours = lm_tokenizers.load(source)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(source)
+        plain = theirs(STRINGS, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # the library raises no other
+        pytest.skip(f"AutoTokenizer itself fails: {error}")
+    assert ours.encode_batch(STRINGS) == plain, contents
+    assert chat.special_tokens(ours) == theirs.special_tokens_map, contents
+
+
+@pytest.mark.parametrize("class_name", ["CodeLlamaTokenizer", "OfSomebodysTokenizer"])
+def test_other_classes_are_refused_with_what_mends_them(class_name, vocabularies, tmp_path):
+    directory = tmp_path / "it's $a"
+    write_checkpoint(vocabularies["json of Llama"], "json of Llama", "config", directory)
+    config = directory / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(tokenizer_class=class_name)))
+    with pytest.raises(ValueError, match=f"class {class_name} has rules") as error:
+        lm_tokenizers.load(directory)
+
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    command = shlex.split(str(error.value).split("lm reads: ")[1])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2])
+    ours = lm_tokenizers.load(directory)
+    assert ours.encode_batch(STRINGS) == theirs(STRINGS, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_transformers_saves_is_read_as_it_is(form, vocabularies, tmp_path):
+    source = tmp_path / "source"
+    write_checkpoint(vocabularies[form], form, "map", source)
+    theirs = transformers.AutoTokenizer.from_pretrained(source)
+    theirs.save_pretrained(source)
+    ours = lm_tokenizers.load(source)
+    assert ours.encode_batch(STRINGS) == theirs(STRINGS, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model"])
+def test_forms_of_encoders_are_refused_by_name(name, tmp_path):
+    (tmp_path / name).write_text("a")
+    with pytest.raises(ValueError, match=f"{name} is .*, which lm doesn't read; this command"):
+        lm_tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_runs_own_tokenizer_as_any_family(kind, tmp_path):
+    ours, by_class = lm_tokenizers.ByteTokenizer(), transformers.PreTrainedTokenizerFast
+    if kind == "sentencepiece":
+        by_class = transformers.LlamaTokenizer
+        cache = epath.Path(tmp_path / "cache")
+        ours = lm_tokenizers.train_sentencepiece(CORPUS, 450, cache)
+    ours.save(epath.Path(tmp_path))
+
+    # They take special tokens in a text for text, and U+2581 for itself.
+    odd = ("<s>", "</s>", "<unk>", "\u2581")
+    texts = [text for text in STRINGS if not any(part in text for part in odd)]
+    assert len(texts) > 100
+    for family in families.FAMILIES:
+        (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family)))
+        is_misread = family in tokenizer_files.MISNAMED
+        theirs = (by_class if is_misread else transformers.AutoTokenizer).from_pretrained(tmp_path)
+        assert theirs(texts, add_special_tokens=False)["input_ids"] == ours.encode_batch(texts)
+        assert lm_tokenizers.load(tmp_path).fingerprint == ours.fingerprint
