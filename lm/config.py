@@ -423,8 +423,8 @@ def _problems(prefix: str, group: type, values: Mapping) -> list[str]:
     for name, field in fields.items():
         if name not in values:
             problems.append(f"{prefix}.{name} is missing; start from lm.config.default()")
-        elif wanted := _wanted(field, values[name]):
-            problems.append(f"{prefix}.{name} = {values[name]!r}; {wanted}")
+        elif problem := wanted(field, values[name]):
+            problems.append(f"{prefix}.{name} = {values[name]!r}; {problem}")
     return problems
 
 
@@ -439,7 +439,7 @@ _TYPES = {
 }
 
 
-def _wanted(field: dataclasses.Field, value) -> str:
+def wanted(field: dataclasses.Field, value) -> str:
     """What a key wants, if `value` is not that; "" if it is."""
     types, words = _TYPES[field.type]
     # In Python a bool is an int.

@@ -21,7 +21,9 @@ from lm import files
 from lm.hf import families, safetensors
 from lm.hf.families import Family, ParamSlice, Tensor
 
+SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 # Called with the bytes done so far, and with all there are.
 ProgressFn = Callable[[int, int], None]
@@ -30,7 +32,11 @@ TensorSpec = tuple[np.dtype, tuple[int, ...]]
 
 
 def is_checkpoint(directory) -> bool:
-    """Whether there is a config.json that names a model_type; that of a run names none."""
+    """Whether there is a config.json that names a model_type; that of a run names none. Or an
+    adapter, which `Checkpoint` refuses.
+    """
+    if (directory / ADAPTER).exists():
+        return True
     try:
         return "model_type" in files.read_json(directory / "config.json")
     except (OSError, ValueError):
@@ -83,6 +89,7 @@ class Checkpoint:
     Attributes:
       config: config.json.
       family: the model's family.
+      ignored: keys of config.json that it was read without.
       fields: those of our Config that config.json says.
       entries: hf_name -> entry of all tensors.
 
@@ -90,12 +97,14 @@ class Checkpoint:
       ValueError: something is missing, unknown or there twice, or the weights are pickled.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory, ignored: Sequence[str] = ()):
         self.directory = Path(directory)
+        _check_no_adapter(self.directory)
         self.config = _read_config_json(self.directory)
+        self.ignored = tuple(ignored)
         try:
             self.family = families.family_of_config(self.config)
-            self.fields = families.read_config(self.config)
+            self.fields = families.read_config(self.config, self.ignored)
         except ValueError as error:
             raise ValueError(f"{directory}/{error}") from None
 
@@ -143,15 +152,15 @@ class Checkpoint:
         return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
     def record(self) -> dict[str, Any]:
-        """What `save_as` needs, in JSON: config.json, and the dtype and file of each tensor, by the
-        name that it has in the file.
+        """What `save_as` needs, in JSON: config.json, its ignored keys, and the dtype and file of
+        each tensor, by the name that it has in the file.
         """
         prefix = self.family.body_prefix if self._lacks_prefix else ""
         tensors = {}
         for name, entry in self.entries.items():
             dtype_name = safetensors.NAMES[entry.dtype]
             tensors[name.removeprefix(prefix)] = [dtype_name, entry.path.name]
-        return {"config": self.config, "tensors": tensors}
+        return {"config": self.config, "ignored": list(self.ignored), "tensors": tensors}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Checks that the tensors are those of a model with these parameters.
@@ -171,7 +180,7 @@ class Checkpoint:
         if missing:
             raise ValueError(
                 f"{where} needs {len(missing)} tensor(s) that are not there: {_listed(missing)}; "
-                f"there are {_listed(list(self.entries))}"
+                f"there are {_listed(list(self.entries))}{self._other_head()}"
             )
 
         # A tied head may be stored all the same.
@@ -182,6 +191,7 @@ class Checkpoint:
         if extra:
             raise ValueError(
                 f"{where} has no tensor(s) {_listed(extra)}: what they are for would be lost"
+                f"{self._other_head()}"
             )
 
         wrong = []
@@ -194,6 +204,19 @@ class Checkpoint:
 
         if is_tied:
             self._check_tied_head()
+
+    def _other_head(self) -> str:
+        """What to say of a checkpoint whose head is not a language model's, such as a classifier's;
+        "" of others.
+        """
+        others = self.config.get("architectures") or []
+        if not isinstance(others, list) or self.family.architecture in others or not others:
+            return ""
+        return (
+            f". config.json says architectures = {others}, and this reads "
+            f"{self.family.architecture}, whose head gives the next token; of a classifier, or "
+            "another such model, the checkpoint that it was trained from can be read"
+        )
 
     def _check_tied_head(self) -> None:
         """Raises ValueError if a head is stored that is not the embedding."""
@@ -310,6 +333,18 @@ def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
     return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
+def _check_no_adapter(directory: Path) -> None:
+    """Raises ValueError for a directory of an adapter (LoRA and others, by peft)."""
+    if not (directory / ADAPTER).exists():
+        return
+    base = files.read_json(directory / ADAPTER).get("base_model_name_or_path")
+    raise ValueError(
+        f"{directory} has an adapter ({ADAPTER}), which is added to the weights of {base!r}, and "
+        "only whole models can be read. peft's AutoPeftModelForCausalLM.from_pretrained(...)"
+        ".merge_and_unload().save_pretrained(...) writes one"
+    )
+
+
 def _read_config_json(directory: Path) -> dict[str, Any]:
     try:
         return files.read_json(directory / "config.json")
@@ -321,8 +356,9 @@ def _read_config_json(directory: Path) -> dict[str, Any]:
 
 def _read_entries(directory: Path) -> dict[str, safetensors.Entry]:
     """The entries of all tensors of a directory's files, by hf_name."""
-    # Checkpoints in several files have an index, those in one file don't.
-    has_index = (directory / INDEX).exists()
+    # Checkpoints in several files have an index, those in one file don't. Where both are there,
+    # transformers takes the one file.
+    has_index = (directory / INDEX).exists() and not (directory / SINGLE_FILE).exists()
     weight_map = _read_weight_map(directory) if has_index else {}
     names = sorted(set(weight_map.values())) if has_index else [_only_file(directory)]
 
@@ -378,6 +414,8 @@ def _only_file(directory: Path) -> str:
       ValueError: there is none, or more than one.
     """
     names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if SINGLE_FILE in names:
+        return SINGLE_FILE
     if len(names) > 1:
         raise ValueError(
             f"{directory} has {_listed(names)}, but no {INDEX} that says what belongs together"
@@ -595,7 +633,7 @@ def _split_into_files(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict
         shard_size += size
 
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {SINGLE_FILE: shards[0]}
     names_by_file = {}
     for number, names in enumerate(shards, 1):
         names_by_file[f"model-{number:05d}-of-{len(shards):05d}.safetensors"] = names
@@ -627,7 +665,7 @@ def save_as(
     """
     config, recorded = _check_record(original)
     family = families.family_of_config(config)
-    original_fields = families.read_config(config)
+    original_fields = families.read_config(config, original.get("ignored", ()))
     changed = [name for name, value in original_fields.items() if value != fields[name]]
     if changed:
         changes = [f"{name} = {fields[name]!r}, was {original_fields[name]!r}" for name in changed]
@@ -672,6 +710,9 @@ def _check_record(original: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     config, tensors = original.get("config"), original.get("tensors")
     if not isinstance(config, dict) or not isinstance(tensors, dict):
         raise ValueError("the checkpoint's record of its import lacks its config.json or tensors")
+    ignored = original.get("ignored", [])
+    if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+        raise ValueError(f"the checkpoint's record of its import says of ignored keys: {ignored!r}")
     for name, entry in tensors.items():
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in safetensors.DTYPES:
             raise ValueError(f"the checkpoint's record of its import says of {name}: {entry!r}")

@@ -15,17 +15,35 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lm import config as config_lib
+
 REQUIRED = object()
 
 
 class Key(NamedTuple):
-    """A key of config.json, and the field of our Config that it sets."""
+    """A key of config.json, and the field of our Config that it sets.
+
+    A key that is missing and one that is null are two things: transformers' class has a default for
+    the first, and what it makes of the second, if anything, is another matter. Both are in Hugging
+    Face's words, as values are; a function is given the fields read so far.
+    """
 
     field: str
     hf_name: str  # "" for a field that config.json never says
-    # The field where the key is missing or null; a function is given the fields read so far.
-    default: Any = REQUIRED
+    default: Any = REQUIRED  # where the key is missing
+    null: Any = REQUIRED  # where it is null
     values: Mapping[Any, Any] | None = None  # Hugging Face's value -> ours, where they differ
+
+
+class Rope(NamedTuple):
+    """How a family's config.json says its rotary embedding."""
+
+    theta: float = 10000.0  # where config.json doesn't say
+    # Of a head's dims that turn, where config.json doesn't say; None: all, whatever it says.
+    fraction: float | None = None
+    # What the two are called beside the rotary parameters; among them all families say the same.
+    theta_name: str = "rope_theta"
+    fraction_name: str = "partial_rotary_factor"
 
 
 class Tensor(NamedTuple):
@@ -62,12 +80,12 @@ class Family:
     # because our model can't do others; and those that don't change logits.
     supported_values: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     ignored_keys: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other name -> hf_name
+    # Other name -> hf_name. Where config.json has both, the other name's value counts.
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    # What holds where config.json doesn't say.
-    rope_theta: float = 10000.0
-    rope_fraction: float | None = None  # None: the family has learned positions
-    window: int | None = None  # None: the family has no sliding_window
+    rope: Rope | None = None  # None: the family has learned positions
+    # Where config.json doesn't say; 0: no window. None: the family has no sliding_window.
+    window: int | None = None
     has_window_switch: bool = False  # the window is off unless use_sliding_window turns it on
 
     # Names of tensors: how those of the body begin, which some checkpoints leave out, and a regular
@@ -102,12 +120,20 @@ _IGNORED_KEYS = frozenset(
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     pretraining_tp max_window_layers unsloth_version unsloth_fixed gradient_checkpointing
     predict_special_tokens n_special
+    _num_labels is_llama_config transformers.js_config neftune_noise_alpha
+    _attn_implementation_autoset _attn_implementation_internal attn_implementation
+    experts_implementation _experts_implementation use_flash_attn use_flash_attention
+    name_or_path model_max_length padding_side
 """.split()
 )
-# Keys that `_read_rope` reads: those of transformers 5, of 4, and GPT-NeoX's spellings.
+# Keys of any family that must have one of these values: transformers' code reads them, though no
+# class has them. Missing, they are the first.
+_SUPPORTED_VALUES: Mapping[str, tuple] = dict(is_causal=(True,))
+# Keys that say how queries and keys turn, in any family that turns them: transformers 5's, and 4's.
+# GPT-NeoX doesn't heed all of them, and neither does transformers.
 _ROPE_KEYS = frozenset(
     """
-    rope_parameters rope_scaling rope_theta partial_rotary_factor rotary_emb_base rotary_pct
+    rope_parameters rope_scaling rope_theta partial_rotary_factor original_max_position_embeddings
 """.split()
 )
 # Parameters of rope_type "llama3", in the order of Config.rope_scaling.
@@ -117,6 +143,7 @@ _LLAMA3_SCALING = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+_CONFIG_FIELDS = {field.name: field for field in dataclasses.fields(config_lib.ModelFields)}
 # Fields of a model with learned positions, which doesn't use them.
 _NO_ROPE = dict(rope_theta=10000.0, rope_fraction=1.0, rope_scaling=(), rope_interleaved=False)
 # Fields of a model without experts, which uses the first one only.
@@ -155,6 +182,11 @@ def _sizes(layers: str, width: str, heads: str, length: str) -> tuple[Key, ...]:
         Key("num_heads", heads),
         Key("context_length", length),
     )
+
+
+def _kv_heads(default) -> Key:
+    """The key of the number of kv heads, of which there are as many as heads where it is null."""
+    return Key("num_kv_heads", "num_key_value_heads", default, null=_all_heads)
 
 
 def _replaced(keys: Sequence[Key], *new: Key) -> tuple[Key, ...]:
@@ -221,10 +253,10 @@ _QKV_BIAS = ("attention/query_bias", "attention/key_bias", "attention/value_bias
 _LLAMA_KEYS = (
     *_COMMON_SIZES,
     Key("mlp_dim", "intermediate_size"),
-    Key("num_kv_heads", "num_key_value_heads", _all_heads),
-    Key("head_dim", "head_dim", _even_head_dim),
+    _kv_heads(_all_heads),
+    Key("head_dim", "head_dim", _even_head_dim, null=_even_head_dim),
     Key("norm_eps", "rms_norm_eps", 1e-6),
-    Key("activation", "hidden_act", "silu", ACTIVATIONS),
+    Key("activation", "hidden_act", "silu", values=ACTIVATIONS),
     Key("tie_embeddings", "tie_word_embeddings", False),
 )
 _SEPARATE_QKV = (
@@ -260,8 +292,8 @@ _LLAMA_EXPERTS_CONSTANTS = dict(
     rope_interleaved=False, table_dim=0, position_offset=0,
 )
 _LLAMA_CONSTANTS = _LLAMA_EXPERTS_CONSTANTS | _DENSE
-# Frequencies of RoPE, which older checkpoints have as buffers.
-_INV_FREQ = r"\.rotary_emb\.inv_freq$"
+# The frequencies of RoPE are in older checkpoints, as buffers.
+_LLAMA_NAMES = dict(body_prefix="model.", buffer_pattern=r"\.rotary_emb\.inv_freq$")
 # fmt: on
 
 
@@ -292,42 +324,42 @@ _MLP_BIAS = ("mlp_bias", False, ("mlp",))
 _LLAMA = Family(
     "llama", "LlamaForCausalLM",
     _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
-    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope_fraction=1.0, buffer_pattern=_INV_FREQ,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope=Rope(), **_LLAMA_NAMES,
 )
 _MISTRAL = Family(
     "mistral", "MistralForCausalLM",
-    _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
-    rope_fraction=1.0, window=4096, buffer_pattern=_INV_FREQ,
+    _replaced(_LLAMA_KEYS, _kv_heads(8)), _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    rope=Rope(), window=4096, **_LLAMA_NAMES,
 )
 _QWEN2 = Family(
     "qwen2", "Qwen2ForCausalLM",
-    _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
-    biases=("qkv",), rope_fraction=1.0, window=4096, has_window_switch=True,
-    buffer_pattern=_INV_FREQ,
+    _replaced(_LLAMA_KEYS, _kv_heads(32)), _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    biases=("qkv",), rope=Rope(), window=4096, has_window_switch=True, **_LLAMA_NAMES,
 )
 _QWEN3 = Family(
     "qwen3", "Qwen3ForCausalLM",
-    _replaced(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)),
+    _replaced(_LLAMA_KEYS, _kv_heads(32), Key("head_dim", "head_dim", 128)),
     _LLAMA_TENSORS,
     _LLAMA_CONSTANTS | dict(qk_norm=True),
-    bias_flags=(_ATTENTION_BIAS,), rope_fraction=1.0, window=4096, has_window_switch=True,
-    buffer_pattern=_INV_FREQ,
+    bias_flags=(_ATTENTION_BIAS,), rope=Rope(), window=4096, has_window_switch=True,
+    **_LLAMA_NAMES,
 )
 _ARCEE = Family(  # Llama with an MLP of two layers
     "arcee", "ArceeForCausalLM",
     _replaced(
         _LLAMA_KEYS,
-        Key("activation", "hidden_act", "relu2", ACTIVATIONS),
+        Key("activation", "hidden_act", "relu2", values=ACTIVATIONS),
         Key("norm_eps", "rms_norm_eps", 1e-5),
     ),
     _LLAMA_TENSORS,
     _LLAMA_CONSTANTS | dict(gated_mlp=False),
-    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope_fraction=1.0,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope=Rope(), **_LLAMA_NAMES,
 )
 _STABLELM = Family(
     "stablelm", "StableLmForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 32),
         Key("norm_eps", "layer_norm_eps", 1e-5),
         Key("head_dim", "", _even_head_dim),
     ),
@@ -335,12 +367,13 @@ _STABLELM = Family(
     _LLAMA_CONSTANTS | dict(norm="layernorm"),
     biases=("norm",), bias_flags=(("use_qkv_bias", False, ("qkv",)),),
     supported_values=dict(qk_layernorm=(False,), use_parallel_residual=(False,)),
-    rope_fraction=0.25, buffer_pattern=_INV_FREQ,
+    rope=Rope(fraction=0.25), **_LLAMA_NAMES,
 )
 _GLM = Family(  # gate and up are one tensor
     "glm", "GlmForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 2),
         Key("head_dim", "head_dim", 128),
         Key("norm_eps", "rms_norm_eps", 1.5625e-7),
     ),
@@ -353,7 +386,7 @@ _GLM = Family(  # gate and up are one tensor
         ),
     ),
     _LLAMA_CONSTANTS | dict(rope_interleaved=True),
-    bias_flags=(("attention_bias", True, ("qkv",)),), rope_fraction=0.5, buffer_pattern=_INV_FREQ,
+    bias_flags=(("attention_bias", True, ("qkv",)),), rope=Rope(fraction=0.5), **_LLAMA_NAMES,
 )
 
 
@@ -364,6 +397,7 @@ _MIXTRAL = Family(
     "mixtral", "MixtralForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        _kv_heads(8),
         Key("num_experts", "num_local_experts", 8),
         Key("experts_per_token", "num_experts_per_tok", 2),
         Key("norm_eps", "rms_norm_eps", 1e-5),
@@ -371,15 +405,19 @@ _MIXTRAL = Family(
     _expert_tensors("block_sparse_moe", up="w3", gate="w1", down="w2"),
     _LLAMA_EXPERTS_CONSTANTS | dict(normalize_router=True, shared_mlp_dim=0),
     supported_values=dict(router_jitter_noise=(0.0,)), ignored_keys=("router_aux_loss_coef",),
-    rope_theta=1e6, rope_fraction=1.0, window=0, buffer_pattern=_INV_FREQ,
+    aliases={"num_experts": "num_local_experts"},
+    rope=Rope(theta=1e6), window=0, **_LLAMA_NAMES,
 )
 # Qwen's models may have layers without experts, and windows: those are refused.
-_QWEN_SUPPORTED = dict(decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
+_QWEN_SUPPORTED = dict(
+    decoder_sparse_step=(1,), mlp_only_layers=([], None), use_sliding_window=(False,)
+)
 _QWEN_IGNORED = ("router_aux_loss_coef", "intermediate_size")
 _QWEN2_MOE = Family(
     "qwen2_moe", "Qwen2MoeForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 16),
         Key("num_experts", "num_experts", 60),
         Key("experts_per_token", "num_experts_per_tok", 4),
         Key("normalize_router", "norm_topk_prob", False),
@@ -399,12 +437,13 @@ _QWEN2_MOE = Family(
     _LLAMA_EXPERTS_CONSTANTS,
     bias_flags=(("qkv_bias", True, ("qkv",)),),
     supported_values=_QWEN_SUPPORTED, ignored_keys=_QWEN_IGNORED,
-    rope_fraction=1.0, window=4096, has_window_switch=True, buffer_pattern=_INV_FREQ,
+    rope=Rope(), window=4096, has_window_switch=True, **_LLAMA_NAMES,
 )
 _QWEN3_MOE = Family(
     "qwen3_moe", "Qwen3MoeForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 4),
         Key("num_experts", "num_experts", 128),
         Key("experts_per_token", "num_experts_per_tok", 8),
         Key("normalize_router", "norm_topk_prob", False),
@@ -415,7 +454,7 @@ _QWEN3_MOE = Family(
     bias_flags=(_ATTENTION_BIAS,),
     supported_values=_QWEN_SUPPORTED, ignored_keys=_QWEN_IGNORED,
     aliases={"num_local_experts": "num_experts"},
-    rope_fraction=1.0, window=4096, has_window_switch=True, buffer_pattern=_INV_FREQ,
+    rope=Rope(), window=4096, has_window_switch=True, **_LLAMA_NAMES,
 )
 
 
@@ -424,7 +463,6 @@ _QWEN3_MOE = Family(
 
 _GPT_KEYS = (
     *_sizes("n_layer", "n_embd", "n_head", "n_positions"),
-    Key("mlp_dim", "n_inner", _four_embed_dims),
     Key("num_kv_heads", "", _all_heads),
     Key("head_dim", "", _even_head_dim),
     Key("norm_eps", "layer_norm_epsilon", 1e-5),
@@ -450,10 +488,18 @@ _GPT_CONSTANTS = dict(
 ) | _DENSE
 _GPT_BIASES = ("qkv", "out", "mlp", "norm")
 _GPT_IGNORED = ("n_ctx", "reorder_and_upcast_attn")
+_GPT_ALIASES = dict(
+    hidden_size="n_embd", max_position_embeddings="n_positions", num_attention_heads="n_head",
+    num_hidden_layers="n_layer",
+)
 _GPT_BUFFERS = r"\.attn\.(bias|masked_bias)$"
 _GPT2 = Family(
     "gpt2", "GPT2LMHeadModel",
-    (*_GPT_KEYS, Key("activation", "activation_function", "gelu_new", ACTIVATIONS)),
+    (
+        *_GPT_KEYS,
+        Key("mlp_dim", "n_inner", _four_embed_dims, null=_four_embed_dims),
+        Key("activation", "activation_function", "gelu_new", values=ACTIVATIONS),
+    ),
     (
         Tensor("embed/table", "transformer.wte.weight", "table"),
         Tensor("position_embed/table", "transformer.wpe.weight", "table"),
@@ -461,18 +507,20 @@ _GPT2 = Family(
     ),
     _GPT_CONSTANTS | dict(residual="pre_norm"),
     supported_values=dict(
-        scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,)
+        scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
     ),
-    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED,
+    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED, aliases=_GPT_ALIASES,
     body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
 )
 _OPENAI_GPT = Family(
     "openai-gpt", "OpenAIGPTLMHeadModel",
     (
         *_GPT_KEYS,
+        Key("mlp_dim", "", _four_embed_dims),
         # This model's "gelu" is the approximation that others call gelu_new.
         Key("activation", "afn", "gelu",
-            {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}),
+            values={"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}),
     ),
     (
         Tensor("embed/table", "transformer.tokens_embed.weight", "table"),
@@ -480,7 +528,7 @@ _OPENAI_GPT = Family(
         *_GPT_TENSORS,
     ),
     _GPT_CONSTANTS | dict(residual="post_norm"),
-    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED,
+    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED, aliases=_GPT_ALIASES,
     body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
 )
 _OPT = Family(
@@ -491,10 +539,11 @@ _OPT = Family(
         Key("num_kv_heads", "", _all_heads),
         Key("head_dim", "", _even_head_dim),
         Key("norm_eps", "", 1e-5),
-        Key("activation", "activation_function", "relu", ACTIVATIONS),
+        Key("activation", "activation_function", "relu", values=ACTIVATIONS),
         Key("tie_embeddings", "tie_word_embeddings", True),
-        Key("residual", "do_layer_norm_before", "pre_norm", {True: "pre_norm", False: "post_norm"}),
-        Key("table_dim", "word_embed_proj_dim", _embed_dim),
+        Key("residual", "do_layer_norm_before", True,
+            values={True: "pre_norm", False: "post_norm"}),
+        Key("table_dim", "word_embed_proj_dim", _embed_dim, null=_embed_dim),
     ),
     (
         Tensor("embed/table", "model.decoder.embed_tokens.weight", "table"),
@@ -530,9 +579,10 @@ _GPT_NEOX = Family(
         Key("num_kv_heads", "", _all_heads),
         Key("head_dim", "", _even_head_dim),
         Key("norm_eps", "layer_norm_eps", 1e-5),
-        Key("activation", "hidden_act", "gelu", ACTIVATIONS),
+        Key("activation", "hidden_act", "gelu", values=ACTIVATIONS),
         Key("tie_embeddings", "tie_word_embeddings", False),
-        Key("residual", "use_parallel_residual", "parallel", {True: "parallel", False: "pre_norm"}),
+        Key("residual", "use_parallel_residual", True,
+            values={True: "parallel", False: "pre_norm"}),
     ),
     (
         Tensor("embed/table", "gpt_neox.embed_in.weight", "table"),
@@ -554,7 +604,7 @@ _GPT_NEOX = Family(
         table_dim=0, position_offset=0,
     ) | _DENSE,
     biases=("mlp", "norm"), bias_flags=(("attention_bias", True, ("qkv", "out")),),
-    rope_fraction=0.25,
+    rope=Rope(fraction=0.25, theta_name="rotary_emb_base", fraction_name="rotary_pct"),
     body_prefix="gpt_neox.",
     buffer_pattern=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
 )
@@ -607,36 +657,61 @@ def family_of_fields(fields: Mapping[str, Any]) -> Family:
 # --- config.json to our fields ---
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_config(config: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of `lm.models.transformer.Config`, but for those of execution, of a config.json.
 
+    What its keys mean together, and which of several counts, is as in transformers.
+
+    Args:
+      ignored: keys to read it without.
+
     Raises:
-      ValueError: a key is missing, or may change the logits in a way that our model doesn't have.
+      ValueError: a key is missing, or may change the logits in a way that our model doesn't have;
+        or there is none of the ignored ones.
     """
     family = family_of_config(config)
-    config = {family.aliases.get(name, name): value for name, value in config.items()}
+    if strange := sorted(set(ignored) - config.keys()):
+        raise ValueError(f"config.json has no {', '.join(strange)} to ignore")
+    config = {name: value for name, value in config.items() if name not in ignored}
+    _check_what_it_is(config)
 
-    # Null means the same as a missing key, but for windows.
-    given = {name: value for name, value in config.items() if value is not None}
+    for alias, hf_name in family.aliases.items():
+        if alias in config:
+            config[hf_name] = config.pop(alias)
 
     fields = dict(family.constants)
     for key in family.keys:
-        fields[key.field] = _read_key(family, key, given, fields)
+        fields[key.field] = _read_key(family, key, config, fields)
+    _check_sizes(family, fields)
 
     # Config has 0 where the embedding needs no projection.
     if fields.get("table_dim") == fields["embed_dim"]:
         fields["table_dim"] = 0
 
-    fields["bias"] = _read_biases(family, given)
-    fields |= _NO_ROPE if family.rope_fraction is None else _read_rope(family, given)
-    fields["window"] = 0 if family.window is None else _read_window(family, config)
+    fields["bias"] = _read_biases(family, config)
+    fields |= _NO_ROPE if family.rope is None else _read_rope(family, config, fields)
+    fields["window"] = _read_window(family, config, fields["num_layers"])
 
     # Whatever is left over may change the logits in a way that the fields don't say.
-    for name, values in family.supported_values.items():
-        if given.get(name, values[0]) not in values:
-            raise _unsupported(family, name, given[name], list(values))
-    _check_all_known(family, given)
+    for name, values in (_SUPPORTED_VALUES | family.supported_values).items():
+        if config.get(name, values[0]) not in values:
+            raise _unsupported(family, name, config[name], list(values))
+    _check_all_known(family, config)
     return fields
+
+
+def _check_what_it_is(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for weights that are not plain numbers."""
+    if quantization := config.get("quantization_config"):
+        method = "unknown"
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", method)
+        raise ValueError(
+            f"config.json: quantization_config: these weights are quantized (quant_method = "
+            f"{method!r}), and only plain ones can be read. Take the checkpoint that they were "
+            "made of; or transformers' AutoModelForCausalLM.from_pretrained(...).dequantize()"
+            ".save_pretrained(...) writes plain ones"
+        )
 
 
 def _unsupported(family: Family, hf_name: str, value, supported) -> ValueError:
@@ -646,120 +721,235 @@ def _unsupported(family: Family, hf_name: str, value, supported) -> ValueError:
     )
 
 
-def _read_key(family: Family, key: Key, given: Mapping[str, Any], fields: Mapping[str, Any]):
+def _read_key(family: Family, key: Key, config: Mapping[str, Any], fields: Mapping[str, Any]):
     """The value of a key's field.
 
     Args:
-      given: config.json without nulls.
       fields: those read so far, which a default may be computed from.
     """
-    if key.hf_name in given:
-        value = given[key.hf_name]
-        if key.values is not None:
-            if value not in key.values:
-                raise _unsupported(family, key.hf_name, value, list(key.values))
-            value = key.values[value]
-    elif key.default is REQUIRED:
-        raise ValueError(f"config.json: {key.hf_name} is missing; a {family.name} can't do without")
-    else:
-        value = key.default(fields) if callable(key.default) else key.default
+    value = config.get(key.hf_name)
+    if value is None:
+        value = key.null if key.hf_name in config else key.default
+    if value is REQUIRED:
+        problem = "null" if key.hf_name in config else "missing"
+        raise ValueError(
+            f"config.json: {key.hf_name} is {problem}; a {family.name} can't do without"
+        )
+    if callable(value):
+        value = value(fields)
 
+    if key.values is not None:
+        # Not every value can be looked up, and to Python 1 is True.
+        type_wanted = type(next(iter(key.values)))
+        if type(value) is not type_wanted or value not in key.values:
+            raise _unsupported(family, key.hf_name, value, list(key.values))
+        value = key.values[value]
+
+    if wanted := config_lib.wanted(_CONFIG_FIELDS[key.field], value):
+        raise ValueError(f"config.json: {key.hf_name} = {value!r}; {wanted}")
     if key.field == "num_experts" and value < 1:
         raise _unsupported(family, key.hf_name, value, "1 and more")
     return value
 
 
-def _read_biases(family: Family, given: Mapping[str, Any]) -> str:
+def _check_sizes(family: Family, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for sizes that don't fit each other; most often one is missing, and its
+    default is another model's.
+    """
+    names = {key.field: key.hf_name for key in family.keys}
+
+    def said(field: str) -> str:
+        return f"{names.get(field) or field} = {fields[field]}"
+
+    if fields["num_heads"] % fields["num_kv_heads"]:
+        raise ValueError(
+            f"config.json: {said('num_heads')} must be a multiple of {said('num_kv_heads')}"
+        )
+    if fields["num_experts"] and fields["experts_per_token"] > fields["num_experts"]:
+        raise ValueError(
+            f"config.json: {said('experts_per_token')} must be at most {said('num_experts')}"
+        )
+    # A size that is none is checked here: a head of 0 dims.
+    if fields["head_dim"] < 1 or (
+        not names["head_dim"] and fields["embed_dim"] % fields["num_heads"]
+    ):
+        raise ValueError(
+            f"config.json: {said('embed_dim')} must be a multiple of {said('num_heads')}"
+        )
+
+
+def _read_biases(family: Family, config: Mapping[str, Any]) -> str:
     """Config.bias: the parts that have one, with commas between them."""
     biased = set(family.biases)
     for name, default, parts in family.bias_flags:
-        if given.get(name, default):
+        flag = config.get(name, default)
+        if not isinstance(flag, bool):
+            raise _unsupported(family, name, flag, [True, False])
+        if flag:
             biased |= set(parts)
     return ",".join(part for part in ("qkv", "out", "mlp", "norm") if part in biased)
 
 
-def _read_rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta, rope_fraction and rope_scaling. transformers 5 writes them into rope_parameters;
-    4 wrote the first two on their own and the others into rope_scaling.
-    """
-    written = given.get("rope_parameters") or given.get("rope_scaling")
-    parameters = dict(written or {})
-    rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
+def _read_rope(
+    family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """rope_theta, rope_fraction and rope_scaling.
 
-    # Several keys may say the same: those among the parameters come first, GPT-NeoX's last.
-    theta = given.get("rope_theta", given.get("rotary_emb_base", family.rope_theta))
+    transformers 5 writes them into rope_parameters; 4 wrote the first two on their own and the
+    others into rope_scaling. Where both are there, rope_scaling counts, and nothing of
+    rope_parameters does. What either of them says comes before what stands on its own.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    written = config.get(name) or {}
+    if not isinstance(written, dict):
+        raise _unsupported(family, name, written, "an object")
+    parameters = dict(written)
+    rope = family.rope
+
+    theta = config.get(rope.theta_name, rope.theta)
     theta = parameters.pop("rope_theta", theta)
-    fraction = given.get("rotary_pct", family.rope_fraction)
-    fraction = given.get("partial_rotary_factor", fraction)
+    fraction = config.get(rope.fraction_name, rope.fraction)
     fraction = parameters.pop("partial_rotary_factor", fraction)
+    rope_type = parameters.pop("rope_type", parameters.get("type", "default"))
+    parameters.pop("type", None)
+    scaling = _read_scaling(family, name, written, rope_type, parameters, config)
+
+    # Without scaling these families turn all dims; with it transformers has no such model.
+    if rope.fraction is None and not (scaling and fraction):
+        fraction = 1.0
+    if rope.fraction is None and fraction != 1:
+        supported = f"1.0 beside a scaling in {name}"
+        raise _unsupported(family, rope.fraction_name, fraction, supported)
+
+    turning = dict(rope_theta=theta, rope_fraction=fraction)
+    names = dict(rope_theta=rope.theta_name, rope_fraction=rope.fraction_name)
+    for field, value in turning.items():
+        if wanted := config_lib.wanted(_CONFIG_FIELDS[field], value):
+            raise ValueError(f"config.json: {names[field]} = {value!r} ({name}); {wanted}")
+    num_turning = int(fields["head_dim"] * fraction)
+    if num_turning % 2 or not num_turning:
+        raise ValueError(
+            f"config.json: {rope.fraction_name} = {fraction} of head_dim = {fields['head_dim']} "
+            "(hidden_size / num_attention_heads where it isn't said) are not an even number of dims"
+        )
+    return dict(rope_theta=float(theta), rope_fraction=float(fraction), rope_scaling=scaling)
+
+
+def _read_scaling(
+    family: Family,
+    name: str,
+    written: Mapping[str, Any],
+    rope_type: str,
+    parameters: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> tuple[float, ...]:
+    """Config.rope_scaling.
+
+    Args:
+      name: of the key that the parameters stand at.
+      written: that key's value.
+      parameters: without those that every type has.
+    """
+    rope_types = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_SCALING}
+    names = rope_types.get(rope_type) if isinstance(rope_type, str) else None
+    values = dict(parameters)
+    if names and "original_max_position_embeddings" in names:
+        # The length before scaling: on its own it comes first.
+        length = values.get("original_max_position_embeddings", config["max_position_embeddings"])
+        length = config.get("original_max_position_embeddings", length)
+        values["original_max_position_embeddings"] = length
 
     # What is left must be the scaling's parameters, all of them and no others.
-    rope_types = {"default": (), "llama3": _LLAMA3_SCALING}
-    names = rope_types.get(rope_type)
-    if names is None or set(parameters) - {"type"} != set(names):
+    is_known = names is not None and set(values) == set(names)
+    if not is_known or not all(map(_is_positive_number, values.values())):
         supported = [f"{name} with {list(parts)}" for name, parts in rope_types.items()]
-        raise _unsupported(family, "rope_parameters", written, supported)
+        raise _unsupported(family, name, dict(written), supported)
 
-    return dict(
-        rope_theta=float(theta),
-        rope_fraction=float(fraction),
-        rope_scaling=tuple(float(parameters[name]) for name in names),
-    )
+    # Of linear scaling there is what changes nothing.
+    if rope_type == "linear":
+        if values["factor"] != 1:
+            raise _unsupported(family, name, dict(written), "a linear scaling of factor 1")
+        return ()
+    return tuple(float(values[name]) for name in names)
 
 
-def _read_window(family: Family, config: Mapping[str, Any]) -> int:
+def _is_positive_number(value) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < float("inf")
+
+
+def _read_window(family: Family, config: Mapping[str, Any], num_layers: int) -> int:
     """The window of all layers; 0 for none.
 
     A sliding_window of null is none; where the key is missing the family's own default holds.
     """
-    window = config.get("sliding_window", family.window) or 0
-    if not family.has_window_switch:
-        return window
+    layer_types = config.get("layer_types")
+    if family.window is None:
+        window = 0
+    else:
+        window = config.get("sliding_window", family.window or None)
+        if window is not None and (type(window) is not int or window < 1):
+            raise _unsupported(family, "sliding_window", window, "null, or 1 and more")
+        window = window or 0
 
+    switch = config.get("use_sliding_window", False)
+    if family.has_window_switch and not isinstance(switch, bool):
+        raise _unsupported(family, "use_sliding_window", switch, [True, False])
+    if family.has_window_switch and not switch:
+        window = 0
     # Layers from max_window_layers on have the window, if use_sliding_window turns it on.
     # layer_types, which newer checkpoints have, says the same layer by layer.
-    layer_types = config.get("layer_types") or _layer_types_by_switch(config)
-    if set(layer_types) == {"full_attention"}:
-        return 0
-    if set(layer_types) != {"sliding_attention"} or not config.get("use_sliding_window"):
-        raise _unsupported(
-            family,
-            "layer_types",
-            layer_types,
-            "layers that are all full_attention, or all sliding_attention with use_sliding_window",
-        )
+    if layer_types is None and family.has_window_switch and window:
+        # 28 is transformers' default for Qwen's models.
+        first_windowed = config.get("max_window_layers", 28)
+        if type(first_windowed) is not int:
+            raise _unsupported(family, "max_window_layers", first_windowed, "a number of layers")
+        if first_windowed >= num_layers:
+            return 0
+        if first_windowed > 0:
+            raise ValueError(
+                f"config.json: max_window_layers = {first_windowed} with use_sliding_window is "
+                f"not supported for {family.name}; this reads windows in layers that are all alike"
+            )
+
+    if layer_types:
+        kinds = ["full_attention"] * num_layers
+        if family.has_window_switch and layer_types == kinds:
+            return 0
+        kinds = ["sliding_attention" if window else "full_attention"] * num_layers
+        if layer_types != kinds:
+            raise _unsupported(
+                family, "layer_types", layer_types, f"{kinds}, as its other keys say"
+            )
     return window
 
 
-def _layer_types_by_switch(config: Mapping[str, Any]) -> list[str]:
-    # 28 is transformers' default for Qwen's models.
-    first_windowed = config.get("max_window_layers", 28) or 0
-
-    layer_types = []
-    for layer in range(config["num_hidden_layers"]):
-        windowed = config.get("use_sliding_window") and layer >= first_windowed
-        layer_types.append("sliding_attention" if windowed else "full_attention")
-    return layer_types
-
-
-def _check_all_known(family: Family, given: Mapping[str, Any]) -> None:
-    """Raises ValueError for a key that nothing here reads: it might change the logits."""
+def _check_all_known(family: Family, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key that nothing here reads, and that says something: it might change
+    the logits.
+    """
     known = {key.hf_name for key in family.keys}
     known |= {name for name, _, _ in family.bias_flags}
-    known |= set(family.supported_values) | set(family.ignored_keys) | _IGNORED_KEYS
-    if family.rope_fraction is not None:
-        known |= _ROPE_KEYS
+    known |= set(family.supported_values) | set(_SUPPORTED_VALUES)
+    known |= set(family.ignored_keys) | _IGNORED_KEYS | {"layer_types", "quantization_config"}
+    if family.rope is not None:
+        known |= _ROPE_KEYS | {family.rope.theta_name, family.rope.fraction_name}
     if family.window is not None:
         known.add("sliding_window")
     if family.has_window_switch:
-        known |= {"use_sliding_window", "layer_types"}
+        known.add("use_sliding_window")
 
-    unknown = sorted(set(given) - known)
+    # False, null and what is empty turn something off that most models don't have.
+    unknown = []
+    for name in sorted(set(config) - known):
+        if config[name] is False or config[name] in (None, "", [], {}):
+            continue
+        unknown.append(f"{name} = {config[name]!r}")
     if unknown:
-        listed = ", ".join(f"{name} = {given[name]!r}" for name in unknown)
         raise ValueError(
-            f"config.json: {listed}: not known for {family.name}. Where that changes nothing in "
-            "the model's outputs, take it out of config.json"
+            f"config.json: {', '.join(unknown)}: not known for {family.name}. Where that changes "
+            "nothing in the model's outputs, --ignore=NAME of lm.convert and lm.generate reads the "
+            "checkpoint without it"
         )
 
 
@@ -781,7 +971,7 @@ def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     # A key that turns on biases of several parts is set if all of them have one.
     for name, _, parts in family.bias_flags:
         config[name] = set(parts) <= set(fields["bias"].split(","))
-    if family.rope_fraction is not None:
+    if family.rope is not None:
         config |= _write_rope(family, fields)
     if family.window is not None:
         config |= _write_window(family, fields)
@@ -817,11 +1007,9 @@ def _write_keys(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_rope(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE's keys as transformers 4 wrote them, which both versions read."""
-    is_neox = family.name == "gpt_neox"
-    config = {"rotary_emb_base" if is_neox else "rope_theta": fields["rope_theta"]}
-    if family.rope_fraction != 1.0 or fields["rope_fraction"] != 1.0:
-        fraction_name = "rotary_pct" if is_neox else "partial_rotary_factor"
-        config[fraction_name] = fields["rope_fraction"]
+    config: dict[str, Any] = {family.rope.theta_name: fields["rope_theta"]}
+    if family.rope.fraction is not None:
+        config[family.rope.fraction_name] = fields["rope_fraction"]
 
     if fields["rope_scaling"]:
         scaling = dict(zip(_LLAMA3_SCALING, fields["rope_scaling"]))
@@ -847,7 +1035,7 @@ def _check_reads_back(family: Family, config: Mapping[str, Any], fields: Mapping
     read = read_config(config)
 
     # Fields that the model doesn't use may be anything.
-    if family.rope_fraction is None:
+    if family.rope is None:
         read |= {name: fields[name] for name in _NO_ROPE}
     if not fields["num_experts"] and not read["num_experts"]:
         read |= {name: fields[name] for name in _DENSE}
