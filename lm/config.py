@@ -124,8 +124,9 @@ class ModelFields:
     rope_theta: float = number(10000.0, above=1)
     rope_fraction: float = number(1.0, above=0, most=1)  # of a head's dims that turn
     rope_interleaved: bool = False  # the pairs that turn are (2i, 2i + 1), not (i, i + half)
-    # or Llama 3.1's (factor, low_frequency_factor, high_frequency_factor, original context)
-    rope_scaling: tuple[float, ...] = ()
+    # For texts longer than the model was trained on, a name and its numbers, as
+    # lm.nn.positions.SCALINGS has them: ("yarn", 4.0, 32768); four numbers alone are llama3's.
+    rope_scaling: tuple[str | float, ...] = ()
     # positions that a query sees, itself included; 0: all before it
     window: int = integer(0)
     # where there are biases, with commas between them: qkv, out (of attention), mlp, norm
@@ -435,7 +436,7 @@ _TYPES = {
     int: ((int,), "an integer"),
     float: ((int, float), "a number"),
     dict: ((dict, ConfigDict), "keys with values"),
-    tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
+    tuple[str | float, ...]: ((tuple, list), "a tuple of numbers, which a name may come before"),
 }
 
 
@@ -445,8 +446,10 @@ def wanted(field: dataclasses.Field, value) -> str:
     # In Python a bool is an int.
     if not isinstance(value, types) or (isinstance(value, bool) and field.type is not bool):
         return f"wanted {words}"
-    if isinstance(value, (tuple, list)) and not all(_is_finite_number(item) for item in value):
-        return f"wanted {words}"
+    if isinstance(value, (tuple, list)):
+        numbers = value[1:] if value and isinstance(value[0], str) else value
+        if not all(_is_finite_number(item) for item in numbers):
+            return f"wanted {words}"
 
     valid = field.metadata.get("valid")
     if valid is None or value in valid:

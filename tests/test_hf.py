@@ -368,8 +368,13 @@ def test_no_config_json(tmp_path, directory):
         ),
         (dict(sliding_window=7), "sliding_window = 7: not known for llama"),
         (
-            dict(rope_scaling=dict(type="yarn", factor=4.0)),
-            "rope_scaling = .*'yarn'.* is not supported for llama; this reads",
+            dict(rope_scaling=dict(type="yarn")),
+            r"rope_scaling = .*'yarn'.* is not supported for llama; this reads a yarn with "
+            r"\['factor'\] and perhaps",
+        ),
+        (
+            dict(rope_scaling=dict(type="ntk", factor=4.0)),
+            r"'ntk'.* is not supported for llama; this reads rope_type of \['default'",
         ),
         (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "is not supported for llama"),
         (dict(vocab_size=41), r"model.embed_tokens.weight \[40, 16\], wanted \[41, 16\]"),
@@ -691,6 +696,55 @@ def test_the_dtype_is_bfloat16_if_all_weights_are(tmp_path):
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     write_tensors(path, all_bfloat16 | buffer)
     assert hf.Checkpoint(tmp_path).dtype() == "bfloat16"
+
+
+# --- rotary scaling ---
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        ("linear", 2.0),
+        ("dynamic", 2.0, 16.0),
+        (8.0, 1.0, 4.0, 8.0),
+        ("yarn", 4.0, 8.0, 1.1, 20.0, 2.0, 0.0),
+        ("longrope", 8.0, 1.1, *range(1, 9)),
+    ],
+)
+def test_scalings_are_written_and_read(scaling):
+    fields = make_params(LLAMA)[0] | dict(rope_scaling=scaling)
+
+    read = families.read_config(families.write_config(families.FAMILIES["llama"], fields))
+
+    assert read["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(
+    "keys, wanted",
+    [
+        # The length before scaling, on its own, comes before the parameter, and that before
+        # max_position_embeddings.
+        (dict(), 16.0),
+        (dict(rope_scaling=dict(original_max_position_embeddings=12)), 12.0),
+        (
+            dict(
+                rope_scaling=dict(original_max_position_embeddings=12),
+                original_max_position_embeddings=10,
+            ),
+            10.0,
+        ),
+    ],
+)
+def test_the_length_before_scaling(keys, wanted):
+    keys = dict(keys)
+    scaling = dict(type="yarn", factor=4.0) | keys.pop("rope_scaling", {})
+
+    fields = families.read_config(MISTRAL | keys | dict(rope_scaling=scaling))
+
+    name, factor, length, *_ = fields["rope_scaling"]
+    assert (name, factor, length) == ("yarn", 4.0, wanted)
+    # That is what it reaches.
+    assert fields["context_length"] == 4 * wanted
 
 
 # --- the family of a model ---

@@ -11,11 +11,13 @@ follow from it.
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm import config as config_lib
+from lm.nn.positions import SCALINGS, Dynamic, LongRope, Yarn, parse_scaling
 
 REQUIRED = object()
 
@@ -44,6 +46,10 @@ class Rope(NamedTuple):
     # What the two are called beside the rotary parameters; among them all families say the same.
     theta_name: str = "rope_theta"
     fraction_name: str = "partial_rotary_factor"
+    # original_max_position_embeddings, where config.json doesn't say; None: it stands among the
+    # rotary parameters.
+    length: int | None = None
+    type_names: Mapping[str, str] = {}  # other name of a rope_type -> its name
 
 
 class Tensor(NamedTuple):
@@ -793,7 +799,7 @@ def _read_biases(family: Family, config: Mapping[str, Any]) -> str:
 def _read_rope(
     family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """rope_theta, rope_fraction and rope_scaling.
+    """rope_theta, rope_fraction and rope_scaling, and the context_length with it.
 
     transformers 5 writes them into rope_parameters; 4 wrote the first two on their own and the
     others into rope_scaling. Where both are there, rope_scaling counts, and nothing of
@@ -812,7 +818,7 @@ def _read_rope(
     fraction = parameters.pop("partial_rotary_factor", fraction)
     rope_type = parameters.pop("rope_type", parameters.get("type", "default"))
     parameters.pop("type", None)
-    scaling = _read_scaling(family, name, written, rope_type, parameters, config)
+    scaling = _read_scaling(family, name, rope_type, parameters, config)
 
     # Without scaling these families turn all dims; with it transformers has no such model.
     if rope.fraction is None and not (scaling and fraction):
@@ -832,45 +838,164 @@ def _read_rope(
             f"config.json: {rope.fraction_name} = {fraction} of head_dim = {fields['head_dim']} "
             "(hidden_size / num_attention_heads where it isn't said) are not an even number of dims"
         )
-    return dict(rope_theta=float(theta), rope_fraction=float(fraction), rope_scaling=scaling)
+    try:
+        parsed = parse_scaling(scaling, num_turning)
+    except ValueError:
+        supported = f"factors for {num_turning // 2} pairs of dims"
+        raise _unsupported(family, name, dict(written), supported) from None
+    length = fields["context_length"]
+    if isinstance(parsed, Yarn | Dynamic):
+        # These say what they reach, where max_position_embeddings is often the length before.
+        length = max(length, int(parsed.factor * parsed.context))
+    return dict(
+        rope_theta=float(theta),
+        rope_fraction=float(fraction),
+        rope_scaling=scaling,
+        context_length=length,
+    )
 
 
 def _read_scaling(
     family: Family,
     name: str,
-    written: Mapping[str, Any],
     rope_type: str,
     parameters: Mapping[str, Any],
     config: Mapping[str, Any],
-) -> tuple[float, ...]:
+) -> tuple[str | float, ...]:
     """Config.rope_scaling.
 
     Args:
       name: of the key that the parameters stand at.
-      written: that key's value.
       parameters: without those that every type has.
     """
-    rope_types = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_SCALING}
-    names = rope_types.get(rope_type) if isinstance(rope_type, str) else None
+    if isinstance(rope_type, str):
+        rope_type = family.rope.type_names.get(rope_type, rope_type)
+    if not isinstance(rope_type, str) or rope_type not in _SCALINGS:
+        supported = f"rope_type of {list(_SCALINGS)}"
+        raise _unsupported(family, name, dict(parameters, rope_type=rope_type), supported)
+
+    required, optional = _SCALINGS[rope_type]
     values = dict(parameters)
-    if names and "original_max_position_embeddings" in names:
+    if "original_max_position_embeddings" in optional:
         # The length before scaling: on its own it comes first.
         length = values.get("original_max_position_embeddings", config["max_position_embeddings"])
-        length = config.get("original_max_position_embeddings", length)
+        length = config.get("original_max_position_embeddings", family.rope.length or length)
         values["original_max_position_embeddings"] = length
 
-    # What is left must be the scaling's parameters, all of them and no others.
-    is_known = names is not None and set(values) == set(names)
-    if not is_known or not all(map(_is_positive_number, values.values())):
-        supported = [f"{name} with {list(parts)}" for name, parts in rope_types.items()]
-        raise _unsupported(family, name, dict(written), supported)
+    # All that are needed, and no others.
+    is_known = set(required) <= set(values) <= {*required, *optional}
+    if not is_known or not all(_is_scaling_value(*item) for item in values.items()):
+        supported = f"a {rope_type} with {list(required)}"
+        if optional:
+            supported += f" and perhaps {list(optional)}"
+        raise _unsupported(family, name, dict(values, rope_type=rope_type), supported)
+    return _SCALING_READERS[rope_type](values, config["max_position_embeddings"])
 
-    # Of linear scaling there is what changes nothing.
-    if rope_type == "linear":
-        if values["factor"] != 1:
-            raise _unsupported(family, name, dict(written), "a linear scaling of factor 1")
-        return ()
-    return tuple(float(values[name]) for name in names)
+
+# rope_type -> (the parameters that it must have, those that it may have). Not all use the length
+# before scaling, which files have with any.
+_SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ("original_max_position_embeddings",)),
+    "linear": (("factor",), ("original_max_position_embeddings",)),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        ("original_max_position_embeddings", "factor", "attention_factor"),
+    ),
+}
+# Those that may be null, as if they were missing.
+_MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def _is_scaling_value(name: str, value) -> bool:
+    """Whether a parameter of a scaling may have this value."""
+    if value is None:
+        return name in _MAY_BE_NULL
+    if name == "truncate":
+        return isinstance(value, bool)
+    if name in ("short_factor", "long_factor"):
+        return isinstance(value, list) and all(map(_is_positive_number, value))
+    return _is_positive_number(value)
+
+
+def _read_default(values: Mapping[str, Any], length: int) -> tuple:
+    return ()
+
+
+def _read_linear(values: Mapping[str, Any], length: int) -> tuple:
+    # A factor of 1 changes nothing.
+    return ("linear", float(values["factor"])) if values["factor"] != 1 else ()
+
+
+def _read_dynamic(values: Mapping[str, Any], length: int) -> tuple:
+    return "dynamic", float(values["factor"]), float(length)
+
+
+def _read_llama3(values: Mapping[str, Any], length: int) -> tuple:
+    return tuple(float(values[name]) for name in _LLAMA3_SCALING)
+
+
+def _read_yarn(values: Mapping[str, Any], length: int) -> tuple:
+    factor = values["factor"]
+    attention_factor = values.get("attention_factor")
+    if attention_factor is None:
+        scales = values.get("mscale"), values.get("mscale_all_dim")
+        attention_factor = _yarn_attention_factor(factor, 1.0)
+        if all(scales):
+            attention_factor = _yarn_attention_factor(factor, scales[0])
+            attention_factor /= _yarn_attention_factor(factor, scales[1])
+    return (
+        "yarn",
+        float(factor),
+        float(values["original_max_position_embeddings"]),
+        float(attention_factor),
+        float(values.get("beta_fast") or 32),
+        float(values.get("beta_slow") or 1),
+        float(values.get("truncate", True)),
+    )
+
+
+def _yarn_attention_factor(factor: float, scale: float) -> float:
+    """YaRN's 1 / sqrt(t), of queries and keys each (arXiv 2309.00071, section 3.4)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _read_longrope(values: Mapping[str, Any], length: int) -> tuple:
+    original = values["original_max_position_embeddings"]
+    factor = values.get("factor", length / original)
+    attention_factor = values.get("attention_factor")
+    if attention_factor is None:
+        # LongRoPE's (arXiv 2402.13753), so that the attention's entropy stays.
+        stretch = math.log(factor) / math.log(original) if factor > 1 and original > 1 else 0.0
+        attention_factor = math.sqrt(1 + stretch)
+    factors = map(float, (*values["short_factor"], *values["long_factor"]))
+    return "longrope", float(original), float(attention_factor), *factors
+
+
+_SCALING_READERS = dict(
+    default=_read_default,
+    linear=_read_linear,
+    dynamic=_read_dynamic,
+    llama3=_read_llama3,
+    yarn=_read_yarn,
+    longrope=_read_longrope,
+)
 
 
 def _is_positive_number(value) -> bool:
@@ -1011,13 +1136,40 @@ def _write_rope(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     if family.rope.fraction is not None:
         config[family.rope.fraction_name] = fields["rope_fraction"]
 
-    if fields["rope_scaling"]:
-        scaling = dict(zip(_LLAMA3_SCALING, fields["rope_scaling"]))
-        scaling["rope_type"] = "llama3"
-        # A number of positions; the fields are all floats.
-        original_length = int(scaling["original_max_position_embeddings"])
-        config["rope_scaling"] = scaling | {"original_max_position_embeddings": original_length}
-    return config
+    num_turning = int(fields["head_dim"] * fields["rope_fraction"])
+    parsed = parse_scaling(fields["rope_scaling"], num_turning)
+    if parsed is None:
+        return config
+
+    scaling: dict[str, Any] = {}
+    for field, value in parsed._asdict().items():
+        scaling[_SCALING_NAMES.get(field, field)] = value
+    for name, kind in SCALINGS.items():
+        if isinstance(parsed, kind):
+            scaling["rope_type"] = name
+
+    # A number of positions; the fields are all floats.
+    if "original_max_position_embeddings" in scaling:
+        length = scaling["original_max_position_embeddings"] = int(parsed.context)
+        if family.rope.length is not None:
+            config["original_max_position_embeddings"] = length
+    if isinstance(parsed, Dynamic):
+        config["max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
+    if isinstance(parsed, Yarn):
+        scaling["truncate"] = bool(parsed.truncate)
+    if isinstance(parsed, LongRope):
+        factors = scaling.pop("factors")
+        half = len(factors) // 2
+        scaling |= dict(short_factor=list(factors[:half]), long_factor=list(factors[half:]))
+    return config | {"rope_scaling": scaling}
+
+
+# Field of a scaling -> its name in config.json, where that is another.
+_SCALING_NAMES = dict(
+    low_frequency_factor="low_freq_factor",
+    high_frequency_factor="high_freq_factor",
+    context="original_max_position_embeddings",
+)
 
 
 def _write_window(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -1040,6 +1192,10 @@ def _check_reads_back(family: Family, config: Mapping[str, Any], fields: Mapping
     if not fields["num_experts"] and not read["num_experts"]:
         read |= {name: fields[name] for name in _DENSE}
 
+    # What a scaling reaches changes no logits.
+    if fields["rope_scaling"]:
+        read["context_length"] = fields["context_length"]
+
     wrong = [name for name in read if _comparable(read[name]) != _comparable(fields[name])]
     if wrong:
         listed = ", ".join(f"{name} = {fields.get(name)!r}" for name in wrong)
@@ -1047,8 +1203,12 @@ def _check_reads_back(family: Family, config: Mapping[str, Any], fields: Mapping
 
 
 def _comparable(value):
-    """The value, or a tuple of floats for a sequence: JSON has lists for tuples."""
-    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else value
+    """The value, or a tuple for a sequence: JSON has lists for tuples. A rope_scaling of llama3 may
+    leave its name out.
+    """
+    if not isinstance(value, (tuple, list)):
+        return value
+    return tuple(value[1:]) if value and value[0] == "llama3" else tuple(value)
 
 
 # --- tensors ---

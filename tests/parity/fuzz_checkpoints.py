@@ -55,7 +55,7 @@ VALUES = dict(
     num_attention_heads=[4, 8],
     num_key_value_heads=[1, 2, 4],
     head_dim=[4, 8, 16],
-    max_position_embeddings=[64, 128],
+    max_position_embeddings=[24, 64, 128],
     rms_norm_eps=[1e-6, 1e-3],
     layer_norm_eps=[1e-6, 1e-3],
     layer_norm_epsilon=[1e-6, 1e-3],
@@ -186,6 +186,8 @@ def draw_base(rng, family: str) -> dict:
             base[name] = draw_value(rng, name, default)
 
     # Most cases are to be models that there are.
+    if family == "opt":
+        base["max_position_embeddings"] = 64
     if base.get("word_embed_proj_dim") and rng.random() < 0.5:
         base["word_embed_proj_dim"] = base["hidden_size"]
     if "layer_types" in base:
@@ -296,7 +298,9 @@ def run(config: dict, changed: str) -> tuple[str, str]:
         families.read_config(config)
     except ValueError as error:
         # Of two attributes that don't fit each other either may be named.
-        if any(re.search(rf"\b{name}\b", str(error)) for name in [changed, *config] if name):
+        nested = [key for value in config.values() if isinstance(value, dict) for key in value]
+        names = {changed, *config, *nested} - {"", "model_type"}
+        if any(re.search(rf"\b{name}\b", str(error)) for name in names):
             return "refused", str(error)
         return "wrong", f"refused without the name: {error}"
     except Exception as error:
