@@ -113,6 +113,30 @@ def test_what_was_saved_is_loaded(directory):
     assert_same_params(load(directory), params)
 
 
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("phi3", dict()),
+        (
+            "gpt_neox",
+            dict(norm="layernorm", gated_mlp=False, num_kv_heads=2, residual="parallel")
+            | dict(bias="qkv,out,mlp,norm", activation="gelu"),
+        ),
+        (
+            "gpt_bigcode",
+            dict(norm="layernorm", gated_mlp=False, bias="qkv,out,mlp,norm")
+            | dict(positions="learned"),
+        ),
+    ],
+)
+def test_fused_tensors_are_taken_apart(name, changes, tmp_path):
+    """Also where their parts are of different sizes: there are twice as many heads as kv heads."""
+    fields, params = make_params(LLAMA | changes)
+    hf.save(tmp_path, families.FAMILIES[name], fields, params, token_ids=TOKEN_IDS)
+
+    assert_same_params(load(tmp_path), params)
+
+
 def test_progress_ends_with_all_bytes(directory):
     calls = []
     source = hf.Checkpoint(directory)
@@ -665,6 +689,19 @@ def test_names_without_their_prefix(tmp_path):
     assert safetensors.entries(tmp_path / "back/model.safetensors").keys() == body.keys()
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "arcee", "phi3"])
+def test_names_without_their_prefix_in_any_family(name, tmp_path):
+    """As in Qwen3-Embedding: a body that ties its head."""
+    gated_mlp = name != "arcee"
+    fields, params = make_params(LLAMA | dict(tie_embeddings=True, gated_mlp=gated_mlp))
+    hf.save(tmp_path, families.FAMILIES[name], fields, params, token_ids=TOKEN_IDS)
+    path = tmp_path / "model.safetensors"
+    body = {key.removeprefix("model."): array for key, array in read_tensors(path).items()}
+    write_tensors(path, body)
+
+    assert_same_params(load(tmp_path), params)
+
+
 def test_a_model_that_was_changed_is_not_written_as_it_was(directory):
     fields, params = make_params(LLAMA | dict(rope_theta=77.0))
 
@@ -771,6 +808,11 @@ OPT = GPT | dict(bias="norm", position_offset=2, table_dim=8)
         (dict(gated_mlp=False, activation="relu_squared"), "arcee"),
         (dict(rope_interleaved=True, rope_fraction=0.5), "glm"),
         (dict(norm="layernorm", bias="norm", rope_fraction=0.25), "stablelm"),
+        (dict(rope_fraction=0.5), "phi3"),
+        (dict(norm="layernorm", bias="norm", gated_mlp=False), "starcoder2"),
+        (dict(rope_interleaved=True, bias="qkv,out,mlp"), "ernie4_5"),
+        (dict(rope_interleaved=True, bias="mlp"), "helium"),
+        (dict(bias="out"), "seed_oss"),
         (GPT_NEOX, "gpt_neox"),
         (GPT, "gpt2"),
         (GPT | dict(residual="post_norm", mlp_dim=64), "openai-gpt"),

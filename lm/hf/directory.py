@@ -210,7 +210,7 @@ class Checkpoint:
         "" of others.
         """
         others = self.config.get("architectures") or []
-        if not isinstance(others, list) or self.family.architecture in others or not others:
+        if not others or re.search("ForCausalLM|LMHeadModel", str(others)):
             return ""
         return (
             f". config.json says architectures = {others}, and this reads "
@@ -251,6 +251,7 @@ class Checkpoint:
         slices = collections.defaultdict(list)
         for param_slice in families.param_slices(self.family, shapes):
             slices[param_slice.row.path].append(param_slice)
+        self._first_outputs = _first_outputs(self.family, shapes)
 
         total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flat.values())
         counter = _ByteCounter(progress, total)
@@ -292,7 +293,8 @@ class Checkpoint:
 
     def _read_slice(self, param_slice: ParamSlice, shape: tuple[int, ...]) -> np.ndarray:
         tensor = self.entries[param_slice.hf_name].read()
-        return to_param(param_slice.row, tensor, shape, self.fields["num_heads"])
+        row = param_slice.row
+        return to_param(row, tensor, shape, self.fields["num_heads"], self._first_outputs[row.path])
 
 
 class _LocalPart(NamedTuple):
@@ -448,24 +450,48 @@ def _output_axis(row: Tensor, num_dims: int) -> int:
     return num_dims - 1 if row.layout == "conv1d" else 0
 
 
-def to_param(row: Tensor, tensor: np.ndarray, shape: tuple[int, ...], num_heads: int) -> np.ndarray:
+def _num_outputs(row: Tensor, shape: Sequence[int]) -> int:
+    """How much of a tensor's `out` a parameter (of one layer) has."""
+    num_inputs = 0 if row.layout == "vector" else row.num_inputs
+    return math.prod(shape[num_inputs:])
+
+
+def _first_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """path -> where it begins along `out` of its tensor, which it may share with others."""
+    starts = {}
+    ends: dict[str, int] = collections.defaultdict(int)
+    # Parts are in order in a table.
+    for row in family.tensors:
+        if row.path in shapes:
+            shape = shapes[row.path][row.hf_name.count("{") :]
+            starts[row.path] = ends[row.hf_name]
+            ends[row.hf_name] += _num_outputs(row, shape)
+    return starts
+
+
+def to_param(
+    row: Tensor, tensor: np.ndarray, shape: tuple[int, ...], num_heads: int, first_output: int
+) -> np.ndarray:
     """Our parameter (of one layer) from a tensor of the files; a view where it can be.
 
     Args:
       row: of the family's table.
       shape: of the parameter.
+      first_output: where it begins along `out`, unless the parts alternate from head to head.
     """
     part, num_parts = row.part
-    if num_parts > 1:
-        # [..., groups * parts * size, ...] -> [..., groups, parts, size, ...], of which one part is
-        # taken. Where the parts alternate from head to head each head is a group.
-        axis = _output_axis(row, tensor.ndim)
+    axis = _output_axis(row, tensor.ndim)
+    if row.per_head:
+        # [..., heads * parts * size, ...] -> [..., heads, parts, size, ...], of which one part is
+        # taken.
         before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
-        groups = num_heads if row.per_head else 1
-        size = tensor.shape[axis] // (groups * num_parts)
-
-        apart = tensor.reshape(*before, groups, num_parts, size, *after)
-        tensor = np.take(apart, part, axis + 1).reshape(*before, groups * size, *after)
+        apart = tensor.reshape(*before, num_heads, num_parts, -1, *after)
+        tensor = np.take(apart, part, axis + 1)
+        tensor = tensor.reshape(*before, -1, *after)
+    elif num_parts > 1:
+        last_output = first_output + _num_outputs(row, shape)
+        outputs = slice(first_output, last_output)
+        tensor = tensor[:, outputs] if axis == 1 else tensor[outputs]
 
     return (tensor.T if row.layout == "linear" else tensor).reshape(shape)
 
@@ -483,11 +509,12 @@ def from_params(parts: Iterable[tuple[Tensor, np.ndarray]], num_heads: int) -> n
 
     row = in_order[0][0]
     axis = _output_axis(row, arrays[0].ndim)
-    before, after = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
-    groups = num_heads if row.per_head else 1
+    if not row.per_head:
+        return np.concatenate(arrays, axis)
 
-    # [..., groups * size, ...] each -> [..., groups, parts, size, ...] -> [..., out, ...].
-    grouped = [array.reshape(*before, groups, -1, *after) for array in arrays]
+    # [..., heads * size, ...] each -> [..., heads, parts, size, ...] -> [..., out, ...].
+    before, after = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
+    grouped = [array.reshape(*before, num_heads, -1, *after) for array in arrays]
     return np.stack(grouped, axis + 1).reshape(*before, -1, *after)
 
 
@@ -513,17 +540,17 @@ def _hf_shapes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     """hf_name -> shape of every tensor of a model whose parameters have these shapes."""
     hf_shapes = {}
     for name, slices in _slices_by_tensor(family, shapes).items():
-        # Fused parameters are equal parts: the first one tells the size of all.
         row, stack_index, _ = slices[0]
         shape = shapes[row.path][len(stack_index) :]
-        _, num_parts = row.part
         num_inputs = math.prod(shape[: row.num_inputs])
-        num_outputs = math.prod(shape[row.num_inputs :]) * num_parts
+        num_outputs = 0
+        for part, _, _ in slices:
+            num_outputs += _num_outputs(part, shapes[part.path][len(stack_index) :])
 
         if row.layout == "table":
             hf_shapes[name] = tuple(shape)
         elif row.layout == "vector":
-            hf_shapes[name] = (math.prod(shape) * num_parts,)
+            hf_shapes[name] = (num_outputs,)
         elif row.layout == "conv1d":
             hf_shapes[name] = (num_inputs, num_outputs)
         else:

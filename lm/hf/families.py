@@ -53,7 +53,7 @@ class Rope(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of the files, or an equal part of one, and the parameter that it holds.
+    """A tensor of the files, or a part of one, and the parameter that it holds.
 
     A path under "layers/" is a stack of all layers' parameters, and under "layers/mlp/" of all
     experts' too where there are some: each layer (and expert) has a tensor of its own.
@@ -63,8 +63,8 @@ class Tensor(NamedTuple):
     hf_name: str  # with {i} for the layer and {e} for the expert
     layout: str  # vector | table (as ours) | linear ([out, in]) | conv1d ([in, out])
     num_inputs: int = 1  # how many leading dims of our parameter are `in`
-    part: tuple[int, int] = (0, 1)  # (which, of how many) equal parts along `out`
-    per_head: bool = False  # the parts alternate from head to head
+    part: tuple[int, int] = (0, 1)  # (which, of how many) parts along `out`
+    per_head: bool = False  # the parts are of equal size, and alternate from head to head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ _IGNORED_KEYS = frozenset(
     decoder_start_token_id forced_bos_token_id forced_eos_token_id
     initializer_range init_std attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop
     attn_pdrop layerdrop classifier_dropout activation_dropout attention_probs_dropout_prob
-    hidden_dropout_prob
+    hidden_dropout_prob residual_dropout embedding_dropout
     output_attentions output_hidden_states output_router_logits return_dict return_dict_in_generate
     torchscript use_bfloat16 tf_legacy_loss
     pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
@@ -238,7 +238,7 @@ def _norm(path: str, hf_name: str) -> tuple[Tensor, ...]:
 def _fused(
     paths: Sequence[str], hf_name: str, layout: str, per_head: bool = False
 ) -> tuple[Tensor, ...]:
-    """Parameters that are equal parts of one tensor, in this order."""
+    """Parameters that are parts of one tensor, in this order."""
     rows = []
     for i, path in enumerate(paths):
         rows.append(Tensor(path, hf_name, layout, part=(i, len(paths)), per_head=per_head))
@@ -270,29 +270,39 @@ _SEPARATE_QKV = (
     *_linear("attention/key", "self_attn.k_proj"),
     *_linear("attention/value", "self_attn.v_proj"),
 )
-_LLAMA_TENSORS_BUT_MLP = (
-    Tensor("embed/table", "model.embed_tokens.weight", "table"),
-    Tensor("head/table", "lm_head.weight", "table"),
-    *_norm("norm", "model.norm"),
-    *_in_layers(
-        "model.layers",
-        *_SEPARATE_QKV,
-        *_linear("attention/out", "self_attn.o_proj", 2),
-        *_norm("attention_norm", "input_layernorm"),
-        *_norm("mlp_norm", "post_attention_layernorm"),
-        Tensor("attention/query_norm/scale", "self_attn.q_norm.weight", "vector"),
-        Tensor("attention/key_norm/scale", "self_attn.k_norm.weight", "vector"),
-    ),
+_LLAMA_MLP = (
+    *_linear("mlp/gate", "mlp.gate_proj"),
+    *_linear("mlp/up", "mlp.up_proj"),
+    *_linear("mlp/down", "mlp.down_proj"),
 )
-_LLAMA_TENSORS = (
-    *_LLAMA_TENSORS_BUT_MLP,
-    *_in_layers(
-        "model.layers",
-        *_linear("mlp/gate", "mlp.gate_proj"),
-        *_linear("mlp/up", "mlp.up_proj"),
-        *_linear("mlp/down", "mlp.down_proj"),
-    ),
+_FUSED_MLP = (
+    *_fused(("mlp/gate", "mlp/up"), "mlp.gate_up_proj.weight", "linear"),
+    *_linear("mlp/down", "mlp.down_proj"),
 )
+
+
+def _llama_tensors(
+    mlp: Sequence[Tensor] = _LLAMA_MLP, qkv: Sequence[Tensor] = _SEPARATE_QKV
+) -> tuple[Tensor, ...]:
+    """Llama's tensors, with others in place of a layer's MLP, or queries, keys and values."""
+    return (
+        Tensor("embed/table", "model.embed_tokens.weight", "table"),
+        Tensor("head/table", "lm_head.weight", "table"),
+        *_norm("norm", "model.norm"),
+        *_in_layers(
+            "model.layers",
+            *qkv,
+            *_linear("attention/out", "self_attn.o_proj", 2),
+            *_norm("attention_norm", "input_layernorm"),
+            *_norm("mlp_norm", "post_attention_layernorm"),
+            Tensor("attention/query_norm/scale", "self_attn.q_norm.weight", "vector"),
+            Tensor("attention/key_norm/scale", "self_attn.k_norm.weight", "vector"),
+            *mlp,
+        ),
+    )
+
+
+_LLAMA_TENSORS = _llama_tensors()
 _LLAMA_EXPERTS_CONSTANTS = dict(
     norm="rmsnorm", gated_mlp=True, positions="rope", residual="pre_norm", qk_norm=False,
     rope_interleaved=False, table_dim=0, position_offset=0,
@@ -311,15 +321,13 @@ def _expert_tensors(
     Args:
       block: name of the module that replaces the MLP; the others are those of an expert's weights.
     """
-    return (
-        *_LLAMA_TENSORS_BUT_MLP,
-        *_in_layers(
-            "model.layers",
+    return _llama_tensors(
+        (
             Tensor("mlp/router", f"{block}.gate.weight", "linear"),
             Tensor("mlp/up", f"{block}.experts.{{e}}.{up}.weight", "linear"),
             Tensor("mlp/gate", f"{block}.experts.{{e}}.{gate}.weight", "linear"),
             Tensor("mlp/down", f"{block}.experts.{{e}}.{down}.weight", "linear"),
-        ),
+        )
     )
 
 
@@ -383,16 +391,111 @@ _GLM = Family(  # gate and up are one tensor
         Key("head_dim", "head_dim", 128),
         Key("norm_eps", "rms_norm_eps", 1.5625e-7),
     ),
-    (
-        *_LLAMA_TENSORS_BUT_MLP,
-        *_in_layers(
-            "model.layers",
-            *_fused(("mlp/gate", "mlp/up"), "mlp.gate_up_proj.weight", "linear"),
-            *_linear("mlp/down", "mlp.down_proj"),
-        ),
-    ),
+    _llama_tensors(_FUSED_MLP),
     _LLAMA_CONSTANTS | dict(rope_interleaved=True),
     bias_flags=(("attention_bias", True, ("qkv",)),), rope=Rope(fraction=0.5), **_LLAMA_NAMES,
+)
+_PHI3 = Family(  # queries, keys and values are one tensor too
+    "phi3", "Phi3ForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("head_dim", "head_dim", _even_head_dim),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+    ),
+    _llama_tensors(_FUSED_MLP, _fused(_QKV, "self_attn.qkv_proj.weight", "linear")),
+    _LLAMA_CONSTANTS,
+    rope=Rope(fraction=1.0, length=4096, type_names=dict(su="longrope", yarn="longrope")),
+    window=0, **_LLAMA_NAMES,
+)
+_STARCODER2 = Family(
+    "starcoder2", "Starcoder2ForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 2),
+        Key("norm_eps", "norm_epsilon", 1e-5),
+        Key("activation", "hidden_act", "gelu_pytorch_tanh", values=ACTIVATIONS),
+        Key("tie_embeddings", "tie_word_embeddings", True),
+    ),
+    _llama_tensors((*_linear("mlp/up", "mlp.c_fc"), *_linear("mlp/down", "mlp.c_proj"))),
+    _LLAMA_CONSTANTS | dict(norm="layernorm", gated_mlp=False),
+    biases=("norm",), bias_flags=(("use_bias", True, ("qkv", "out", "mlp")),),
+    rope=Rope(), window=0, **_LLAMA_NAMES,
+)
+_ERNIE4_5 = Family(
+    "ernie4_5", "Ernie4_5ForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        _kv_heads(2),
+        Key("head_dim", "head_dim", 128, null=_even_head_dim),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+        Key("tie_embeddings", "tie_word_embeddings", True),
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(rope_interleaved=True),
+    bias_flags=(("use_bias", False, ("qkv", "out", "mlp")),), rope=Rope(theta=500000.0),
+    **_LLAMA_NAMES,
+)
+_HELIUM = Family(
+    "helium", "HeliumForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 20),
+        Key("head_dim", "head_dim", 128),
+        Key("norm_eps", "rms_norm_eps", 1e-8),
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(rope_interleaved=True),
+    bias_flags=(("attention_bias", False, ("qkv",)), _MLP_BIAS), rope=Rope(theta=100000.0),
+    **_LLAMA_NAMES,
+)
+_SEED_OSS = Family(
+    "seed_oss", "SeedOssForCausalLM",
+    _replaced(
+        _LLAMA_KEYS, _kv_heads(8), Key("head_dim", "head_dim", 128, null=_even_head_dim)
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS,
+    bias_flags=(
+        ("attention_bias", True, ("qkv",)), ("attention_out_bias", False, ("out",)), _MLP_BIAS,
+    ),
+    rope=Rope(), **_LLAMA_NAMES,
+)
+_JAIS2 = Family(
+    "jais2", "Jais2ForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("norm_eps", "layer_norm_eps", 1e-5),
+        Key("activation", "hidden_act", "relu2", values=ACTIVATIONS),
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(norm="layernorm", gated_mlp=False),
+    biases=("norm",),
+    bias_flags=(("attention_bias", True, ("qkv", "out")), ("mlp_bias", True, ("mlp",))),
+    rope=Rope(), **_LLAMA_NAMES,
+)
+# transformers makes a Llama of both.
+_INTERNLM3 = Family(
+    "internlm3", "LlamaForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        _kv_heads(2),
+        Key("head_dim", "head_dim", 128, null=_even_head_dim),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+    ),
+    _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS),
+    aliases=dict(qkv_bias="attention_bias", bias="mlp_bias"), rope=Rope(), **_LLAMA_NAMES,
+)
+_IQUESTCODER = Family(
+    "iquestcoder", "LlamaForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        _kv_heads(8),
+        Key("head_dim", "head_dim", 128, null=_even_head_dim),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+    ),
+    _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope=Rope(), **_LLAMA_NAMES,
 )
 
 
@@ -519,6 +622,42 @@ _GPT2 = Family(
     biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED, aliases=_GPT_ALIASES,
     body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
 )
+_GPT_BIGCODE = Family(  # with one kv head; others have theirs in another order
+    "gpt_bigcode", "GPTBigCodeForCausalLM",
+    _replaced(
+        _GPT_KEYS,
+        Key("mlp_dim", "n_inner", _four_embed_dims, null=_four_embed_dims),
+        Key("num_kv_heads", "", 1),
+        Key("activation", "activation_function", "gelu_pytorch_tanh", values=ACTIVATIONS),
+    ),
+    (
+        Tensor("embed/table", "transformer.wte.weight", "table"),
+        Tensor("position_embed/table", "transformer.wpe.weight", "table"),
+        Tensor("head/table", "lm_head.weight", "table"),
+        *_norm("norm", "transformer.ln_f"),
+        *_in_layers(
+            "transformer.h",
+            *_fused(_QKV, "attn.c_attn.weight", "linear"),
+            *_fused(_QKV_BIAS, "attn.c_attn.bias", "vector"),
+            *_linear("attention/out", "attn.c_proj", 2),
+            *_linear("mlp/up", "mlp.c_fc"),
+            *_linear("mlp/down", "mlp.c_proj"),
+            *_norm("attention_norm", "ln_1"),
+            *_norm("mlp_norm", "ln_2"),
+        ),
+    ),
+    _GPT_CONSTANTS | dict(residual="pre_norm"),
+    supported_values=dict(
+        multi_query=(True,), scale_attn_weights=(True,), add_cross_attention=(False,),
+    ),
+    biases=_GPT_BIASES, aliases=_GPT_ALIASES,
+    ignored_keys=(
+        *_GPT_IGNORED, "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
+        "inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length",
+        "pre_allocate_kv_cache", "validate_runner_input", "num_key_value_heads",
+    ),
+    body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
+)
 _OPENAI_GPT = Family(
     "openai-gpt", "OpenAIGPTLMHeadModel",
     (
@@ -618,7 +757,8 @@ _GPT_NEOX = Family(
 # In this order: a model that several families have is written as the first of them.
 _IN_ORDER = (
     _GPT2, _OPENAI_GPT, _OPT, _GPT_NEOX, _LLAMA, _MISTRAL, _MIXTRAL, _QWEN2, _QWEN3, _QWEN2_MOE,
-    _QWEN3_MOE, _ARCEE, _STABLELM, _GLM,
+    _QWEN3_MOE, _ARCEE, _STABLELM, _GLM, _PHI3, _STARCODER2, _ERNIE4_5, _HELIUM, _SEED_OSS, _JAIS2,
+    _INTERNLM3, _IQUESTCODER, _GPT_BIGCODE,
 )
 # fmt: on
 FAMILIES = {family.name: family for family in _IN_ORDER}
