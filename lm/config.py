@@ -8,6 +8,7 @@ so is a value outside of its range. Each run writes what it ran with, complete, 
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -55,7 +56,8 @@ class Range:
         if value in self.besides:
             return True
         within = self.least <= value <= self.most and self.above < value < self.below
-        return within and math.isfinite(value)
+        # Of integers that no float can hold math.isfinite is an error.
+        return within and abs(value) <= sys.float_info.max
 
     def __str__(self):
         bounds = dict(least="at least", most="at most", above="above", below="below")

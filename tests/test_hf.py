@@ -349,6 +349,9 @@ def test_pickled_weights_are_refused(directory):
         path.unlink()
     assert_load_fails(directory, "has no safetensors$")
 
+    (directory / "model-q4.gguf").write_bytes(b"GGUF")
+    assert_load_fails(directory, "has no safetensors, but model-q4.gguf of llama.cpp")
+
     (directory / "pytorch_model.bin").write_bytes(b"a pickle")
     assert_load_fails(
         directory,
@@ -507,6 +510,9 @@ def test_which_key_counts(config, wanted):
         (dict(hidden_act=["silu"]), "hidden_act"),
         (dict(rope_scaling="linear"), "rope_scaling"),
         (dict(rope_theta=None), "rope_theta"),
+        (dict(rope_theta=10**400), "rope_theta"),
+        (dict(rope_scaling=dict(type="yarn", factor=10**400)), "rope_scaling"),
+        (dict(rope_scaling=dict(type="longrope", short_factor=[1], long_factor=[1])), "pairs"),
         (dict(num_key_value_heads=5), "num_key_value_heads"),
     ],
 )
@@ -569,6 +575,7 @@ def test_the_one_file_comes_before_the_index(directory):
         (QWEN2 | dict(use_sliding_window=True), 0),
         (QWEN3 | ALL_SLIDING | dict(use_sliding_window=True, sliding_window=9), 9),
         (QWEN3_MOE | dict(sliding_window=9), 0),
+        (QWEN2_MOE | dict(sliding_window=0), 0),  # as transformers writes it
     ],
 )
 def test_windows(config, window):

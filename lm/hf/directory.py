@@ -425,13 +425,21 @@ def _only_file(directory: Path) -> str:
     if names:
         return names[0]
 
-    pickled = [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt"))]
+    pickled = []
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        pickled += sorted(directory.glob(pattern))
+    gguf = sorted(path.name for path in directory.glob("*.gguf"))
     problem = f"{directory} has no safetensors"
     if pickled:
         problem += (
             f", but pickled weights ({_listed([path.name for path in pickled])}), which can run "
             "any code when they are read, so they are not. Where you trust them, transformers' "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors"
+        )
+    elif gguf:
+        problem += (
+            f", but {_listed(gguf)} of llama.cpp, whose weights are quantized; take the checkpoint "
+            "that they were made of"
         )
     raise ValueError(problem)
 

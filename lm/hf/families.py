@@ -986,7 +986,8 @@ def _read_rope(
     length = fields["context_length"]
     if isinstance(parsed, Yarn | Dynamic):
         # These say what they reach, where max_position_embeddings is often the length before.
-        length = max(length, int(parsed.factor * parsed.context))
+        reach = min(parsed.factor * parsed.context, 2**24)
+        length = max(length, int(reach))
     return dict(
         rope_theta=float(theta),
         rope_fraction=float(fraction),
@@ -1140,7 +1141,8 @@ _SCALING_READERS = dict(
 
 def _is_positive_number(value) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and 0 < value < float("inf")
+    # Far from what a float can't hold, which JSON may say.
+    return is_number and 0 < value < 1e30
 
 
 def _read_window(family: Family, config: Mapping[str, Any], num_layers: int) -> int:
@@ -1148,20 +1150,18 @@ def _read_window(family: Family, config: Mapping[str, Any], num_layers: int) -> 
 
     A sliding_window of null is none; where the key is missing the family's own default holds.
     """
-    layer_types = config.get("layer_types")
-    if family.window is None:
-        window = 0
-    else:
-        window = config.get("sliding_window", family.window or None)
-        if window is not None and (type(window) is not int or window < 1):
-            raise _unsupported(family, "sliding_window", window, "null, or 1 and more")
-        window = window or 0
-
     switch = config.get("use_sliding_window", False)
     if family.has_window_switch and not isinstance(switch, bool):
         raise _unsupported(family, "use_sliding_window", switch, [True, False])
-    if family.has_window_switch and not switch:
-        window = 0
+
+    # Behind a switch that is off anything may stand.
+    has_window = family.window is not None and (switch or not family.has_window_switch)
+    window = config.get("sliding_window", family.window or None) if has_window else None
+    if window is not None and (type(window) is not int or window < 1):
+        raise _unsupported(family, "sliding_window", window, "null, or 1 and more")
+    window = window or 0
+
+    layer_types = config.get("layer_types")
     # Layers from max_window_layers on have the window, if use_sliding_window turns it on.
     # layer_types, which newer checkpoints have, says the same layer by layer.
     if layer_types is None and family.has_window_switch and window:
