@@ -378,7 +378,7 @@ def test_no_config_json(tmp_path, directory):
         (
             dict(model_type="bert"),
             r"model_type = 'bert' is none of the families that can be read: "
-            r"\['arcee', 'glm', 'gpt2'",
+            r"\['arcee', 'ernie4_5', 'glm', 'gpt2'",
         ),
         (
             dict(hidden_act="tanh"),

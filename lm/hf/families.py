@@ -1157,9 +1157,10 @@ def _read_window(family: Family, config: Mapping[str, Any], num_layers: int) -> 
     # Behind a switch that is off anything may stand.
     has_window = family.window is not None and (switch or not family.has_window_switch)
     window = config.get("sliding_window", family.window or None) if has_window else None
-    if window is not None and (type(window) is not int or window < 1):
+    if window is None:
+        window = 0
+    elif window == 0 or config_lib.wanted(_CONFIG_FIELDS["window"], window):
         raise _unsupported(family, "sliding_window", window, "null, or 1 and more")
-    window = window or 0
 
     layer_types = config.get("layer_types")
     # Layers from max_window_layers on have the window, if use_sliding_window turns it on.
