@@ -69,6 +69,13 @@ def model_type_flag() -> flags.FlagHolder:
     )
 
 
+def ignore_flag() -> flags.FlagHolder:
+    """Defines --ignore, for the commands that read the directory of a Hugging Face checkpoint."""
+    return flags.DEFINE_multi_string(
+        "ignore", [], "A key of the checkpoint's config.json to read it without; may be repeated."
+    )
+
+
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
     """Turns `main(argv)` into a command: it logs to stderr, and errors become messages and exit
     statuses.

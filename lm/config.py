@@ -8,6 +8,7 @@ so is a value outside of its range. Each run writes what it ran with, complete, 
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -57,7 +58,8 @@ class Range:
         if value in self.besides:
             return True
         within = self.least <= value <= self.most and self.above < value < self.below
-        return within and math.isfinite(value)
+        # Of integers that no float can hold math.isfinite is an error.
+        return within and abs(value) <= sys.float_info.max
 
     def __str__(self):
         bounds = dict(least="at least", most="at most", above="above", below="below")
@@ -126,8 +128,9 @@ class ModelFields:
     rope_theta: float = number(10000.0, above=1)
     rope_fraction: float = number(1.0, above=0, most=1)  # of a head's dims that turn
     rope_interleaved: bool = False  # the pairs that turn are (2i, 2i + 1), not (i, i + half)
-    # or Llama 3.1's (factor, low_frequency_factor, high_frequency_factor, original context)
-    rope_scaling: tuple[float, ...] = ()
+    # For texts longer than the model was trained on, a name and its numbers, as
+    # lm.nn.positions.SCALINGS has them: ("yarn", 4.0, 32768); four numbers alone are llama3's.
+    rope_scaling: tuple[str | float, ...] = ()
     # positions that a query sees, itself included; 0: all before it
     window: int = integer(0)
     # where there are biases, with commas between them: qkv, out (of attention), mlp, norm
@@ -432,8 +435,8 @@ def _problems(prefix: str, group: type, values: Mapping) -> list[str]:
     for name, field in fields.items():
         if name not in values:
             problems.append(f"{prefix}.{name} is missing; start from lm.config.default()")
-        elif wanted := _wanted(field, values[name]):
-            problems.append(f"{prefix}.{name} = {values[name]!r}; {wanted}")
+        elif problem := wanted(field, values[name]):
+            problems.append(f"{prefix}.{name} = {values[name]!r}; {problem}")
     return problems
 
 
@@ -444,18 +447,20 @@ _TYPES = {
     int: ((int,), "an integer"),
     float: ((int, float), "a number"),
     dict: ((dict, ConfigDict), "keys with values"),
-    tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
+    tuple[str | float, ...]: ((tuple, list), "a tuple of numbers, which a name may come before"),
 }
 
 
-def _wanted(field: dataclasses.Field, value) -> str:
+def wanted(field: dataclasses.Field, value) -> str:
     """What a key wants, if `value` is not that; "" if it is."""
     types, words = _TYPES[field.type]
     # In Python a bool is an int.
     if not isinstance(value, types) or (isinstance(value, bool) and field.type is not bool):
         return f"wanted {words}"
-    if isinstance(value, (tuple, list)) and not all(_is_finite_number(item) for item in value):
-        return f"wanted {words}"
+    if isinstance(value, (tuple, list)):
+        numbers = value[1:] if value and isinstance(value[0], str) else value
+        if not all(_is_finite_number(item) for item in numbers):
+            return f"wanted {words}"
 
     valid = field.metadata.get("valid")
     if valid is None or value in valid:

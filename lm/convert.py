@@ -14,7 +14,7 @@ a directory without an import.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,18 @@ COMMANDS = ("import", "export")
 # --- import ---
 
 
-def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: str = "") -> None:
+def import_checkpoint(
+    source: Path,
+    workdir: epath.Path,
+    devices,
+    param_dtype: str = "",
+    ignored: Sequence[str] = (),
+) -> None:
     """Writes a run directory whose checkpoint, at step 0, is that of `source`.
 
     Args:
       param_dtype: of the parameters; "": the source's own.
+      ignored: keys of config.json to read it without.
 
     Raises:
       ValueError: the source can't be read, see `lm.hf.directory.Checkpoint`, or the workdir is in
@@ -49,7 +56,7 @@ def import_checkpoint(source: Path, workdir: epath.Path, devices, param_dtype: s
     if (workdir / "config.json").exists():
         raise ValueError(f"{workdir} is in use; take another --workdir")
 
-    hf_checkpoint = hf.Checkpoint(source)
+    hf_checkpoint = hf.Checkpoint(source, ignored)
     config = config_lib.default()
     config.model.update(hf_checkpoint.fields)
     config.model.param_dtype = param_dtype or hf_checkpoint.dtype()
@@ -191,7 +198,7 @@ def main(argv: list[str]) -> None:
     workdir = epath.Path(files.expand(_WORKDIR.value))
     devices = startup.start(_PLATFORM.value)
     if command == "import":
-        import_checkpoint(directory, workdir, devices, _PARAM_DTYPE.value)
+        import_checkpoint(directory, workdir, devices, _PARAM_DTYPE.value, _IGNORE.value)
         print(
             f"{directory} is the checkpoint at step 0 of {workdir}: "
             f"--config.init_from={workdir} starts from it, where config.model is the same"
@@ -211,6 +218,7 @@ if __name__ == "__main__":
         ["", "float32", "bfloat16"],
         "import: of the parameters; the source's own by default.",
     )
+    _IGNORE = command_line.ignore_flag()
     _FAMILY = flags.DEFINE_string(
         "family",
         "",

@@ -50,6 +50,7 @@ def load(
     sampling: Sampling,
     mesh: Mapping[str, int] | None = None,
     model_type: str = "",
+    ignored: Sequence[str] = (),
 ) -> tuple[Generator, Tokenizer]:
     """Loads a model that is ready to continue texts.
 
@@ -59,13 +60,14 @@ def load(
       mesh: axis -> size; by default heads are split over as many devices as they can be, and the
         weights over the rest.
       model_type: of a run, see `lm.config.stored_model`.
+      ignored: keys of a Hugging Face directory's config.json to read it without.
 
     Raises:
       ValueError: no such checkpoint, devices that it can't be laid out on, or weights that are not
         finite.
     """
     if hf.is_checkpoint(source):
-        model, params, tokenizer = load_hf_directory(source, devices, mesh)
+        model, params, tokenizer = load_hf_directory(source, devices, mesh, ignored)
     else:
         model, params, tokenizer = load_run(source, devices, mesh, model_type)
     _check_finite(params, source)
@@ -108,10 +110,13 @@ def load_run(
 
 
 def load_hf_directory(
-    directory: epath.Path, devices, mesh: Mapping[str, int] | None
+    directory: epath.Path,
+    devices,
+    mesh: Mapping[str, int] | None,
+    ignored: Sequence[str] = (),
 ) -> tuple[build.AbstractModel, Any, Tokenizer]:
     """(model, parameters, tokenizer) of a Hugging Face checkpoint; see `load`."""
-    hf_checkpoint = hf.Checkpoint(directory)
+    hf_checkpoint = hf.Checkpoint(directory, ignored)
     tokenizer = tokenizers.load(directory)
 
     # How it is executed is config.model's default; what it computes is the checkpoint's.
@@ -409,7 +414,7 @@ def main(argv: list[str]) -> None:
 
     devices = startup.start(_PLATFORM.value)
     mesh = parse_mesh(_MESH.value)
-    generator, tokenizer = load(source, devices, sampling, mesh, _MODEL_TYPE.value)
+    generator, tokenizer = load(source, devices, sampling, mesh, _MODEL_TYPE.value, _IGNORE.value)
     if _INTERACTIVE.value:
         lines = (line.rstrip("\n") for line in sys.stdin)
         converse(generator, tokenizer, options, lines, sys.stdout, _SYSTEM.value)
@@ -482,6 +487,7 @@ if __name__ == "__main__":
     _BATCH = flags.DEFINE_integer("batch_size", 8, "Texts made together.")
     _MESH = flags.DEFINE_string("mesh", "", "Sizes of the mesh's axes, such as tensor=4,data=2.")
     _MODEL_TYPE = command_line.model_type_flag()
+    _IGNORE = command_line.ignore_flag()
     _PLATFORM = flags.DEFINE_string(
         "platform", "", "tpu | gpu | cpu; by default the first that is there."
     )

@@ -14,7 +14,7 @@ from lm import sharding
 from lm.nn.kernels.attention import blocked_attention, splash_attention
 from lm.nn.kernels.rotary import rotate, rotate_by_matmul
 from lm.nn.masks import cache_mask, cache_slots, causal_mask
-from lm.nn.positions import frequencies, rope
+from lm.nn.positions import Linear, LongRope, Yarn, frequencies, parse_scaling, rope
 from tests.helpers import assert_trees_close, model_config, random_model, slow
 
 # Two documents, and padding at the end of the row.
@@ -204,6 +204,51 @@ def test_rope_on_a_tpu_and_its_gradient(interleaved, turning, dtype):
     np.testing.assert_allclose(
         grad.astype(np.float32), wanted.astype(np.float32), rtol=rtol, atol=1e-3
     )
+
+
+def test_fixed_scalings():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions = np.tile(np.arange(5, dtype=np.int32), (2, 1))
+    slower = rope(x, 4 * positions, 500.0, scaling=("linear", 4.0))
+    np.testing.assert_allclose(slower, rope(x, positions, 500.0), atol=1e-6)
+
+    # Of 32 pairs the first turns often in 64 positions, and the last doesn't once.
+    share = frequencies(64, 1e4, Yarn(4.0, 64.0)) / frequencies(64, 1e4)
+    assert share[0] == 1 and share[-1] == pytest.approx(1 / 4)
+    assert (np.diff(share) <= 0).all() and len(set(share.round(4))) > 5
+    stretched = rope(x, positions, 500.0, scaling=("yarn", 4.0, 64.0, 1.5))
+    norm = np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(stretched, axis=-1), 1.5 * norm, rtol=1e-5)
+
+
+def test_scalings_by_the_length_of_a_row():
+    """The first row is within the context of 8, the second is not."""
+    x = np.random.default_rng(0).normal(size=(2, 3, 1, 4)).astype(np.float32)
+    positions = np.array([[0, 3, 7], [0, 3, 15]], np.int32)
+
+    def turned(scaling, positions=positions):
+        return np.asarray(rope(x, positions, 16.0, scaling=scaling))
+
+    # The first pair stays, and the last turns slower by 3 * 16 / 8 - 2.
+    dynamic, plain = turned(("dynamic", 3.0, 8.0)), turned(())
+    np.testing.assert_allclose(dynamic[0], plain[0], atol=1e-6)
+    np.testing.assert_allclose(dynamic[1, :, :, ::2], plain[1, :, :, ::2], atol=1e-5)
+    slower = turned((), positions / 4)
+    np.testing.assert_allclose(dynamic[1, :, :, 1::2], slower[1, :, :, 1::2], atol=1e-5)
+
+    longrope = turned(("longrope", 8.0, 1.0, 1.0, 1.0, 2.0, 2.0))
+    np.testing.assert_allclose(longrope[0], plain[0], atol=1e-6)
+    np.testing.assert_allclose(longrope[1], turned((), positions / 2)[1], atol=1e-5)
+
+
+def test_scalings_are_parsed():
+    assert parse_scaling((), 8) is None
+    assert parse_scaling(("linear", 2.0), 8) == Linear(2.0)
+    assert parse_scaling((8.0, 1.0, 4.0, 24), 8) == parse_scaling(("llama3", 8.0, 1.0, 4.0, 24), 8)
+    assert parse_scaling(("longrope", 8, 1, 2, 3, 4, 5), 4) == LongRope(8, 1, (2, 3, 4, 5))
+    for wrong in (("ntk", 2.0), ("linear",), ("linear", 0.0), ("longrope", 8, 1, 2), (1.0, 2.0)):
+        with pytest.raises(ValueError, match="rope_scaling = .*wanted .*'yarn', factor, context"):
+            parse_scaling(wrong, 4)
 
 
 def test_rope_scores_depend_on_distance_only():

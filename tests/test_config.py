@@ -39,6 +39,7 @@ IMPOSSIBLE = [
     ("model.norm_eps", -1.0),
     ("model.rope_theta", 0.0),
     ("model.rope_scaling", (1.0, math.nan, 1.0, 1.0)),
+    ("model.rope_scaling", ("linear", "linear")),
     ("model.num_layers", True),
     ("model.type", 3),
     ("train.log_every", 0),

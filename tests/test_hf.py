@@ -113,6 +113,30 @@ def test_what_was_saved_is_loaded(directory):
     assert_same_params(load(directory), params)
 
 
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("phi3", dict()),
+        (
+            "gpt_neox",
+            dict(norm="layernorm", gated_mlp=False, num_kv_heads=2, residual="parallel")
+            | dict(bias="qkv,out,mlp,norm", activation="gelu"),
+        ),
+        (
+            "gpt_bigcode",
+            dict(norm="layernorm", gated_mlp=False, bias="qkv,out,mlp,norm")
+            | dict(positions="learned"),
+        ),
+    ],
+)
+def test_fused_tensors_are_taken_apart(name, changes, tmp_path):
+    """Also where their parts are of different sizes: there are twice as many heads as kv heads."""
+    fields, params = make_params(LLAMA | changes)
+    hf.save(tmp_path, families.FAMILIES[name], fields, params, token_ids=TOKEN_IDS)
+
+    assert_same_params(load(tmp_path), params)
+
+
 def test_progress_ends_with_all_bytes(directory):
     calls = []
     source = hf.Checkpoint(directory)
@@ -325,6 +349,9 @@ def test_pickled_weights_are_refused(directory):
         path.unlink()
     assert_load_fails(directory, "has no safetensors$")
 
+    (directory / "model-q4.gguf").write_bytes(b"GGUF")
+    assert_load_fails(directory, "has no safetensors, but model-q4.gguf of llama.cpp")
+
     (directory / "pytorch_model.bin").write_bytes(b"a pickle")
     assert_load_fails(
         directory,
@@ -351,7 +378,7 @@ def test_no_config_json(tmp_path, directory):
         (
             dict(model_type="bert"),
             r"model_type = 'bert' is none of the families that can be read: "
-            r"\['arcee', 'glm', 'gpt2'",
+            r"\['arcee', 'ernie4_5', 'glm', 'gpt2'",
         ),
         (
             dict(hidden_act="tanh"),
@@ -359,8 +386,8 @@ def test_no_config_json(tmp_path, directory):
         ),
         (dict(hidden_size=None), "hidden_size is missing; a llama can't do without"),
         (
-            dict(quantization_config=dict(bits=4)),
-            r"quantization_config = \{'bits': 4\}: not known for llama",
+            dict(quantization_config=dict(bits=4, quant_method="gptq")),
+            r"quantization_config: these weights are quantized \(quant_method = 'gptq'\)",
         ),
         (
             dict(logit_scale=0.5, attention_softcap=20),
@@ -368,8 +395,13 @@ def test_no_config_json(tmp_path, directory):
         ),
         (dict(sliding_window=7), "sliding_window = 7: not known for llama"),
         (
-            dict(rope_scaling=dict(type="yarn", factor=4.0)),
-            "rope_parameters = .*'yarn'.* is not supported for llama; this reads",
+            dict(rope_scaling=dict(type="yarn")),
+            r"rope_scaling = .*'yarn'.* is not supported for llama; this reads a yarn with "
+            r"\['factor'\] and perhaps",
+        ),
+        (
+            dict(rope_scaling=dict(type="ntk", factor=4.0)),
+            r"'ntk'.* is not supported for llama; this reads rope_type of \['default'",
         ),
         (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "is not supported for llama"),
         (dict(vocab_size=41), r"model.embed_tokens.weight \[40, 16\], wanted \[41, 16\]"),
@@ -388,28 +420,16 @@ def test_configurations_that_are_not_the_model(directory, changes, message):
     assert_load_fails(directory, message)
 
 
-def test_keys_that_do_not_change_logits_are_ignored(directory):
-    change_json(
-        directory / "config.json",
-        attention_dropout=0.1,
-        use_cache=False,
-        transformers_version="4.30.0",
-        id2label={"0": "a"},
-        rope_scaling=None,
-    )
-
-    load(directory)
-
-
 # The keys that have no default.
 SIZES = dict(
     vocab_size=40,
     num_hidden_layers=3,
-    hidden_size=16,
-    num_attention_heads=2,
+    hidden_size=256,
+    num_attention_heads=32,  # which all families' default numbers of kv heads divide
     intermediate_size=24,
     max_position_embeddings=16,
 )
+GPT_SIZES = dict(vocab_size=40, n_layer=2, n_embd=16, n_head=2, n_positions=16)
 MISTRAL = SIZES | dict(model_type="mistral")
 MIXTRAL = SIZES | dict(model_type="mixtral")
 QWEN2 = SIZES | dict(model_type="qwen2")
@@ -417,6 +437,130 @@ QWEN3 = SIZES | dict(model_type="qwen3")
 QWEN2_MOE = SIZES | dict(model_type="qwen2_moe", moe_intermediate_size=8)
 QWEN3_MOE = SIZES | dict(model_type="qwen3_moe", moe_intermediate_size=8)
 ALL_SLIDING = dict(layer_types=["sliding_attention"] * 3)
+
+
+# As the files of published checkpoints have them.
+HARMLESS = (
+    dict(attention_dropout=0.1, use_cache=False, transformers_version="4.30.0"),
+    dict(id2label={"0": "a"}, _num_labels=2),  # DistilGPT-2
+    {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},
+    dict(_attn_implementation_autoset=True, neftune_noise_alpha=5.0),
+    dict(use_mrope=False, some_list=[], some_text="", some_object={}),
+    dict(layer_types=["full_attention"] * 2),
+    dict(rope_scaling=dict(type="linear", factor=1.0)),
+    dict(rope_scaling={}, rope_parameters=dict(rope_type="default")),
+)
+
+
+@pytest.mark.parametrize("keys", HARMLESS)
+def test_keys_that_do_not_change_logits_are_ignored(directory, keys):
+    fields = hf.Checkpoint(directory).fields
+    change_json(directory / "config.json", **keys)
+
+    assert hf.Checkpoint(directory).fields == fields
+
+
+def test_null_is_not_missing():
+    assert families.read_config(MISTRAL)["num_kv_heads"] == 8
+    assert families.read_config(MISTRAL | dict(num_key_value_heads=None))["num_kv_heads"] == 32
+    with pytest.raises(ValueError, match="config.json: rms_norm_eps is null"):
+        families.read_config(MISTRAL | dict(rms_norm_eps=None))
+
+
+# Of a missing key or of two that say different things, by what transformers makes of it.
+ROPE = dict(rope_type="default", rope_theta=500.0)
+
+
+@pytest.mark.parametrize(
+    "config, wanted",
+    [
+        (dict(model_type="gpt2"), dict(activation="gelu_tanh")),
+        (dict(model_type="openai-gpt"), dict(activation="gelu_tanh", mlp_dim=64)),
+        (dict(model_type="gpt2", hidden_size=32, n_embd=16), dict(embed_dim=32)),
+        (dict(model_type="llama", rope_theta=7.0, rope_parameters=ROPE), dict(rope_theta=500.0)),
+        (
+            dict(model_type="llama", rope_scaling=dict(type="default"), rope_parameters=ROPE),
+            dict(rope_theta=10000.0),
+        ),
+        (dict(model_type="llama", partial_rotary_factor=0.5), dict(rope_fraction=1.0)),
+        (dict(model_type="stablelm", partial_rotary_factor=0.5), dict(rope_fraction=0.5)),
+        (
+            dict(model_type="gpt_neox", partial_rotary_factor=0.5, rope_theta=7.0),
+            dict(rope_fraction=0.25, rope_theta=10000.0),
+        ),
+        (
+            dict(model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=7.0),
+            dict(rope_fraction=0.5, rope_theta=7.0),
+        ),
+    ],
+)
+def test_which_key_counts(config, wanted):
+    sizes = GPT_SIZES if config["model_type"] in ("gpt2", "openai-gpt") else SIZES
+    fields = families.read_config(sizes | config)
+
+    assert {name: fields[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        (dict(sliding_window=0), "sliding_window"),
+        (dict(is_causal=False), "is_causal"),
+        (dict(hidden_size="16"), "hidden_size"),
+        (dict(hidden_act=["silu"]), "hidden_act"),
+        (dict(rope_scaling="linear"), "rope_scaling"),
+        (dict(rope_theta=None), "rope_theta"),
+        (dict(rope_theta=10**400), "rope_theta"),
+        (dict(rope_scaling=dict(type="yarn", factor=10**400)), "rope_scaling"),
+        (dict(rope_scaling=dict(type="longrope", short_factor=[1], long_factor=[1])), "pairs"),
+        (dict(num_key_value_heads=5), "num_key_value_heads"),
+    ],
+)
+def test_values_that_no_model_has_are_refused_by_name(changes, name):
+    with pytest.raises(ValueError, match=rf"config.json: .*\b{name}\b"):
+        families.read_config(MISTRAL | changes)
+
+
+def test_a_key_is_ignored_where_the_user_says_so(directory):
+    _, params = make_params(LLAMA)
+    change_json(directory / "config.json", logit_scale=0.5)
+    assert_load_fails(directory, "logit_scale = 0.5: not known for llama.*--ignore=NAME")
+
+    source = hf.Checkpoint(directory, ignored=["logit_scale"])
+    fields = make_params(source.fields)[0]
+    assert_same_params(source.load(abstract_params_of(source.fields)), params)
+
+    # It is exported as it was, key and all.
+    hf.save_as(directory / "back", source.record(), fields, params)
+    assert json.loads((directory / "back/config.json").read_text())["logit_scale"] == 0.5
+    with pytest.raises(ValueError, match="config.json has no logit_scal to ignore"):
+        hf.Checkpoint(directory, ignored=["logit_scal"])
+
+
+def test_what_is_no_language_model_says_what_it_is(directory, file_of_down_proj):
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    assert hf.is_checkpoint(directory)
+    assert_load_fails(directory, "has an adapter .* weights of 'base'.*merge_and_unload")
+    (directory / "adapter_config.json").unlink()
+
+    change_json(directory / "config.json", architectures=["LlamaForSequenceClassification"])
+    load(directory)
+    change_tensors(file_of_down_proj, **{"score.weight": np.zeros((2, 16), np.float32)})
+    assert_load_fails(
+        directory, r"no tensor\(s\) score.weight.*architectures = .*SequenceClassification"
+    )
+
+
+def test_the_one_file_comes_before_the_index(directory):
+    tensors = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= read_tensors(path)
+    write_tensors(directory / "model.safetensors", tensors)
+    write_tensors(directory / "consolidated.safetensors", {"a": np.zeros(2)})
+
+    assert {entry.path.name for entry in hf.Checkpoint(directory).entries.values()} == {
+        "model.safetensors"
+    }
 
 
 @pytest.mark.parametrize(
@@ -431,6 +575,7 @@ ALL_SLIDING = dict(layer_types=["sliding_attention"] * 3)
         (QWEN2 | dict(use_sliding_window=True), 0),
         (QWEN3 | ALL_SLIDING | dict(use_sliding_window=True, sliding_window=9), 9),
         (QWEN3_MOE | dict(sliding_window=9), 0),
+        (QWEN2_MOE | dict(sliding_window=0), 0),  # as transformers writes it
     ],
 )
 def test_windows(config, window):
@@ -445,9 +590,9 @@ def test_windows(config, window):
     [
         (
             QWEN2 | dict(use_sliding_window=True, max_window_layers=1, sliding_window=9),
-            "layers that are all",
+            "max_window_layers = 1 with use_sliding_window .* layers that are all alike",
         ),
-        (QWEN3 | ALL_SLIDING, "with use_sliding_window"),
+        (QWEN3 | ALL_SLIDING, "layer_types = .* as its other keys say"),
         (QWEN2_MOE | dict(use_sliding_window=True), "use_sliding_window = True is not supported"),
     ],
 )
@@ -461,7 +606,7 @@ def test_windows_of_some_layers_are_refused(config, message):
     [
         (
             dict(mlp_only_layers=[0]),
-            r"mlp_only_layers = \[0\] is not supported for qwen3_moe; this reads \[\[\]\]",
+            r"mlp_only_layers = \[0\] is not supported for qwen3_moe; this reads \[\[\], None\]",
         ),
         (dict(decoder_sparse_step=2), "decoder_sparse_step = 2 is not supported"),
         (dict(num_shared_experts=2), "num_shared_experts = 2: not known for qwen3_moe"),
@@ -487,9 +632,9 @@ def test_families_of_experts_have_no_model_without():
 
 def test_defaults_of_experts():
     # num_local_experts is transformers 5's name for num_experts.
-    fields = families.read_config(QWEN3_MOE | dict(num_local_experts=4))
+    fields = families.read_config(QWEN3_MOE | dict(num_local_experts=9))
 
-    assert fields["num_experts"] == 4
+    assert fields["num_experts"] == 9
     assert fields["mlp_dim"] == 8
     assert fields["experts_per_token"] == 8
     assert fields["normalize_router"] is False
@@ -551,6 +696,19 @@ def test_names_without_their_prefix(tmp_path):
     assert safetensors.entries(tmp_path / "back/model.safetensors").keys() == body.keys()
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "arcee", "phi3"])
+def test_names_without_their_prefix_in_any_family(name, tmp_path):
+    """As in Qwen3-Embedding: a body that ties its head."""
+    gated_mlp = name != "arcee"
+    fields, params = make_params(LLAMA | dict(tie_embeddings=True, gated_mlp=gated_mlp))
+    hf.save(tmp_path, families.FAMILIES[name], fields, params, token_ids=TOKEN_IDS)
+    path = tmp_path / "model.safetensors"
+    body = {key.removeprefix("model."): array for key, array in read_tensors(path).items()}
+    write_tensors(path, body)
+
+    assert_same_params(load(tmp_path), params)
+
+
 def test_a_model_that_was_changed_is_not_written_as_it_was(directory):
     fields, params = make_params(LLAMA | dict(rope_theta=77.0))
 
@@ -584,6 +742,55 @@ def test_the_dtype_is_bfloat16_if_all_weights_are(tmp_path):
     assert hf.Checkpoint(tmp_path).dtype() == "bfloat16"
 
 
+# --- rotary scaling ---
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        ("linear", 2.0),
+        ("dynamic", 2.0, 16.0),
+        (8.0, 1.0, 4.0, 8.0),
+        ("yarn", 4.0, 8.0, 1.1, 20.0, 2.0, 0.0),
+        ("longrope", 8.0, 1.1, *range(1, 9)),
+    ],
+)
+def test_scalings_are_written_and_read(scaling):
+    fields = make_params(LLAMA)[0] | dict(rope_scaling=scaling)
+
+    read = families.read_config(families.write_config(families.FAMILIES["llama"], fields))
+
+    assert read["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(
+    "keys, wanted",
+    [
+        # The length before scaling, on its own, comes before the parameter, and that before
+        # max_position_embeddings.
+        (dict(), 16.0),
+        (dict(rope_scaling=dict(original_max_position_embeddings=12)), 12.0),
+        (
+            dict(
+                rope_scaling=dict(original_max_position_embeddings=12),
+                original_max_position_embeddings=10,
+            ),
+            10.0,
+        ),
+    ],
+)
+def test_the_length_before_scaling(keys, wanted):
+    keys = dict(keys)
+    scaling = dict(type="yarn", factor=4.0) | keys.pop("rope_scaling", {})
+
+    fields = families.read_config(MISTRAL | keys | dict(rope_scaling=scaling))
+
+    name, factor, length, *_ = fields["rope_scaling"]
+    assert (name, factor, length) == ("yarn", 4.0, wanted)
+    # That is what it reaches.
+    assert fields["context_length"] == 4 * wanted
+
+
 # --- the family of a model ---
 
 
@@ -608,9 +815,14 @@ OPT = GPT | dict(bias="norm", position_offset=2, table_dim=8)
         (dict(gated_mlp=False, activation="relu_squared"), "arcee"),
         (dict(rope_interleaved=True, rope_fraction=0.5), "glm"),
         (dict(norm="layernorm", bias="norm", rope_fraction=0.25), "stablelm"),
+        (dict(rope_fraction=0.5), "phi3"),
+        (dict(norm="layernorm", bias="norm", gated_mlp=False), "starcoder2"),
+        (dict(rope_interleaved=True, bias="qkv,out,mlp"), "ernie4_5"),
+        (dict(rope_interleaved=True, bias="mlp"), "helium"),
+        (dict(bias="out"), "seed_oss"),
         (GPT_NEOX, "gpt_neox"),
         (GPT, "gpt2"),
-        (GPT | dict(residual="post_norm"), "openai-gpt"),
+        (GPT | dict(residual="post_norm", mlp_dim=64), "openai-gpt"),
         (OPT, "opt"),
         (dict(num_experts=4), "mixtral"),
         (dict(num_experts=4, bias="qkv", shared_mlp_dim=8, normalize_router=False), "qwen2_moe"),

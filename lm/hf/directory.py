@@ -21,7 +21,9 @@ from lm import files
 from lm.hf import families, safetensors
 from lm.hf.families import Family, ParamSlice, Tensor
 
+SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 # Called with the bytes done so far, and with all there are.
 ProgressFn = Callable[[int, int], None]
@@ -30,7 +32,11 @@ TensorSpec = tuple[np.dtype, tuple[int, ...]]
 
 
 def is_checkpoint(directory) -> bool:
-    """Whether there is a config.json that names a model_type; that of a run names none."""
+    """Whether there is a config.json that names a model_type; that of a run names none. Or an
+    adapter, which `Checkpoint` refuses.
+    """
+    if (directory / ADAPTER).exists():
+        return True
     try:
         return "model_type" in files.read_json(directory / "config.json")
     except (OSError, ValueError):
@@ -83,6 +89,7 @@ class Checkpoint:
     Attributes:
       config: config.json.
       family: the model's family.
+      ignored: keys of config.json that it was read without.
       fields: those of our Config that config.json says.
       entries: hf_name -> entry of all tensors.
 
@@ -90,12 +97,14 @@ class Checkpoint:
       ValueError: something is missing, unknown or there twice, or the weights are pickled.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory, ignored: Sequence[str] = ()):
         self.directory = Path(directory)
+        _check_no_adapter(self.directory)
         self.config = _read_config_json(self.directory)
+        self.ignored = tuple(ignored)
         try:
             self.family = families.family_of_config(self.config)
-            self.fields = families.read_config(self.config)
+            self.fields = families.read_config(self.config, self.ignored)
         except ValueError as error:
             raise ValueError(f"{directory}/{error}") from None
 
@@ -143,15 +152,15 @@ class Checkpoint:
         return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
     def record(self) -> dict[str, Any]:
-        """What `save_as` needs, in JSON: config.json, and the dtype and file of each tensor, by the
-        name that it has in the file.
+        """What `save_as` needs, in JSON: config.json, its ignored keys, and the dtype and file of
+        each tensor, by the name that it has in the file.
         """
         prefix = self.family.body_prefix if self._lacks_prefix else ""
         tensors = {}
         for name, entry in self.entries.items():
             dtype_name = safetensors.NAMES[entry.dtype]
             tensors[name.removeprefix(prefix)] = [dtype_name, entry.path.name]
-        return {"config": self.config, "tensors": tensors}
+        return {"config": self.config, "ignored": list(self.ignored), "tensors": tensors}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Checks that the tensors are those of a model with these parameters.
@@ -171,7 +180,7 @@ class Checkpoint:
         if missing:
             raise ValueError(
                 f"{where} needs {len(missing)} tensor(s) that are not there: {_listed(missing)}; "
-                f"there are {_listed(list(self.entries))}"
+                f"there are {_listed(list(self.entries))}{self._other_head()}"
             )
 
         # A tied head may be stored all the same.
@@ -182,6 +191,7 @@ class Checkpoint:
         if extra:
             raise ValueError(
                 f"{where} has no tensor(s) {_listed(extra)}: what they are for would be lost"
+                f"{self._other_head()}"
             )
 
         wrong = []
@@ -194,6 +204,19 @@ class Checkpoint:
 
         if is_tied:
             self._check_tied_head()
+
+    def _other_head(self) -> str:
+        """What to say of a checkpoint whose head is not a language model's, such as a classifier's;
+        "" of others.
+        """
+        others = self.config.get("architectures") or []
+        if not others or re.search("ForCausalLM|LMHeadModel", str(others)):
+            return ""
+        return (
+            f". config.json says architectures = {others}, and this reads "
+            f"{self.family.architecture}, whose head gives the next token; of a classifier, or "
+            "another such model, the checkpoint that it was trained from can be read"
+        )
 
     def _check_tied_head(self) -> None:
         """Raises ValueError if a head is stored that is not the embedding."""
@@ -228,6 +251,7 @@ class Checkpoint:
         slices = collections.defaultdict(list)
         for param_slice in families.param_slices(self.family, shapes):
             slices[param_slice.row.path].append(param_slice)
+        self._first_outputs = _first_outputs(self.family, shapes)
 
         total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flat.values())
         counter = _ByteCounter(progress, total)
@@ -269,7 +293,8 @@ class Checkpoint:
 
     def _read_slice(self, param_slice: ParamSlice, shape: tuple[int, ...]) -> np.ndarray:
         tensor = self.entries[param_slice.hf_name].read()
-        return to_param(param_slice.row, tensor, shape, self.fields["num_heads"])
+        row = param_slice.row
+        return to_param(row, tensor, shape, self.fields["num_heads"], self._first_outputs[row.path])
 
 
 class _LocalPart(NamedTuple):
@@ -310,6 +335,18 @@ def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
     return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
+def _check_no_adapter(directory: Path) -> None:
+    """Raises ValueError for a directory of an adapter (LoRA and others, by peft)."""
+    if not (directory / ADAPTER).exists():
+        return
+    base = files.read_json(directory / ADAPTER).get("base_model_name_or_path")
+    raise ValueError(
+        f"{directory} has an adapter ({ADAPTER}), which is added to the weights of {base!r}, and "
+        "only whole models can be read. peft's AutoPeftModelForCausalLM.from_pretrained(...)"
+        ".merge_and_unload().save_pretrained(...) writes one"
+    )
+
+
 def _read_config_json(directory: Path) -> dict[str, Any]:
     try:
         return files.read_json(directory / "config.json")
@@ -321,8 +358,9 @@ def _read_config_json(directory: Path) -> dict[str, Any]:
 
 def _read_entries(directory: Path) -> dict[str, safetensors.Entry]:
     """The entries of all tensors of a directory's files, by hf_name."""
-    # Checkpoints in several files have an index, those in one file don't.
-    has_index = (directory / INDEX).exists()
+    # Checkpoints in several files have an index, those in one file don't. Where both are there,
+    # transformers takes the one file.
+    has_index = (directory / INDEX).exists() and not (directory / SINGLE_FILE).exists()
     weight_map = _read_weight_map(directory) if has_index else {}
     names = sorted(set(weight_map.values())) if has_index else [_only_file(directory)]
 
@@ -378,6 +416,8 @@ def _only_file(directory: Path) -> str:
       ValueError: there is none, or more than one.
     """
     names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if SINGLE_FILE in names:
+        return SINGLE_FILE
     if len(names) > 1:
         raise ValueError(
             f"{directory} has {_listed(names)}, but no {INDEX} that says what belongs together"
@@ -385,13 +425,21 @@ def _only_file(directory: Path) -> str:
     if names:
         return names[0]
 
-    pickled = [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt"))]
+    pickled = []
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        pickled += sorted(directory.glob(pattern))
+    gguf = sorted(path.name for path in directory.glob("*.gguf"))
     problem = f"{directory} has no safetensors"
     if pickled:
         problem += (
             f", but pickled weights ({_listed([path.name for path in pickled])}), which can run "
             "any code when they are read, so they are not. Where you trust them, transformers' "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors"
+        )
+    elif gguf:
+        problem += (
+            f", but {_listed(gguf)} of llama.cpp, whose weights are quantized; take the checkpoint "
+            "that they were made of"
         )
     raise ValueError(problem)
 
@@ -410,24 +458,48 @@ def _output_axis(row: Tensor, num_dims: int) -> int:
     return num_dims - 1 if row.layout == "conv1d" else 0
 
 
-def to_param(row: Tensor, tensor: np.ndarray, shape: tuple[int, ...], num_heads: int) -> np.ndarray:
+def _num_outputs(row: Tensor, shape: Sequence[int]) -> int:
+    """How much of a tensor's `out` a parameter (of one layer) has."""
+    num_inputs = 0 if row.layout == "vector" else row.num_inputs
+    return math.prod(shape[num_inputs:])
+
+
+def _first_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """path -> where it begins along `out` of its tensor, which it may share with others."""
+    starts = {}
+    ends: dict[str, int] = collections.defaultdict(int)
+    # Parts are in order in a table.
+    for row in family.tensors:
+        if row.path in shapes:
+            shape = shapes[row.path][row.hf_name.count("{") :]
+            starts[row.path] = ends[row.hf_name]
+            ends[row.hf_name] += _num_outputs(row, shape)
+    return starts
+
+
+def to_param(
+    row: Tensor, tensor: np.ndarray, shape: tuple[int, ...], num_heads: int, first_output: int
+) -> np.ndarray:
     """Our parameter (of one layer) from a tensor of the files; a view where it can be.
 
     Args:
       row: of the family's table.
       shape: of the parameter.
+      first_output: where it begins along `out`, unless the parts alternate from head to head.
     """
     part, num_parts = row.part
-    if num_parts > 1:
-        # [..., groups * parts * size, ...] -> [..., groups, parts, size, ...], of which one part is
-        # taken. Where the parts alternate from head to head each head is a group.
-        axis = _output_axis(row, tensor.ndim)
+    axis = _output_axis(row, tensor.ndim)
+    if row.per_head:
+        # [..., heads * parts * size, ...] -> [..., heads, parts, size, ...], of which one part is
+        # taken.
         before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
-        groups = num_heads if row.per_head else 1
-        size = tensor.shape[axis] // (groups * num_parts)
-
-        apart = tensor.reshape(*before, groups, num_parts, size, *after)
-        tensor = np.take(apart, part, axis + 1).reshape(*before, groups * size, *after)
+        apart = tensor.reshape(*before, num_heads, num_parts, -1, *after)
+        tensor = np.take(apart, part, axis + 1)
+        tensor = tensor.reshape(*before, -1, *after)
+    elif num_parts > 1:
+        last_output = first_output + _num_outputs(row, shape)
+        outputs = slice(first_output, last_output)
+        tensor = tensor[:, outputs] if axis == 1 else tensor[outputs]
 
     return (tensor.T if row.layout == "linear" else tensor).reshape(shape)
 
@@ -445,11 +517,12 @@ def from_params(parts: Iterable[tuple[Tensor, np.ndarray]], num_heads: int) -> n
 
     row = in_order[0][0]
     axis = _output_axis(row, arrays[0].ndim)
-    before, after = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
-    groups = num_heads if row.per_head else 1
+    if not row.per_head:
+        return np.concatenate(arrays, axis)
 
-    # [..., groups * size, ...] each -> [..., groups, parts, size, ...] -> [..., out, ...].
-    grouped = [array.reshape(*before, groups, -1, *after) for array in arrays]
+    # [..., heads * size, ...] each -> [..., heads, parts, size, ...] -> [..., out, ...].
+    before, after = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
+    grouped = [array.reshape(*before, num_heads, -1, *after) for array in arrays]
     return np.stack(grouped, axis + 1).reshape(*before, -1, *after)
 
 
@@ -475,17 +548,17 @@ def _hf_shapes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     """hf_name -> shape of every tensor of a model whose parameters have these shapes."""
     hf_shapes = {}
     for name, slices in _slices_by_tensor(family, shapes).items():
-        # Fused parameters are equal parts: the first one tells the size of all.
         row, stack_index, _ = slices[0]
         shape = shapes[row.path][len(stack_index) :]
-        _, num_parts = row.part
         num_inputs = math.prod(shape[: row.num_inputs])
-        num_outputs = math.prod(shape[row.num_inputs :]) * num_parts
+        num_outputs = 0
+        for part, _, _ in slices:
+            num_outputs += _num_outputs(part, shapes[part.path][len(stack_index) :])
 
         if row.layout == "table":
             hf_shapes[name] = tuple(shape)
         elif row.layout == "vector":
-            hf_shapes[name] = (math.prod(shape) * num_parts,)
+            hf_shapes[name] = (num_outputs,)
         elif row.layout == "conv1d":
             hf_shapes[name] = (num_inputs, num_outputs)
         else:
@@ -595,7 +668,7 @@ def _split_into_files(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict
         shard_size += size
 
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {SINGLE_FILE: shards[0]}
     names_by_file = {}
     for number, names in enumerate(shards, 1):
         names_by_file[f"model-{number:05d}-of-{len(shards):05d}.safetensors"] = names
@@ -627,7 +700,7 @@ def save_as(
     """
     config, recorded = _check_record(original)
     family = families.family_of_config(config)
-    original_fields = families.read_config(config)
+    original_fields = families.read_config(config, original.get("ignored", ()))
     changed = [name for name, value in original_fields.items() if value != fields[name]]
     if changed:
         changes = [f"{name} = {fields[name]!r}, was {original_fields[name]!r}" for name in changed]
@@ -672,6 +745,9 @@ def _check_record(original: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     config, tensors = original.get("config"), original.get("tensors")
     if not isinstance(config, dict) or not isinstance(tensors, dict):
         raise ValueError("the checkpoint's record of its import lacks its config.json or tensors")
+    ignored = original.get("ignored", [])
+    if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+        raise ValueError(f"the checkpoint's record of its import says of ignored keys: {ignored!r}")
     for name, entry in tensors.items():
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in safetensors.DTYPES:
             raise ValueError(f"the checkpoint's record of its import says of {name}: {entry!r}")

@@ -11,25 +11,49 @@ follow from it.
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from lm import config as config_lib
+from lm.nn.positions import SCALINGS, Dynamic, LongRope, Yarn, parse_scaling
 
 REQUIRED = object()
 
 
 class Key(NamedTuple):
-    """A key of config.json, and the field of our Config that it sets."""
+    """A key of config.json, and the field of our Config that it sets.
+
+    A key that is missing and one that is null are two things: transformers' class has a default for
+    the first, and what it makes of the second, if anything, is another matter. Both are in Hugging
+    Face's words, as values are; a function is given the fields read so far.
+    """
 
     field: str
     hf_name: str  # "" for a field that config.json never says
-    # The field where the key is missing or null; a function is given the fields read so far.
-    default: Any = REQUIRED
+    default: Any = REQUIRED  # where the key is missing
+    null: Any = REQUIRED  # where it is null
     values: Mapping[Any, Any] | None = None  # Hugging Face's value -> ours, where they differ
 
 
+class Rope(NamedTuple):
+    """How a family's config.json says its rotary embedding."""
+
+    theta: float = 10000.0  # where config.json doesn't say
+    # Of a head's dims that turn, where config.json doesn't say; None: all, whatever it says.
+    fraction: float | None = None
+    # What the two are called beside the rotary parameters; among them all families say the same.
+    theta_name: str = "rope_theta"
+    fraction_name: str = "partial_rotary_factor"
+    # original_max_position_embeddings, where config.json doesn't say; None: it stands among the
+    # rotary parameters.
+    length: int | None = None
+    type_names: Mapping[str, str] = {}  # other name of a rope_type -> its name
+
+
 class Tensor(NamedTuple):
-    """A tensor of the files, or an equal part of one, and the parameter that it holds.
+    """A tensor of the files, or a part of one, and the parameter that it holds.
 
     A path under "layers/" is a stack of all layers' parameters, and under "layers/mlp/" of all
     experts' too where there are some: each layer (and expert) has a tensor of its own.
@@ -39,8 +63,8 @@ class Tensor(NamedTuple):
     hf_name: str  # with {i} for the layer and {e} for the expert
     layout: str  # vector | table (as ours) | linear ([out, in]) | conv1d ([in, out])
     num_inputs: int = 1  # how many leading dims of our parameter are `in`
-    part: tuple[int, int] = (0, 1)  # (which, of how many) equal parts along `out`
-    per_head: bool = False  # the parts alternate from head to head
+    part: tuple[int, int] = (0, 1)  # (which, of how many) parts along `out`
+    per_head: bool = False  # the parts are of equal size, and alternate from head to head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +86,12 @@ class Family:
     # because our model can't do others; and those that don't change logits.
     supported_values: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     ignored_keys: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other name -> hf_name
+    # Other name -> hf_name. Where config.json has both, the other name's value counts.
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    # What holds where config.json doesn't say.
-    rope_theta: float = 10000.0
-    rope_fraction: float | None = None  # None: the family has learned positions
-    window: int | None = None  # None: the family has no sliding_window
+    rope: Rope | None = None  # None: the family has learned positions
+    # Where config.json doesn't say; 0: no window. None: the family has no sliding_window.
+    window: int | None = None
     has_window_switch: bool = False  # the window is off unless use_sliding_window turns it on
 
     # Names of tensors: how those of the body begin, which some checkpoints leave out, and a regular
@@ -88,7 +112,7 @@ _IGNORED_KEYS = frozenset(
     decoder_start_token_id forced_bos_token_id forced_eos_token_id
     initializer_range init_std attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop
     attn_pdrop layerdrop classifier_dropout activation_dropout attention_probs_dropout_prob
-    hidden_dropout_prob
+    hidden_dropout_prob residual_dropout embedding_dropout
     output_attentions output_hidden_states output_router_logits return_dict return_dict_in_generate
     torchscript use_bfloat16 tf_legacy_loss
     pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
@@ -102,12 +126,20 @@ _IGNORED_KEYS = frozenset(
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     pretraining_tp max_window_layers unsloth_version unsloth_fixed gradient_checkpointing
     predict_special_tokens n_special
+    _num_labels is_llama_config transformers.js_config neftune_noise_alpha
+    _attn_implementation_autoset _attn_implementation_internal attn_implementation
+    experts_implementation _experts_implementation use_flash_attn use_flash_attention
+    name_or_path model_max_length padding_side
 """.split()
 )
-# Keys that `_read_rope` reads: those of transformers 5, of 4, and GPT-NeoX's spellings.
+# Keys of any family that must have one of these values: transformers' code reads them, though no
+# class has them. Missing, they are the first.
+_SUPPORTED_VALUES: Mapping[str, tuple] = dict(is_causal=(True,))
+# Keys that say how queries and keys turn, in any family that turns them: transformers 5's, and 4's.
+# GPT-NeoX doesn't heed all of them, and neither does transformers.
 _ROPE_KEYS = frozenset(
     """
-    rope_parameters rope_scaling rope_theta partial_rotary_factor rotary_emb_base rotary_pct
+    rope_parameters rope_scaling rope_theta partial_rotary_factor original_max_position_embeddings
 """.split()
 )
 # Parameters of rope_type "llama3", in the order of Config.rope_scaling.
@@ -117,6 +149,7 @@ _LLAMA3_SCALING = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+_CONFIG_FIELDS = {field.name: field for field in dataclasses.fields(config_lib.ModelFields)}
 # Fields of a model with learned positions, which doesn't use them.
 _NO_ROPE = dict(rope_theta=10000.0, rope_fraction=1.0, rope_scaling=(), rope_interleaved=False)
 # Fields of a model without experts, which uses the first one only.
@@ -155,6 +188,11 @@ def _sizes(layers: str, width: str, heads: str, length: str) -> tuple[Key, ...]:
         Key("num_heads", heads),
         Key("context_length", length),
     )
+
+
+def _kv_heads(default) -> Key:
+    """The key of the number of kv heads, of which there are as many as heads where it is null."""
+    return Key("num_kv_heads", "num_key_value_heads", default, null=_all_heads)
 
 
 def _replaced(keys: Sequence[Key], *new: Key) -> tuple[Key, ...]:
@@ -200,7 +238,7 @@ def _norm(path: str, hf_name: str) -> tuple[Tensor, ...]:
 def _fused(
     paths: Sequence[str], hf_name: str, layout: str, per_head: bool = False
 ) -> tuple[Tensor, ...]:
-    """Parameters that are equal parts of one tensor, in this order."""
+    """Parameters that are parts of one tensor, in this order."""
     rows = []
     for i, path in enumerate(paths):
         rows.append(Tensor(path, hf_name, layout, part=(i, len(paths)), per_head=per_head))
@@ -221,10 +259,10 @@ _QKV_BIAS = ("attention/query_bias", "attention/key_bias", "attention/value_bias
 _LLAMA_KEYS = (
     *_COMMON_SIZES,
     Key("mlp_dim", "intermediate_size"),
-    Key("num_kv_heads", "num_key_value_heads", _all_heads),
-    Key("head_dim", "head_dim", _even_head_dim),
+    _kv_heads(_all_heads),
+    Key("head_dim", "head_dim", _even_head_dim, null=_even_head_dim),
     Key("norm_eps", "rms_norm_eps", 1e-6),
-    Key("activation", "hidden_act", "silu", ACTIVATIONS),
+    Key("activation", "hidden_act", "silu", values=ACTIVATIONS),
     Key("tie_embeddings", "tie_word_embeddings", False),
 )
 _SEPARATE_QKV = (
@@ -232,36 +270,46 @@ _SEPARATE_QKV = (
     *_linear("attention/key", "self_attn.k_proj"),
     *_linear("attention/value", "self_attn.v_proj"),
 )
-_LLAMA_TENSORS_BUT_MLP = (
-    Tensor("embed/table", "model.embed_tokens.weight", "table"),
-    Tensor("head/table", "lm_head.weight", "table"),
-    *_norm("norm", "model.norm"),
-    *_in_layers(
-        "model.layers",
-        *_SEPARATE_QKV,
-        *_linear("attention/out", "self_attn.o_proj", 2),
-        *_norm("attention_norm", "input_layernorm"),
-        *_norm("mlp_norm", "post_attention_layernorm"),
-        Tensor("attention/query_norm/scale", "self_attn.q_norm.weight", "vector"),
-        Tensor("attention/key_norm/scale", "self_attn.k_norm.weight", "vector"),
-    ),
+_LLAMA_MLP = (
+    *_linear("mlp/gate", "mlp.gate_proj"),
+    *_linear("mlp/up", "mlp.up_proj"),
+    *_linear("mlp/down", "mlp.down_proj"),
 )
-_LLAMA_TENSORS = (
-    *_LLAMA_TENSORS_BUT_MLP,
-    *_in_layers(
-        "model.layers",
-        *_linear("mlp/gate", "mlp.gate_proj"),
-        *_linear("mlp/up", "mlp.up_proj"),
-        *_linear("mlp/down", "mlp.down_proj"),
-    ),
+_FUSED_MLP = (
+    *_fused(("mlp/gate", "mlp/up"), "mlp.gate_up_proj.weight", "linear"),
+    *_linear("mlp/down", "mlp.down_proj"),
 )
+
+
+def _llama_tensors(
+    mlp: Sequence[Tensor] = _LLAMA_MLP, qkv: Sequence[Tensor] = _SEPARATE_QKV
+) -> tuple[Tensor, ...]:
+    """Llama's tensors, with others in place of a layer's MLP, or queries, keys and values."""
+    return (
+        Tensor("embed/table", "model.embed_tokens.weight", "table"),
+        Tensor("head/table", "lm_head.weight", "table"),
+        *_norm("norm", "model.norm"),
+        *_in_layers(
+            "model.layers",
+            *qkv,
+            *_linear("attention/out", "self_attn.o_proj", 2),
+            *_norm("attention_norm", "input_layernorm"),
+            *_norm("mlp_norm", "post_attention_layernorm"),
+            Tensor("attention/query_norm/scale", "self_attn.q_norm.weight", "vector"),
+            Tensor("attention/key_norm/scale", "self_attn.k_norm.weight", "vector"),
+            *mlp,
+        ),
+    )
+
+
+_LLAMA_TENSORS = _llama_tensors()
 _LLAMA_EXPERTS_CONSTANTS = dict(
     norm="rmsnorm", gated_mlp=True, positions="rope", residual="pre_norm", qk_norm=False,
     rope_interleaved=False, table_dim=0, position_offset=0,
 )
 _LLAMA_CONSTANTS = _LLAMA_EXPERTS_CONSTANTS | _DENSE
-# Frequencies of RoPE, which older checkpoints have as buffers.
-_INV_FREQ = r"\.rotary_emb\.inv_freq$"
+# The frequencies of RoPE are in older checkpoints, as buffers.
+_LLAMA_NAMES = dict(body_prefix="model.", buffer_pattern=r"\.rotary_emb\.inv_freq$")
 # fmt: on
 
 
@@ -273,15 +321,13 @@ def _expert_tensors(
     Args:
       block: name of the module that replaces the MLP; the others are those of an expert's weights.
     """
-    return (
-        *_LLAMA_TENSORS_BUT_MLP,
-        *_in_layers(
-            "model.layers",
+    return _llama_tensors(
+        (
             Tensor("mlp/router", f"{block}.gate.weight", "linear"),
             Tensor("mlp/up", f"{block}.experts.{{e}}.{up}.weight", "linear"),
             Tensor("mlp/gate", f"{block}.experts.{{e}}.{gate}.weight", "linear"),
             Tensor("mlp/down", f"{block}.experts.{{e}}.{down}.weight", "linear"),
-        ),
+        )
     )
 
 
@@ -292,42 +338,42 @@ _MLP_BIAS = ("mlp_bias", False, ("mlp",))
 _LLAMA = Family(
     "llama", "LlamaForCausalLM",
     _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
-    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope_fraction=1.0, buffer_pattern=_INV_FREQ,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope=Rope(), **_LLAMA_NAMES,
 )
 _MISTRAL = Family(
     "mistral", "MistralForCausalLM",
-    _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
-    rope_fraction=1.0, window=4096, buffer_pattern=_INV_FREQ,
+    _replaced(_LLAMA_KEYS, _kv_heads(8)), _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    rope=Rope(), window=4096, **_LLAMA_NAMES,
 )
 _QWEN2 = Family(
     "qwen2", "Qwen2ForCausalLM",
-    _LLAMA_KEYS, _LLAMA_TENSORS, _LLAMA_CONSTANTS,
-    biases=("qkv",), rope_fraction=1.0, window=4096, has_window_switch=True,
-    buffer_pattern=_INV_FREQ,
+    _replaced(_LLAMA_KEYS, _kv_heads(32)), _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    biases=("qkv",), rope=Rope(), window=4096, has_window_switch=True, **_LLAMA_NAMES,
 )
 _QWEN3 = Family(
     "qwen3", "Qwen3ForCausalLM",
-    _replaced(_LLAMA_KEYS, Key("head_dim", "head_dim", 128)),
+    _replaced(_LLAMA_KEYS, _kv_heads(32), Key("head_dim", "head_dim", 128)),
     _LLAMA_TENSORS,
     _LLAMA_CONSTANTS | dict(qk_norm=True),
-    bias_flags=(_ATTENTION_BIAS,), rope_fraction=1.0, window=4096, has_window_switch=True,
-    buffer_pattern=_INV_FREQ,
+    bias_flags=(_ATTENTION_BIAS,), rope=Rope(), window=4096, has_window_switch=True,
+    **_LLAMA_NAMES,
 )
 _ARCEE = Family(  # Llama with an MLP of two layers
     "arcee", "ArceeForCausalLM",
     _replaced(
         _LLAMA_KEYS,
-        Key("activation", "hidden_act", "relu2", ACTIVATIONS),
+        Key("activation", "hidden_act", "relu2", values=ACTIVATIONS),
         Key("norm_eps", "rms_norm_eps", 1e-5),
     ),
     _LLAMA_TENSORS,
     _LLAMA_CONSTANTS | dict(gated_mlp=False),
-    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope_fraction=1.0,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope=Rope(), **_LLAMA_NAMES,
 )
 _STABLELM = Family(
     "stablelm", "StableLmForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 32),
         Key("norm_eps", "layer_norm_eps", 1e-5),
         Key("head_dim", "", _even_head_dim),
     ),
@@ -335,25 +381,121 @@ _STABLELM = Family(
     _LLAMA_CONSTANTS | dict(norm="layernorm"),
     biases=("norm",), bias_flags=(("use_qkv_bias", False, ("qkv",)),),
     supported_values=dict(qk_layernorm=(False,), use_parallel_residual=(False,)),
-    rope_fraction=0.25, buffer_pattern=_INV_FREQ,
+    rope=Rope(fraction=0.25), **_LLAMA_NAMES,
 )
 _GLM = Family(  # gate and up are one tensor
     "glm", "GlmForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 2),
         Key("head_dim", "head_dim", 128),
         Key("norm_eps", "rms_norm_eps", 1.5625e-7),
     ),
-    (
-        *_LLAMA_TENSORS_BUT_MLP,
-        *_in_layers(
-            "model.layers",
-            *_fused(("mlp/gate", "mlp/up"), "mlp.gate_up_proj.weight", "linear"),
-            *_linear("mlp/down", "mlp.down_proj"),
-        ),
-    ),
+    _llama_tensors(_FUSED_MLP),
     _LLAMA_CONSTANTS | dict(rope_interleaved=True),
-    bias_flags=(("attention_bias", True, ("qkv",)),), rope_fraction=0.5, buffer_pattern=_INV_FREQ,
+    bias_flags=(("attention_bias", True, ("qkv",)),), rope=Rope(fraction=0.5), **_LLAMA_NAMES,
+)
+_PHI3 = Family(  # queries, keys and values are one tensor too
+    "phi3", "Phi3ForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("head_dim", "head_dim", _even_head_dim),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+    ),
+    _llama_tensors(_FUSED_MLP, _fused(_QKV, "self_attn.qkv_proj.weight", "linear")),
+    _LLAMA_CONSTANTS,
+    rope=Rope(fraction=1.0, length=4096, type_names=dict(su="longrope", yarn="longrope")),
+    window=0, **_LLAMA_NAMES,
+)
+_STARCODER2 = Family(
+    "starcoder2", "Starcoder2ForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 2),
+        Key("norm_eps", "norm_epsilon", 1e-5),
+        Key("activation", "hidden_act", "gelu_pytorch_tanh", values=ACTIVATIONS),
+        Key("tie_embeddings", "tie_word_embeddings", True),
+    ),
+    _llama_tensors((*_linear("mlp/up", "mlp.c_fc"), *_linear("mlp/down", "mlp.c_proj"))),
+    _LLAMA_CONSTANTS | dict(norm="layernorm", gated_mlp=False),
+    biases=("norm",), bias_flags=(("use_bias", True, ("qkv", "out", "mlp")),),
+    rope=Rope(), window=0, **_LLAMA_NAMES,
+)
+_ERNIE4_5 = Family(
+    "ernie4_5", "Ernie4_5ForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        _kv_heads(2),
+        Key("head_dim", "head_dim", 128, null=_even_head_dim),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+        Key("tie_embeddings", "tie_word_embeddings", True),
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(rope_interleaved=True),
+    bias_flags=(("use_bias", False, ("qkv", "out", "mlp")),), rope=Rope(theta=500000.0),
+    **_LLAMA_NAMES,
+)
+_HELIUM = Family(
+    "helium", "HeliumForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 20),
+        Key("head_dim", "head_dim", 128),
+        Key("norm_eps", "rms_norm_eps", 1e-8),
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(rope_interleaved=True),
+    bias_flags=(("attention_bias", False, ("qkv",)), _MLP_BIAS), rope=Rope(theta=100000.0),
+    **_LLAMA_NAMES,
+)
+_SEED_OSS = Family(
+    "seed_oss", "SeedOssForCausalLM",
+    _replaced(
+        _LLAMA_KEYS, _kv_heads(8), Key("head_dim", "head_dim", 128, null=_even_head_dim)
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS,
+    bias_flags=(
+        ("attention_bias", True, ("qkv",)), ("attention_out_bias", False, ("out",)), _MLP_BIAS,
+    ),
+    rope=Rope(), **_LLAMA_NAMES,
+)
+_JAIS2 = Family(
+    "jais2", "Jais2ForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        Key("norm_eps", "layer_norm_eps", 1e-5),
+        Key("activation", "hidden_act", "relu2", values=ACTIVATIONS),
+    ),
+    _LLAMA_TENSORS,
+    _LLAMA_CONSTANTS | dict(norm="layernorm", gated_mlp=False),
+    biases=("norm",),
+    bias_flags=(("attention_bias", True, ("qkv", "out")), ("mlp_bias", True, ("mlp",))),
+    rope=Rope(), **_LLAMA_NAMES,
+)
+# transformers makes a Llama of both.
+_INTERNLM3 = Family(
+    "internlm3", "LlamaForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        _kv_heads(2),
+        Key("head_dim", "head_dim", 128, null=_even_head_dim),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+    ),
+    _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS),
+    aliases=dict(qkv_bias="attention_bias", bias="mlp_bias"), rope=Rope(), **_LLAMA_NAMES,
+)
+_IQUESTCODER = Family(
+    "iquestcoder", "LlamaForCausalLM",
+    _replaced(
+        _LLAMA_KEYS,
+        _kv_heads(8),
+        Key("head_dim", "head_dim", 128, null=_even_head_dim),
+        Key("norm_eps", "rms_norm_eps", 1e-5),
+    ),
+    _LLAMA_TENSORS, _LLAMA_CONSTANTS,
+    bias_flags=(_ATTENTION_BIAS, _MLP_BIAS), rope=Rope(), **_LLAMA_NAMES,
 )
 
 
@@ -364,6 +506,7 @@ _MIXTRAL = Family(
     "mixtral", "MixtralForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        _kv_heads(8),
         Key("num_experts", "num_local_experts", 8),
         Key("experts_per_token", "num_experts_per_tok", 2),
         Key("norm_eps", "rms_norm_eps", 1e-5),
@@ -371,15 +514,19 @@ _MIXTRAL = Family(
     _expert_tensors("block_sparse_moe", up="w3", gate="w1", down="w2"),
     _LLAMA_EXPERTS_CONSTANTS | dict(normalize_router=True, shared_mlp_dim=0),
     supported_values=dict(router_jitter_noise=(0.0,)), ignored_keys=("router_aux_loss_coef",),
-    rope_theta=1e6, rope_fraction=1.0, window=0, buffer_pattern=_INV_FREQ,
+    aliases={"num_experts": "num_local_experts"},
+    rope=Rope(theta=1e6), window=0, **_LLAMA_NAMES,
 )
 # Qwen's models may have layers without experts, and windows: those are refused.
-_QWEN_SUPPORTED = dict(decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
+_QWEN_SUPPORTED = dict(
+    decoder_sparse_step=(1,), mlp_only_layers=([], None), use_sliding_window=(False,)
+)
 _QWEN_IGNORED = ("router_aux_loss_coef", "intermediate_size")
 _QWEN2_MOE = Family(
     "qwen2_moe", "Qwen2MoeForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 16),
         Key("num_experts", "num_experts", 60),
         Key("experts_per_token", "num_experts_per_tok", 4),
         Key("normalize_router", "norm_topk_prob", False),
@@ -399,12 +546,13 @@ _QWEN2_MOE = Family(
     _LLAMA_EXPERTS_CONSTANTS,
     bias_flags=(("qkv_bias", True, ("qkv",)),),
     supported_values=_QWEN_SUPPORTED, ignored_keys=_QWEN_IGNORED,
-    rope_fraction=1.0, window=4096, has_window_switch=True, buffer_pattern=_INV_FREQ,
+    rope=Rope(), window=4096, has_window_switch=True, **_LLAMA_NAMES,
 )
 _QWEN3_MOE = Family(
     "qwen3_moe", "Qwen3MoeForCausalLM",
     _replaced(
         _LLAMA_KEYS,
+        Key("num_kv_heads", "num_key_value_heads", 4),
         Key("num_experts", "num_experts", 128),
         Key("experts_per_token", "num_experts_per_tok", 8),
         Key("normalize_router", "norm_topk_prob", False),
@@ -415,7 +563,7 @@ _QWEN3_MOE = Family(
     bias_flags=(_ATTENTION_BIAS,),
     supported_values=_QWEN_SUPPORTED, ignored_keys=_QWEN_IGNORED,
     aliases={"num_local_experts": "num_experts"},
-    rope_fraction=1.0, window=4096, has_window_switch=True, buffer_pattern=_INV_FREQ,
+    rope=Rope(), window=4096, has_window_switch=True, **_LLAMA_NAMES,
 )
 
 
@@ -424,7 +572,6 @@ _QWEN3_MOE = Family(
 
 _GPT_KEYS = (
     *_sizes("n_layer", "n_embd", "n_head", "n_positions"),
-    Key("mlp_dim", "n_inner", _four_embed_dims),
     Key("num_kv_heads", "", _all_heads),
     Key("head_dim", "", _even_head_dim),
     Key("norm_eps", "layer_norm_epsilon", 1e-5),
@@ -450,10 +597,18 @@ _GPT_CONSTANTS = dict(
 ) | _DENSE
 _GPT_BIASES = ("qkv", "out", "mlp", "norm")
 _GPT_IGNORED = ("n_ctx", "reorder_and_upcast_attn")
+_GPT_ALIASES = dict(
+    hidden_size="n_embd", max_position_embeddings="n_positions", num_attention_heads="n_head",
+    num_hidden_layers="n_layer",
+)
 _GPT_BUFFERS = r"\.attn\.(bias|masked_bias)$"
 _GPT2 = Family(
     "gpt2", "GPT2LMHeadModel",
-    (*_GPT_KEYS, Key("activation", "activation_function", "gelu_new", ACTIVATIONS)),
+    (
+        *_GPT_KEYS,
+        Key("mlp_dim", "n_inner", _four_embed_dims, null=_four_embed_dims),
+        Key("activation", "activation_function", "gelu_new", values=ACTIVATIONS),
+    ),
     (
         Tensor("embed/table", "transformer.wte.weight", "table"),
         Tensor("position_embed/table", "transformer.wpe.weight", "table"),
@@ -461,18 +616,56 @@ _GPT2 = Family(
     ),
     _GPT_CONSTANTS | dict(residual="pre_norm"),
     supported_values=dict(
-        scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,)
+        scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
     ),
-    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED,
+    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED, aliases=_GPT_ALIASES,
+    body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
+)
+_GPT_BIGCODE = Family(  # with one kv head; others have theirs in another order
+    "gpt_bigcode", "GPTBigCodeForCausalLM",
+    _replaced(
+        _GPT_KEYS,
+        Key("mlp_dim", "n_inner", _four_embed_dims, null=_four_embed_dims),
+        Key("num_kv_heads", "", 1),
+        Key("activation", "activation_function", "gelu_pytorch_tanh", values=ACTIVATIONS),
+    ),
+    (
+        Tensor("embed/table", "transformer.wte.weight", "table"),
+        Tensor("position_embed/table", "transformer.wpe.weight", "table"),
+        Tensor("head/table", "lm_head.weight", "table"),
+        *_norm("norm", "transformer.ln_f"),
+        *_in_layers(
+            "transformer.h",
+            *_fused(_QKV, "attn.c_attn.weight", "linear"),
+            *_fused(_QKV_BIAS, "attn.c_attn.bias", "vector"),
+            *_linear("attention/out", "attn.c_proj", 2),
+            *_linear("mlp/up", "mlp.c_fc"),
+            *_linear("mlp/down", "mlp.c_proj"),
+            *_norm("attention_norm", "ln_1"),
+            *_norm("mlp_norm", "ln_2"),
+        ),
+    ),
+    _GPT_CONSTANTS | dict(residual="pre_norm"),
+    supported_values=dict(
+        multi_query=(True,), scale_attn_weights=(True,), add_cross_attention=(False,),
+    ),
+    biases=_GPT_BIASES, aliases=_GPT_ALIASES,
+    ignored_keys=(
+        *_GPT_IGNORED, "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
+        "inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length",
+        "pre_allocate_kv_cache", "validate_runner_input", "num_key_value_heads",
+    ),
     body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
 )
 _OPENAI_GPT = Family(
     "openai-gpt", "OpenAIGPTLMHeadModel",
     (
         *_GPT_KEYS,
+        Key("mlp_dim", "", _four_embed_dims),
         # This model's "gelu" is the approximation that others call gelu_new.
         Key("activation", "afn", "gelu",
-            {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}),
+            values={"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}),
     ),
     (
         Tensor("embed/table", "transformer.tokens_embed.weight", "table"),
@@ -480,7 +673,7 @@ _OPENAI_GPT = Family(
         *_GPT_TENSORS,
     ),
     _GPT_CONSTANTS | dict(residual="post_norm"),
-    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED,
+    biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED, aliases=_GPT_ALIASES,
     body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
 )
 _OPT = Family(
@@ -491,10 +684,11 @@ _OPT = Family(
         Key("num_kv_heads", "", _all_heads),
         Key("head_dim", "", _even_head_dim),
         Key("norm_eps", "", 1e-5),
-        Key("activation", "activation_function", "relu", ACTIVATIONS),
+        Key("activation", "activation_function", "relu", values=ACTIVATIONS),
         Key("tie_embeddings", "tie_word_embeddings", True),
-        Key("residual", "do_layer_norm_before", "pre_norm", {True: "pre_norm", False: "post_norm"}),
-        Key("table_dim", "word_embed_proj_dim", _embed_dim),
+        Key("residual", "do_layer_norm_before", True,
+            values={True: "pre_norm", False: "post_norm"}),
+        Key("table_dim", "word_embed_proj_dim", _embed_dim, null=_embed_dim),
     ),
     (
         Tensor("embed/table", "model.decoder.embed_tokens.weight", "table"),
@@ -530,9 +724,10 @@ _GPT_NEOX = Family(
         Key("num_kv_heads", "", _all_heads),
         Key("head_dim", "", _even_head_dim),
         Key("norm_eps", "layer_norm_eps", 1e-5),
-        Key("activation", "hidden_act", "gelu", ACTIVATIONS),
+        Key("activation", "hidden_act", "gelu", values=ACTIVATIONS),
         Key("tie_embeddings", "tie_word_embeddings", False),
-        Key("residual", "use_parallel_residual", "parallel", {True: "parallel", False: "pre_norm"}),
+        Key("residual", "use_parallel_residual", True,
+            values={True: "parallel", False: "pre_norm"}),
     ),
     (
         Tensor("embed/table", "gpt_neox.embed_in.weight", "table"),
@@ -554,7 +749,7 @@ _GPT_NEOX = Family(
         table_dim=0, position_offset=0,
     ) | _DENSE,
     biases=("mlp", "norm"), bias_flags=(("attention_bias", True, ("qkv", "out")),),
-    rope_fraction=0.25,
+    rope=Rope(fraction=0.25, theta_name="rotary_emb_base", fraction_name="rotary_pct"),
     body_prefix="gpt_neox.",
     buffer_pattern=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
 )
@@ -562,7 +757,8 @@ _GPT_NEOX = Family(
 # In this order: a model that several families have is written as the first of them.
 _IN_ORDER = (
     _GPT2, _OPENAI_GPT, _OPT, _GPT_NEOX, _LLAMA, _MISTRAL, _MIXTRAL, _QWEN2, _QWEN3, _QWEN2_MOE,
-    _QWEN3_MOE, _ARCEE, _STABLELM, _GLM,
+    _QWEN3_MOE, _ARCEE, _STABLELM, _GLM, _PHI3, _STARCODER2, _ERNIE4_5, _HELIUM, _SEED_OSS, _JAIS2,
+    _INTERNLM3, _IQUESTCODER, _GPT_BIGCODE,
 )
 # fmt: on
 FAMILIES = {family.name: family for family in _IN_ORDER}
@@ -607,36 +803,61 @@ def family_of_fields(fields: Mapping[str, Any]) -> Family:
 # --- config.json to our fields ---
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_config(config: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of `lm.models.transformer.Config`, but for those of execution, of a config.json.
 
+    What its keys mean together, and which of several counts, is as in transformers.
+
+    Args:
+      ignored: keys to read it without.
+
     Raises:
-      ValueError: a key is missing, or may change the logits in a way that our model doesn't have.
+      ValueError: a key is missing, or may change the logits in a way that our model doesn't have;
+        or there is none of the ignored ones.
     """
     family = family_of_config(config)
-    config = {family.aliases.get(name, name): value for name, value in config.items()}
+    if strange := sorted(set(ignored) - config.keys()):
+        raise ValueError(f"config.json has no {', '.join(strange)} to ignore")
+    config = {name: value for name, value in config.items() if name not in ignored}
+    _check_what_it_is(config)
 
-    # Null means the same as a missing key, but for windows.
-    given = {name: value for name, value in config.items() if value is not None}
+    for alias, hf_name in family.aliases.items():
+        if alias in config:
+            config[hf_name] = config.pop(alias)
 
     fields = dict(family.constants)
     for key in family.keys:
-        fields[key.field] = _read_key(family, key, given, fields)
+        fields[key.field] = _read_key(family, key, config, fields)
+    _check_sizes(family, fields)
 
     # Config has 0 where the embedding needs no projection.
     if fields.get("table_dim") == fields["embed_dim"]:
         fields["table_dim"] = 0
 
-    fields["bias"] = _read_biases(family, given)
-    fields |= _NO_ROPE if family.rope_fraction is None else _read_rope(family, given)
-    fields["window"] = 0 if family.window is None else _read_window(family, config)
+    fields["bias"] = _read_biases(family, config)
+    fields |= _NO_ROPE if family.rope is None else _read_rope(family, config, fields)
+    fields["window"] = _read_window(family, config, fields["num_layers"])
 
     # Whatever is left over may change the logits in a way that the fields don't say.
-    for name, values in family.supported_values.items():
-        if given.get(name, values[0]) not in values:
-            raise _unsupported(family, name, given[name], list(values))
-    _check_all_known(family, given)
+    for name, values in (_SUPPORTED_VALUES | family.supported_values).items():
+        if config.get(name, values[0]) not in values:
+            raise _unsupported(family, name, config[name], list(values))
+    _check_all_known(family, config)
     return fields
+
+
+def _check_what_it_is(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for weights that are not plain numbers."""
+    if quantization := config.get("quantization_config"):
+        method = "unknown"
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", method)
+        raise ValueError(
+            f"config.json: quantization_config: these weights are quantized (quant_method = "
+            f"{method!r}), and only plain ones can be read. Take the checkpoint that they were "
+            "made of; or transformers' AutoModelForCausalLM.from_pretrained(...).dequantize()"
+            ".save_pretrained(...) writes plain ones"
+        )
 
 
 def _unsupported(family: Family, hf_name: str, value, supported) -> ValueError:
@@ -646,120 +867,355 @@ def _unsupported(family: Family, hf_name: str, value, supported) -> ValueError:
     )
 
 
-def _read_key(family: Family, key: Key, given: Mapping[str, Any], fields: Mapping[str, Any]):
+def _read_key(family: Family, key: Key, config: Mapping[str, Any], fields: Mapping[str, Any]):
     """The value of a key's field.
 
     Args:
-      given: config.json without nulls.
       fields: those read so far, which a default may be computed from.
     """
-    if key.hf_name in given:
-        value = given[key.hf_name]
-        if key.values is not None:
-            if value not in key.values:
-                raise _unsupported(family, key.hf_name, value, list(key.values))
-            value = key.values[value]
-    elif key.default is REQUIRED:
-        raise ValueError(f"config.json: {key.hf_name} is missing; a {family.name} can't do without")
-    else:
-        value = key.default(fields) if callable(key.default) else key.default
+    value = config.get(key.hf_name)
+    if value is None:
+        value = key.null if key.hf_name in config else key.default
+    if value is REQUIRED:
+        problem = "null" if key.hf_name in config else "missing"
+        raise ValueError(
+            f"config.json: {key.hf_name} is {problem}; a {family.name} can't do without"
+        )
+    if callable(value):
+        value = value(fields)
 
+    if key.values is not None:
+        # Not every value can be looked up, and to Python 1 is True.
+        type_wanted = type(next(iter(key.values)))
+        if type(value) is not type_wanted or value not in key.values:
+            raise _unsupported(family, key.hf_name, value, list(key.values))
+        value = key.values[value]
+
+    if wanted := config_lib.wanted(_CONFIG_FIELDS[key.field], value):
+        raise ValueError(f"config.json: {key.hf_name} = {value!r}; {wanted}")
     if key.field == "num_experts" and value < 1:
         raise _unsupported(family, key.hf_name, value, "1 and more")
     return value
 
 
-def _read_biases(family: Family, given: Mapping[str, Any]) -> str:
+def _check_sizes(family: Family, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for sizes that don't fit each other; most often one is missing, and its
+    default is another model's.
+    """
+    names = {key.field: key.hf_name for key in family.keys}
+
+    def said(field: str) -> str:
+        return f"{names.get(field) or field} = {fields[field]}"
+
+    if fields["num_heads"] % fields["num_kv_heads"]:
+        raise ValueError(
+            f"config.json: {said('num_heads')} must be a multiple of {said('num_kv_heads')}"
+        )
+    if fields["num_experts"] and fields["experts_per_token"] > fields["num_experts"]:
+        raise ValueError(
+            f"config.json: {said('experts_per_token')} must be at most {said('num_experts')}"
+        )
+    # A size that is none is checked here: a head of 0 dims.
+    if fields["head_dim"] < 1 or (
+        not names["head_dim"] and fields["embed_dim"] % fields["num_heads"]
+    ):
+        raise ValueError(
+            f"config.json: {said('embed_dim')} must be a multiple of {said('num_heads')}"
+        )
+
+
+def _read_biases(family: Family, config: Mapping[str, Any]) -> str:
     """Config.bias: the parts that have one, with commas between them."""
     biased = set(family.biases)
     for name, default, parts in family.bias_flags:
-        if given.get(name, default):
+        flag = config.get(name, default)
+        if not isinstance(flag, bool):
+            raise _unsupported(family, name, flag, [True, False])
+        if flag:
             biased |= set(parts)
     return ",".join(part for part in ("qkv", "out", "mlp", "norm") if part in biased)
 
 
-def _read_rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta, rope_fraction and rope_scaling. transformers 5 writes them into rope_parameters;
-    4 wrote the first two on their own and the others into rope_scaling.
+def _read_rope(
+    family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """rope_theta, rope_fraction and rope_scaling, and the context_length with it.
+
+    transformers 5 writes them into rope_parameters; 4 wrote the first two on their own and the
+    others into rope_scaling. Where both are there, rope_scaling counts, and nothing of
+    rope_parameters does. What either of them says comes before what stands on its own.
     """
-    written = given.get("rope_parameters") or given.get("rope_scaling")
-    parameters = dict(written or {})
-    rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    written = config.get(name) or {}
+    if not isinstance(written, dict):
+        raise _unsupported(family, name, written, "an object")
+    parameters = dict(written)
+    rope = family.rope
 
-    # Several keys may say the same: those among the parameters come first, GPT-NeoX's last.
-    theta = given.get("rope_theta", given.get("rotary_emb_base", family.rope_theta))
+    theta = config.get(rope.theta_name, rope.theta)
     theta = parameters.pop("rope_theta", theta)
-    fraction = given.get("rotary_pct", family.rope_fraction)
-    fraction = given.get("partial_rotary_factor", fraction)
+    fraction = config.get(rope.fraction_name, rope.fraction)
     fraction = parameters.pop("partial_rotary_factor", fraction)
+    rope_type = parameters.pop("rope_type", parameters.get("type", "default"))
+    parameters.pop("type", None)
+    scaling = _read_scaling(family, name, rope_type, parameters, config)
 
-    # What is left must be the scaling's parameters, all of them and no others.
-    rope_types = {"default": (), "llama3": _LLAMA3_SCALING}
-    names = rope_types.get(rope_type)
-    if names is None or set(parameters) - {"type"} != set(names):
-        supported = [f"{name} with {list(parts)}" for name, parts in rope_types.items()]
-        raise _unsupported(family, "rope_parameters", written, supported)
+    # Without scaling these families turn all dims; with it transformers has no such model.
+    if rope.fraction is None and not (scaling and fraction):
+        fraction = 1.0
+    if rope.fraction is None and fraction != 1:
+        supported = f"1.0 beside a scaling in {name}"
+        raise _unsupported(family, rope.fraction_name, fraction, supported)
 
+    turning = dict(rope_theta=theta, rope_fraction=fraction)
+    names = dict(rope_theta=rope.theta_name, rope_fraction=rope.fraction_name)
+    for field, value in turning.items():
+        if wanted := config_lib.wanted(_CONFIG_FIELDS[field], value):
+            raise ValueError(f"config.json: {names[field]} = {value!r} ({name}); {wanted}")
+    num_turning = int(fields["head_dim"] * fraction)
+    if num_turning % 2 or not num_turning:
+        raise ValueError(
+            f"config.json: {rope.fraction_name} = {fraction} of head_dim = {fields['head_dim']} "
+            "(hidden_size / num_attention_heads where it isn't said) are not an even number of dims"
+        )
+    try:
+        parsed = parse_scaling(scaling, num_turning)
+    except ValueError:
+        supported = f"factors for {num_turning // 2} pairs of dims"
+        raise _unsupported(family, name, dict(written), supported) from None
+    length = fields["context_length"]
+    if isinstance(parsed, Yarn | Dynamic):
+        # These say what they reach, where max_position_embeddings is often the length before.
+        reach = min(parsed.factor * parsed.context, 2**24)
+        length = max(length, int(reach))
     return dict(
         rope_theta=float(theta),
         rope_fraction=float(fraction),
-        rope_scaling=tuple(float(parameters[name]) for name in names),
+        rope_scaling=scaling,
+        context_length=length,
     )
 
 
-def _read_window(family: Family, config: Mapping[str, Any]) -> int:
+def _read_scaling(
+    family: Family,
+    name: str,
+    rope_type: str,
+    parameters: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> tuple[str | float, ...]:
+    """Config.rope_scaling.
+
+    Args:
+      name: of the key that the parameters stand at.
+      parameters: without those that every type has.
+    """
+    if isinstance(rope_type, str):
+        rope_type = family.rope.type_names.get(rope_type, rope_type)
+    if not isinstance(rope_type, str) or rope_type not in _SCALINGS:
+        supported = f"rope_type of {list(_SCALINGS)}"
+        raise _unsupported(family, name, dict(parameters, rope_type=rope_type), supported)
+
+    required, optional = _SCALINGS[rope_type]
+    values = dict(parameters)
+    if "original_max_position_embeddings" in optional:
+        # The length before scaling: on its own it comes first.
+        length = values.get("original_max_position_embeddings", config["max_position_embeddings"])
+        length = config.get("original_max_position_embeddings", family.rope.length or length)
+        values["original_max_position_embeddings"] = length
+
+    # All that are needed, and no others.
+    is_known = set(required) <= set(values) <= {*required, *optional}
+    if not is_known or not all(_is_scaling_value(*item) for item in values.items()):
+        supported = f"a {rope_type} with {list(required)}"
+        if optional:
+            supported += f" and perhaps {list(optional)}"
+        raise _unsupported(family, name, dict(values, rope_type=rope_type), supported)
+    return _SCALING_READERS[rope_type](values, config["max_position_embeddings"])
+
+
+# rope_type -> (the parameters that it must have, those that it may have). Not all use the length
+# before scaling, which files have with any.
+_SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ("original_max_position_embeddings",)),
+    "linear": (("factor",), ("original_max_position_embeddings",)),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        ("original_max_position_embeddings", "factor", "attention_factor"),
+    ),
+}
+# Those that may be null, as if they were missing.
+_MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def _is_scaling_value(name: str, value) -> bool:
+    """Whether a parameter of a scaling may have this value."""
+    if value is None:
+        return name in _MAY_BE_NULL
+    if name == "truncate":
+        return isinstance(value, bool)
+    if name in ("short_factor", "long_factor"):
+        return isinstance(value, list) and all(map(_is_positive_number, value))
+    return _is_positive_number(value)
+
+
+def _read_default(values: Mapping[str, Any], length: int) -> tuple:
+    return ()
+
+
+def _read_linear(values: Mapping[str, Any], length: int) -> tuple:
+    # A factor of 1 changes nothing.
+    return ("linear", float(values["factor"])) if values["factor"] != 1 else ()
+
+
+def _read_dynamic(values: Mapping[str, Any], length: int) -> tuple:
+    return "dynamic", float(values["factor"]), float(length)
+
+
+def _read_llama3(values: Mapping[str, Any], length: int) -> tuple:
+    return tuple(float(values[name]) for name in _LLAMA3_SCALING)
+
+
+def _read_yarn(values: Mapping[str, Any], length: int) -> tuple:
+    factor = values["factor"]
+    attention_factor = values.get("attention_factor")
+    if attention_factor is None:
+        scales = values.get("mscale"), values.get("mscale_all_dim")
+        attention_factor = _yarn_attention_factor(factor, 1.0)
+        if all(scales):
+            attention_factor = _yarn_attention_factor(factor, scales[0])
+            attention_factor /= _yarn_attention_factor(factor, scales[1])
+    return (
+        "yarn",
+        float(factor),
+        float(values["original_max_position_embeddings"]),
+        float(attention_factor),
+        float(values.get("beta_fast") or 32),
+        float(values.get("beta_slow") or 1),
+        float(values.get("truncate", True)),
+    )
+
+
+def _yarn_attention_factor(factor: float, scale: float) -> float:
+    """YaRN's 1 / sqrt(t), of queries and keys each (arXiv 2309.00071, section 3.4)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _read_longrope(values: Mapping[str, Any], length: int) -> tuple:
+    original = values["original_max_position_embeddings"]
+    factor = values.get("factor", length / original)
+    attention_factor = values.get("attention_factor")
+    if attention_factor is None:
+        # LongRoPE's (arXiv 2402.13753), so that the attention's entropy stays.
+        stretch = math.log(factor) / math.log(original) if factor > 1 and original > 1 else 0.0
+        attention_factor = math.sqrt(1 + stretch)
+    factors = map(float, (*values["short_factor"], *values["long_factor"]))
+    return "longrope", float(original), float(attention_factor), *factors
+
+
+_SCALING_READERS = dict(
+    default=_read_default,
+    linear=_read_linear,
+    dynamic=_read_dynamic,
+    llama3=_read_llama3,
+    yarn=_read_yarn,
+    longrope=_read_longrope,
+)
+
+
+def _is_positive_number(value) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Far from what a float can't hold, which JSON may say.
+    return is_number and 0 < value < 1e30
+
+
+def _read_window(family: Family, config: Mapping[str, Any], num_layers: int) -> int:
     """The window of all layers; 0 for none.
 
     A sliding_window of null is none; where the key is missing the family's own default holds.
     """
-    window = config.get("sliding_window", family.window) or 0
-    if not family.has_window_switch:
-        return window
+    switch = config.get("use_sliding_window", False)
+    if family.has_window_switch and not isinstance(switch, bool):
+        raise _unsupported(family, "use_sliding_window", switch, [True, False])
 
+    # Behind a switch that is off anything may stand.
+    has_window = family.window is not None and (switch or not family.has_window_switch)
+    window = config.get("sliding_window", family.window or None) if has_window else None
+    if window is None:
+        window = 0
+    elif window == 0 or config_lib.wanted(_CONFIG_FIELDS["window"], window):
+        raise _unsupported(family, "sliding_window", window, "null, or 1 and more")
+
+    layer_types = config.get("layer_types")
     # Layers from max_window_layers on have the window, if use_sliding_window turns it on.
     # layer_types, which newer checkpoints have, says the same layer by layer.
-    layer_types = config.get("layer_types") or _layer_types_by_switch(config)
-    if set(layer_types) == {"full_attention"}:
-        return 0
-    if set(layer_types) != {"sliding_attention"} or not config.get("use_sliding_window"):
-        raise _unsupported(
-            family,
-            "layer_types",
-            layer_types,
-            "layers that are all full_attention, or all sliding_attention with use_sliding_window",
-        )
+    if layer_types is None and family.has_window_switch and window:
+        # 28 is transformers' default for Qwen's models.
+        first_windowed = config.get("max_window_layers", 28)
+        if type(first_windowed) is not int:
+            raise _unsupported(family, "max_window_layers", first_windowed, "a number of layers")
+        if first_windowed >= num_layers:
+            return 0
+        if first_windowed > 0:
+            raise ValueError(
+                f"config.json: max_window_layers = {first_windowed} with use_sliding_window is "
+                f"not supported for {family.name}; this reads windows in layers that are all alike"
+            )
+
+    if layer_types:
+        kinds = ["full_attention"] * num_layers
+        if family.has_window_switch and layer_types == kinds:
+            return 0
+        kinds = ["sliding_attention" if window else "full_attention"] * num_layers
+        if layer_types != kinds:
+            raise _unsupported(
+                family, "layer_types", layer_types, f"{kinds}, as its other keys say"
+            )
     return window
 
 
-def _layer_types_by_switch(config: Mapping[str, Any]) -> list[str]:
-    # 28 is transformers' default for Qwen's models.
-    first_windowed = config.get("max_window_layers", 28) or 0
-
-    layer_types = []
-    for layer in range(config["num_hidden_layers"]):
-        windowed = config.get("use_sliding_window") and layer >= first_windowed
-        layer_types.append("sliding_attention" if windowed else "full_attention")
-    return layer_types
-
-
-def _check_all_known(family: Family, given: Mapping[str, Any]) -> None:
-    """Raises ValueError for a key that nothing here reads: it might change the logits."""
+def _check_all_known(family: Family, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key that nothing here reads, and that says something: it might change
+    the logits.
+    """
     known = {key.hf_name for key in family.keys}
     known |= {name for name, _, _ in family.bias_flags}
-    known |= set(family.supported_values) | set(family.ignored_keys) | _IGNORED_KEYS
-    if family.rope_fraction is not None:
-        known |= _ROPE_KEYS
+    known |= set(family.supported_values) | set(_SUPPORTED_VALUES)
+    known |= set(family.ignored_keys) | _IGNORED_KEYS | {"layer_types", "quantization_config"}
+    if family.rope is not None:
+        known |= _ROPE_KEYS | {family.rope.theta_name, family.rope.fraction_name}
     if family.window is not None:
         known.add("sliding_window")
     if family.has_window_switch:
-        known |= {"use_sliding_window", "layer_types"}
+        known.add("use_sliding_window")
 
-    unknown = sorted(set(given) - known)
+    # False, null and what is empty turn something off that most models don't have.
+    unknown = []
+    for name in sorted(set(config) - known):
+        if config[name] is False or config[name] in (None, "", [], {}):
+            continue
+        unknown.append(f"{name} = {config[name]!r}")
     if unknown:
-        listed = ", ".join(f"{name} = {given[name]!r}" for name in unknown)
         raise ValueError(
-            f"config.json: {listed}: not known for {family.name}. Where that changes nothing in "
-            "the model's outputs, take it out of config.json"
+            f"config.json: {', '.join(unknown)}: not known for {family.name}. Where that changes "
+            "nothing in the model's outputs, --ignore=NAME of lm.convert and lm.generate reads the "
+            "checkpoint without it"
         )
 
 
@@ -781,7 +1237,7 @@ def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     # A key that turns on biases of several parts is set if all of them have one.
     for name, _, parts in family.bias_flags:
         config[name] = set(parts) <= set(fields["bias"].split(","))
-    if family.rope_fraction is not None:
+    if family.rope is not None:
         config |= _write_rope(family, fields)
     if family.window is not None:
         config |= _write_window(family, fields)
@@ -817,19 +1273,44 @@ def _write_keys(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_rope(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE's keys as transformers 4 wrote them, which both versions read."""
-    is_neox = family.name == "gpt_neox"
-    config = {"rotary_emb_base" if is_neox else "rope_theta": fields["rope_theta"]}
-    if family.rope_fraction != 1.0 or fields["rope_fraction"] != 1.0:
-        fraction_name = "rotary_pct" if is_neox else "partial_rotary_factor"
-        config[fraction_name] = fields["rope_fraction"]
+    config: dict[str, Any] = {family.rope.theta_name: fields["rope_theta"]}
+    if family.rope.fraction is not None:
+        config[family.rope.fraction_name] = fields["rope_fraction"]
 
-    if fields["rope_scaling"]:
-        scaling = dict(zip(_LLAMA3_SCALING, fields["rope_scaling"]))
-        scaling["rope_type"] = "llama3"
-        # A number of positions; the fields are all floats.
-        original_length = int(scaling["original_max_position_embeddings"])
-        config["rope_scaling"] = scaling | {"original_max_position_embeddings": original_length}
-    return config
+    num_turning = int(fields["head_dim"] * fields["rope_fraction"])
+    parsed = parse_scaling(fields["rope_scaling"], num_turning)
+    if parsed is None:
+        return config
+
+    scaling: dict[str, Any] = {}
+    for field, value in parsed._asdict().items():
+        scaling[_SCALING_NAMES.get(field, field)] = value
+    for name, kind in SCALINGS.items():
+        if isinstance(parsed, kind):
+            scaling["rope_type"] = name
+
+    # A number of positions; the fields are all floats.
+    if "original_max_position_embeddings" in scaling:
+        length = scaling["original_max_position_embeddings"] = int(parsed.context)
+        if family.rope.length is not None:
+            config["original_max_position_embeddings"] = length
+    if isinstance(parsed, Dynamic):
+        config["max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
+    if isinstance(parsed, Yarn):
+        scaling["truncate"] = bool(parsed.truncate)
+    if isinstance(parsed, LongRope):
+        factors = scaling.pop("factors")
+        half = len(factors) // 2
+        scaling |= dict(short_factor=list(factors[:half]), long_factor=list(factors[half:]))
+    return config | {"rope_scaling": scaling}
+
+
+# Field of a scaling -> its name in config.json, where that is another.
+_SCALING_NAMES = dict(
+    low_frequency_factor="low_freq_factor",
+    high_frequency_factor="high_freq_factor",
+    context="original_max_position_embeddings",
+)
 
 
 def _write_window(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -847,10 +1328,14 @@ def _check_reads_back(family: Family, config: Mapping[str, Any], fields: Mapping
     read = read_config(config)
 
     # Fields that the model doesn't use may be anything.
-    if family.rope_fraction is None:
+    if family.rope is None:
         read |= {name: fields[name] for name in _NO_ROPE}
     if not fields["num_experts"] and not read["num_experts"]:
         read |= {name: fields[name] for name in _DENSE}
+
+    # What a scaling reaches changes no logits.
+    if fields["rope_scaling"]:
+        read["context_length"] = fields["context_length"]
 
     wrong = [name for name in read if _comparable(read[name]) != _comparable(fields[name])]
     if wrong:
@@ -859,8 +1344,12 @@ def _check_reads_back(family: Family, config: Mapping[str, Any], fields: Mapping
 
 
 def _comparable(value):
-    """The value, or a tuple of floats for a sequence: JSON has lists for tuples."""
-    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else value
+    """The value, or a tuple for a sequence: JSON has lists for tuples. A rope_scaling of llama3 may
+    leave its name out.
+    """
+    if not isinstance(value, (tuple, list)):
+        return value
+    return tuple(value[1:]) if value and value[0] == "llama3" else tuple(value)
 
 
 # --- tensors ---

@@ -17,6 +17,7 @@ from lm.nn.attention import SPLASH, Attention, Cache
 from lm.nn.layers import MLP, NORMS, Embed, dense, param
 from lm.nn.masks import Mask, cache_mask, cache_slots, causal_mask, tree_mask
 from lm.nn.moe import MoE
+from lm.nn.positions import parse_scaling
 from lm.sharding import constrain
 
 BIASES = ("qkv", "out", "mlp", "norm")
@@ -143,11 +144,7 @@ class Config(config_lib.ModelFields):
                 f"config.model.head_dim = {self.head_dim}, rope_fraction = "
                 f"{self.rope_fraction}: an even number of dims must turn, 2 to all"
             )
-        if len(self.rope_scaling) not in (0, 4):
-            raise ValueError(
-                f"config.model.rope_scaling = {self.rope_scaling}; wanted () or (factor, "
-                "low_frequency_factor, high_frequency_factor, original context)"
-            )
+        parse_scaling(self.rope_scaling, int(self.head_dim * self.rope_fraction))
 
     @property
     def biases(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Small random models of transformers, one or more for each family, over its switches."""
 
+import pytest
 import torch
 import transformers as t
 
@@ -23,6 +24,7 @@ OPT = dict(
     word_embed_proj_dim=32,
 )
 MOE = GROUPED | dict(num_experts_per_tok=2)
+PAD = dict(pad_token_id=0)
 
 LLAMA3_ROPE = dict(
     rope_type="llama3",
@@ -31,6 +33,12 @@ LLAMA3_ROPE = dict(
     low_freq_factor=1.0,
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
+)
+YARN_ROPE = dict(
+    rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32
+)
+LONG_ROPE = dict(
+    rope_type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.5, 2.0, 3.0, 4.0]
 )
 HALF_ROPE = dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5)
 
@@ -68,6 +76,22 @@ CONFIGS = {
         t.LlamaConfig,
         GROUPED | dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     ),
+    "llama-yarn": (t.LlamaConfig, GROUPED | dict(rope_parameters=YARN_ROPE)),
+    "phi3": (
+        t.Phi3Config,
+        GROUPED | dict(rope_parameters=LONG_ROPE, original_max_position_embeddings=100, **PAD),
+    ),
+    "phi3-window": (t.Phi3Config, GROUPED | dict(sliding_window=7, **PAD)),
+    "starcoder2": (t.Starcoder2Config, GROUPED),
+    "starcoder2-unbiased": (t.Starcoder2Config, GROUPED | dict(use_bias=False, sliding_window=7)),
+    "ernie4_5": (t.Ernie4_5Config, GROUPED | dict(head_dim=16)),
+    "ernie4_5-biased": (t.Ernie4_5Config, GROUPED | dict(use_bias=True, head_dim=8)),
+    "helium": (t.HeliumConfig, GROUPED | dict(head_dim=8)),
+    "seed_oss": (t.SeedOssConfig, GROUPED | dict(head_dim=16, attention_out_bias=True)),
+    "jais2": (t.Jais2Config, GROUPED),
+    "internlm3": (t.InternLM3Config, GROUPED | dict(head_dim=16)),
+    "iquestcoder": (t.IQuestCoderConfig, GROUPED | dict(head_dim=16)),
+    "gpt_bigcode": (t.GPTBigCodeConfig, GPT),
     "mistral": (t.MistralConfig, GROUPED | dict(sliding_window=7)),
     "mistral-whole": (t.MistralConfig, GROUPED | dict(sliding_window=None, head_dim=16)),
     "qwen2": (t.Qwen2Config, GROUPED | dict(tie_word_embeddings=True)),
@@ -120,6 +144,14 @@ CONFIGS = {
         ),
     ),
 }
+
+
+# Those whose parts others have too.
+SLOW = """
+    phi3-window starcoder2 starcoder2-unbiased ernie4_5 ernie4_5-biased helium seed_oss jais2
+    internlm3 iquestcoder gpt_bigcode llama-yarn
+""".split()
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CONFIGS]
 
 
 def make(name: str, seed: int = 0):

@@ -99,7 +99,7 @@ def their_logits(reference):
 # --- logits and text ---
 
 
-@pytest.mark.parametrize("name", references.CONFIGS)
+@pytest.mark.parametrize("name", references.NAMES)
 def test_logits_are_the_same(name, tmp_path):
     reference = references.make(name)
     reference.save_pretrained(tmp_path)
@@ -119,7 +119,7 @@ PROMPTS = [TEXT[0, :21].tolist(), TEXT[1, :9].tolist(), TEXT[2, :1].tolist()]
 MAX_NEW_TOKENS = 64
 
 
-@pytest.mark.parametrize("name", references.CONFIGS)
+@pytest.mark.parametrize("name", references.NAMES)
 def test_greedy_text_is_the_same(name, tmp_path):
     """The continuations of a batch of unequal prompts, each as transformers has it alone, up to a
     step where its two best logits are all but the same.
@@ -314,7 +314,7 @@ def read_weight_map(directory):
     return json.loads((directory / hf.INDEX).read_text())["weight_map"]
 
 
-@pytest.mark.parametrize("name", references.CONFIGS)
+@pytest.mark.parametrize("name", references.NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_import_and_export(name, dtype, tmp_path):
     """Together they are the identity on files, in several shards too; and export alone is a
