@@ -35,6 +35,47 @@ def test_lists_give_a_text_for_each_element():
         prompts.Template("{answers[text]}", "t")(RECORD)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{text}}",
+        "{{ text }}",
+        "{{text:strip}}",
+        "{{text|trim}}",
+        "{{ text | trim }}",
+        "{{text.strip()}}",
+        "{{answers[text]}}",
+        "{{answers.text}}",
+    ],
+)
+def test_doubled_braces_around_a_column(written):
+    """lm_eval and promptsource write columns so; here they would be the same text for all."""
+    column = "answers" if "answers" in written else "text"
+    with pytest.raises(ValueError) as error:
+        prompts.Template(f"{{k}}: {written}", "t")(RECORD)
+    assert f"{written} is text and not the column {column!r}; write {{{column}}}" in str(error)
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ('{{"text": "{text:strip}", "k": {k}}}', '{"text": "The cat sat.", "k": 3}'),
+        ("{{name}} {k}", "{name} 3"),
+        ("{{text: 1}} {k}", "{text: 1} 3"),
+        ("{{{{text}}}} {k}", "{{text}} 3"),
+    ],
+)
+def test_braces_that_are_meant(template, text):
+    assert prompts.Template(template, "t")(RECORD) == text
+
+
+def test_a_template_without_columns():
+    with pytest.raises(ValueError, match=r"t = 'Review' has no column: .* such as \{text\}"):
+        prompts.Template("Review", "t").check_has_column()
+    with pytest.raises(ValueError, match=r"\{\{ x \}\} is text; write \{x\} for a column"):
+        prompts.Template("Review: {{ x }}", "t").check_has_column()
+
+
 @pytest.mark.parametrize("value", [None, {"a": 1}])
 def test_values_without_a_spelling(value):
     with pytest.raises(ValueError, match="'text' of a record is .*; wanted text or a number"):

@@ -437,6 +437,14 @@ def test_one_label_only_and_no_text(tmp_path):
             dict(verbalizer=dict(words=words_of("r", "g", "b"))),
             "with nothing between them: begin the word with a space",
         ),
+        (
+            dict(prompt=dict(templates=("{text}:", "Review: {{text}}\nSentiment:"))),
+            r"templates = .* has no column: .*; \{\{text\}\} is text; write \{text\} for a",
+        ),
+        (
+            dict(prompt=dict(templates=("{label} {{text}}\nSentiment:",))),
+            r"\{\{text\}\} is text and not the column 'text'; write \{text\}",
+        ),
         (dict(source=dict(path="nowhere.jsonl")), "the eval 'colours': no file at nowhere.jsonl"),
     ],
 )
@@ -692,6 +700,20 @@ def test_choices_from_lists(tmp_path):
         choose(tmp_path, [rows[0] | dict(key="C")], **changes)
     with pytest.raises(ValueError, match=r"a record's answer is 2; wanted one of \[0, 1\]"):
         choose(tmp_path, [PAIRS[0] | dict(label=2)])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(prompt=dict(template="{{q}}?")), "not the column 'q'"),
+        (dict(choices=(" {a}", " {{b}}")), "not the column 'b'"),
+        (dict(choices=(" yes", " no"), prompt=dict(template="Q:")), "template = 'Q:' has no col"),
+        (dict(premise="{q}?"), "premise = .* can't have the column 'q'"),
+    ],
+)
+def test_choices_that_dont_say_their_columns(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        choose(tmp_path, PAIRS, **changes)
 
 
 def test_last_words(tmp_path):

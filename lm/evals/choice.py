@@ -3,6 +3,7 @@ choice, minimal pairs). With a single one: whether the model would say it (last 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -149,6 +150,7 @@ class MultipleChoice:
 
         # The examples before the question are the same for all records.
         self._example_names, records = prompts.evaluated(source, name, max_documents)
+        _check_premise(name, premise, records[0])
         shots = prompts.draw_shots(
             source,
             prompt,
@@ -330,11 +332,14 @@ def _question_format(
     """How config.evals.NAME reads its records.
 
     Raises:
-      ValueError: a text that is no template, or no choices.
+      ValueError: a text that is no template, no choices, or no column in prompt and choices.
     """
     key = f"config.evals.{name}"
     if not choices:
         raise ValueError(f"{key}.choices is empty; wanted the templates of the continuations")
+    # Either may do without columns: "yes" and "no" after a question, whole texts after nothing.
+    if not any(prompts.Template(text, f"{key}.choices").fields for text in choices):
+        prompts.Template(prompt, f"{key}.prompt.template").check_has_column()
     return QuestionFormat(
         eval_name=name,
         prompt=prompts.Template(prompt, f"{key}.prompt.template"),
@@ -342,6 +347,16 @@ def _question_format(
         answer=answer,
         answer_names=prompts.Template(answers, f"{key}.answers") if answers else None,
     )
+
+
+def _check_premise(name: str, premise: str, record: Mapping) -> None:
+    """Raises ValueError for a premise with a column in braces: it is no template."""
+    for column in re.findall(r"{([^{}]+)}", premise):
+        if column.strip() in record:
+            raise ValueError(
+                f"config.evals.{name}.premise = {premise!r} is the same text for all records; it "
+                f"can't have the column {column!r}"
+            )
 
 
 def _option_logprobs(tree: Tree, token_logprobs: np.ndarray) -> np.ndarray:

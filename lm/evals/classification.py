@@ -302,6 +302,8 @@ class PromptClassification:
         _check_choices(name, prompt, verbalizer, priors, ensemble)
         key = f"config.evals.{name}.prompt.templates"
         templates = [prompts.Template(text, key) for text in prompt["templates"]]
+        for template in templates:
+            template.check_has_column()
 
         self.predict_fns = predict_fns
         self._name = name

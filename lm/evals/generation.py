@@ -236,6 +236,8 @@ class TextGeneration:
 
         template = prompts_lib.Template(prompt["template"], f"{key}.prompt.template")
         right_answers = prompts_lib.Template(references, f"{key}.references")
+        template.check_has_column()
+        right_answers.check_has_column()
         shot_answer = prompts_lib.Template(target or references, f"{key}.target")
 
         self._example_names, records = prompts_lib.evaluated(source, name, max_documents)

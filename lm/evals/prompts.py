@@ -32,6 +32,11 @@ FILTERS: dict[str, Callable[[str], str]] = {
     "last": last_word,
 }
 
+# "{{text}}" as lm_eval and promptsource write a column, with what may follow its name there:
+# {{answers[text]}}, {{answers.text}}, {{text:strip}}, {{ text|trim }}. Python reads doubled braces
+# as braces that are meant: {{"a": 1}} and {{{text}}} are.
+DOUBLED = re.compile(r"(?<!\{)\{\{\s*([^{}\[\].|:\s]+)((?:\[|\.|:\w|\s*\|)[^{}]*)?\s*\}\}(?!\})")
+
 
 class Template:
     """A Python format string over the columns of a record.
@@ -58,6 +63,8 @@ class Template:
                 f"{key} = {text!r} is no template: {error} (a brace that is meant is written twice)"
             ) from None
 
+        # What may be meant as a column, as it is written and its name: only records show which is.
+        self._doubled = [(match[0], match[1]) for match in DOUBLED.finditer(text)]
         # (text before a column, the column, its filter); the last part may have no column.
         self._parts: list[tuple[str, str | None, str]] = []
         for literal, field, spec, conversion in parts:
@@ -78,6 +85,27 @@ class Template:
         """The text after the last column."""
         literal, field, _ = self._parts[-1] if self._parts else ("", None, "")
         return literal if field is None else ""
+
+    def check_has_column(self) -> None:
+        """Raises ValueError for a template without columns: all its texts would be the same."""
+        if self.fields:
+            return
+        advice = "write a column's name in braces, such as {text}"
+        if self._doubled:
+            advice = f"{self._doubled[0][0]} is text; write {{{self._doubled[0][1]}}} for a column"
+        raise ValueError(
+            f"{self._key} = {self.text!r} has no column: it would be the same text for all "
+            f"records; {advice}"
+        )
+
+    def check_braces(self, record: Mapping) -> None:
+        """Raises ValueError for doubled braces around a column of a record: they would be text."""
+        for written, column in self._doubled:
+            if column in record:
+                raise ValueError(
+                    f"{self._key} = {self.text!r}: {written} is text and not the column "
+                    f"{column!r}; write {{{column}}}"
+                )
 
     def value(self, field: str, record: Mapping):
         """What a record holds in a column. Raises ValueError if it has no such column."""
@@ -105,6 +133,7 @@ class Template:
 
     def each(self, record: Mapping) -> list[str]:
         """The texts of a record: as many as the lists among its columns are long, or one."""
+        self.check_braces(record)
         values = [self.value(field, record) for field in self.fields]
 
         # Parallel lists: text i takes element i of each.
