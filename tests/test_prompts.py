@@ -125,17 +125,17 @@ def label_of(record):
     return record["label"]
 
 
-def avoid_none(record):
-    return False
+def identity_of(record):
+    return record["n"]
 
 
-def select(count, sampler="balanced", seed=0, avoid=avoid_none):
-    return prompts.select_shots(
-        POOL,
-        count,
-        sampler=sampler,
-        seed=seed,
-        avoid=avoid,
+def select(count, sampler="balanced", seed=0, avoid=(), pool=POOL):
+    return prompts.draw_shots(
+        pool,
+        dict(shots=count, sampler=sampler),
+        seed,
+        identity=identity_of,
+        avoid=set(avoid),
         name="x",
         label=label_of,
         num_labels=2,
@@ -143,11 +143,13 @@ def select(count, sampler="balanced", seed=0, avoid=avoid_none):
 
 
 def numbers(shots):
-    return [record["n"] for record in shots]
+    for shot in shots:
+        assert POOL[shot.index % len(POOL)] == shot.record
+    return [shot.record["n"] for shot in shots]
 
 
 def label_counts(shots):
-    return collections.Counter(map(label_of, shots))
+    return collections.Counter(label_of(shot.record) for shot in shots)
 
 
 def test_first_n():
@@ -175,16 +177,15 @@ def test_balanced():
     assert len(set(numbers(select(20)))) == 20
 
     # The labels don't come in turns.
-    orders = {tuple(map(label_of, select(4, seed=seed))) for seed in range(20)}
+    orders = set()
+    for seed in range(20):
+        orders.add(tuple(label_of(shot.record) for shot in select(4, seed=seed)))
     assert len(orders) > 3
 
 
 @pytest.mark.parametrize("sampler", prompts.SAMPLERS)
 def test_what_is_evaluated_is_no_example(sampler):
-    def is_evaluated(record):
-        return record["n"] < 30
-
-    shots = select(30, sampler, avoid=is_evaluated)
+    shots = select(30, sampler, avoid=range(30))
     assert set(numbers(shots)) == set(range(30, 60))
 
     message = (
@@ -192,7 +193,42 @@ def test_what_is_evaluated_is_no_example(sampler):
         "themselves"
     )
     with pytest.raises(ValueError, match=message):
-        select(31, sampler, avoid=is_evaluated)
+        select(31, sampler, avoid=range(30))
+
+
+@pytest.mark.parametrize("sampler", prompts.SAMPLERS)
+def test_no_example_is_drawn_twice(sampler):
+    assert sorted(numbers(select(60, sampler, pool=POOL * 2))) == list(range(60))
+    with pytest.raises(ValueError, match="there are 60 examples .*, each text counted once"):
+        select(61, sampler, pool=POOL * 2)
+
+
+def test_records_that_differ_in_case_and_white_space_are_one_example():
+    template = prompts.Template("{text}: {answers[text]}", "t")
+    record = dict(text="Great  film", answers=dict(text=["Yes", "no"]), k=1)
+    same = dict(text=" great\tFILM\n", answers=dict(text=["yes ", "NO"]), k=2)
+    assert template.identity(record) == template.identity(same)
+    assert template.identity(record) != template.identity(record | dict(text="Great films"))
+    # Not by the text that they give together.
+    pair = prompts.Template("{a} {b}", "t")
+    assert pair.identity(dict(a="x", b="y z")) != pair.identity(dict(a="x y", b="z"))
+
+
+def test_a_pool_of_one_label(caplog):
+    common = [record for record in POOL if record["label"] == "common"]
+    message = "x.prompt.shots = 4: source.shots_split has examples of 1 of 2 labels only; take ano"
+    with pytest.raises(ValueError, match=message):
+        select(4, pool=common)
+
+    # No sampler but "balanced" promises another one. Of a single example none can.
+    for sampler in ("random", "first_n"):
+        caplog.clear()
+        select(4, sampler, pool=common)
+        assert "x.prompt.shots = 4: all of the examples have the same label" in caplog.text
+    caplog.clear()
+    select(1, pool=common)
+    select(20, "random")
+    assert not caplog.text
 
 
 def test_unknown_sampler():

@@ -13,6 +13,7 @@ from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import prefix_ids
 from lm.evals import prompts
+from lm.evals.answer_column import AnswerColumn
 from lm.evals.predict import Artifact, PredictFns, predictions_artifact
 from lm.evals.scores import calibration, statistics
 from lm.evals.tree import Tree, build_tree
@@ -27,16 +28,13 @@ class QuestionFormat:
       eval_name: the key in config.evals, for messages.
       prompt: what stands before the choices.
       choices: templates of the choices; one whose column is a list gives several choices.
-      answer: the column of the right choice, or its number ("0") where it is always the same.
-      answer_names: the names of the choices, of which the column holds one; None: it holds the
-        choice's number.
+      answer: the column of the right choice, or its number where it is always the same.
     """
 
     eval_name: str
     prompt: prompts.Template
     choices: Sequence[prompts.Template]
-    answer: str
-    answer_names: prompts.Template | None
+    answer: AnswerColumn | int
 
     def options(self, record: Mapping) -> list[str]:
         """The texts of all choices."""
@@ -51,36 +49,22 @@ class QuestionFormat:
         Raises:
           ValueError: no such column, or a value that is none of the choices.
         """
-        if self.answer.isdecimal():
-            value = self.answer
-        elif self.answer in record:
-            value = record[self.answer]
-        else:
-            raise ValueError(
-                f"the eval {self.eval_name!r}: records have no column {self.answer!r} "
-                f"(config.evals.{self.eval_name}.answer); they have {sorted(record)}"
-            )
-
+        if isinstance(self.answer, AnswerColumn):
+            return self.answer.index(record)
         num_options = len(self.options(record))
-        valid = list(range(num_options))
-        # A value that is none of the names may still be a number.
-        if self.answer_names:
-            valid = self.answer_names.each(record)
-            if str(value) in valid:
-                value = valid.index(str(value))
-        if not str(value).isdecimal() or int(value) >= num_options:
+        if self.answer >= num_options:
             raise ValueError(
-                f"the eval {self.eval_name!r}: a record's answer is {value!r}; wanted one of "
-                f"{valid}"
+                f"config.evals.{self.eval_name}.answer = '{self.answer}'; a record's choices are "
+                f"{list(range(num_options))}"
             )
-        return int(value)
+        return self.answer
 
     def right_option(self, record: Mapping) -> str:
         return self.options(record)[self.gold(record)]
 
-    def identity(self, record: Mapping) -> tuple[str, ...]:
-        """All that is shown of a record: two records that agree in it are the same example."""
-        return (self.prompt(record), *self.options(record))
+    def identity(self, record: Mapping) -> tuple:
+        """All that is shown of a record, see `prompts.Template.identity`."""
+        return tuple(template.identity(record) for template in (self.prompt, *self.choices))
 
 
 class _Scores(NamedTuple):
@@ -148,18 +132,16 @@ class MultipleChoice:
         self._tokenizer = encoder.tokenizer
         self._boundary = boundary
 
-        # The examples before the question are the same for all records.
-        self._example_names, records = prompts.evaluated(source, name, max_documents)
+        split = source["split"]
+        available = prompts.load(source, split, name)
+        self._example_names, records = prompts.evaluated(available, split, max_documents)
         _check_premise(name, premise, records[0])
-        shots = prompts.draw_shots(
-            source,
-            prompt,
-            records,
-            question_format.identity,
-            name=name,
-            label=question_format.gold,
-            num_labels=len(question_format.options(records[0])),
-        )
+
+        # The examples before the question are the same for all records.
+        pool = prompts.load_shots(source, name) if prompt["shots"] else []
+        if isinstance(question_format.answer, AnswerColumn):
+            question_format.answer.settle(records, available, pool)
+        shots = _draw_shots(name, question_format, pool, prompt, records)
         shots_text = prompts.shots_text(
             shots, question_format.prompt, question_format.right_option, prompt["separator"]
         )
@@ -337,15 +319,45 @@ def _question_format(
     key = f"config.evals.{name}"
     if not choices:
         raise ValueError(f"{key}.choices is empty; wanted the templates of the continuations")
+    choice_templates = [prompts.Template(text, f"{key}.choices") for text in choices]
+    prompt_template = prompts.Template(prompt, f"{key}.prompt.template")
     # Either may do without columns: "yes" and "no" after a question, whole texts after nothing.
-    if not any(prompts.Template(text, f"{key}.choices").fields for text in choices):
-        prompts.Template(prompt, f"{key}.prompt.template").check_has_column()
-    return QuestionFormat(
-        eval_name=name,
-        prompt=prompts.Template(prompt, f"{key}.prompt.template"),
-        choices=[prompts.Template(text, f"{key}.choices") for text in choices],
-        answer=answer,
-        answer_names=prompts.Template(answers, f"{key}.answers") if answers else None,
+    if not any(template.fields for template in choice_templates):
+        prompt_template.check_has_column()
+    if answer.isdecimal():
+        return QuestionFormat(name, prompt_template, choice_templates, int(answer))
+
+    answer_names = prompts.Template(answers, f"{key}.answers")
+
+    def names(record: Mapping) -> list[str]:
+        return answer_names.each(record) if answers else []
+
+    def size(record: Mapping) -> int:
+        return sum(len(template.each(record)) for template in choice_templates)
+
+    column = AnswerColumn(name, "answer", answer, names, size)
+    return QuestionFormat(name, prompt_template, choice_templates, column)
+
+
+def _draw_shots(
+    name: str,
+    question_format: QuestionFormat,
+    pool: Sequence[dict],
+    prompt: Mapping,
+    records: Sequence[dict],
+) -> list[prompts.Shot]:
+    """The examples before each question. None is one of `records`, which are evaluated."""
+    # Where the right choice always has the same number, there is nothing to balance.
+    has_column = isinstance(question_format.answer, AnswerColumn)
+    return prompts.draw_shots(
+        pool,
+        prompt,
+        prompt["seed"],
+        identity=question_format.identity,
+        avoid=set(map(question_format.identity, records)),
+        name=name,
+        label=question_format.gold if has_column else None,
+        num_labels=len(question_format.options(records[0])) if has_column else 1,
     )
 
 

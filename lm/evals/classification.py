@@ -6,7 +6,7 @@ asks by templates about the records of a data set. What they yield is in label_r
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.evals import prompts
+from lm.evals.answer_column import AnswerColumn
 from lm.evals.label_results import (
     ENSEMBLES,
     PromptSet,
@@ -297,17 +298,12 @@ class PromptClassification:
         # All that needs no data is checked before the data is read.
         examples_key = examples_key or f"config.evals.{name}.temperature_examples"
         prompts.check_least(examples_key, temperature_examples, 0)
-        prompts.check_least(f"config.evals.{name}.prompt.shots", prompt["shots"], 0)
         prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         _check_choices(name, prompt, verbalizer, priors, ensemble)
-        key = f"config.evals.{name}.prompt.templates"
-        templates = [prompts.Template(text, key) for text in prompt["templates"]]
-        for template in templates:
-            template.check_has_column()
+        templates = _parse_templates(name, prompt["templates"])
 
         self.predict_fns = predict_fns
         self._name = name
-        self._label_column = label
         self._labels = _shared_labels(name, verbalizer["words"])
         self._prompt = prompt
         self._priors = priors
@@ -321,10 +317,15 @@ class PromptClassification:
             encoder.tokenizer, self._labels, verbalizer, predict_fns.length, name
         )
 
-        example_names, self._records = prompts.evaluated(source, name, max_documents)
-        gold = np.array([self.gold(record) for record in self._records])
+        split = source["split"]
+        available = prompts.load(source, split, name)
+        example_names, self._records = prompts.evaluated(available, split, max_documents)
         needs_pool = prompt["shots"] or temperature_examples
         pool = prompts.load_shots(source, name) if needs_pool else []
+
+        self._answers = AnswerColumn(name, "label", label, self._label_names, self._num_labels)
+        self._answers.settle(self._records, available, pool)
+        gold = np.array([self.gold(record) for record in self._records])
 
         # Drawn before the examples of the variants, none of which may be among them.
         self._calibration_records = self._draw_calibration_records(
@@ -349,26 +350,15 @@ class PromptClassification:
             "words": [variant.word_tokens(self._labels, decode) for variant in variants],
         }
 
+    def _label_names(self, record: Mapping) -> list[str]:
+        return self._labels
+
+    def _num_labels(self, record: Mapping) -> int:
+        return len(self._labels)
+
     def gold(self, record: Mapping) -> int:
         """The index of a record's right label."""
-        if self._label_column not in record:
-            raise ValueError(
-                f"the eval {self._name!r}: records have no column {self._label_column!r} "
-                f"(config.evals.{self._name}.label); they have {sorted(record)}"
-            )
-
-        # Names come before numbers: a label may be called "2".
-        value = record[self._label_column]
-        if str(value) in self._labels:
-            return self._labels.index(str(value))
-
-        # isdecimal() keeps out -1, which data sets write for unknown, and True.
-        if str(value).isdecimal() and int(value) < len(self._labels):
-            return int(value)
-        raise ValueError(
-            f"the eval {self._name!r}: a record has the label {value!r}; the verbalizer has "
-            f"words for {self._labels}"
-        )
+        return self._answers.index(record)
 
     def _draw_calibration_records(
         self, pool: Sequence[dict], template: prompts.Template, count: int, key: str
@@ -376,16 +366,19 @@ class PromptClassification:
         """The records of `Variant.calibration_trees`. Messages call their number `key`."""
         if not count:
             return []
-        records = prompts.draw_records(
+        shots = prompts.draw_records(
             pool,
             count,
             sampler="balanced",
             seed=0,
-            avoid=prompts.agrees_with_any(self._records, template),
+            identity=template.identity,
+            avoid=set(map(template.identity, self._records)),
             label=self.gold,
             num_labels=len(self._labels),
         )
-        prompts.check_enough(records, count, key)
+        prompts.check_enough(shots, count, key)
+        records = [shot.record for shot in shots]
+        prompts.check_labels(list(map(self.gold, records)), len(self._labels), key, False)
         return records
 
     def _build_variants(
@@ -397,14 +390,25 @@ class PromptClassification:
         """All combinations of a template, a verbalizer and a seed."""
         # Without examples there is nothing to draw: all seeds would ask the same.
         seeds = self._prompt["seeds"] if self._prompt["shots"] else [0]
-        is_evaluated = [prompts.agrees_with_any(self._records, template) for template in templates]
+        # Records may be in both splits, and differ in a column that the template doesn't show.
+        taken = [*self._records, *self._calibration_records]
+        identities = [set(map(template.identity, taken)) for template in templates]
 
         variants = []
         for (t, template), (w, pairs), seed in itertools.product(
             enumerate(templates), enumerate(verbalizers), seeds
         ):
             words = self._label_words(dict(pairs), template.tail)
-            shots = self._draw_shots(pool, is_evaluated[t], seed)
+            shots = prompts.draw_shots(
+                pool,
+                self._prompt,
+                seed,
+                identity=template.identity,
+                avoid=identities[t],
+                name=self._name,
+                label=self.gold,
+                num_labels=len(self._labels),
+            )
             shots_text = self._shots_text(shots, template, words)
             name = f"template {t}, words {w}, seed {seed}"
             variants.append(self._build_variant(name, template, shots_text, words))
@@ -436,33 +440,12 @@ class PromptClassification:
         # The boundary "lm_eval" is there to score what lm-evaluation-harness would score, whether
         # that makes sense or not.
         if self._tree_builder.boundary != "lm_eval":
-            check_spaces(prompt_end, [word.text for word in words])
+            texts = [word.text for word in words]
+            check_spaces(prompt_end, texts, self._tree_builder.boundary)
         return words
 
-    def _draw_shots(
-        self, pool: Sequence[dict], is_evaluated: Callable[[dict], bool], seed: int
-    ) -> list[dict]:
-        """The examples before the question."""
-        if not self._prompt["shots"]:
-            return []
-
-        # A record may be in both splits, and differ in a column that the template doesn't show.
-        def is_taken(record: dict) -> bool:
-            return is_evaluated(record) or record in self._calibration_records
-
-        return prompts.select_shots(
-            pool,
-            self._prompt["shots"],
-            sampler=self._prompt["sampler"],
-            seed=seed,
-            avoid=is_taken,
-            name=self._name,
-            label=self.gold,
-            num_labels=len(self._labels),
-        )
-
     def _shots_text(
-        self, shots: Sequence[dict], template: prompts.Template, words: Sequence[LabelWord]
+        self, shots: Sequence[prompts.Shot], template: prompts.Template, words: Sequence[LabelWord]
     ) -> str:
         """The text before the question, each example answered with the first word of its label."""
         first_words: dict[int, str] = {}
@@ -526,10 +509,25 @@ class PromptClassification:
         )
 
 
+def _parse_templates(name: str, texts: Sequence[str]) -> list[prompts.Template]:
+    """The templates of config.evals.NAME. Raises ValueError for a text that is none, or that has no
+    column.
+    """
+    templates = []
+    for text in texts:
+        template = prompts.Template(text, f"config.evals.{name}.prompt.templates")
+        template.check_has_column()
+        templates.append(template)
+    return templates
+
+
 def _check_choices(
     name: str, prompt: Mapping, verbalizer: Mapping, priors: Sequence[str], ensemble: str
 ) -> None:
-    """Raises ValueError for an unknown choice in config.evals.NAME, or nothing to choose from."""
+    """Raises ValueError for an unknown choice in config.evals.NAME, nothing to choose from, or
+    shots below 0.
+    """
+    prompts.check_least(f"config.evals.{name}.prompt.shots", prompt["shots"], 0)
     for prior in priors:
         prompts.check_choice(name, "priors", prior, PRIORS)
     prompts.check_choice(name, "ensemble", ensemble, ENSEMBLES)

@@ -240,7 +240,9 @@ class TextGeneration:
         right_answers.check_has_column()
         shot_answer = prompts_lib.Template(target or references, f"{key}.target")
 
-        self._example_names, records = prompts_lib.evaluated(source, name, max_documents)
+        split = source["split"]
+        available = prompts_lib.load(source, split, name)
+        self._example_names, records = prompts_lib.evaluated(available, split, max_documents)
         self._references: list[list[str]] = []
         self._reference_answers: list[list[str]] = []  # what `extract` leaves of them
         for record in records:
@@ -248,7 +250,14 @@ class TextGeneration:
             self._reference_answers.append(self._read_references(self._references[-1], references))
 
         # The examples before the question are the same for all records.
-        shots = prompts_lib.draw_shots(source, prompt, records, template, name=name)
+        shots = prompts_lib.draw_shots(
+            prompts_lib.load_shots(source, name) if prompt["shots"] else [],
+            prompt,
+            prompt["seed"],
+            identity=template.identity,
+            avoid=set(map(template.identity, records)),
+            name=name,
+        )
         shots_text = prompts_lib.shots_text(shots, template, shot_answer, prompt["separator"])
         self._prompt_ids: list[list[int]] = []
         self._num_truncated = 0
