@@ -91,6 +91,25 @@ def test_a_model_does_not_differ_from_itself():
     assert "smallest_difference" not in result
 
 
+def test_ties_are_shared():
+    """A model that can't choose is half right, whichever label it names."""
+    lines = []
+    for i in range(20):
+        label = "ab"[i % 2]
+        line = dict(name=str(i), label=label, prediction="a", distribution=dict(a=0.5, b=0.5))
+        lines.append(line)
+    other = [line | dict(prediction="b") for line in lines]
+
+    result = comparison.compare(lines, other)
+    assert result["accuracy"] == result["accuracy_other"] == 0.5
+    assert result["macro_f1_difference"] == 0
+    assert result["mcnemar_p"] == 1
+
+    # One that is right is better on each example.
+    right = [line | dict(prediction=line["label"], distribution=dict(a=1, b=0)) for line in lines]
+    assert comparison.compare(right, lines)["mcnemar_p"] == pytest.approx(2 / 2**20)
+
+
 def test_too_few_examples():
     with pytest.raises(ValueError, match="x: 9 examples; wanted 10 or more"):
         comparison.compare(GOOD[:9], GOOD[:9], "x")

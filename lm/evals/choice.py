@@ -380,11 +380,6 @@ def _option_logprobs(tree: Tree, token_logprobs: np.ndarray) -> np.ndarray:
 
 
 def _credit(scores: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarray:
-    """[n]: 1 where the right choice has the highest score, over the number of choices that tie with
-    it; else 0.
-    """
-    credit = []
-    for options, y in zip(scores, gold):
-        is_best = options == options.max()
-        credit.append(is_best[y] / is_best.sum())
+    """[n]: `statistics.credit` of examples that differ in their number of choices."""
+    credit = [statistics.prediction_shares(options)[y] for options, y in zip(scores, gold)]
     return np.array(credit)

@@ -155,8 +155,8 @@ def results(
     priors = mean_priors(variant_logprobs, scorer)
     if "content_free" in priors:
         # The accuracy of always giving the label that the model prefers without a text.
-        preferred = np.mean(priors["content_free"], axis=0).argmax()
-        yield "content_free_accuracy", float(np.mean(gold == preferred))
+        preferred = statistics.prediction_shares(np.mean(priors["content_free"], axis=0))
+        yield "content_free_accuracy", float(np.mean(preferred[gold]))
     if batch_prior:
         priors["batch"] = [calibration.batch_prior(distribution) for distribution in variant_P]
     yield from prior_metrics(variant_P, priors, gold, ensemble)
@@ -246,22 +246,23 @@ def _log(P) -> np.ndarray:
 
 
 def label_metrics(P: np.ndarray, gold: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Yields the metrics of label distributions [n, K], given the right labels [n]."""
-    predicted = P.argmax(axis=1)
-    n, num_labels = P.shape
-
-    num_right = int((predicted == gold).sum())
-    low, high = statistics.proportion_interval(num_right, n)
+    """Yields the metrics of label distributions [n, K], given the right labels [n]. Labels that tie
+    for the highest probability share the prediction.
+    """
+    n = len(P)
+    shares = statistics.prediction_shares(P)
+    num_right = float(statistics.credit(P, gold).sum())
+    low, high = statistics.proportion_interval(round(num_right), n)
     yield "accuracy", num_right / n
     yield "accuracy_low", low
     yield "accuracy_high", high
     yield "majority_accuracy", int(np.bincount(gold).max()) / n
 
-    matrix = statistics.confusion(predicted, gold, num_labels)
+    matrix = statistics.confusion(shares, gold)
     yield from statistics.prediction_scores(matrix).items()
 
     def macro_f1(sample: np.ndarray) -> float:
-        matrix = statistics.confusion(predicted[sample], gold[sample], num_labels)
+        matrix = statistics.confusion(shares[sample], gold[sample])
         return statistics.prediction_scores(matrix)["macro_f1"]
 
     # F1 is not a mean over examples, so that its interval comes from resampling.
@@ -316,7 +317,7 @@ def prior_metrics(
             corrected.append(calibration.divide_by_prior(P, prior))
         corrected_P = ensemble_mean(corrected, ensemble)
 
-        yield f"accuracy_{name}", float(np.mean(corrected_P.argmax(axis=1) == gold))
+        yield f"accuracy_{name}", float(np.mean(statistics.credit(corrected_P, gold)))
         yield f"nll_{name}", calibration.nll(corrected_P, gold)
         yield f"ece_{name}", calibration.ece(corrected_P, gold)
 
@@ -348,7 +349,7 @@ def variant_metrics(
         row = {
             # The key's name is older than "variant", and files have it.
             "way": variant.name,
-            "accuracy": float(np.mean(P.argmax(axis=1) == gold)),
+            "accuracy": float(np.mean(statistics.credit(P, gold))),
             "nll": calibration.nll(P, gold),
             "label_mass": float(np.mean(mass)),
         }
@@ -436,10 +437,9 @@ def picture_artifacts(prompt_set: PromptSet, P: np.ndarray) -> Iterator[tuple[st
     name = prompt_set.name
     gold = prompt_set.gold
     labels = prompt_set.labels
-    predicted = P.argmax(axis=1)
 
-    matrix = statistics.confusion(predicted, gold, len(labels))
-    title = f"{name}: accuracy {np.mean(predicted == gold):.1%}"
+    matrix = statistics.confusion(statistics.prediction_shares(P), gold)
+    title = f"{name}: accuracy {np.mean(statistics.credit(P, gold)):.1%}"
     picture = pictures.plot_confusion(matrix, labels, title)
     yield "confusion", Artifact(f"confusion-{name}.png", picture)
 

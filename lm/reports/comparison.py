@@ -1,6 +1,7 @@
 """Compares two models on the same examples: the predictions/ of two run directories, paired."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -59,8 +60,8 @@ def compare(
 
     # Tests of accuracy alone, which need no resampling.
     if "prediction" in first[0]:
-        first_right = _is_right(first)
-        second_right = _is_right(second)
+        first_right = _credit(first)
+        second_right = _credit(second)
         result["mcnemar_p"] = statistics.mcnemar_p(first_right, second_right)
         error = statistics.standard_error(first_right - second_right)
         if error > 0:
@@ -112,16 +113,29 @@ def _has_label_space(lines: Sequence[Mapping]) -> bool:
     return "distribution" in lines[0] and "scores" not in lines[0]
 
 
-def _is_right(lines: Sequence[Mapping]) -> np.ndarray:
-    """[n] f64, 1 where the prediction is the label."""
-    return np.array([line["prediction"] == line["label"] for line in lines], float)
+def _predicted(line: Mapping) -> dict[str, float]:
+    """What a line predicts: label -> its share, 1 without ties."""
+    prediction = line["prediction"]
+    distribution = line.get("distribution", {})
+    if prediction not in distribution:
+        return {prediction: 1.0}
+    tied = []
+    for label, p in distribution.items():
+        if math.isclose(p, distribution[prediction], rel_tol=statistics.TIE):
+            tied.append(label)
+    return dict.fromkeys(tied, 1 / len(tied))
+
+
+def _credit(lines: Sequence[Mapping]) -> np.ndarray:
+    """[n] f64, 1 where the prediction is the label; a share of it where labels tie."""
+    return np.array([_predicted(line).get(line["label"], 0.0) for line in lines])
 
 
 def _sample_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
     """A model's scores as functions of a sample of the examples."""
     scores = {}
     if "prediction" in lines[0]:
-        scores["accuracy"] = _sample_mean(_is_right(lines))
+        scores["accuracy"] = _sample_mean(_credit(lines))
     if _has_label_space(lines):
         scores |= _label_scores(lines)
     for name in lines[0].get("scores", {}):
@@ -142,14 +156,15 @@ def _label_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
     # In an order that both models share.
     labels = sorted(lines[0]["distribution"])
     y = np.array([labels.index(line["label"]) for line in lines])
-    predicted = np.array([labels.index(line["prediction"]) for line in lines])
-
     P = np.zeros((len(lines), len(labels)))
+    predicted = np.zeros_like(P)
     for i, line in enumerate(lines):
+        shares = _predicted(line)
         P[i] = [line["distribution"][label] for label in labels]
+        predicted[i] = [shares.get(label, 0.0) for label in labels]
 
     def macro_f1(index: np.ndarray) -> float:
-        matrix = statistics.confusion(predicted[index], y[index], len(labels))
+        matrix = statistics.confusion(predicted[index], y[index])
         return statistics.prediction_scores(matrix)["macro_f1"]
 
     def nll(index: np.ndarray) -> float:

@@ -34,7 +34,9 @@ def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
     if not is_large:
         for i, j in np.ndindex(*matrix.shape):
             colour = "white" if shares[i, j] > 0.6 else "black"
-            axis.text(j, i, str(matrix[i, j]), ha="center", va="center", color=colour)
+            # Labels that tie share a prediction: counts may have a fraction.
+            count = f"{matrix[i, j]:.1f}".removesuffix(".0")
+            axis.text(j, i, count, ha="center", va="center", color=colour)
 
     # Rows are right labels, from above, as in the matrix.
     axis.set(
@@ -74,7 +76,7 @@ def _draw_reliability(axis, P: np.ndarray, y: np.ndarray) -> None:
     predictions in each.
     """
     confidence = P.max(axis=1)
-    is_right = P.argmax(axis=1) == y
+    is_right = statistics.credit(P, y)
     numbers = calibration.bin_numbers(confidence, NUM_BINS, "width")
     counts = np.bincount(numbers, minlength=NUM_BINS)
 
@@ -111,7 +113,7 @@ def _draw_label_shares(axis, P: np.ndarray, y: np.ndarray, labels: list[str]) ->
     num_labels = len(labels)
     shares = {
         "right": np.bincount(y, minlength=num_labels) / len(y),
-        "predicted": np.bincount(P.argmax(axis=1), minlength=num_labels) / len(y),
+        "predicted": statistics.prediction_shares(P).mean(axis=0),
         "mean distribution": P.mean(axis=0),
     }
 
