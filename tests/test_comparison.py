@@ -177,6 +177,49 @@ def test_runs(tmp_path):
     assert "for 2 eval(s) (Holm)" in text
 
 
+def write_about(run, name, fingerprint="f", before="", **settings):
+    """What an eval says of its predictions, beside them."""
+    about = dict(
+        fingerprint=fingerprint, examples=200, prompts=[dict(before=before)], settings=settings
+    )
+    (run / "predictions" / f"{name}.json").write_text(json.dumps(about))
+
+
+def test_other_records_are_refused(tmp_path):
+    """Names and labels may be the same for other texts."""
+    run = write_run(tmp_path / "run", {"x-y-20": GOOD})
+    other = write_run(tmp_path / "other", {"x-y-3": BAD})
+    write_about(run, "x-y-about-20")
+    write_about(other, "x-y-about-3", fingerprint="g")
+
+    message = "x-y: the two runs were evaluated on other records .* fingerprint f, 200 with g"
+    with pytest.raises(ValueError, match=message):
+        comparison.compare_runs(run, other)
+
+    # Predictions of before there was such a file.
+    (other / "predictions" / "x-y-about-3.json").unlink()
+    assert comparison.compare_runs(run, other)["x-y"]["examples"] == 200
+
+
+def test_other_prompts_are_said(tmp_path, caplog):
+    run = write_run(tmp_path / "run", {"x-20": GOOD})
+    other = write_run(tmp_path / "other", {"x-3": BAD})
+    comparison.compare_runs(run, other)
+    assert "x: predictions without x-about-20.json don't say which records" in caplog.text
+
+    write_about(run, "x-about-20", prompt=dict(shots=0, seed=1), label="y")
+    write_about(other, "x-about-3", before="a: b", prompt=dict(shots=4, seed=1), label="y")
+    comparisons = comparison.compare_runs(run, other)
+    assert comparisons["x"]["differences"] == {
+        "prompt.shots": [0, 4],
+        "examples before the question": [[""], ["a: b"]],
+    }
+    assert "asked otherwise: prompt.shots = 0 and 4" in comparison.table(comparisons)
+
+    write_about(other, "x-about-3", prompt=dict(shots=0, seed=1), label="y")
+    assert "differences" not in comparison.compare_runs(run, other)["x"]
+
+
 def test_a_run_without_predictions(tmp_path):
     run = write_run(tmp_path / "run", {"x-20": GOOD, "only-20": GOOD})
 

@@ -257,9 +257,9 @@ def test_shots_from_the_evaluated_data(changes, message):
 
 def test_truncate_prompt():
     """Of a continuation the last token needs no room: it is predicted, but never read."""
-    assert prompts.truncate_prompt([9], [1, 2, 3], 2, 5, "x") == ([9, 1, 2, 3], False)
-    assert prompts.truncate_prompt([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], True)
-    assert prompts.truncate_prompt([], [1, 2, 3, 4], 1, 3, "x") == ([2, 3, 4], True)
+    assert prompts.truncate_prompt([9], [1, 2, 3], 2, 5, "x") == ([9, 1, 2, 3], 0)
+    assert prompts.truncate_prompt([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], 2)
+    assert prompts.truncate_prompt([], [1, 2, 3, 4], 1, 3, "x") == ([2, 3, 4], 1)
 
     with pytest.raises(ValueError, match="a continuation of 5 tokens leaves no room"):
         prompts.truncate_prompt([9], [1], 5, 5, "x")

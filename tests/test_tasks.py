@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm import evaluate
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
@@ -146,6 +147,57 @@ def test_the_prompt_that_is_asked(tmp_path):
     assert len(prior_prompts) == 3 + 20 + 1
 
 
+def whole_prompts(about, line):
+    """The prompts of an example, put together from what predictions/ holds."""
+    texts = []
+    for prompt in about["prompts"]:
+        template = int(prompt["variant"].split()[1].removesuffix(","))
+        texts.append(prompt["before"] + line["prompts"][template])
+    return texts
+
+
+def test_predictions_say_what_was_asked(tmp_path):
+    fns = Model(random_distribution, length=200)
+    prompt = dict(shots=2, seeds=(0, 1), templates=("{text}\n?", "Q: {text}"))
+    task = make(tmp_path, fns, prompt=prompt, priors=("batch",))
+    lines = read_jsonl(dict(task.run(None))["predictions"].content)
+
+    # Variants follow each other, each with all examples.
+    asked = list(map(prompt_text, fns.trees))
+    for i, line in enumerate(lines):
+        assert whole_prompts(task.about, line) == asked[i::24]
+        assert line["cut"] == [0] * 4
+
+    # The examples before the question, by their names.
+    train = read_jsonl((tmp_path / "train.jsonl").read_text())
+    for variant in task.about["prompts"]:
+        for name, text in zip(variant["shots"], variant["before"].split("\n\n")):
+            number = int(name.removeprefix("train[").removesuffix("]"))
+            assert train[number]["text"] in text
+    assert task.about["corrections"] == ["batch"]
+
+    # The same for people to read.
+    shown = list(task.shown_prompts(2))
+    assert [prompt.text for prompt in shown] == [
+        asked[24 * v + i] for v in range(4) for i in (0, 1)
+    ]
+    assert shown[1].title.startswith("test[1], ")
+    assert shown[1].title.endswith("0 cut off; template 0, words 0, seed 0")
+    assert shown[1].right == f" {lines[1]['label']}"
+
+
+def test_prompts_are_printed(tmp_path, capsys):
+    write_jsonl(tmp_path / "test.jsonl", [dict(text="a\x1b[31m", label="red")])
+    evaluate.print_prompts("colours", make(tmp_path), 3)
+    # A terminal would obey an escape character.
+    assert capsys.readouterr().out == (
+        "--- colours: test[0], 9 tokens, 0 cut off; template 0, words 0, seed 0\n"
+        "a\\x1b[31m\n?⟫ red\n"
+    )
+    evaluate.print_prompts("colours", make(tmp_path), 0)
+    assert not capsys.readouterr().out
+
+
 def test_words_are_shown_in_their_tokens(tmp_path):
     words = ((("red", (" r",)), ("green", (" ge", " n")), ("blue", (" b",))),)
     about = make(tmp_path, verbalizer=dict(words=words)).about
@@ -181,9 +233,13 @@ def test_words_are_shown_in_their_tokens(tmp_path):
 
 def test_long_prompts_lose_their_beginning_but_for_bos(tmp_path):
     fns = Model(random_distribution, length=20)
-    metrics, _ = run(tmp_path, fns, prompt=dict(shots=1))
+    metrics, contents = run(tmp_path, fns, prompt=dict(shots=1))
 
     assert metrics["cut"] == 24
+    # All of the prompt and BOS, less what is left.
+    line = read_jsonl(contents["predictions"])[0]
+    whole = 1 + len("train 0\n? red\n\n") + len(line["prompts"][0])
+    assert abs(line["cut"][0] - (whole - len(fns.trees[0].prompt))) <= 3  # "green", "train 23"
     for tree in fns.trees[:24]:
         assert BOS not in tree.prompt[1:]
         assert prompt_text(tree).endswith("\n?")
@@ -791,6 +847,18 @@ def test_choices_are_the_chain_rule(tmp_path):
     right_bytes = pair_sizes(num_bytes)[np.arange(20), gold] + 1
     expected = -right.sum() / math.log(2) / right_bytes.sum()
     assert metrics["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_predictions_have_the_prompts_of_choices(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [dict(q="s", a="m", b="n", label=0)])
+    fns = Model(random_distribution, length=20)
+    source = dict(path=str(tmp_path / "{split}.jsonl"), shots_split="train")
+    _, predictions = choose(
+        tmp_path, PAIRS, fns, source=source, prompt=dict(template="{q}?", shots=1)
+    )
+    for line, row, tree in zip(predictions, PAIRS, fns.trees):
+        assert line["prompt"] == f"{row['q']}?"
+        assert line["cut"] == len(f"s? m\n\n{line['prompt']}") - len(tree.prompt) + 1
 
 
 def test_minimal_pairs(tmp_path):

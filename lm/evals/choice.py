@@ -14,7 +14,12 @@ from lm.data.pack import Encoder
 from lm.data.tokenizer import prefix_ids
 from lm.evals import prompts
 from lm.evals.answer_column import AnswerColumn
-from lm.evals.predict import Artifact, PredictFns, predictions_artifact
+from lm.evals.predict import (
+    Artifact,
+    PredictFns,
+    ShownPrompt,
+    predictions_artifact,
+)
 from lm.evals.scores import calibration, statistics
 from lm.evals.tree import Tree, build_tree
 from lm.evals.verbalizer import BOUNDARIES, tokenize_words_after
@@ -145,6 +150,7 @@ class MultipleChoice:
         shots_text = prompts.shots_text(
             shots, question_format.prompt, question_format.right_option, prompt["separator"]
         )
+        asked = prompts.describe(question_format.prompt, shots, source["shots_split"], shots_text)
 
         self._options: list[list[str]] = []
         self._gold: list[int] = []  # indices of the right options
@@ -158,12 +164,12 @@ class MultipleChoice:
 
         self._trees: list[Tree] = []
         self._premise_trees: list[Tree] = []
-        self._num_truncated = 0  # prompts, not premises
-        for record, options in zip(records, self._options):
-            text = shots_text + question_format.prompt(record)
-            tree, is_truncated = self._build_tree(text, options)
+        self._questions = list(map(question_format.prompt, records))
+        self._num_cut: list[int] = []  # tokens that each prompt lost
+        for question, options in zip(self._questions, self._options):
+            tree, num_cut = self._build_tree(shots_text + question, options)
             self._trees.append(tree)
-            self._num_truncated += is_truncated
+            self._num_cut.append(num_cut)
             if premise:
                 tree, _ = self._build_tree(premise, options)
                 self._premise_trees.append(tree)
@@ -172,21 +178,22 @@ class MultipleChoice:
             "fingerprint": records_lib.fingerprint(records),
             "examples": len(records),
             "citation": source["citation"],
+            "prompts": [asked],
         }
 
-    def _build_tree(self, text: str, options: Sequence[str]) -> tuple[Tree, bool]:
-        """(the tree of a prompt and its choices, whether the prompt was truncated)."""
+    def _build_tree(self, text: str, options: Sequence[str]) -> tuple[Tree, int]:
+        """(the tree of a prompt and its choices, how many tokens the prompt lost)."""
         prompt_ids, option_ids = tokenize_words_after(
             self._tokenizer.encode_batch, text, options, self._boundary
         )
-        prompt_ids, is_truncated = prompts.truncate_prompt(
+        prompt_ids, num_cut = prompts.truncate_prompt(
             prefix_ids(self._tokenizer, prompt_ids),
             prompt_ids,
             max(map(len, option_ids)),
             self._predict_fns.length,
             self._name,
         )
-        return build_tree(prompt_ids, option_ids), is_truncated
+        return build_tree(prompt_ids, option_ids), num_cut
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         scores = self._score(params)
@@ -194,10 +201,16 @@ class MultipleChoice:
         yield from self._likelihoods(scores.nll)
         yield "greedy_accuracy", float(scores.greedy.mean())
         yield "examples", len(self._trees)
-        yield "cut", self._num_truncated
+        yield "cut", int(np.count_nonzero(self._num_cut))
 
         lines = [self._prediction(i, scores) for i in range(len(self._trees))]
         yield "predictions", predictions_artifact(self._name, lines)
+
+    def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
+        for i, tree in enumerate(self._trees[:count]):
+            ids = list(tree.prompt)
+            title = f"{self._example_names[i]}, {len(ids)} tokens, {self._num_cut[i]} cut off"
+            yield ShownPrompt(title, self._tokenizer.decode(ids), self._options[i][self._gold[i]])
 
     def _score(self, params) -> _Scores:
         """Runs the model.
@@ -305,6 +318,8 @@ class MultipleChoice:
         line["choices"] = self._options[i]
         line["logprobs"] = logprobs.tolist()
         line["greedy"] = bool(scores.greedy[i])
+        line["prompt"] = self._questions[i]
+        line["cut"] = self._num_cut[i]
         return line
 
 

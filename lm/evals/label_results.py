@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.evals.predict import Artifact, PredictFns, predictions_artifact
+from lm.evals.predict import Artifact, PredictFns, ShownPrompt, predictions_artifact
 from lm.evals.scores import calibration, statistics
 from lm.evals.scores.label_scores import (
     LabelScorer,
@@ -38,7 +38,8 @@ class Variant(NamedTuple):
     # prompts of other records with known labels: they fit the temperature, train
     # `LinearVerbalizer`, or are what lm.suggest asks about
     calibration_trees: list[Tree]
-    truncated: set[int]  # examples whose prompt was too long and lost its beginning
+    num_cut: list[int]  # for each example, how many tokens its prompt lost at its beginning
+    asked: dict  # see `lm.evals.prompts.describe`
 
     def word_tokens(
         self, labels: Sequence[str], decode: Callable[[list[int]], str]
@@ -63,6 +64,7 @@ class PromptSet(NamedTuple):
     name: str  # the eval's, for files and messages
     labels: list[str]
     example_names: list[str]
+    questions: list[list[str]]  # for each template, the text of each example without what is before
     gold: np.ndarray  # [n], index of the right label
     variants: list[Variant]
     calibration_gold: np.ndarray  # index of the right label of each calibration example
@@ -70,10 +72,21 @@ class PromptSet(NamedTuple):
     @property
     def num_truncated(self) -> int:
         """How many examples lost the beginning of their prompt in any variant."""
-        truncated: set[int] = set()
+        num_cut = np.array([variant.num_cut for variant in self.variants])
+        return int(num_cut.any(axis=0).sum())
+
+    def shown_prompts(
+        self, count: int, decode: Callable[[list[int]], str]
+    ) -> Iterator[ShownPrompt]:
+        """Yields the first `count` prompts of each variant, as the model sees them."""
         for variant in self.variants:
-            truncated |= variant.truncated
-        return len(truncated)
+            for i in range(min(count, len(self.gold))):
+                ids = list(variant.trees[i].prompt)
+                right = [word.text for word in variant.words if word.label == self.gold[i]]
+                title = f"{self.example_names[i]}, {len(ids)} tokens, {variant.num_cut[i]} cut off"
+                if variant.name:
+                    title += f"; {variant.name}"
+                yield ShownPrompt(title, decode(ids), " | ".join(right))
 
 
 class VariantLogprobs(NamedTuple):
@@ -412,7 +425,7 @@ def logprobs_by_label(
 def prediction_lines(
     prompt_set: PromptSet, P: np.ndarray, details: Sequence[dict] | None = None
 ) -> list[dict]:
-    """A line for each example: its label, prediction and label distribution.
+    """A line for each example: its label, prediction, label distribution and prompts.
 
     Args:
       details: more keys for the line of each example.
@@ -428,6 +441,9 @@ def prediction_lines(
         }
         if details:
             line |= details[i]
+        # Of each template, and of each variant.
+        line["prompts"] = [texts[i] for texts in prompt_set.questions]
+        line["cut"] = [variant.num_cut[i] for variant in prompt_set.variants]
         lines.append(line)
     return lines
 

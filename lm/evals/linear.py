@@ -78,7 +78,9 @@ class LinearVerbalizer:
             max_documents=max_documents,
             examples_key=f"config.evals.{name}.train_examples",
         )
-        self.about = task.about
+        # No temperature is fitted.
+        self.about = task.about | {"corrections": []}
+        self.shown_prompts = task.shown_prompts
         self._prompt_set = task.prompt_set
 
         num_variants = len(self._prompt_set.variants)

@@ -438,9 +438,27 @@ def shots_text(
     return text
 
 
+def describe(
+    template: Template, shots: Sequence[Shot], split: str, text_before: str, variant: str = ""
+) -> dict:
+    """What stands in predictions/ for the prompts of all examples: what they have in common.
+
+    Args:
+      shots: the examples before the question, drawn from `split`.
+      text_before: the text that they give.
+      variant: the name of this way to ask.
+    """
+    return {
+        "variant": variant,
+        "template": template.text,
+        "shots": [f"{split}[{shot.index}]" for shot in shots],
+        "before": text_before,
+    }
+
+
 def truncate_prompt(
     start: Sequence[int], prompt: Sequence[int], longest: int, length: int, name: str
-) -> tuple[list[int], bool]:
+) -> tuple[list[int], int]:
     """Cuts the beginning off a prompt that leaves too little room for its continuations.
 
     Args:
@@ -451,7 +469,7 @@ def truncate_prompt(
       name: the eval's, for messages.
 
     Returns:
-      (ids with `start`, whether the prompt was cut)
+      (ids with `start`, how many ids of the prompt were cut off)
 
     Raises:
       ValueError: no room for any id of the prompt.
@@ -463,4 +481,4 @@ def truncate_prompt(
             f"the eval {name!r}: a continuation of {longest} tokens leaves no room for a prompt "
             f"in config.data.length = {length}"
         )
-    return [*start, *prompt[-room:]], len(prompt) > room
+    return [*start, *prompt[-room:]], max(len(prompt) - room, 0)

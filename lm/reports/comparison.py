@@ -31,6 +31,16 @@ def newest_predictions(workdir: epath.Path) -> dict[str, tuple[int, epath.Path]]
     return dict(sorted(newest.items()))
 
 
+def about_path(predictions: str) -> str:
+    """The file that says of which records and prompts predictions are, beside the file of them,
+    predictions/NAME-STEP.jsonl; "" for other files.
+    """
+    name, dash, step = predictions.removesuffix(".jsonl").rpartition("-")
+    if not predictions.endswith(".jsonl") or not dash:
+        return ""
+    return f"{name}-about-{step}.json"
+
+
 def compare(
     first: Sequence[Mapping], second: Sequence[Mapping], name: str = "the eval"
 ) -> dict[str, float]:
@@ -173,15 +183,16 @@ def _label_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
     return {"macro_f1": macro_f1, "nll": nll}
 
 
-def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, float]]:
+def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict]:
     """Compares the newest predictions of each eval that has some in both run directories.
 
     Returns:
-      Eval -> `compare` of them, with the steps that they are of (step, step_other), and p_holm:
-      McNemar's p, or the first score's where there is none, corrected for the number of evals.
+      Eval -> `compare` of them, with the steps that they are of (step, step_other), p_holm:
+      McNemar's p, or the first score's where there is none, corrected for the number of evals, and
+      differences, see `_differences`, where there are some.
 
     Raises:
-      ValueError: no eval has predictions in both; see `compare`.
+      ValueError: no eval has predictions in both, or they are of other records; see `compare`.
     """
     newest = newest_predictions(workdir)
     newest_other = newest_predictions(other)
@@ -192,10 +203,11 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
             f"{list(newest_other)}. Evaluate both (--mode=eval) with the same config.evals"
         )
 
-    comparisons = {}
+    comparisons: dict[str, dict] = {}
     for name in names:
         step, path = newest[name]
         step_other, path_other = newest_other[name]
+        differences = _differences(name, path, path_other)
         first = _read_lines(path)
         second = _read_lines(path_other)
         # A single eval that is too small is an error, see `compare`.
@@ -208,6 +220,8 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
         result = compare(first, second, name)
         if any(key.endswith("_difference") for key in result):
             comparisons[name] = {"step": step, "step_other": step_other} | result
+            if differences:
+                comparisons[name]["differences"] = differences
         else:
             # BLEU, for instance, is of a corpus.
             logging.warning("%s has no score of single examples: there is nothing to pair", name)
@@ -217,6 +231,65 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
     for result, p in zip(comparisons.values(), statistics.holm(p_values)):
         result["p_holm"] = p
     return comparisons
+
+
+def _differences(name: str, path: epath.Path, path_other: epath.Path) -> dict[str, list]:
+    """What was asked otherwise in the two runs: the path of a setting, such as prompt.shots, or
+    "examples before the question" -> its values.
+
+    Raises:
+      ValueError: the predictions are of other records.
+    """
+    about, about_other = _read_about(path), _read_about(path_other)
+    if not about or not about_other:
+        logging.warning(
+            "%s: predictions without %s don't say which records and prompts they are of; they are "
+            "taken to be the same",
+            name,
+            about_path(path.name),
+        )
+        return {}
+
+    fingerprint, other = about.get("fingerprint"), about_other.get("fingerprint")
+    if fingerprint != other:
+        raise ValueError(
+            f"{name}: the two runs were evaluated on other records ({about.get('examples')} with "
+            f"the fingerprint {fingerprint}, {about_other.get('examples')} with {other}); pairs "
+            "need the same. Evaluate both on the same data"
+        )
+
+    settings = _leaves(about.get("settings", {}))
+    settings_other = _leaves(about_other.get("settings", {}))
+    settings["examples before the question"] = _shots(about)
+    settings_other["examples before the question"] = _shots(about_other)
+    differences = {}
+    for key in sorted(settings.keys() | settings_other.keys()):
+        values = [settings.get(key), settings_other.get(key)]
+        if values[0] != values[1]:
+            differences[key] = values
+    return differences
+
+
+def _read_about(path: epath.Path) -> dict:
+    """What stands beside a file of predictions; {} for runs of before there was such a file."""
+    about = path.parent / about_path(path.name)
+    return files.read_json(about) if about.exists() else {}
+
+
+def _leaves(settings: Mapping, prefix: str = "") -> dict:
+    """The values of nested settings by their paths, with dots."""
+    leaves = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _shots(about: Mapping) -> list:
+    """The text of the examples before the question, of each variant."""
+    return [prompt.get("before") for prompt in about.get("prompts", ())]
 
 
 def _read_lines(path: epath.Path) -> list[dict]:
@@ -233,7 +306,7 @@ def _main_p(result: Mapping[str, float]) -> float:
     return 1.0
 
 
-def table(comparisons: Mapping[str, Mapping[str, float]]) -> str:
+def table(comparisons: Mapping[str, Mapping]) -> str:
     """Comparisons as text, to be printed."""
     lines = []
     for name, result in comparisons.items():
@@ -241,6 +314,9 @@ def table(comparisons: Mapping[str, Mapping[str, float]]) -> str:
             f"{name}, {result['examples']} examples, step {result['step']} and step "
             f"{result['step_other']}:"
         )
+        for key, (value, value_other) in result.get("differences", {}).items():
+            lines.append(f"  asked otherwise: {key} = {value!r:.60} and {value_other!r:.60}")
+
         # A line for each score, then one for the tests.
         for key in result:
             if key.endswith("_difference") and key != "smallest_difference":

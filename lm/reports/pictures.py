@@ -7,12 +7,14 @@ import numpy as np
 from lm.evals.scores import calibration, statistics
 
 NUM_BINS = 10  # of the reliability diagram
+MAX_CHARS = 40  # of a label; the rest is left out
+CHAR_SIZE = 0.09  # inches
 
 
 def png(figure) -> bytes:
-    """A matplotlib figure as PNG."""
+    """A matplotlib figure as PNG, as large as all that is in it."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=100)
+    figure.savefig(data, format="png", dpi=100, bbox_inches="tight")
     return data.getvalue()
 
 
@@ -25,7 +27,8 @@ def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
     # Written counts would take a tenth of a second each, and be unreadable.
     is_large = len(labels) > 20
     size = 2.5 + (0.2 if is_large else 0.8) * len(labels)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    label_size = CHAR_SIZE * max(map(len, _shortened(labels)))
+    figure = Figure(figsize=(size + 1 + label_size, size + label_size), layout="constrained")
     axis = figure.subplots()
 
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -42,11 +45,11 @@ def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
     axis.set(
         xticks=range(len(labels)),
         yticks=range(len(labels)),
-        yticklabels=labels,
         xlabel="predicted",
         ylabel="right label",
         title=title,
     )
+    axis.set_yticklabels(_shortened(labels), parse_math=False)
     _write_labels(axis, labels)
     return png(figure)
 
@@ -127,5 +130,17 @@ def _draw_label_shares(axis, P: np.ndarray, y: np.ndarray, labels: list[str]) ->
 
 
 def _write_labels(axis, labels: list[str]) -> None:
-    """Writes labels below the axis, upright where they are many."""
-    axis.set_xticklabels(labels, rotation=90 if len(labels) > 8 else 0)
+    """Writes labels below the axis, upright where they are many or long."""
+    texts = _shortened(labels)
+    is_upright = len(texts) > 8 or max(map(len, texts)) > 12
+    # A label is text, whatever dollars it has: matplotlib would read formulas.
+    axis.set_xticklabels(texts, rotation=90 if is_upright else 0, parse_math=False)
+
+
+def _shortened(labels: list[str]) -> list[str]:
+    """Labels as lines that have room in a picture."""
+    texts = []
+    for label in labels:
+        line = " ".join(label.split())
+        texts.append(line if len(line) <= MAX_CHARS else f"{line[: MAX_CHARS - 1]}…")
+    return texts
