@@ -65,7 +65,7 @@ def evaluate(
                     "from": str(source),
                     "versions": startup.versions(devices),
                     "tokenizer": experiment.tokenizer.fingerprint,
-                    "dtypes": dtypes(params, config),
+                    "dtypes": dtypes(params, experiment.program.model_config.compute_dtype),
                     "evals": {name: getattr(e, "about", {}) for name, e in evaluators.items()},
                 }
                 _write_results(workdir, about, config, values)
@@ -84,10 +84,10 @@ def print_prompts(name: str, evaluator, count: int) -> None:
             print(escape.printable(text))
 
 
-def dtypes(params, config: ConfigDict) -> str:
+def dtypes(params, compute_dtype) -> str:
     """In which precision a model is evaluated, in words."""
     stored = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
-    return f"parameters in {', '.join(stored)}, computed in {config.model.compute_dtype}"
+    return f"parameters in {', '.join(stored)}, computed in {jax.numpy.dtype(compute_dtype)}"
 
 
 def _parse_steps(steps: str, source: epath.Path) -> list[int | None]:

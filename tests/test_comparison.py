@@ -148,6 +148,13 @@ def test_scores_of_answers():
     with pytest.raises(ValueError, match="evaluated on other examples"):
         comparison.compare(first, other_references)
 
+    # Nor are they for the documents of lm_eval, where both runs have their hashes.
+    hashed = [line | dict(record="f") for line in first]
+    other_hashes = [line | dict(record="g") for line in second]
+    assert comparison.compare(hashed, second) == result
+    with pytest.raises(ValueError, match="evaluated on other examples"):
+        comparison.compare(hashed, other_hashes)
+
 
 def test_runs(tmp_path):
     """The newest step of the evals that both have; p-values are corrected for several evals."""

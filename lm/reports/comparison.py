@@ -97,7 +97,11 @@ def _check_pairs(first: Sequence[Mapping], second: Sequence[Mapping], name: str)
     """Raises ValueError for predictions that can't be paired, see `compare`."""
     if len(first) < MIN_EXAMPLES:
         raise ValueError(f"{name}: {len(first)} examples; wanted {MIN_EXAMPLES} or more")
-    if list(map(_identity, first)) != list(map(_identity, second)):
+    keys = ["name", "label", "references", "choices"]
+    # The hash of a document of lm_eval; older predictions lack it.
+    if "record" in first[0] and "record" in second[0]:
+        keys.append("record")
+    if _identities(first, keys) != _identities(second, keys):
         raise ValueError(
             f"{name}: the two runs were evaluated on other examples ({len(first)} and "
             f"{len(second)}); pairs need the same, in order"
@@ -111,9 +115,9 @@ def _check_pairs(first: Sequence[Mapping], second: Sequence[Mapping], name: str)
             )
 
 
-def _identity(line: Mapping) -> tuple:
-    """What a line says of its example, and not of the model."""
-    return line["name"], line.get("label"), line.get("references"), line.get("choices")
+def _identities(lines: Sequence[Mapping], keys: Sequence[str]) -> list[list]:
+    """What lines say of their examples, and not of the model."""
+    return [[line.get(key) for key in keys] for line in lines]
 
 
 def _has_label_space(lines: Sequence[Mapping]) -> bool:
