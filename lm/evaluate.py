@@ -10,15 +10,17 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, files, startup, telemetry, weights
+from lm import build, checkpoint, escape, files, startup, telemetry, weights
 from lm.evals.predict import Artifact
-from lm.reports import tables
+from lm.reports import comparison, tables
 
 # Metrics that are worth a word on the terminal while a run goes on.
 SHOWN = ("/loss", "/bits_per_byte", "/accuracy")
 
 
-def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") -> dict[str, float]:
+def evaluate(
+    config: ConfigDict, workdir: epath.Path, devices, steps: str = "", show_prompts: int = 0
+) -> dict[str, float]:
     """Runs every evaluator on the newest checkpoint of the run (or on config.init_from).
 
     Writes eval-STEP.json and eval-STEP.md; trains nothing.
@@ -26,6 +28,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
     Args:
       steps: of which checkpoints instead, with commas between them; "all": of each that is there.
         Their curves go to eval-curves.png.
+      show_prompts: how many prompts of each eval to print before.
 
     Returns:
       The metrics of the last one.
@@ -43,6 +46,9 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
     lines = []
     with jax.set_mesh(experiment.program.mesh):
         evaluators = experiment.make_evaluators()
+        if first_process:
+            for name, evaluator in evaluators.items():
+                print_prompts(name, evaluator, show_prompts)
         for checkpoint_step in chosen:
             params = None  # frees the memory of the previous checkpoint's
             params, step = weights.load_weights(
@@ -50,7 +56,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
             )
             values = {}
             for name, evaluator in evaluators.items():
-                values |= run_evaluator(workdir, name, evaluator, params, step)
+                values |= run_evaluator(workdir, name, evaluator, params, step, config)
             lines.append({"step": step} | values)
 
             if first_process:
@@ -59,6 +65,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
                     "from": str(source),
                     "versions": startup.versions(devices),
                     "tokenizer": experiment.tokenizer.fingerprint,
+                    "dtypes": dtypes(params, experiment.program.model_config.compute_dtype),
                     "evals": {name: getattr(e, "about", {}) for name, e in evaluators.items()},
                 }
                 _write_results(workdir, about, config, values)
@@ -67,6 +74,20 @@ def evaluate(config: ConfigDict, workdir: epath.Path, devices, steps: str = "") 
     if len(lines) > 1 and first_process:
         files.write_whole(workdir / "eval-curves.png", telemetry.plot_curves(lines))
     return values
+
+
+def print_prompts(name: str, evaluator, count: int) -> None:
+    """Prints the first prompts of an evaluator that has some, what should follow behind ⟫."""
+    if count and hasattr(evaluator, "shown_prompts"):
+        for prompt in evaluator.shown_prompts(count):
+            text = f"--- {name}: {prompt.title}\n{prompt.text}⟫{prompt.right}"
+            print(escape.printable(text))
+
+
+def dtypes(params, compute_dtype) -> str:
+    """In which precision a model is evaluated, in words."""
+    stored = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
+    return f"parameters in {', '.join(stored)}, computed in {jax.numpy.dtype(compute_dtype)}"
 
 
 def _parse_steps(steps: str, source: epath.Path) -> list[int | None]:
@@ -100,15 +121,36 @@ def summary(values: dict[str, float]) -> list[str]:
     return [f"{name.removeprefix('eval/')} {value:.4g}" for name, value in shown.items()]
 
 
-def run_evaluator(workdir: epath.Path, name: str, evaluator, params, step: int) -> dict[str, float]:
+def run_evaluator(
+    workdir: epath.Path, name: str, evaluator, params, step: int, config: ConfigDict
+) -> dict[str, float]:
     """Runs an evaluator, writes its artifacts, and returns its metrics as eval/NAME/..."""
     values = {}
     for key, value in evaluator.run(params):
-        if isinstance(value, Artifact):
-            write_artifact(workdir, value, step)
-        else:
+        if not isinstance(value, Artifact):
             values[f"eval/{name}/{key}"] = value
+            continue
+
+        write_artifact(workdir, value, step)
+        about_path = comparison.about_path(value.path)
+        if about_path:
+            about = getattr(evaluator, "about", {}) | {"settings": settings(config, name)}
+            content = json.dumps(about, indent=1, default=str) + "\n"
+            write_artifact(workdir, Artifact(about_path, content), step)
     return values
+
+
+def settings(config: ConfigDict, name: str) -> dict:
+    """What of config.evals.NAME decides which predictions there are, as far as it says nothing of
+    where the data are.
+    """
+    entry = config.evals[name].to_dict()
+    for key in ("every", "batch_size"):
+        entry.pop(key, None)
+    if isinstance(entry.get("source"), dict):
+        source = entry.pop("source")
+        entry["source"] = {key: source.get(key, "") for key in ("split", "shots_split")}
+    return entry | {"length": config.data.length}
 
 
 def write_artifact(workdir: epath.Path, artifact: Artifact, step: int) -> None:

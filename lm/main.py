@@ -43,6 +43,12 @@ _STEPS = flags.DEFINE_string(
     "With --mode=eval: steps of the checkpoints to evaluate, such as 100,200, or all; by default "
     "the newest.",
 )
+_SHOW_PROMPTS = flags.DEFINE_integer(
+    "show_prompts",
+    0,
+    "With --mode=eval: print the first so many prompts of each eval, with what should follow.",
+    lower_bound=0,
+)
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -77,7 +83,7 @@ def parse_profile_steps(text: str) -> tuple[int, int] | None:
 def main(argv: list[str]) -> None:
     command_line.no_arguments(argv)
     profile_steps = parse_profile_steps(_PROFILE.value)
-    for flag in (_COMPARE, _STEPS):
+    for flag in (_COMPARE, _STEPS, _SHOW_PROMPTS):
         if flag.value and _MODE.value != "eval":
             raise ValueError(f"--{flag.name}={flag.value} needs --mode=eval")
     workdir = epath.Path(files.expand(_WORKDIR.value))
@@ -94,7 +100,7 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "train":
         values = train.train(config, workdir, devices, profile_steps)
     else:
-        values = evaluate.evaluate(config, workdir, devices, _STEPS.value)
+        values = evaluate.evaluate(config, workdir, devices, _STEPS.value, _SHOW_PROMPTS.value)
 
     if jax.process_index() == 0:
         print(f"\n{escape.printable(report(values, workdir, _MODE.value))}")

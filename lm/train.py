@@ -368,7 +368,10 @@ class Run:
         params = self.experiment.program.eval_params(self.state.params, self.state.opt_state)
         for name in names:
             began = time.monotonic()
-            values = evaluate.run_evaluator(self.workdir, name, self.evaluators[name], params, step)
+            evaluator = self.evaluators[name]
+            values = evaluate.run_evaluator(
+                self.workdir, name, evaluator, params, step, self.config
+            )
             self.writer.write(step, values | {f"eval/{name}/seconds": time.monotonic() - began})
             self.evals["values"] |= values
             self.evals["names"].append(name)

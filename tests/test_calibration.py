@@ -66,8 +66,8 @@ def test_ece_at_the_edges():
     assert calibration.ece(certain, np.array([0, 0, 1, 1])) == pytest.approx(0.25)
     assert calibration.ece(certain, np.array([1, 1, 0, 1])) == 1.0
 
-    # Confidence 0 has a bin too.
-    assert calibration.ece(np.zeros((3, 2)), np.array([0, 0, 0])) == 1.0
+    # Confidence 0 has a bin too; of two labels that tie a prediction is half right.
+    assert calibration.ece(np.zeros((3, 2)), np.array([0, 0, 0])) == 0.5
 
     # Half right at a confidence of a half: calibrated, though every single prediction is off.
     assert calibration.ece(np.full((10, 2), 0.5), np.arange(10) % 2) == 0.0
@@ -218,3 +218,21 @@ def test_the_prior_of_a_batch_is_its_mean():
 def test_probabilities_of_0_are_corrected_too():
     corrected = calibration.divide_by_prior(np.eye(3), np.array([0.0, 0.5, 0.5]))
     assert np.isfinite(corrected).all()
+
+
+def test_confidence_of_ties_is_a_weighted_area():
+    """An example whose labels tie is right by half, and wrong by half."""
+    P = np.random.default_rng(0).integers(1, 4, (60, 2)) / 1.0
+    P /= P.sum(axis=1, keepdims=True)
+    y = np.random.default_rng(1).integers(0, 2, 60)
+    tied = P[:, 0] == P[:, 1]
+    assert 10 < tied.sum() < 50
+
+    right = np.where(tied, 0.5, P.argmax(axis=1) == y)
+    confidence = np.tile(P.max(axis=1), 2)
+    wanted = metrics.roc_auc_score(
+        np.repeat([1, 0], 60), confidence, sample_weight=np.concatenate([right, 1 - right])
+    )
+    assert calibration.confidence_auroc(P, y) == pytest.approx(wanted)
+    accuracy = calibration.selective_accuracy(P, y)[1]
+    assert accuracy[-1] == pytest.approx(right.mean())

@@ -158,6 +158,27 @@ def test_a_uniform_model_scores_chance(k):
     np.testing.assert_allclose(distributions(predictions, labels), 1 / k, rtol=1e-6)
 
 
+@pytest.mark.parametrize("words", [("aaa", "bbb"), ("aaa", "bbb", "ccc")])
+def test_ties_are_shared(words):
+    """A model that knows nothing is right by chance, whatever the order of the labels."""
+    documents = make_documents(10, [words[0]] * 9 + [words[1]])
+    verbalizer = [(word, (f" {word}",)) for word in words]
+
+    metrics, _, _ = run(Model(uniform_distribution), verbalizer, documents)
+    swapped, _, _ = run(Model(uniform_distribution), verbalizer[::-1], documents)
+    assert metrics == pytest.approx(swapped, rel=1e-9)
+
+    chance = 1 / len(words)
+    for name in ("accuracy", "accuracy_content_free", "accuracy_batch", "selective_accuracy"):
+        assert metrics[name] == pytest.approx(chance), name
+    for name in ("micro_f1", "balanced_accuracy", "content_free_accuracy"):
+        assert metrics[name] == pytest.approx(chance), name
+    # It is as sure as it is right.
+    assert metrics["ece"] == pytest.approx(0, abs=1e-9)
+    assert metrics["confidence_auroc"] == 0.5
+    assert metrics["mcc"] == metrics["kappa"] == pytest.approx(0, abs=1e-9)
+
+
 def test_permuting_the_verbalizer_permutes_the_result():
     metrics, predictions, _ = run(Model(random_distribution))
 

@@ -91,6 +91,25 @@ def test_a_model_does_not_differ_from_itself():
     assert "smallest_difference" not in result
 
 
+def test_ties_are_shared():
+    """A model that can't choose is half right, whichever label it names."""
+    lines = []
+    for i in range(20):
+        label = "ab"[i % 2]
+        line = dict(name=str(i), label=label, prediction="a", distribution=dict(a=0.5, b=0.5))
+        lines.append(line)
+    other = [line | dict(prediction="b") for line in lines]
+
+    result = comparison.compare(lines, other)
+    assert result["accuracy"] == result["accuracy_other"] == 0.5
+    assert result["macro_f1_difference"] == 0
+    assert result["mcnemar_p"] == 1
+
+    # One that is right is better on each example.
+    right = [line | dict(prediction=line["label"], distribution=dict(a=1, b=0)) for line in lines]
+    assert comparison.compare(right, lines)["mcnemar_p"] == pytest.approx(2 / 2**20)
+
+
 def test_too_few_examples():
     with pytest.raises(ValueError, match="x: 9 examples; wanted 10 or more"):
         comparison.compare(GOOD[:9], GOOD[:9], "x")
@@ -129,6 +148,13 @@ def test_scores_of_answers():
     with pytest.raises(ValueError, match="evaluated on other examples"):
         comparison.compare(first, other_references)
 
+    # Nor are they for the documents of lm_eval, where both runs have their hashes.
+    hashed = [line | dict(record="f") for line in first]
+    other_hashes = [line | dict(record="g") for line in second]
+    assert comparison.compare(hashed, second) == result
+    with pytest.raises(ValueError, match="evaluated on other examples"):
+        comparison.compare(hashed, other_hashes)
+
 
 def test_runs(tmp_path):
     """The newest step of the evals that both have; p-values are corrected for several evals."""
@@ -156,6 +182,49 @@ def test_runs(tmp_path):
     text = comparison.table(comparisons)
     assert "x-y, 200 examples, step 20 and step 100" in text
     assert "for 2 eval(s) (Holm)" in text
+
+
+def write_about(run, name, fingerprint="f", before="", **settings):
+    """What an eval says of its predictions, beside them."""
+    about = dict(
+        fingerprint=fingerprint, examples=200, prompts=[dict(before=before)], settings=settings
+    )
+    (run / "predictions" / f"{name}.json").write_text(json.dumps(about))
+
+
+def test_other_records_are_refused(tmp_path):
+    """Names and labels may be the same for other texts."""
+    run = write_run(tmp_path / "run", {"x-y-20": GOOD})
+    other = write_run(tmp_path / "other", {"x-y-3": BAD})
+    write_about(run, "x-y-about-20")
+    write_about(other, "x-y-about-3", fingerprint="g")
+
+    message = "x-y: the two runs were evaluated on other records .* fingerprint f, 200 with g"
+    with pytest.raises(ValueError, match=message):
+        comparison.compare_runs(run, other)
+
+    # Predictions of before there was such a file.
+    (other / "predictions" / "x-y-about-3.json").unlink()
+    assert comparison.compare_runs(run, other)["x-y"]["examples"] == 200
+
+
+def test_other_prompts_are_said(tmp_path, caplog):
+    run = write_run(tmp_path / "run", {"x-20": GOOD})
+    other = write_run(tmp_path / "other", {"x-3": BAD})
+    comparison.compare_runs(run, other)
+    assert "x: predictions without x-about-20.json don't say which records" in caplog.text
+
+    write_about(run, "x-about-20", prompt=dict(shots=0, seed=1), label="y")
+    write_about(other, "x-about-3", before="a: b", prompt=dict(shots=4, seed=1), label="y")
+    comparisons = comparison.compare_runs(run, other)
+    assert comparisons["x"]["differences"] == {
+        "prompt.shots": [0, 4],
+        "examples before the question": [[""], ["a: b"]],
+    }
+    assert "asked otherwise: prompt.shots = 0 and 4" in comparison.table(comparisons)
+
+    write_about(other, "x-about-3", prompt=dict(shots=0, seed=1), label="y")
+    assert "differences" not in comparison.compare_runs(run, other)["x"]
 
 
 def test_a_run_without_predictions(tmp_path):

@@ -377,9 +377,11 @@ def test_prompts_have_examples(tmp_path):
 
 
 def test_prompts_leave_room_for_the_answer(tmp_path):
-    values, _, fns = evaluate(tmp_path, [dict(q="long " * 30 + "\ncat 1", a=["cat"])])
+    values, (line,), fns = evaluate(tmp_path, [dict(q="long " * 30 + "\ncat 1", a=["cat"])])
 
     assert values["cut"] == 1
+    assert line["prompt"] == "long " * 30 + "\ncat 1?"
+    assert line["cut"] == 1 + len(line["prompt"]) - len(fns.prompts[0])
     assert values["exact_match"] == 1
     assert len(fns.prompts[0]) == 64 - 20
     assert fns.prompts[0][0] == BOS

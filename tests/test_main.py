@@ -42,7 +42,7 @@ def config_file(tmp_path, monkeypatch):
 
     # Flags would keep their values from one parse to the next.
     flags.FLAGS.unparse_flags()
-    for name in ("mode", "compare_to", "steps", "evals"):
+    for name in ("mode", "compare_to", "steps", "evals", "show_prompts"):
         flags.FLAGS[name].unparse()
     for name in set(flags.FLAGS) - flags_before:
         delattr(flags.FLAGS, name)
@@ -264,7 +264,7 @@ def test_configuration_files_that_cannot_work(config_file):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.usefixtures("no_startup")
 def test_exit_codes(config_file, monkeypatch, capsys, mode, outcome, code, out, err):
-    def run(config, workdir, devices, profile_steps_or_steps=None):
+    def run(config, workdir, devices, *options):
         assert workdir.name == "run"
         assert devices == "devices"
         assert config.seed == 5
@@ -292,7 +292,8 @@ def write_predictions(run, prediction):
     """Ten examples of the eval `x`, whose label is "a", at step 3."""
     path = run / "predictions" / "x-3.jsonl"
     path.parent.mkdir(parents=True)
-    example = dict(label="a", prediction=prediction, distribution=dict(a=0.5, b=0.5))
+    distribution = dict(a=0.25, b=0.25) | {prediction: 0.75}
+    example = dict(label="a", prediction=prediction, distribution=distribution)
     lines = [json.dumps(dict(name=str(i)) | example) for i in range(10)]
     path.write_text("\n".join(lines) + "\n")
 
@@ -317,7 +318,7 @@ def test_two_runs_are_compared(config_file, monkeypatch, capsys, tmp_path):
     assert "nowhere has no predictions/: evaluate it first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--compare_to=/other", "--steps=all"])
+@pytest.mark.parametrize("flag", ["--compare_to=/other", "--steps=all", "--show_prompts=2"])
 @pytest.mark.usefixtures("no_startup")
 def test_flags_of_the_other_mode(config_file, capsys, flag):
     parse(config_file, "--mode=train", flag)

@@ -35,6 +35,47 @@ def test_lists_give_a_text_for_each_element():
         prompts.Template("{answers[text]}", "t")(RECORD)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{text}}",
+        "{{ text }}",
+        "{{text:strip}}",
+        "{{text|trim}}",
+        "{{ text | trim }}",
+        "{{text.strip()}}",
+        "{{answers[text]}}",
+        "{{answers.text}}",
+    ],
+)
+def test_doubled_braces_around_a_column(written):
+    """lm_eval and promptsource write columns so; here they would be the same text for all."""
+    column = "answers" if "answers" in written else "text"
+    with pytest.raises(ValueError) as error:
+        prompts.Template(f"{{k}}: {written}", "t")(RECORD)
+    assert f"{written} is text and not the column {column!r}; write {{{column}}}" in str(error)
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ('{{"text": "{text:strip}", "k": {k}}}', '{"text": "The cat sat.", "k": 3}'),
+        ("{{name}} {k}", "{name} 3"),
+        ("{{text: 1}} {k}", "{text: 1} 3"),
+        ("{{{{text}}}} {k}", "{{text}} 3"),
+    ],
+)
+def test_braces_that_are_meant(template, text):
+    assert prompts.Template(template, "t")(RECORD) == text
+
+
+def test_a_template_without_columns():
+    with pytest.raises(ValueError, match=r"t = 'Review' has no column: .* such as \{text\}"):
+        prompts.Template("Review", "t").check_has_column()
+    with pytest.raises(ValueError, match=r"\{\{ x \}\} is text; write \{x\} for a column"):
+        prompts.Template("Review: {{ x }}", "t").check_has_column()
+
+
 @pytest.mark.parametrize("value", [None, {"a": 1}])
 def test_values_without_a_spelling(value):
     with pytest.raises(ValueError, match="'text' of a record is .*; wanted text or a number"):
@@ -84,17 +125,17 @@ def label_of(record):
     return record["label"]
 
 
-def avoid_none(record):
-    return False
+def identity_of(record):
+    return record["n"]
 
 
-def select(count, sampler="balanced", seed=0, avoid=avoid_none):
-    return prompts.select_shots(
-        POOL,
-        count,
-        sampler=sampler,
-        seed=seed,
-        avoid=avoid,
+def select(count, sampler="balanced", seed=0, avoid=(), pool=POOL):
+    return prompts.draw_shots(
+        pool,
+        dict(shots=count, sampler=sampler),
+        seed,
+        identity=identity_of,
+        avoid=set(avoid),
         name="x",
         label=label_of,
         num_labels=2,
@@ -102,11 +143,13 @@ def select(count, sampler="balanced", seed=0, avoid=avoid_none):
 
 
 def numbers(shots):
-    return [record["n"] for record in shots]
+    for shot in shots:
+        assert POOL[shot.index % len(POOL)] == shot.record
+    return [shot.record["n"] for shot in shots]
 
 
 def label_counts(shots):
-    return collections.Counter(map(label_of, shots))
+    return collections.Counter(label_of(shot.record) for shot in shots)
 
 
 def test_first_n():
@@ -134,16 +177,15 @@ def test_balanced():
     assert len(set(numbers(select(20)))) == 20
 
     # The labels don't come in turns.
-    orders = {tuple(map(label_of, select(4, seed=seed))) for seed in range(20)}
+    orders = set()
+    for seed in range(20):
+        orders.add(tuple(label_of(shot.record) for shot in select(4, seed=seed)))
     assert len(orders) > 3
 
 
 @pytest.mark.parametrize("sampler", prompts.SAMPLERS)
 def test_what_is_evaluated_is_no_example(sampler):
-    def is_evaluated(record):
-        return record["n"] < 30
-
-    shots = select(30, sampler, avoid=is_evaluated)
+    shots = select(30, sampler, avoid=range(30))
     assert set(numbers(shots)) == set(range(30, 60))
 
     message = (
@@ -151,7 +193,42 @@ def test_what_is_evaluated_is_no_example(sampler):
         "themselves"
     )
     with pytest.raises(ValueError, match=message):
-        select(31, sampler, avoid=is_evaluated)
+        select(31, sampler, avoid=range(30))
+
+
+@pytest.mark.parametrize("sampler", prompts.SAMPLERS)
+def test_no_example_is_drawn_twice(sampler):
+    assert sorted(numbers(select(60, sampler, pool=POOL * 2))) == list(range(60))
+    with pytest.raises(ValueError, match="there are 60 examples .*, each text counted once"):
+        select(61, sampler, pool=POOL * 2)
+
+
+def test_records_that_differ_in_case_and_white_space_are_one_example():
+    template = prompts.Template("{text}: {answers[text]}", "t")
+    record = dict(text="Great  film", answers=dict(text=["Yes", "no"]), k=1)
+    same = dict(text=" great\tFILM\n", answers=dict(text=["yes ", "NO"]), k=2)
+    assert template.identity(record) == template.identity(same)
+    assert template.identity(record) != template.identity(record | dict(text="Great films"))
+    # Not by the text that they give together.
+    pair = prompts.Template("{a} {b}", "t")
+    assert pair.identity(dict(a="x", b="y z")) != pair.identity(dict(a="x y", b="z"))
+
+
+def test_a_pool_of_one_label(caplog):
+    common = [record for record in POOL if record["label"] == "common"]
+    message = "x.prompt.shots = 4: source.shots_split has examples of 1 of 2 labels only; take ano"
+    with pytest.raises(ValueError, match=message):
+        select(4, pool=common)
+
+    # No sampler but "balanced" promises another one. Of a single example none can.
+    for sampler in ("random", "first_n"):
+        caplog.clear()
+        select(4, sampler, pool=common)
+        assert "x.prompt.shots = 4: all of the examples have the same label" in caplog.text
+    caplog.clear()
+    select(1, pool=common)
+    select(20, "random")
+    assert not caplog.text
 
 
 def test_unknown_sampler():
@@ -180,9 +257,9 @@ def test_shots_from_the_evaluated_data(changes, message):
 
 def test_truncate_prompt():
     """Of a continuation the last token needs no room: it is predicted, but never read."""
-    assert prompts.truncate_prompt([9], [1, 2, 3], 2, 5, "x") == ([9, 1, 2, 3], False)
-    assert prompts.truncate_prompt([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], True)
-    assert prompts.truncate_prompt([], [1, 2, 3, 4], 1, 3, "x") == ([2, 3, 4], True)
+    assert prompts.truncate_prompt([9], [1, 2, 3], 2, 5, "x") == ([9, 1, 2, 3], 0)
+    assert prompts.truncate_prompt([9], [1, 2, 3, 4], 2, 4, "x") == ([9, 3, 4], 2)
+    assert prompts.truncate_prompt([], [1, 2, 3, 4], 1, 3, "x") == ([2, 3, 4], 1)
 
     with pytest.raises(ValueError, match="a continuation of 5 tokens leaves no room"):
         prompts.truncate_prompt([9], [1], 5, 5, "x")

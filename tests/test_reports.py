@@ -1,7 +1,9 @@
 """The table that ends a run, from the metrics that the evaluators have."""
 
+import io
 import json
 
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import choice, classification, entries, generation, perplexity
 from lm.evals.predict import Artifact
-from lm.reports import metrics, tables
+from lm.reports import metrics, pictures, tables
 
 ENCODER = Encoder(ByteTokenizer(), "\n?")
 RECORDS = [dict(text=f"text {i}", label=("red", "green")[i % 2], number=i % 2) for i in range(12)]
@@ -252,6 +254,62 @@ def test_a_run_without_metrics_has_no_table(values):
 )
 def test_cells(value, text):
     assert tables.cell(value) == text
+
+
+# eval-STEP.md.
+
+
+def test_a_report_says_what_was_asked():
+    prompt = dict(
+        variant="template 0",
+        template="Review: {text}\n?",
+        shots=["train[3]", "train[8]"],
+        before="",
+    )
+    about = {
+        "step": 3,
+        "from": "run",
+        "versions": {"lm": "1"},
+        "tokenizer": "t",
+        "dtypes": "parameters in bfloat16, computed in float32",
+        "evals": {
+            "x": dict(examples=5, prompts=[prompt], corrections=["content_free", "batch"]),
+        },
+    }
+    text = tables.markdown(about, {"eval/x/accuracy": 0.5})
+    assert "lm 1; tokenizer t; parameters in bfloat16, computed in float32" in text
+    # In Markdown a backslash is written twice.
+    assert (
+        r"template 0: template 'Review: {text}\\n?'; examples before it: train[3], train[8]" in text
+    )
+    assert "corrections: content_free, batch" in text
+
+
+# Pictures.
+
+
+@pytest.mark.usefixtures("drawn_pictures")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["red", "green"],
+        ["contradiction of the premise", "neutral"],
+        ["a label that is a whole sentence, as some data sets have them"] * 3,
+        [r"$5 and $\frac", "two\nlines", "_{$"],
+    ],
+)
+def test_nothing_is_cut_off_pictures(labels):
+    """White stands all around what is drawn. Labels are text, and no formulas."""
+    size = len(labels)
+    pngs = [
+        pictures.plot_confusion(np.eye(size), labels, "an eval: accuracy 100.0%"),
+        pictures.plot_reliability(np.full((9, size), 1 / size), np.arange(9) % size, labels, "x"),
+    ]
+    for png in pngs:
+        pixels = matplotlib.image.imread(io.BytesIO(png))[:, :, :3]
+        for edge in (pixels[:, :2], pixels[:, -2:], pixels[:2], pixels[-2:]):
+            assert edge.min() == 1
 
 
 # Which way is better.

@@ -44,7 +44,7 @@ def test_prediction_scores(seed):
     predicted = rng.integers(0, num_labels - seed % 2, 40)
     labels = range(num_labels)
 
-    matrix = statistics.confusion(predicted, y, num_labels)
+    matrix = statistics.confusion(np.eye(num_labels)[predicted], y)
     scores = statistics.prediction_scores(matrix)
 
     np.testing.assert_array_equal(matrix, metrics.confusion_matrix(y, predicted, labels=labels))
@@ -61,7 +61,7 @@ def test_prediction_scores(seed):
 
     # The order of the labels doesn't matter.
     order = rng.permutation(num_labels)
-    reordered = statistics.confusion(order[predicted], order[y], num_labels)
+    reordered = statistics.confusion(np.eye(num_labels)[order[predicted]], order[y])
     assert statistics.prediction_scores(reordered) == pytest.approx(scores)
 
 
@@ -69,7 +69,7 @@ def test_prediction_scores(seed):
 def test_labels_that_do_not_occur_count_as_0(num_labels, macro_f1):
     y = predicted = np.array([0, 0, 1])
 
-    matrix = statistics.confusion(predicted, y, num_labels)
+    matrix = statistics.confusion(np.eye(num_labels)[predicted], y)
 
     assert statistics.prediction_scores(matrix)["macro_f1"] == macro_f1
 
@@ -87,7 +87,7 @@ def test_one_label_only(predicted, wanted):
     """Scores are defined, and without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        matrix = statistics.confusion(np.array(predicted), np.zeros(4, int), 2)
+        matrix = statistics.confusion(np.eye(2)[predicted], np.zeros(4, int))
         scores = statistics.prediction_scores(matrix)
 
     for name, value in wanted.items():
@@ -116,6 +116,26 @@ def test_standard_error():
 
     assert statistics.standard_error(values) == pytest.approx(stats.sem(values))
     assert np.isnan(statistics.standard_error([1.0]))
+
+
+def test_ties_share_the_prediction():
+    scores = np.array([[0.2, 0.4, 0.4], [0.5, 0.3, 0.2], [-3.0, -3.0, -3.0], [0.1 + 0.2, 0.3, 0.0]])
+    y = np.array([1, 0, 2, 2])
+
+    shares = statistics.prediction_shares(scores)
+    # The last two scores differ by rounding alone.
+    wanted = [[0, 1 / 2, 1 / 2], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 2, 0]]
+    np.testing.assert_array_equal(shares, wanted)
+    assert statistics.credit(scores, y).tolist() == [1 / 2, 1, 1 / 3, 0]
+    np.testing.assert_allclose(
+        statistics.confusion(shares, y), [[1, 0, 0], [0, 1 / 2, 1 / 2], [5 / 6, 5 / 6, 1 / 3]]
+    )
+
+
+def test_mcnemar_of_ties_is_the_sign_test():
+    first = np.array([0.5] * 9 + [1.0, 0.5])
+    second = np.array([0.0] * 9 + [0.5, 0.5])
+    assert statistics.mcnemar_p(first, second) == pytest.approx(2 * 0.5**10)
 
 
 def test_mcnemar():

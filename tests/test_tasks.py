@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm import evaluate
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
@@ -146,6 +147,57 @@ def test_the_prompt_that_is_asked(tmp_path):
     assert len(prior_prompts) == 3 + 20 + 1
 
 
+def whole_prompts(about, line):
+    """The prompts of an example, put together from what predictions/ holds."""
+    texts = []
+    for prompt in about["prompts"]:
+        template = int(prompt["variant"].split()[1].removesuffix(","))
+        texts.append(prompt["before"] + line["prompts"][template])
+    return texts
+
+
+def test_predictions_say_what_was_asked(tmp_path):
+    fns = Model(random_distribution, length=200)
+    prompt = dict(shots=2, seeds=(0, 1), templates=("{text}\n?", "Q: {text}"))
+    task = make(tmp_path, fns, prompt=prompt, priors=("batch",))
+    lines = read_jsonl(dict(task.run(None))["predictions"].content)
+
+    # Variants follow each other, each with all examples.
+    asked = list(map(prompt_text, fns.trees))
+    for i, line in enumerate(lines):
+        assert whole_prompts(task.about, line) == asked[i::24]
+        assert line["cut"] == [0] * 4
+
+    # The examples before the question, by their names.
+    train = read_jsonl((tmp_path / "train.jsonl").read_text())
+    for variant in task.about["prompts"]:
+        for name, text in zip(variant["shots"], variant["before"].split("\n\n")):
+            number = int(name.removeprefix("train[").removesuffix("]"))
+            assert train[number]["text"] in text
+    assert task.about["corrections"] == ["batch"]
+
+    # The same for people to read.
+    shown = list(task.shown_prompts(2))
+    assert [prompt.text for prompt in shown] == [
+        asked[24 * v + i] for v in range(4) for i in (0, 1)
+    ]
+    assert shown[1].title.startswith("test[1], ")
+    assert shown[1].title.endswith("0 cut off; template 0, words 0, seed 0")
+    assert shown[1].right == f" {lines[1]['label']}"
+
+
+def test_prompts_are_printed(tmp_path, capsys):
+    write_jsonl(tmp_path / "test.jsonl", [dict(text="a\x1b[31m", label="red")])
+    evaluate.print_prompts("colours", make(tmp_path), 3)
+    # A terminal would obey an escape character.
+    assert capsys.readouterr().out == (
+        "--- colours: test[0], 9 tokens, 0 cut off; template 0, words 0, seed 0\n"
+        "a\\x1b[31m\n?⟫ red\n"
+    )
+    evaluate.print_prompts("colours", make(tmp_path), 0)
+    assert not capsys.readouterr().out
+
+
 def test_words_are_shown_in_their_tokens(tmp_path):
     words = ((("red", (" r",)), ("green", (" ge", " n")), ("blue", (" b",))),)
     about = make(tmp_path, verbalizer=dict(words=words)).about
@@ -181,9 +233,13 @@ def test_words_are_shown_in_their_tokens(tmp_path):
 
 def test_long_prompts_lose_their_beginning_but_for_bos(tmp_path):
     fns = Model(random_distribution, length=20)
-    metrics, _ = run(tmp_path, fns, prompt=dict(shots=1))
+    metrics, contents = run(tmp_path, fns, prompt=dict(shots=1))
 
     assert metrics["cut"] == 24
+    # All of the prompt and BOS, less what is left.
+    line = read_jsonl(contents["predictions"])[0]
+    whole = 1 + len("train 0\n? red\n\n") + len(line["prompts"][0])
+    assert abs(line["cut"][0] - (whole - len(fns.trees[0].prompt))) <= 3  # "green", "train 23"
     for tree in fns.trees[:24]:
         assert BOS not in tree.prompt[1:]
         assert prompt_text(tree).endswith("\n?")
@@ -340,34 +396,78 @@ def test_the_temperature_is_that_of_other_records(tmp_path):
 # Labels, words and what is refused
 
 
-@pytest.mark.parametrize("value, index", [("green", 1), (2, 2), ("2", 2), ("0", 0)])
-def test_labels_by_name_or_number(tmp_path, value, index):
-    assert make(tmp_path).gold(dict(label=value)) == index
+def label_words(*labels):
+    """verbalizer.words of a single verbalizer for these labels."""
+    return (tuple((label, (f" {label}",)) for label in labels),)
 
 
-@pytest.mark.parametrize("value", ["yellow", 3, -1, None, "-1", True])
+def golds(folder, labels, values, train=(), **changes):
+    """The right labels of records whose column `label` has these values."""
+    for split, split_values in (("test", values), ("train", train)):
+        rows = [dict(text=f"{split} {i}", label=value) for i, value in enumerate(split_values)]
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    task = make(folder, verbalizer=dict(words=label_words(*labels)), **changes)
+    return task.prompt_set.gold.tolist()
+
+
+@pytest.mark.parametrize(
+    "labels, values, indices",
+    [
+        (LABELS, ["blue", "green"], [2, 1]),
+        (LABELS, [2, 0, 2], [2, 0, 2]),
+        (LABELS, ["0", "1"], [0, 1]),
+        # Numbers as names: what all values are decides.
+        ("1234", [0, 1, 2, 3] * 2, [0, 1, 2, 3] * 2),
+        ("1234", [1, 2, 3, 4, 4], [0, 1, 2, 3, 3]),
+        ("1234", ["1", "2", "3"], [0, 1, 2]),
+        ("0123", [3, 1], [3, 1]),
+        (["2", "1", "0", "red"], ["0", "2", "red", 1], [2, 0, 3, 1]),
+    ],
+)
+def test_labels_by_name_or_number(tmp_path, labels, values, indices):
+    """Names in all records, or numbers in all of them."""
+    assert golds(tmp_path, labels, values) == indices
+
+
+def test_records_that_are_not_evaluated_say_what_labels_are(tmp_path):
+    """One or two records don't: they may all be names and all numbers."""
+    assert golds(tmp_path, "1234", [1, 1, 3, 0], max_documents=2) == [1, 3]
+    assert golds(tmp_path, "1234", [1, 1, 3, 4], max_documents=2) == [0, 2]
+
+    # The pool of examples does too, and shows where numbers begin.
+    shots = dict(prompt=dict(shots=1))
+    assert golds(tmp_path, "1234", [1, 3], [0, 1, 2, 3], **shots) == [1, 3]
+    assert golds(tmp_path, LABELS, [1, 2], [0, 1, 2], **shots) == [1, 2]
+    with pytest.raises(ValueError, match="a record's label is 1; wanted one of .'red'"):
+        golds(tmp_path, LABELS, ["red", "green", "blue"], [1, 0, 2], **shots)
+
+
+@pytest.mark.parametrize("value", ["yellow", 3, -1, None, "-1", True, ["red"]])
 def test_labels_outside_the_label_space(tmp_path, value):
-    with pytest.raises(
-        ValueError,
-        match=r"a record has the label .*; the verbalizer has words for \['red', 'green', 'blue'\]",
-    ):
-        make(tmp_path).gold(dict(label=value))
+    for values in ([value], ["red", value], [0, value]):
+        with pytest.raises(
+            ValueError, match=r"a record's label is .*; wanted one of \['red', 'green', 'blue'\]"
+        ):
+            golds(tmp_path, LABELS, values)
 
 
-def test_names_that_are_numbers_are_names(tmp_path):
-    words = (
-        ("2", (" two",)),
-        ("1", (" one",)),
-        ("0", (" none",)),
-        ("red", (" r",)),
-        ("green", (" g",)),
-        ("blue", (" b",)),
-    )
-    task = make(tmp_path, verbalizer=dict(words=(words,)))
-    # The label "0" is third, "2" first. A number that is no name is an index.
-    assert task.gold(dict(label=0)) == 2
-    assert task.gold(dict(label="2")) == 0
-    assert task.gold(dict(label=1)) == 1
+def test_a_null_is_no_name(tmp_path):
+    with pytest.raises(ValueError, match="a record's label is None"):
+        golds(tmp_path, ["None", "Some"], ["Some", None])
+
+
+@pytest.mark.parametrize(
+    "labels, values, message",
+    [
+        (LABELS, ["red", 1, "blue"], "holds the name 'red' in a record and the number 1 in anothe"),
+        ("1234", [0, 1, 4], "the name '1' in a record and the number 0 in another"),
+        # They may count from 1.
+        (LABELS, [1, 2, 2], r"the numbers \[1, 2\] and never 0\. .* up to 2; .* as the column has"),
+    ],
+)
+def test_labels_that_are_neither_names_nor_numbers_from_0(tmp_path, labels, values, message):
+    with pytest.raises(ValueError, match=message):
+        golds(tmp_path, labels, values)
 
 
 def test_one_label_only_and_no_text(tmp_path):
@@ -437,6 +537,14 @@ def test_one_label_only_and_no_text(tmp_path):
             dict(verbalizer=dict(words=words_of("r", "g", "b"))),
             "with nothing between them: begin the word with a space",
         ),
+        (
+            dict(prompt=dict(templates=("{text}:", "Review: {{text}}\nSentiment:"))),
+            r"templates = .* has no column: .*; \{\{text\}\} is text; write \{text\} for a",
+        ),
+        (
+            dict(prompt=dict(templates=("{label} {{text}}\nSentiment:",))),
+            r"\{\{text\}\} is text and not the column 'text'; write \{text\}",
+        ),
         (dict(source=dict(path="nowhere.jsonl")), "the eval 'colours': no file at nowhere.jsonl"),
     ],
 )
@@ -461,6 +569,80 @@ def test_words_come_back_as_they_are(tmp_path):
     # lm-evaluation-harness doesn't check it.
     verbalizer = dict(words=words, boundary="lm_eval")
     make(tmp_path, tokenizer=UncasedTokenizer(), verbalizer=verbalizer)
+
+
+class MergingTokenizer(ByteTokenizer):
+    """Bytes, but for words that it has whole."""
+
+    pieces = {" unhappy": 300, " unkind": 301, " un": 302}
+
+    def encode(self, text):
+        ids = []
+        while text:
+            piece = next(filter(text.startswith, self.pieces), text[0])
+            ids += [self.pieces[piece]] if piece in self.pieces else piece.encode()
+            text = text.removeprefix(piece)
+        return ids
+
+    def decode(self, ids):
+        spelling = {token: piece for piece, token in self.pieces.items()}
+        return "".join(spelling.get(token) or chr(token) for token in ids)
+
+
+def test_a_word_that_goes_on_with_the_prompts_word(tmp_path):
+    """The boundary table of docs/evals.md, its third row: each error says the way to the next."""
+    options = dict(
+        tokenizer=MergingTokenizer(),
+        prompt=dict(templates=("{text} is un",)),
+        priors=(),
+    )
+    words = words_of("happy", "kind", "seen")
+    with pytest.raises(ValueError, match="or take boundary = 'common_prefix'"):
+        make(tmp_path, verbalizer=dict(words=words), **options)
+
+    task = make(tmp_path, verbalizer=dict(words=words, boundary="common_prefix"), **options)
+    tree = task.prompt_set.variants[0].trees[0]
+    assert prompt_text(tree) == "test 0 is"
+    assert task.about["words"][0]["red"] == {"happy": [" unhappy"]}
+    assert task.about["words"][0]["blue"] == {"seen": [" un", *"seen"]}
+
+    # Behind a mark a space is still missing, and two are too many.
+    spaced_words = words_of(" a", " b", " c")
+    for template, texts in (("{text}:", words), ("{text} ", spaced_words)):
+        options["prompt"] = dict(templates=(template,))
+        with pytest.raises(ValueError, match="begin the word with a space$|two spaces would meet"):
+            make(tmp_path, verbalizer=dict(words=texts, boundary="common_prefix"), **options)
+
+
+@pytest.mark.parametrize("sampler", prompts.SAMPLERS)
+def test_copies_of_evaluated_records_are_no_examples(tmp_path, sampler):
+    """Copies that differ in case or white space are the same example, drawn once."""
+    test = [dict(text=f"Great film {label}", label=label) for label in LABELS]
+    train = [dict(text=f"{row['text'].lower()} ", label=row["label"]) for row in test]
+    for label in LABELS:
+        train += [dict(text=f" Bad  {label}", label=label), dict(text=f"bad {label}", label=label)]
+    write_jsonl(tmp_path / "test.jsonl", test)
+    write_jsonl(tmp_path / "train.jsonl", train)
+
+    fns = Model(random_distribution, length=200)
+    prompt = dict(shots=3, sampler=sampler, templates=("'{text}'?",))
+    next(make(tmp_path, fns, prompt=prompt).run(None))
+    *shots, _ = prompt_text(fns.trees[0]).split("\n\n")
+    drawn = [" ".join(shot.lower().replace("'", "").split()) for shot in shots]
+    assert sorted(drawn) == sorted(f"bad {label}? {label}" for label in LABELS)
+    with pytest.raises(ValueError, match="shots = 4, but there are 3 examples"):
+        make(tmp_path, prompt=prompt | dict(shots=4))
+
+
+def test_a_pool_that_lacks_a_label(tmp_path, caplog):
+    write_records(tmp_path)
+    rows = read_jsonl((tmp_path / "train.jsonl").read_text())
+    write_jsonl(tmp_path / "train.jsonl", [row for row in rows if row["label"] == "red"])
+
+    with pytest.raises(ValueError, match="shots = 4: source.shots_split has examples of 1 of 3 la"):
+        make(tmp_path, Model(random_distribution, length=200), prompt=dict(shots=4))
+    make(tmp_path, temperature_examples=4)
+    assert "temperature_examples = 4: all of the examples have the same label" in caplog.text
 
 
 def test_not_finite(tmp_path):
@@ -667,6 +849,18 @@ def test_choices_are_the_chain_rule(tmp_path):
     assert metrics["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_predictions_have_the_prompts_of_choices(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [dict(q="s", a="m", b="n", label=0)])
+    fns = Model(random_distribution, length=20)
+    source = dict(path=str(tmp_path / "{split}.jsonl"), shots_split="train")
+    _, predictions = choose(
+        tmp_path, PAIRS, fns, source=source, prompt=dict(template="{q}?", shots=1)
+    )
+    for line, row, tree in zip(predictions, PAIRS, fns.trees):
+        assert line["prompt"] == f"{row['q']}?"
+        assert line["cut"] == len(f"s? m\n\n{line['prompt']}") - len(tree.prompt) + 1
+
+
 def test_minimal_pairs(tmp_path):
     """Whole texts after an empty prompt, the first of which is always right."""
     metrics, _ = choose(
@@ -692,6 +886,43 @@ def test_choices_from_lists(tmp_path):
         choose(tmp_path, [rows[0] | dict(key="C")], **changes)
     with pytest.raises(ValueError, match=r"a record's answer is 2; wanted one of \[0, 1\]"):
         choose(tmp_path, [PAIRS[0] | dict(label=2)])
+    with pytest.raises(ValueError, match=r"answer = '2'; a record's choices are \[0, 1\]"):
+        choose(tmp_path, PAIRS, answer="2")
+
+
+@pytest.mark.parametrize(
+    "keys, right", [([0, 1, 2], [0, 1, 2]), ([1, 2, 3], [0, 1, 2]), (["2", "1"], [1, 0])]
+)
+def test_choices_whose_names_are_numbers(tmp_path, keys, right):
+    """What all records hold decides whether an answer is a name or a number."""
+    options = dict(text=["x", "y", "z"], label=["1", "2", "3"])
+    rows = [dict(q=f"q{key}", o=options, key=key) for key in keys]
+    _, predictions = choose(
+        tmp_path, rows, choices=(" {o[text]}",), answer="key", answers="{o[label]}"
+    )
+    assert [line["label"] for line in predictions] == list(map(str, right))
+
+
+def test_answers_that_may_count_from_1(tmp_path):
+    rows = [dict(q="q", a="x", b="y", label=1)] * 3
+    with pytest.raises(
+        ValueError, match=r"holds the numbers \[1\] and never 0\. .*config.evals.c.answers"
+    ):
+        choose(tmp_path, rows)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(prompt=dict(template="{{q}}?")), "not the column 'q'"),
+        (dict(choices=(" {a}", " {{b}}")), "not the column 'b'"),
+        (dict(choices=(" yes", " no"), prompt=dict(template="Q:")), "template = 'Q:' has no col"),
+        (dict(premise="{q}?"), "premise = .* can't have the column 'q'"),
+    ],
+)
+def test_choices_that_dont_say_their_columns(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        choose(tmp_path, PAIRS, **changes)
 
 
 def test_last_words(tmp_path):

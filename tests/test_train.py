@@ -107,10 +107,17 @@ def test_run_directory_is_complete(small, tmp_path):
     assert sorted(p.name for p in (run / "predictions").iterdir()) == [
         "labels-3.jsonl",
         "labels-6.jsonl",
+        "labels-about-3.json",
+        "labels-about-6.json",
         "labels-priors-3.json",
         "labels-priors-6.json",
     ]
     assert len(read_jsonl(run / "predictions" / "labels-6.jsonl")) == 16
+    about = json.loads((run / "predictions" / "labels-about-6.json").read_text())
+    assert about["examples"] == 16
+    assert about["prompts"][0]["template"] == "{text}\n="
+    assert about["settings"]["aggregate"] == "sum"
+    assert about["settings"]["length"] == 32
     assert saved_steps(run) == [6]
 
     # What is returned is the last value of every metric.

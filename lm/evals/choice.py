@@ -3,6 +3,7 @@ choice, minimal pairs). With a single one: whether the model would say it (last 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,13 @@ from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import prefix_ids
 from lm.evals import prompts
-from lm.evals.predict import Artifact, PredictFns, predictions_artifact
+from lm.evals.answer_column import AnswerColumn
+from lm.evals.predict import (
+    Artifact,
+    PredictFns,
+    ShownPrompt,
+    predictions_artifact,
+)
 from lm.evals.scores import calibration, statistics
 from lm.evals.tree import Tree, build_tree
 from lm.evals.verbalizer import BOUNDARIES, tokenize_words_after
@@ -26,16 +33,13 @@ class QuestionFormat:
       eval_name: the key in config.evals, for messages.
       prompt: what stands before the choices.
       choices: templates of the choices; one whose column is a list gives several choices.
-      answer: the column of the right choice, or its number ("0") where it is always the same.
-      answer_names: the names of the choices, of which the column holds one; None: it holds the
-        choice's number.
+      answer: the column of the right choice, or its number where it is always the same.
     """
 
     eval_name: str
     prompt: prompts.Template
     choices: Sequence[prompts.Template]
-    answer: str
-    answer_names: prompts.Template | None
+    answer: AnswerColumn | int
 
     def options(self, record: Mapping) -> list[str]:
         """The texts of all choices."""
@@ -50,36 +54,22 @@ class QuestionFormat:
         Raises:
           ValueError: no such column, or a value that is none of the choices.
         """
-        if self.answer.isdecimal():
-            value = self.answer
-        elif self.answer in record:
-            value = record[self.answer]
-        else:
-            raise ValueError(
-                f"the eval {self.eval_name!r}: records have no column {self.answer!r} "
-                f"(config.evals.{self.eval_name}.answer); they have {sorted(record)}"
-            )
-
+        if isinstance(self.answer, AnswerColumn):
+            return self.answer.index(record)
         num_options = len(self.options(record))
-        valid = list(range(num_options))
-        # A value that is none of the names may still be a number.
-        if self.answer_names:
-            valid = self.answer_names.each(record)
-            if str(value) in valid:
-                value = valid.index(str(value))
-        if not str(value).isdecimal() or int(value) >= num_options:
+        if self.answer >= num_options:
             raise ValueError(
-                f"the eval {self.eval_name!r}: a record's answer is {value!r}; wanted one of "
-                f"{valid}"
+                f"config.evals.{self.eval_name}.answer = '{self.answer}'; a record's choices are "
+                f"{list(range(num_options))}"
             )
-        return int(value)
+        return self.answer
 
     def right_option(self, record: Mapping) -> str:
         return self.options(record)[self.gold(record)]
 
-    def identity(self, record: Mapping) -> tuple[str, ...]:
-        """All that is shown of a record: two records that agree in it are the same example."""
-        return (self.prompt(record), *self.options(record))
+    def identity(self, record: Mapping) -> tuple:
+        """All that is shown of a record, see `prompts.Template.identity`."""
+        return tuple(template.identity(record) for template in (self.prompt, *self.choices))
 
 
 class _Scores(NamedTuple):
@@ -147,20 +137,20 @@ class MultipleChoice:
         self._tokenizer = encoder.tokenizer
         self._boundary = boundary
 
+        split = source["split"]
+        available = prompts.load(source, split, name)
+        self._example_names, records = prompts.evaluated(available, split, max_documents)
+        _check_premise(name, premise, records[0])
+
         # The examples before the question are the same for all records.
-        self._example_names, records = prompts.evaluated(source, name, max_documents)
-        shots = prompts.draw_shots(
-            source,
-            prompt,
-            records,
-            question_format.identity,
-            name=name,
-            label=question_format.gold,
-            num_labels=len(question_format.options(records[0])),
-        )
+        pool = prompts.load_shots(source, name) if prompt["shots"] else []
+        if isinstance(question_format.answer, AnswerColumn):
+            question_format.answer.settle(records, available, pool)
+        shots = _draw_shots(name, question_format, pool, prompt, records)
         shots_text = prompts.shots_text(
             shots, question_format.prompt, question_format.right_option, prompt["separator"]
         )
+        asked = prompts.describe(question_format.prompt, shots, source["shots_split"], shots_text)
 
         self._options: list[list[str]] = []
         self._gold: list[int] = []  # indices of the right options
@@ -174,12 +164,12 @@ class MultipleChoice:
 
         self._trees: list[Tree] = []
         self._premise_trees: list[Tree] = []
-        self._num_truncated = 0  # prompts, not premises
-        for record, options in zip(records, self._options):
-            text = shots_text + question_format.prompt(record)
-            tree, is_truncated = self._build_tree(text, options)
+        self._questions = list(map(question_format.prompt, records))
+        self._num_cut: list[int] = []  # tokens that each prompt lost
+        for question, options in zip(self._questions, self._options):
+            tree, num_cut = self._build_tree(shots_text + question, options)
             self._trees.append(tree)
-            self._num_truncated += is_truncated
+            self._num_cut.append(num_cut)
             if premise:
                 tree, _ = self._build_tree(premise, options)
                 self._premise_trees.append(tree)
@@ -188,21 +178,22 @@ class MultipleChoice:
             "fingerprint": records_lib.fingerprint(records),
             "examples": len(records),
             "citation": source["citation"],
+            "prompts": [asked],
         }
 
-    def _build_tree(self, text: str, options: Sequence[str]) -> tuple[Tree, bool]:
-        """(the tree of a prompt and its choices, whether the prompt was truncated)."""
+    def _build_tree(self, text: str, options: Sequence[str]) -> tuple[Tree, int]:
+        """(the tree of a prompt and its choices, how many tokens the prompt lost)."""
         prompt_ids, option_ids = tokenize_words_after(
             self._tokenizer.encode_batch, text, options, self._boundary
         )
-        prompt_ids, is_truncated = prompts.truncate_prompt(
+        prompt_ids, num_cut = prompts.truncate_prompt(
             prefix_ids(self._tokenizer, prompt_ids),
             prompt_ids,
             max(map(len, option_ids)),
             self._predict_fns.length,
             self._name,
         )
-        return build_tree(prompt_ids, option_ids), is_truncated
+        return build_tree(prompt_ids, option_ids), num_cut
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         scores = self._score(params)
@@ -210,10 +201,16 @@ class MultipleChoice:
         yield from self._likelihoods(scores.nll)
         yield "greedy_accuracy", float(scores.greedy.mean())
         yield "examples", len(self._trees)
-        yield "cut", self._num_truncated
+        yield "cut", int(np.count_nonzero(self._num_cut))
 
         lines = [self._prediction(i, scores) for i in range(len(self._trees))]
         yield "predictions", predictions_artifact(self._name, lines)
+
+    def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
+        for i, tree in enumerate(self._trees[:count]):
+            ids = list(tree.prompt)
+            title = f"{self._example_names[i]}, {len(ids)} tokens, {self._num_cut[i]} cut off"
+            yield ShownPrompt(title, self._tokenizer.decode(ids), self._options[i][self._gold[i]])
 
     def _score(self, params) -> _Scores:
         """Runs the model.
@@ -321,6 +318,8 @@ class MultipleChoice:
         line["choices"] = self._options[i]
         line["logprobs"] = logprobs.tolist()
         line["greedy"] = bool(scores.greedy[i])
+        line["prompt"] = self._questions[i]
+        line["cut"] = self._num_cut[i]
         return line
 
 
@@ -330,18 +329,61 @@ def _question_format(
     """How config.evals.NAME reads its records.
 
     Raises:
-      ValueError: a text that is no template, or no choices.
+      ValueError: a text that is no template, no choices, or no column in prompt and choices.
     """
     key = f"config.evals.{name}"
     if not choices:
         raise ValueError(f"{key}.choices is empty; wanted the templates of the continuations")
-    return QuestionFormat(
-        eval_name=name,
-        prompt=prompts.Template(prompt, f"{key}.prompt.template"),
-        choices=[prompts.Template(text, f"{key}.choices") for text in choices],
-        answer=answer,
-        answer_names=prompts.Template(answers, f"{key}.answers") if answers else None,
+    choice_templates = [prompts.Template(text, f"{key}.choices") for text in choices]
+    prompt_template = prompts.Template(prompt, f"{key}.prompt.template")
+    # Either may do without columns: "yes" and "no" after a question, whole texts after nothing.
+    if not any(template.fields for template in choice_templates):
+        prompt_template.check_has_column()
+    if answer.isdecimal():
+        return QuestionFormat(name, prompt_template, choice_templates, int(answer))
+
+    answer_names = prompts.Template(answers, f"{key}.answers")
+
+    def names(record: Mapping) -> list[str]:
+        return answer_names.each(record) if answers else []
+
+    def size(record: Mapping) -> int:
+        return sum(len(template.each(record)) for template in choice_templates)
+
+    column = AnswerColumn(name, "answer", answer, names, size)
+    return QuestionFormat(name, prompt_template, choice_templates, column)
+
+
+def _draw_shots(
+    name: str,
+    question_format: QuestionFormat,
+    pool: Sequence[dict],
+    prompt: Mapping,
+    records: Sequence[dict],
+) -> list[prompts.Shot]:
+    """The examples before each question. None is one of `records`, which are evaluated."""
+    # Where the right choice always has the same number, there is nothing to balance.
+    has_column = isinstance(question_format.answer, AnswerColumn)
+    return prompts.draw_shots(
+        pool,
+        prompt,
+        prompt["seed"],
+        identity=question_format.identity,
+        avoid=set(map(question_format.identity, records)),
+        name=name,
+        label=question_format.gold if has_column else None,
+        num_labels=len(question_format.options(records[0])) if has_column else 1,
     )
+
+
+def _check_premise(name: str, premise: str, record: Mapping) -> None:
+    """Raises ValueError for a premise with a column in braces: it is no template."""
+    for column in re.findall(r"{([^{}]+)}", premise):
+        if column.strip() in record:
+            raise ValueError(
+                f"config.evals.{name}.premise = {premise!r} is the same text for all records; it "
+                f"can't have the column {column!r}"
+            )
 
 
 def _option_logprobs(tree: Tree, token_logprobs: np.ndarray) -> np.ndarray:
@@ -353,11 +395,6 @@ def _option_logprobs(tree: Tree, token_logprobs: np.ndarray) -> np.ndarray:
 
 
 def _credit(scores: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarray:
-    """[n]: 1 where the right choice has the highest score, over the number of choices that tie with
-    it; else 0.
-    """
-    credit = []
-    for options, y in zip(scores, gold):
-        is_best = options == options.max()
-        credit.append(is_best[y] / is_best.sum())
+    """[n]: `statistics.credit` of examples that differ in their number of choices."""
+    credit = [statistics.prediction_shares(options)[y] for options, y in zip(scores, gold)]
     return np.array(credit)

@@ -6,7 +6,7 @@ asks by templates about the records of a data set. What they yield is in label_r
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.evals import prompts
+from lm.evals.answer_column import AnswerColumn
 from lm.evals.label_results import (
     ENSEMBLES,
     PromptSet,
@@ -23,7 +24,7 @@ from lm.evals.label_results import (
     results,
     score_prompts,
 )
-from lm.evals.predict import Artifact, PredictFns
+from lm.evals.predict import Artifact, PredictFns, ShownPrompt
 from lm.evals.scores.label_scores import (
     AGGREGATES,
     NORMS,
@@ -83,12 +84,7 @@ class DocumentClassification:
     ):
         prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         chosen = list(records_lib.take(documents, max_documents))
-        is_labelled = chosen and all(document.label for document in chosen)
-        if not encoder.label_prompt or not is_labelled:
-            raise ValueError(
-                f"the eval {name!r} needs labelled documents (config.data.source_args says where "
-                f"labels are) and config.data.label_prompt (now {encoder.label_prompt!r})"
-            )
+        _check_labelled(name, chosen, encoder.label_prompt)
         prompts.check_choice(name, "aggregate", aggregate, AGGREGATES)
         prompts.check_choice(name, "length_norm", length_norm, NORMS)
 
@@ -102,47 +98,72 @@ class DocumentClassification:
         # A prompt ends with the question: what is cut off is the beginning of the document.
         labels = label_names(verbalizer)
         names = []
+        questions = []
         gold = []
         trees = []
-        truncated = set()
-        for i, document in enumerate(chosen):
+        num_cut = []
+        for document in chosen:
             names.append(document.name)
+            questions.append(document.text + encoder.label_prompt)
             gold.append(labels.index(document.label))
             prompt = encoder.prompt(document)
             trees.append(build_tree(prompt[-room:], word_ids))
-            if len(prompt) > room:
-                truncated.add(i)
-
-        # What the model answers without a document is the prior that its answers are corrected by.
-        content_free_trees = []
-        for text in CONTENT_FREE:
-            prompt = encoder.prompt(Document(text, "", ""))
-            content_free_trees.append(build_tree(prompt[-room:], word_ids))
+            num_cut.append(max(len(prompt) - room, 0))
 
         variant = Variant(
             name="",
             words=words,
             trees=trees,
-            prior_trees={"content_free": content_free_trees},
+            prior_trees={"content_free": _content_free_trees(encoder, room, word_ids)},
             calibration_trees=[],
-            truncated=truncated,
+            num_cut=num_cut,
+            asked=dict(template="{text}" + encoder.label_prompt, shots=[], before="", variant=""),
         )
         self.prompt_set = PromptSet(
             name=name,
             labels=labels,
             example_names=names,
+            questions=[questions],
             gold=np.array(gold),
             variants=[variant],
             calibration_gold=np.zeros(0, int),
         )
         self.predict_fns = predict_fns
         self._scorer = LabelScorer(length_norm, aggregate)
-        self.about = {"fingerprint": documents.fingerprint, "examples": len(chosen)}
+        self._tokenizer = encoder.tokenizer
+        self.about = {
+            "fingerprint": documents.fingerprint,
+            "examples": len(chosen),
+            "prompts": [variant.asked],
+            "corrections": ["content_free", "batch"],
+        }
         self.metrics = metric_names(self.prompt_set)
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         logprobs = score_prompts(self.predict_fns, params, self.prompt_set)
         yield from results(self.prompt_set, logprobs, self._scorer)
+
+    def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
+        return self.prompt_set.shown_prompts(count, self._tokenizer.decode)
+
+
+def _check_labelled(name: str, documents: Sequence[Document], label_prompt: str) -> None:
+    """Raises ValueError unless there are documents, all with labels, and a question."""
+    is_labelled = documents and all(document.label for document in documents)
+    if not label_prompt or not is_labelled:
+        raise ValueError(
+            f"the eval {name!r} needs labelled documents (config.data.source_args says where "
+            f"labels are) and config.data.label_prompt (now {label_prompt!r})"
+        )
+
+
+def _content_free_trees(encoder: Encoder, room: int, word_ids: Sequence[list[int]]) -> list[Tree]:
+    """What is asked without a document: the answers are the prior that others are corrected by."""
+    trees = []
+    for text in CONTENT_FREE:
+        prompt = encoder.prompt(Document(text, "", ""))
+        trees.append(build_tree(prompt[-room:], word_ids))
+    return trees
 
 
 def label_names(verbalizer: Verbalizer) -> list[str]:
@@ -297,15 +318,12 @@ class PromptClassification:
         # All that needs no data is checked before the data is read.
         examples_key = examples_key or f"config.evals.{name}.temperature_examples"
         prompts.check_least(examples_key, temperature_examples, 0)
-        prompts.check_least(f"config.evals.{name}.prompt.shots", prompt["shots"], 0)
         prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         _check_choices(name, prompt, verbalizer, priors, ensemble)
-        key = f"config.evals.{name}.prompt.templates"
-        templates = [prompts.Template(text, key) for text in prompt["templates"]]
+        templates = _parse_templates(name, prompt["templates"])
 
         self.predict_fns = predict_fns
         self._name = name
-        self._label_column = label
         self._labels = _shared_labels(name, verbalizer["words"])
         self._prompt = prompt
         self._priors = priors
@@ -319,54 +337,59 @@ class PromptClassification:
             encoder.tokenizer, self._labels, verbalizer, predict_fns.length, name
         )
 
-        example_names, self._records = prompts.evaluated(source, name, max_documents)
-        gold = np.array([self.gold(record) for record in self._records])
+        split = source["split"]
+        available = prompts.load(source, split, name)
+        example_names, self._records = prompts.evaluated(available, split, max_documents)
         needs_pool = prompt["shots"] or temperature_examples
         pool = prompts.load_shots(source, name) if needs_pool else []
+
+        self._answers = AnswerColumn(name, "label", label, self._label_names, self._num_labels)
+        self._answers.settle(self._records, available, pool)
+        gold = np.array([self.gold(record) for record in self._records])
 
         # Drawn before the examples of the variants, none of which may be among them.
         self._calibration_records = self._draw_calibration_records(
             pool, templates[0], temperature_examples, examples_key
         )
         calibration_gold = [self.gold(record) for record in self._calibration_records]
-        variants = self._build_variants(pool, templates, verbalizer["words"])
+        variants = self._build_variants(pool, templates, verbalizer["words"], source["shots_split"])
 
         self.prompt_set = PromptSet(
             name=name,
             labels=self._labels,
             example_names=example_names,
+            questions=[list(map(template, self._records)) for template in templates],
             gold=gold,
             variants=variants,
             calibration_gold=np.array(calibration_gold, int),
         )
-        decode = encoder.tokenizer.decode
-        self.about = {
+        self._decode = encoder.tokenizer.decode
+        self.about = self._describe(source["citation"], temperature_examples)
+
+    def _describe(self, citation: str, temperature_examples: int) -> dict:
+        """The attribute `about`, see `lm.evals.predict.Evaluator`."""
+        variants = self.prompt_set.variants
+        corrections = list(self._priors)
+        if temperature_examples:
+            corrections.append(f"temperature of {temperature_examples} examples")
+        return {
             "fingerprint": records_lib.fingerprint(self._records),
-            "examples": len(gold),
-            "citation": source["citation"],
-            "words": [variant.word_tokens(self._labels, decode) for variant in variants],
+            "examples": len(self._records),
+            "citation": citation,
+            "words": [variant.word_tokens(self._labels, self._decode) for variant in variants],
+            "prompts": [variant.asked for variant in variants],
+            "corrections": corrections,
         }
+
+    def _label_names(self, record: Mapping) -> list[str]:
+        return self._labels
+
+    def _num_labels(self, record: Mapping) -> int:
+        return len(self._labels)
 
     def gold(self, record: Mapping) -> int:
         """The index of a record's right label."""
-        if self._label_column not in record:
-            raise ValueError(
-                f"the eval {self._name!r}: records have no column {self._label_column!r} "
-                f"(config.evals.{self._name}.label); they have {sorted(record)}"
-            )
-
-        # Names come before numbers: a label may be called "2".
-        value = record[self._label_column]
-        if str(value) in self._labels:
-            return self._labels.index(str(value))
-
-        # isdecimal() keeps out -1, which data sets write for unknown, and True.
-        if str(value).isdecimal() and int(value) < len(self._labels):
-            return int(value)
-        raise ValueError(
-            f"the eval {self._name!r}: a record has the label {value!r}; the verbalizer has "
-            f"words for {self._labels}"
-        )
+        return self._answers.index(record)
 
     def _draw_calibration_records(
         self, pool: Sequence[dict], template: prompts.Template, count: int, key: str
@@ -374,16 +397,19 @@ class PromptClassification:
         """The records of `Variant.calibration_trees`. Messages call their number `key`."""
         if not count:
             return []
-        records = prompts.draw_records(
+        shots = prompts.draw_records(
             pool,
             count,
             sampler="balanced",
             seed=0,
-            avoid=prompts.agrees_with_any(self._records, template),
+            identity=template.identity,
+            avoid=set(map(template.identity, self._records)),
             label=self.gold,
             num_labels=len(self._labels),
         )
-        prompts.check_enough(records, count, key)
+        prompts.check_enough(shots, count, key)
+        records = [shot.record for shot in shots]
+        prompts.check_labels(list(map(self.gold, records)), len(self._labels), key, False)
         return records
 
     def _build_variants(
@@ -391,21 +417,34 @@ class PromptClassification:
         pool: Sequence[dict],
         templates: Sequence[prompts.Template],
         verbalizers: Sequence[Verbalizer],
+        shots_split: str,
     ) -> list[Variant]:
         """All combinations of a template, a verbalizer and a seed."""
         # Without examples there is nothing to draw: all seeds would ask the same.
         seeds = self._prompt["seeds"] if self._prompt["shots"] else [0]
-        is_evaluated = [prompts.agrees_with_any(self._records, template) for template in templates]
+        # Records may be in both splits, and differ in a column that the template doesn't show.
+        taken = [*self._records, *self._calibration_records]
+        identities = [set(map(template.identity, taken)) for template in templates]
 
         variants = []
         for (t, template), (w, pairs), seed in itertools.product(
             enumerate(templates), enumerate(verbalizers), seeds
         ):
             words = self._label_words(dict(pairs), template.tail)
-            shots = self._draw_shots(pool, is_evaluated[t], seed)
+            shots = prompts.draw_shots(
+                pool,
+                self._prompt,
+                seed,
+                identity=template.identity,
+                avoid=identities[t],
+                name=self._name,
+                label=self.gold,
+                num_labels=len(self._labels),
+            )
             shots_text = self._shots_text(shots, template, words)
             name = f"template {t}, words {w}, seed {seed}"
-            variants.append(self._build_variant(name, template, shots_text, words))
+            asked = prompts.describe(template, shots, shots_split, shots_text, name)
+            variants.append(self._build_variant(asked, template, words))
         return variants
 
     def _label_words(
@@ -434,33 +473,12 @@ class PromptClassification:
         # The boundary "lm_eval" is there to score what lm-evaluation-harness would score, whether
         # that makes sense or not.
         if self._tree_builder.boundary != "lm_eval":
-            check_spaces(prompt_end, [word.text for word in words])
+            texts = [word.text for word in words]
+            check_spaces(prompt_end, texts, self._tree_builder.boundary)
         return words
 
-    def _draw_shots(
-        self, pool: Sequence[dict], is_evaluated: Callable[[dict], bool], seed: int
-    ) -> list[dict]:
-        """The examples before the question."""
-        if not self._prompt["shots"]:
-            return []
-
-        # A record may be in both splits, and differ in a column that the template doesn't show.
-        def is_taken(record: dict) -> bool:
-            return is_evaluated(record) or record in self._calibration_records
-
-        return prompts.select_shots(
-            pool,
-            self._prompt["shots"],
-            sampler=self._prompt["sampler"],
-            seed=seed,
-            avoid=is_taken,
-            name=self._name,
-            label=self.gold,
-            num_labels=len(self._labels),
-        )
-
     def _shots_text(
-        self, shots: Sequence[dict], template: prompts.Template, words: Sequence[LabelWord]
+        self, shots: Sequence[prompts.Shot], template: prompts.Template, words: Sequence[LabelWord]
     ) -> str:
         """The text before the question, each example answered with the first word of its label."""
         first_words: dict[int, str] = {}
@@ -473,16 +491,20 @@ class PromptClassification:
         return prompts.shots_text(shots, template, answer, self._prompt["separator"])
 
     def _build_variant(
-        self, name: str, template: prompts.Template, shots_text: str, words: list[LabelWord]
+        self, asked: dict, template: prompts.Template, words: list[LabelWord]
     ) -> Variant:
-        """The trees of all prompts of a variant."""
+        """The trees of all prompts of a variant.
+
+        Args:
+          asked: see `lm.evals.prompts.describe`.
+        """
+        shots_text = asked["before"]
         trees = []
-        truncated = set()
-        for i, record in enumerate(self._records):
-            tree, is_truncated = self._tree_builder.build(shots_text + template(record), words)
+        num_cut = []
+        for record in self._records:
+            tree, cut = self._tree_builder.build(shots_text + template(record), words)
             trees.append(tree)
-            if is_truncated:
-                truncated.add(i)
+            num_cut.append(cut)
 
         prior_trees: dict[str, list[Tree]] = {}
         for prior in self._priors:
@@ -496,7 +518,9 @@ class PromptClassification:
             tree, _ = self._tree_builder.build(shots_text + template(record), words)
             calibration_trees.append(tree)
 
-        return Variant(name, words, trees, prior_trees, calibration_trees, truncated)
+        return Variant(
+            asked["variant"], words, trees, prior_trees, calibration_trees, num_cut, asked
+        )
 
     def _prior_prompts(self, prior: str, template: prompts.Template, shots_text: str) -> list[str]:
         """The prompts whose mean distribution is the prior."""
@@ -523,11 +547,29 @@ class PromptClassification:
             batch_prior="batch" in self._priors,
         )
 
+    def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
+        return self.prompt_set.shown_prompts(count, self._decode)
+
+
+def _parse_templates(name: str, texts: Sequence[str]) -> list[prompts.Template]:
+    """The templates of config.evals.NAME. Raises ValueError for a text that is none, or that has no
+    column.
+    """
+    templates = []
+    for text in texts:
+        template = prompts.Template(text, f"config.evals.{name}.prompt.templates")
+        template.check_has_column()
+        templates.append(template)
+    return templates
+
 
 def _check_choices(
     name: str, prompt: Mapping, verbalizer: Mapping, priors: Sequence[str], ensemble: str
 ) -> None:
-    """Raises ValueError for an unknown choice in config.evals.NAME, or nothing to choose from."""
+    """Raises ValueError for an unknown choice in config.evals.NAME, nothing to choose from, or
+    shots below 0.
+    """
+    prompts.check_least(f"config.evals.{name}.prompt.shots", prompt["shots"], 0)
     for prior in priors:
         prompts.check_choice(name, "priors", prior, PRIORS)
     prompts.check_choice(name, "ensemble", ensemble, ENSEMBLES)
@@ -616,8 +658,8 @@ class TreeBuilder:
         # Token ids of words that have passed the checks.
         self._checked: set[tuple[tuple[int, ...], ...]] = set()
 
-    def build(self, prompt: str, words: Sequence[LabelWord]) -> tuple[Tree, bool]:
-        """Returns (the tree of a prompt and the words, whether the prompt was truncated)."""
+    def build(self, prompt: str, words: Sequence[LabelWord]) -> tuple[Tree, int]:
+        """Returns (the tree of a prompt and the words, how many tokens the prompt lost)."""
         texts = [word.text + self._terminator for word in words]
         prompt_ids, word_ids = tokenize_words_after(
             self._tokenizer.encode_batch, prompt, texts, self.boundary
@@ -633,7 +675,7 @@ class TreeBuilder:
 
         start = prefix_ids(self._tokenizer, prompt_ids)
         longest = max(map(len, word_ids))
-        prompt_ids, is_truncated = prompts.truncate_prompt(
+        prompt_ids, num_cut = prompts.truncate_prompt(
             start, prompt_ids, longest, self._length, self._name
         )
-        return build_tree(prompt_ids, word_ids), is_truncated
+        return build_tree(prompt_ids, word_ids), num_cut

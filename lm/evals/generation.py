@@ -13,7 +13,12 @@ from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import prompts as prompts_lib
-from lm.evals.predict import Artifact, PredictFns, predictions_artifact
+from lm.evals.predict import (
+    Artifact,
+    PredictFns,
+    ShownPrompt,
+    predictions_artifact,
+)
 from lm.evals.scores.text_metrics import NORMALIZE, SCORES, Score, require_package
 
 
@@ -236,9 +241,13 @@ class TextGeneration:
 
         template = prompts_lib.Template(prompt["template"], f"{key}.prompt.template")
         right_answers = prompts_lib.Template(references, f"{key}.references")
+        template.check_has_column()
+        right_answers.check_has_column()
         shot_answer = prompts_lib.Template(target or references, f"{key}.target")
 
-        self._example_names, records = prompts_lib.evaluated(source, name, max_documents)
+        split = source["split"]
+        available = prompts_lib.load(source, split, name)
+        self._example_names, records = prompts_lib.evaluated(available, split, max_documents)
         self._references: list[list[str]] = []
         self._reference_answers: list[list[str]] = []  # what `extract` leaves of them
         for record in records:
@@ -246,26 +255,43 @@ class TextGeneration:
             self._reference_answers.append(self._read_references(self._references[-1], references))
 
         # The examples before the question are the same for all records.
-        shots = prompts_lib.draw_shots(source, prompt, records, template, name=name)
+        shots = prompts_lib.draw_shots(
+            prompts_lib.load_shots(source, name) if prompt["shots"] else [],
+            prompt,
+            prompt["seed"],
+            identity=template.identity,
+            avoid=set(map(template.identity, records)),
+            name=name,
+        )
         shots_text = prompts_lib.shots_text(shots, template, shot_answer, prompt["separator"])
+        self._questions = list(map(template, records))
         self._prompt_ids: list[list[int]] = []
-        self._num_truncated = 0
-        for record in records:
-            ids = self._tokenizer.encode(shots_text + template(record))
-            start = prefix_ids(self._tokenizer, ids)
-            # + 1: a Generator wants room for the last token too, which a scored continuation
-            # doesn't need.
-            ids, is_truncated = prompts_lib.truncate_prompt(
-                start, ids, self._output.max_new_tokens + 1, predict_fns.length, name
-            )
+        self._num_cut: list[int] = []  # tokens that each prompt lost
+        for question in self._questions:
+            ids, num_cut = self._encode_prompt(shots_text + question)
             self._prompt_ids.append(ids)
-            self._num_truncated += is_truncated
+            self._num_cut.append(num_cut)
 
+        asked = prompts_lib.describe(template, shots, source["shots_split"], shots_text)
         self.about = {
             "fingerprint": records_lib.fingerprint(records),
             "examples": len(records),
             "citation": source["citation"],
+            "prompts": [asked],
         }
+
+    def _encode_prompt(self, text: str) -> tuple[list[int], int]:
+        """(the ids of a prompt, how many were cut off its beginning)."""
+        ids = self._tokenizer.encode(text)
+        # + 1: a Generator wants room for the last token too, which a scored continuation doesn't
+        # need.
+        return prompts_lib.truncate_prompt(
+            prefix_ids(self._tokenizer, ids),
+            ids,
+            self._output.max_new_tokens + 1,
+            self._predict_fns.length,
+            self._name,
+        )
 
     def _read_references(self, texts: Sequence[str], template: str) -> list[str]:
         """The answers in an example's references.
@@ -319,7 +345,7 @@ class TextGeneration:
         if self._output.extract.pattern:
             yield "unmatched", answers.count(None) / len(texts)
         yield "examples", len(texts)
-        yield "cut", self._num_truncated
+        yield "cut", int(np.count_nonzero(self._num_cut))
 
         lines = []
         for i, text in enumerate(texts):
@@ -329,10 +355,17 @@ class TextGeneration:
                 "answer": answers[i],
                 "references": self._references[i],
                 "scores": example_scores[i],
+                "prompt": self._questions[i],
+                "cut": self._num_cut[i],
             }
             lines.append(line)
         # The file is there to be read: no \u escapes.
         yield "predictions", predictions_artifact(self._name, lines, ensure_ascii=False)
+
+    def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
+        for i, ids in enumerate(self._prompt_ids[:count]):
+            title = f"{self._example_names[i]}, {len(ids)} tokens, {self._num_cut[i]} cut off"
+            yield ShownPrompt(title, self._tokenizer.decode(ids), " | ".join(self._references[i]))
 
     def _score(self, name: str, answers: Sequence[str | None]) -> Score:
         """One of `text_metrics.SCORES`; an answer that `extract` didn't find (None) counts as an

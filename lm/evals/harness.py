@@ -325,7 +325,9 @@ def _prediction_lines(task: str, samples: Sequence[Mapping]) -> list[dict]:
       samples: lm_eval's; a document has several where its answer goes through several filters.
     """
     scores: dict[int, dict[str, float]] = collections.defaultdict(dict)
+    records = {}
     for sample in samples:
+        records[sample["doc_id"]] = sample["doc_hash"][:16]
         for metric in sample["metrics"]:
             value = sample[metric]
             if isinstance(value, tuple):
@@ -340,5 +342,10 @@ def _prediction_lines(task: str, samples: Sequence[Mapping]) -> list[dict]:
 
     lines = []
     for number in sorted(scores):
-        lines.append({"name": f"{task}[{number}]", "scores": scores[number]})
+        line = {
+            "name": f"{task}[{number}]",
+            "record": records[number],
+            "scores": scores[number],
+        }
+        lines.append(line)
     return lines

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.evals.predict import Artifact, PredictFns, predictions_artifact
+from lm.evals.predict import Artifact, PredictFns, ShownPrompt, predictions_artifact
 from lm.evals.scores import calibration, statistics
 from lm.evals.scores.label_scores import (
     LabelScorer,
@@ -38,7 +38,8 @@ class Variant(NamedTuple):
     # prompts of other records with known labels: they fit the temperature, train
     # `LinearVerbalizer`, or are what lm.suggest asks about
     calibration_trees: list[Tree]
-    truncated: set[int]  # examples whose prompt was too long and lost its beginning
+    num_cut: list[int]  # for each example, how many tokens its prompt lost at its beginning
+    asked: dict  # see `lm.evals.prompts.describe`
 
     def word_tokens(
         self, labels: Sequence[str], decode: Callable[[list[int]], str]
@@ -63,6 +64,7 @@ class PromptSet(NamedTuple):
     name: str  # the eval's, for files and messages
     labels: list[str]
     example_names: list[str]
+    questions: list[list[str]]  # for each template, the text of each example without what is before
     gold: np.ndarray  # [n], index of the right label
     variants: list[Variant]
     calibration_gold: np.ndarray  # index of the right label of each calibration example
@@ -70,10 +72,21 @@ class PromptSet(NamedTuple):
     @property
     def num_truncated(self) -> int:
         """How many examples lost the beginning of their prompt in any variant."""
-        truncated: set[int] = set()
+        num_cut = np.array([variant.num_cut for variant in self.variants])
+        return int(num_cut.any(axis=0).sum())
+
+    def shown_prompts(
+        self, count: int, decode: Callable[[list[int]], str]
+    ) -> Iterator[ShownPrompt]:
+        """Yields the first `count` prompts of each variant, as the model sees them."""
         for variant in self.variants:
-            truncated |= variant.truncated
-        return len(truncated)
+            for i in range(min(count, len(self.gold))):
+                ids = list(variant.trees[i].prompt)
+                right = [word.text for word in variant.words if word.label == self.gold[i]]
+                title = f"{self.example_names[i]}, {len(ids)} tokens, {variant.num_cut[i]} cut off"
+                if variant.name:
+                    title += f"; {variant.name}"
+                yield ShownPrompt(title, decode(ids), " | ".join(right))
 
 
 class VariantLogprobs(NamedTuple):
@@ -155,8 +168,8 @@ def results(
     priors = mean_priors(variant_logprobs, scorer)
     if "content_free" in priors:
         # The accuracy of always giving the label that the model prefers without a text.
-        preferred = np.mean(priors["content_free"], axis=0).argmax()
-        yield "content_free_accuracy", float(np.mean(gold == preferred))
+        preferred = statistics.prediction_shares(np.mean(priors["content_free"], axis=0))
+        yield "content_free_accuracy", float(np.mean(preferred[gold]))
     if batch_prior:
         priors["batch"] = [calibration.batch_prior(distribution) for distribution in variant_P]
     yield from prior_metrics(variant_P, priors, gold, ensemble)
@@ -246,22 +259,23 @@ def _log(P) -> np.ndarray:
 
 
 def label_metrics(P: np.ndarray, gold: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Yields the metrics of label distributions [n, K], given the right labels [n]."""
-    predicted = P.argmax(axis=1)
-    n, num_labels = P.shape
-
-    num_right = int((predicted == gold).sum())
-    low, high = statistics.proportion_interval(num_right, n)
+    """Yields the metrics of label distributions [n, K], given the right labels [n]. Labels that tie
+    for the highest probability share the prediction.
+    """
+    n = len(P)
+    shares = statistics.prediction_shares(P)
+    num_right = float(statistics.credit(P, gold).sum())
+    low, high = statistics.proportion_interval(round(num_right), n)
     yield "accuracy", num_right / n
     yield "accuracy_low", low
     yield "accuracy_high", high
     yield "majority_accuracy", int(np.bincount(gold).max()) / n
 
-    matrix = statistics.confusion(predicted, gold, num_labels)
+    matrix = statistics.confusion(shares, gold)
     yield from statistics.prediction_scores(matrix).items()
 
     def macro_f1(sample: np.ndarray) -> float:
-        matrix = statistics.confusion(predicted[sample], gold[sample], num_labels)
+        matrix = statistics.confusion(shares[sample], gold[sample])
         return statistics.prediction_scores(matrix)["macro_f1"]
 
     # F1 is not a mean over examples, so that its interval comes from resampling.
@@ -316,7 +330,7 @@ def prior_metrics(
             corrected.append(calibration.divide_by_prior(P, prior))
         corrected_P = ensemble_mean(corrected, ensemble)
 
-        yield f"accuracy_{name}", float(np.mean(corrected_P.argmax(axis=1) == gold))
+        yield f"accuracy_{name}", float(np.mean(statistics.credit(corrected_P, gold)))
         yield f"nll_{name}", calibration.nll(corrected_P, gold)
         yield f"ece_{name}", calibration.ece(corrected_P, gold)
 
@@ -348,7 +362,7 @@ def variant_metrics(
         row = {
             # The key's name is older than "variant", and files have it.
             "way": variant.name,
-            "accuracy": float(np.mean(P.argmax(axis=1) == gold)),
+            "accuracy": float(np.mean(statistics.credit(P, gold))),
             "nll": calibration.nll(P, gold),
             "label_mass": float(np.mean(mass)),
         }
@@ -411,7 +425,7 @@ def logprobs_by_label(
 def prediction_lines(
     prompt_set: PromptSet, P: np.ndarray, details: Sequence[dict] | None = None
 ) -> list[dict]:
-    """A line for each example: its label, prediction and label distribution.
+    """A line for each example: its label, prediction, label distribution and prompts.
 
     Args:
       details: more keys for the line of each example.
@@ -427,6 +441,9 @@ def prediction_lines(
         }
         if details:
             line |= details[i]
+        # Of each template, and of each variant.
+        line["prompts"] = [texts[i] for texts in prompt_set.questions]
+        line["cut"] = [variant.num_cut[i] for variant in prompt_set.variants]
         lines.append(line)
     return lines
 
@@ -436,10 +453,9 @@ def picture_artifacts(prompt_set: PromptSet, P: np.ndarray) -> Iterator[tuple[st
     name = prompt_set.name
     gold = prompt_set.gold
     labels = prompt_set.labels
-    predicted = P.argmax(axis=1)
 
-    matrix = statistics.confusion(predicted, gold, len(labels))
-    title = f"{name}: accuracy {np.mean(predicted == gold):.1%}"
+    matrix = statistics.confusion(statistics.prediction_shares(P), gold)
+    title = f"{name}: accuracy {np.mean(statistics.credit(P, gold)):.1%}"
     picture = pictures.plot_confusion(matrix, labels, title)
     yield "confusion", Artifact(f"confusion-{name}.png", picture)
 

@@ -13,7 +13,7 @@ from lm.data.pack import Encoder
 from lm.evals import label_results, prompts
 from lm.evals.classification import PromptClassification
 from lm.evals.predict import Artifact, PredictFns, predictions_artifact
-from lm.evals.scores import calibration
+from lm.evals.scores import calibration, statistics
 
 INITS = ("label_words", "prototype")
 # Candidates for l2, from almost free vectors to vectors that stay close to their start.
@@ -78,7 +78,9 @@ class LinearVerbalizer:
             max_documents=max_documents,
             examples_key=f"config.evals.{name}.train_examples",
         )
-        self.about = task.about
+        # No temperature is fitted.
+        self.about = task.about | {"corrections": []}
+        self.shown_prompts = task.shown_prompts
         self._prompt_set = task.prompt_set
 
         num_variants = len(self._prompt_set.variants)
@@ -119,7 +121,7 @@ class LinearVerbalizer:
         P = distributions(vectors, states)
 
         yield from label_results.label_metrics(P, gold)
-        yield "train_accuracy", float(np.mean(train_P.argmax(axis=1) == train_gold))
+        yield "train_accuracy", float(np.mean(statistics.credit(train_P, train_gold)))
         yield "l2", l2
         yield "examples", len(gold)
         yield "cut", prompt_set.num_truncated

@@ -56,11 +56,21 @@ def predictions_artifact(
     return Artifact(f"predictions/{name}-{{step}}.jsonl", content)
 
 
+class ShownPrompt(NamedTuple):
+    """A prompt for people to read."""
+
+    title: str
+    text: str  # as the model sees it
+    right: str  # what should follow
+
+
 class Evaluator(Protocol):
     """What runs an entry of config.evals.
 
     It may have an attribute `about`: a dict that describes its data beside the results
-    (fingerprint, examples, citation; `words`, see `Variant.word_tokens`). And an attribute
+    (fingerprint, examples, citation; `words`, see `Variant.word_tokens`; `prompts`, see
+    `lm.evals.prompts.describe`; `corrections`, names). A method `shown_prompts(count)`, which
+    yields the first prompts as `ShownPrompt`s. And an attribute
     `metrics`: the names of what it yields by which models are compared (`lm.reports.metrics`); of
     one without, no metric can be config.checkpoint.best.
     """

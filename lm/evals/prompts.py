@@ -5,10 +5,12 @@ records that examples are drawn from, `name` the NAME, for messages.
 """
 
 import itertools
+import logging
 import random
 import re
 import string
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
 
 from lm.data import records as records_lib
 
@@ -31,6 +33,11 @@ FILTERS: dict[str, Callable[[str], str]] = {
     "head": all_but_last_word,
     "last": last_word,
 }
+
+# "{{text}}" as lm_eval and promptsource write a column, with what may follow its name there:
+# {{answers[text]}}, {{answers.text}}, {{text:strip}}, {{ text|trim }}. Python reads doubled braces
+# as braces that are meant: {{"a": 1}} and {{{text}}} are.
+DOUBLED = re.compile(r"(?<!\{)\{\{\s*([^{}\[\].|:\s]+)((?:\[|\.|:\w|\s*\|)[^{}]*)?\s*\}\}(?!\})")
 
 
 class Template:
@@ -58,6 +65,8 @@ class Template:
                 f"{key} = {text!r} is no template: {error} (a brace that is meant is written twice)"
             ) from None
 
+        # What may be meant as a column, as it is written and its name: only records show which is.
+        self._doubled = [(match[0], match[1]) for match in DOUBLED.finditer(text)]
         # (text before a column, the column, its filter); the last part may have no column.
         self._parts: list[tuple[str, str | None, str]] = []
         for literal, field, spec, conversion in parts:
@@ -78,6 +87,27 @@ class Template:
         """The text after the last column."""
         literal, field, _ = self._parts[-1] if self._parts else ("", None, "")
         return literal if field is None else ""
+
+    def check_has_column(self) -> None:
+        """Raises ValueError for a template without columns: all its texts would be the same."""
+        if self.fields:
+            return
+        advice = "write a column's name in braces, such as {text}"
+        if self._doubled:
+            advice = f"{self._doubled[0][0]} is text; write {{{self._doubled[0][1]}}} for a column"
+        raise ValueError(
+            f"{self._key} = {self.text!r} has no column: it would be the same text for all "
+            f"records; {advice}"
+        )
+
+    def check_braces(self, record: Mapping) -> None:
+        """Raises ValueError for doubled braces around a column of a record: they would be text."""
+        for written, column in self._doubled:
+            if column in record:
+                raise ValueError(
+                    f"{self._key} = {self.text!r}: {written} is text and not the column "
+                    f"{column!r}; write {{{column}}}"
+                )
 
     def value(self, field: str, record: Mapping):
         """What a record holds in a column. Raises ValueError if it has no such column."""
@@ -105,6 +135,22 @@ class Template:
 
     def each(self, record: Mapping) -> list[str]:
         """The texts of a record: as many as the lists among its columns are long, or one."""
+        return [self.fill(columns) for columns in self._columns_of_each(record)]
+
+    def identity(self, record: Mapping) -> tuple[tuple[str, ...], ...]:
+        """What the template shows of a record, but for case and white space: records that agree in
+        it are the same example.
+        """
+        filters = [FILTERS[spec] for _, field, spec in self._parts if field is not None]
+        shown = []
+        for columns in self._columns_of_each(record):
+            texts = [apply(column) for apply, column in zip(filters, columns)]
+            shown.append(tuple(map(_essence, texts)))
+        return tuple(shown)
+
+    def _columns_of_each(self, record: Mapping) -> list[list[str]]:
+        """For each text of a record the texts of its columns, before their filters."""
+        self.check_braces(record)
         values = [self.value(field, record) for field in self.fields]
 
         # Parallel lists: text i takes element i of each.
@@ -121,7 +167,7 @@ class Template:
                 # A column that is no list is the same in all texts.
                 element = value[i] if isinstance(value, list) else value
                 columns.append(self._spell(field, element))
-            texts.append(self.fill(columns))
+            texts.append(columns)
         return texts
 
     def _spell(self, field: str, value) -> str:
@@ -144,6 +190,18 @@ class Template:
         return texts[0]
 
 
+def _essence(text: str) -> str:
+    """A text without what two copies of it may differ in: case, and white space."""
+    return " ".join(text.split()).casefold()
+
+
+class Shot(NamedTuple):
+    """A record that was drawn from a pool."""
+
+    index: int  # in the pool
+    record: dict
+
+
 def load(source: Mapping, split: str, name: str) -> Sequence[dict]:
     """The records of a split."""
     try:
@@ -158,12 +216,12 @@ def load(source: Mapping, split: str, name: str) -> Sequence[dict]:
         raise ValueError(f"the eval {name!r}: {error}") from None
 
 
-def evaluated(source: Mapping, name: str, max_documents: int) -> tuple[list[str], list[dict]]:
-    """(names, records) of the records that are evaluated: `max_documents` of them, evenly out of
-    the split; 0: all.
+def evaluated(
+    available: Sequence[dict], split: str, max_documents: int
+) -> tuple[list[str], list[dict]]:
+    """(names, records) of the records of a split that are evaluated: `max_documents` of them,
+    evenly out of it; 0: all.
     """
-    split = source["split"]
-    available = load(source, split, name)
     names = []
     records = []
     for i in records_lib.evenly_spaced(len(available), max_documents):
@@ -212,79 +270,78 @@ def load_shots(source: Mapping, name: str) -> Sequence[dict]:
 
 
 def draw_shots(
-    source: Mapping,
+    pool: Sequence[dict],
     prompt: Mapping,
-    records: Sequence[dict],
-    identity: Callable[[dict], Hashable],
+    seed: int,
     *,
+    identity: Callable[[dict], Hashable],
+    avoid: Set[Hashable],
     name: str,
     label: Callable[[dict], object] | None = None,
     num_labels: int = 1,
-) -> list[dict]:
-    """The examples before each question. None agrees in `identity` with one of `records`, which are
-    evaluated.
+) -> list[Shot]:
+    """Draws the examples before the question, see `draw_records`.
 
     Args:
-      prompt: shots, sampler and seed, see `select_shots`.
+      prompt: shots, how many; sampler.
+
+    Raises:
+      ValueError: an unknown sampler, fewer records than wanted that may be drawn, or no record of
+        some label where they are to be balanced.
     """
-    if not prompt["shots"]:
+    count = prompt["shots"]
+    if not count:
         return []
-    is_evaluated = agrees_with_any(records, identity)
-    return select_shots(
-        load_shots(source, name),
-        prompt["shots"],
-        sampler=prompt["sampler"],
-        seed=prompt["seed"],
-        avoid=is_evaluated,
-        name=name,
+    sampler = prompt["sampler"]
+    check_choice(name, "prompt.sampler", sampler, SAMPLERS)
+    shots = draw_records(
+        pool,
+        count,
+        sampler=sampler,
+        seed=seed,
+        identity=identity,
+        avoid=avoid,
         label=label,
         num_labels=num_labels,
     )
 
-
-def agrees_with_any(
-    records: Sequence[dict], identity: Callable[[dict], Hashable]
-) -> Callable[[dict], bool]:
-    """A function that says whether a record agrees in `identity` with one of `records`."""
-    identities = set(map(identity, records))
-
-    def agrees(record: dict) -> bool:
-        return identity(record) in identities
-
-    return agrees
-
-
-def select_shots(
-    pool: Sequence[dict],
-    count: int,
-    *,
-    sampler: str,
-    seed: int,
-    avoid: Callable[[dict], bool],
-    name: str,
-    label: Callable[[dict], object] | None = None,
-    num_labels: int = 1,
-) -> list[dict]:
-    """Draws the examples before the question, see `draw_records`.
-
-    Raises:
-      ValueError: an unknown sampler, or fewer than `count` records that may be drawn.
-    """
-    check_choice(name, "prompt.sampler", sampler, SAMPLERS)
-    shots = draw_records(
-        pool, count, sampler=sampler, seed=seed, avoid=avoid, label=label, num_labels=num_labels
-    )
-    check_enough(shots, count, f"config.evals.{name}.prompt.shots")
+    key = f"config.evals.{name}.prompt.shots"
+    check_enough(shots, count, key)
+    if label:
+        is_balanced = sampler == "balanced"
+        check_labels([label(shot.record) for shot in shots], num_labels, key, is_balanced)
     return shots
 
 
-def check_enough(records: Sequence[dict], count: int, key: str) -> None:
+def check_enough(shots: Sequence[Shot], count: int, key: str) -> None:
     """Raises ValueError if fewer records were drawn than the configuration's key wants."""
-    if len(records) < count:
+    if len(shots) < count:
         raise ValueError(
-            f"{key} = {count}, but there are {len(records)} examples that aren't evaluated "
-            "themselves"
+            f"{key} = {count}, but there are {len(shots)} examples that aren't evaluated "
+            "themselves, each text counted once"
         )
+
+
+def check_labels(labels: Sequence, num_labels: int, key: str, is_balanced: bool) -> None:
+    """Says where drawn records lack a label that they could have.
+
+    Args:
+      labels: the label of each drawn record.
+      num_labels: how many labels there are.
+      key: the configuration's key for their number, for messages.
+      is_balanced: whether a missing label is an error, and not only a single one a warning.
+
+    Raises:
+      ValueError: they are balanced, and there are none of some label.
+    """
+    distinct = len(set(labels))
+    if is_balanced and distinct < min(num_labels, len(labels)):
+        raise ValueError(
+            f"{key} = {len(labels)}: source.shots_split has examples of {distinct} of {num_labels} "
+            "labels only; take another split, or prompt.sampler = 'random'"
+        )
+    if distinct == 1 < min(num_labels, len(labels)):
+        logging.warning("%s = %d: all of the examples have the same label", key, len(labels))
 
 
 def draw_records(
@@ -293,11 +350,12 @@ def draw_records(
     *,
     sampler: str,
     seed: int,
-    avoid: Callable[[dict], bool],
+    identity: Callable[[dict], Hashable],
+    avoid: Set[Hashable],
     label: Callable[[dict], object] | None = None,
     num_labels: int = 1,
-) -> list[dict]:
-    """Draws up to `count` records.
+) -> list[Shot]:
+    """Draws up to `count` records, none of which agrees with another one in `identity`.
 
     first_n: the first ones, in their order for seed 0, shuffled for any other seed.
     random: any, in random order.
@@ -306,7 +364,8 @@ def draw_records(
 
     Args:
       sampler: one of SAMPLERS.
-      avoid: whether a record may not be drawn, because it is evaluated.
+      identity: what records that are the same example agree in (`Template.identity`).
+      avoid: the identities that may not be drawn, because they are evaluated.
       label: the label of a record, one of `num_labels`; None: all records have the same.
     """
     # Indices are shuffled, not records, which may be on disk.
@@ -314,7 +373,7 @@ def draw_records(
     order = list(range(len(pool)))
     if sampler != "first_n":
         rng.shuffle(order)
-    candidates = _allowed_records(pool, order, avoid)
+    candidates = _allowed_records(pool, order, identity, avoid)
 
     if sampler == "balanced":
         drawn = _take_balanced(candidates, count, label, num_labels)
@@ -328,28 +387,34 @@ def draw_records(
 
 
 def _allowed_records(
-    pool: Sequence[dict], order: Sequence[int], avoid: Callable[[dict], bool]
-) -> Iterator[dict]:
-    """The records in this order, but for those to avoid. They are read only as far as they are
-    needed: a pool may be a data set on disk.
+    pool: Sequence[dict],
+    order: Sequence[int],
+    identity: Callable[[dict], Hashable],
+    avoid: Set[Hashable],
+) -> Iterator[Shot]:
+    """The records in this order, but for those to avoid, and those that agree with an earlier one.
+    They are read only as far as they are needed: a pool may be a data set on disk.
     """
+    seen = set(avoid)
     for i in order:
         record = pool[i]
-        if not avoid(record):
-            yield record
+        key = identity(record)
+        if key not in seen:
+            seen.add(key)
+            yield Shot(i, record)
 
 
 def _take_balanced(
-    records: Iterator[dict],
+    shots: Iterator[Shot],
     count: int,
     label: Callable[[dict], object] | None,
     num_labels: int,
-) -> list[dict]:
+) -> list[Shot]:
     """Up to `count` records, a record of each label in turn as long as there are any."""
-    groups: dict[object, list[dict]] = {}
-    for record in records:
-        group = label(record) if label else None
-        groups.setdefault(group, []).append(record)
+    groups: dict[object, list[Shot]] = {}
+    for shot in shots:
+        group = label(shot.record) if label else None
+        groups.setdefault(group, []).append(shot)
 
         # Every label has its share: the rest of the records need not be read.
         smallest = min(map(len, groups.values()))
@@ -359,23 +424,41 @@ def _take_balanced(
     # Labels in turn, so that the first `count` have as many of each as can be.
     taken = []
     for turn in itertools.zip_longest(*groups.values()):
-        taken += [record for record in turn if record is not None]
+        taken += [shot for shot in turn if shot is not None]
     return taken[:count]
 
 
 def shots_text(
-    shots: Sequence[dict], template: Template, answer: Callable[[dict], str], separator: str
+    shots: Sequence[Shot], template: Template, answer: Callable[[dict], str], separator: str
 ) -> str:
     """The text before the question: each example with its answer, and the separator behind it."""
     text = ""
-    for record in shots:
-        text += template(record) + answer(record) + separator
+    for shot in shots:
+        text += template(shot.record) + answer(shot.record) + separator
     return text
+
+
+def describe(
+    template: Template, shots: Sequence[Shot], split: str, text_before: str, variant: str = ""
+) -> dict:
+    """What stands in predictions/ for the prompts of all examples: what they have in common.
+
+    Args:
+      shots: the examples before the question, drawn from `split`.
+      text_before: the text that they give.
+      variant: the name of this way to ask.
+    """
+    return {
+        "variant": variant,
+        "template": template.text,
+        "shots": [f"{split}[{shot.index}]" for shot in shots],
+        "before": text_before,
+    }
 
 
 def truncate_prompt(
     start: Sequence[int], prompt: Sequence[int], longest: int, length: int, name: str
-) -> tuple[list[int], bool]:
+) -> tuple[list[int], int]:
     """Cuts the beginning off a prompt that leaves too little room for its continuations.
 
     Args:
@@ -386,7 +469,7 @@ def truncate_prompt(
       name: the eval's, for messages.
 
     Returns:
-      (ids with `start`, whether the prompt was cut)
+      (ids with `start`, how many ids of the prompt were cut off)
 
     Raises:
       ValueError: no room for any id of the prompt.
@@ -398,4 +481,4 @@ def truncate_prompt(
             f"the eval {name!r}: a continuation of {longest} tokens leaves no room for a prompt "
             f"in config.data.length = {length}"
         )
-    return [*start, *prompt[-room:]], len(prompt) > room
+    return [*start, *prompt[-room:]], max(len(prompt) - room, 0)

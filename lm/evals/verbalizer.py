@@ -116,32 +116,39 @@ def check_words(
                 )
 
 
-def check_spaces(prompt_end: str, words: Sequence[str]) -> None:
+def check_spaces(prompt_end: str, words: Sequence[str], boundary: str) -> None:
     """Checks the space between the prompts and the words.
 
     Two spaces, or none between two words of a text, make other tokens than those that a model has
-    learnt for the word.
+    learnt for the word. But a word may go on with the prompt's last one ("un", "happy"), where the
+    boundary scores both as one.
 
     Args:
       prompt_end: the text with which all prompts end; "" if their ends differ.
+      boundary: see `tokenize_words_after`.
 
     Raises:
       ValueError: two spaces would meet, or no space stands between two words.
     """
     # Only ASCII is checked: many other scripts write no space between words.
-    ends_a_word = prompt_end.isascii() and (
-        prompt_end[-1:].isalnum() or prompt_end.endswith(tuple(".,:;!?)"))
-    )
+    ends_in_word = prompt_end.isascii() and prompt_end[-1:].isalnum()
+    ends_in_mark = prompt_end.isascii() and prompt_end.endswith(tuple(".,:;!?)"))
+    wants_space = ends_in_mark or (ends_in_word and boundary != "common_prefix")
     for word in words:
         if prompt_end.endswith(" ") and word.startswith(" "):
             raise ValueError(
                 f"the prompt ends {prompt_end[-20:]!r} and the word is {word!r}: two spaces would "
                 "meet; end the prompt without one"
             )
-        if ends_a_word and word[:1].isascii() and word[:1].isalnum():
+        if wants_space and word[:1].isascii() and word[:1].isalnum():
+            advice = "begin the word with a space"
+            if ends_in_word:
+                advice += (
+                    ", or take boundary = 'common_prefix' if it goes on with the prompt's word"
+                )
             raise ValueError(
                 f"the prompt ends {prompt_end[-20:]!r} and the word is {word!r}, with nothing "
-                "between them: begin the word with a space"
+                f"between them: {advice}"
             )
 
 

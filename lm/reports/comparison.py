@@ -1,6 +1,7 @@
 """Compares two models on the same examples: the predictions/ of two run directories, paired."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,6 +29,16 @@ def newest_predictions(workdir: epath.Path) -> dict[str, tuple[int, epath.Path]]
         if name not in newest or int(step) >= newest[name][0]:
             newest[name] = int(step), path
     return dict(sorted(newest.items()))
+
+
+def about_path(predictions: str) -> str:
+    """The file that says of which records and prompts predictions are, beside the file of them,
+    predictions/NAME-STEP.jsonl; "" for other files.
+    """
+    name, dash, step = predictions.removesuffix(".jsonl").rpartition("-")
+    if not predictions.endswith(".jsonl") or not dash:
+        return ""
+    return f"{name}-about-{step}.json"
 
 
 def compare(
@@ -59,8 +70,8 @@ def compare(
 
     # Tests of accuracy alone, which need no resampling.
     if "prediction" in first[0]:
-        first_right = _is_right(first)
-        second_right = _is_right(second)
+        first_right = _credit(first)
+        second_right = _credit(second)
         result["mcnemar_p"] = statistics.mcnemar_p(first_right, second_right)
         error = statistics.standard_error(first_right - second_right)
         if error > 0:
@@ -86,7 +97,11 @@ def _check_pairs(first: Sequence[Mapping], second: Sequence[Mapping], name: str)
     """Raises ValueError for predictions that can't be paired, see `compare`."""
     if len(first) < MIN_EXAMPLES:
         raise ValueError(f"{name}: {len(first)} examples; wanted {MIN_EXAMPLES} or more")
-    if list(map(_identity, first)) != list(map(_identity, second)):
+    keys = ["name", "label", "references", "choices"]
+    # The hash of a document of lm_eval; older predictions lack it.
+    if "record" in first[0] and "record" in second[0]:
+        keys.append("record")
+    if _identities(first, keys) != _identities(second, keys):
         raise ValueError(
             f"{name}: the two runs were evaluated on other examples ({len(first)} and "
             f"{len(second)}); pairs need the same, in order"
@@ -100,9 +115,12 @@ def _check_pairs(first: Sequence[Mapping], second: Sequence[Mapping], name: str)
             )
 
 
-def _identity(line: Mapping) -> tuple:
-    """What a line says of its example, and not of the model."""
-    return line["name"], line.get("label"), line.get("references"), line.get("choices")
+def _identities(lines: Sequence[Mapping], keys: Sequence[str]) -> list[list]:
+    """What lines say of their examples, and not of the model."""
+    identities = []
+    for line in lines:
+        identities.append([line.get(key) for key in keys])
+    return identities
 
 
 def _has_label_space(lines: Sequence[Mapping]) -> bool:
@@ -112,16 +130,29 @@ def _has_label_space(lines: Sequence[Mapping]) -> bool:
     return "distribution" in lines[0] and "scores" not in lines[0]
 
 
-def _is_right(lines: Sequence[Mapping]) -> np.ndarray:
-    """[n] f64, 1 where the prediction is the label."""
-    return np.array([line["prediction"] == line["label"] for line in lines], float)
+def _predicted(line: Mapping) -> dict[str, float]:
+    """What a line predicts: label -> its share, 1 without ties."""
+    prediction = line["prediction"]
+    distribution = line.get("distribution", {})
+    if prediction not in distribution:
+        return {prediction: 1.0}
+    tied = []
+    for label, p in distribution.items():
+        if math.isclose(p, distribution[prediction], rel_tol=statistics.TIE):
+            tied.append(label)
+    return dict.fromkeys(tied, 1 / len(tied))
+
+
+def _credit(lines: Sequence[Mapping]) -> np.ndarray:
+    """[n] f64, 1 where the prediction is the label; a share of it where labels tie."""
+    return np.array([_predicted(line).get(line["label"], 0.0) for line in lines])
 
 
 def _sample_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
     """A model's scores as functions of a sample of the examples."""
     scores = {}
     if "prediction" in lines[0]:
-        scores["accuracy"] = _sample_mean(_is_right(lines))
+        scores["accuracy"] = _sample_mean(_credit(lines))
     if _has_label_space(lines):
         scores |= _label_scores(lines)
     for name in lines[0].get("scores", {}):
@@ -142,14 +173,15 @@ def _label_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
     # In an order that both models share.
     labels = sorted(lines[0]["distribution"])
     y = np.array([labels.index(line["label"]) for line in lines])
-    predicted = np.array([labels.index(line["prediction"]) for line in lines])
-
     P = np.zeros((len(lines), len(labels)))
+    predicted = np.zeros_like(P)
     for i, line in enumerate(lines):
+        shares = _predicted(line)
         P[i] = [line["distribution"][label] for label in labels]
+        predicted[i] = [shares.get(label, 0.0) for label in labels]
 
     def macro_f1(index: np.ndarray) -> float:
-        matrix = statistics.confusion(predicted[index], y[index], len(labels))
+        matrix = statistics.confusion(predicted[index], y[index])
         return statistics.prediction_scores(matrix)["macro_f1"]
 
     def nll(index: np.ndarray) -> float:
@@ -158,15 +190,16 @@ def _label_scores(lines: Sequence[Mapping]) -> dict[str, SampleScore]:
     return {"macro_f1": macro_f1, "nll": nll}
 
 
-def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, float]]:
+def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict]:
     """Compares the newest predictions of each eval that has some in both run directories.
 
     Returns:
-      Eval -> `compare` of them, with the steps that they are of (step, step_other), and p_holm:
-      McNemar's p, or the first score's where there is none, corrected for the number of evals.
+      Eval -> `compare` of them, with the steps that they are of (step, step_other), p_holm:
+      McNemar's p, or the first score's where there is none, corrected for the number of evals, and
+      differences, see `_differences`, where there are some.
 
     Raises:
-      ValueError: no eval has predictions in both; see `compare`.
+      ValueError: no eval has predictions in both, or they are of other records; see `compare`.
     """
     newest = newest_predictions(workdir)
     newest_other = newest_predictions(other)
@@ -177,10 +210,11 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
             f"{list(newest_other)}. Evaluate both (--mode=eval) with the same config.evals"
         )
 
-    comparisons = {}
+    comparisons: dict[str, dict] = {}
     for name in names:
         step, path = newest[name]
         step_other, path_other = newest_other[name]
+        differences = _differences(name, path, path_other)
         first = _read_lines(path)
         second = _read_lines(path_other)
         # A single eval that is too small is an error, see `compare`.
@@ -193,6 +227,8 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
         result = compare(first, second, name)
         if any(key.endswith("_difference") for key in result):
             comparisons[name] = {"step": step, "step_other": step_other} | result
+            if differences:
+                comparisons[name]["differences"] = differences
         else:
             # BLEU, for instance, is of a corpus.
             logging.warning("%s has no score of single examples: there is nothing to pair", name)
@@ -202,6 +238,65 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict[str, 
     for result, p in zip(comparisons.values(), statistics.holm(p_values)):
         result["p_holm"] = p
     return comparisons
+
+
+def _differences(name: str, path: epath.Path, path_other: epath.Path) -> dict[str, list]:
+    """What was asked otherwise in the two runs: the path of a setting, such as prompt.shots, or
+    "examples before the question" -> its values.
+
+    Raises:
+      ValueError: the predictions are of other records.
+    """
+    about, about_other = _read_about(path), _read_about(path_other)
+    if not about or not about_other:
+        logging.warning(
+            "%s: predictions without %s don't say which records and prompts they are of; they are "
+            "taken to be the same",
+            name,
+            about_path(path.name),
+        )
+        return {}
+
+    fingerprint, other = about.get("fingerprint"), about_other.get("fingerprint")
+    if fingerprint != other:
+        raise ValueError(
+            f"{name}: the two runs were evaluated on other records ({about.get('examples')} with "
+            f"the fingerprint {fingerprint}, {about_other.get('examples')} with {other}); pairs "
+            "need the same. Evaluate both on the same data"
+        )
+
+    settings = _leaves(about.get("settings", {}))
+    settings_other = _leaves(about_other.get("settings", {}))
+    settings["examples before the question"] = _shots(about)
+    settings_other["examples before the question"] = _shots(about_other)
+    differences = {}
+    for key in sorted(settings.keys() | settings_other.keys()):
+        values = [settings.get(key), settings_other.get(key)]
+        if values[0] != values[1]:
+            differences[key] = values
+    return differences
+
+
+def _read_about(path: epath.Path) -> dict:
+    """What stands beside a file of predictions; {} for runs of before there was such a file."""
+    about = path.parent / about_path(path.name)
+    return files.read_json(about) if about.exists() else {}
+
+
+def _leaves(settings: Mapping, prefix: str = "") -> dict:
+    """The values of nested settings by their paths, with dots."""
+    leaves = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _shots(about: Mapping) -> list:
+    """The text of the examples before the question, of each variant."""
+    return [prompt.get("before") for prompt in about.get("prompts", ())]
 
 
 def _read_lines(path: epath.Path) -> list[dict]:
@@ -218,7 +313,7 @@ def _main_p(result: Mapping[str, float]) -> float:
     return 1.0
 
 
-def table(comparisons: Mapping[str, Mapping[str, float]]) -> str:
+def table(comparisons: Mapping[str, Mapping]) -> str:
     """Comparisons as text, to be printed."""
     lines = []
     for name, result in comparisons.items():
@@ -226,6 +321,9 @@ def table(comparisons: Mapping[str, Mapping[str, float]]) -> str:
             f"{name}, {result['examples']} examples, step {result['step']} and step "
             f"{result['step_other']}:"
         )
+        for key, (value, value_other) in result.get("differences", {}).items():
+            lines.append(f"  asked otherwise: {key} = {value!r:.60} and {value_other!r:.60}")
+
         # A line for each score, then one for the tests.
         for key in result:
             if key.endswith("_difference") and key != "smallest_difference":

@@ -7,12 +7,14 @@ import numpy as np
 from lm.evals.scores import calibration, statistics
 
 NUM_BINS = 10  # of the reliability diagram
+MAX_CHARS = 40  # of a label; the rest is left out
+CHAR_SIZE = 0.09  # inches
 
 
 def png(figure) -> bytes:
-    """A matplotlib figure as PNG."""
+    """A matplotlib figure as PNG, as large as all that is in it."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=100)
+    figure.savefig(data, format="png", dpi=100, bbox_inches="tight")
     return data.getvalue()
 
 
@@ -25,7 +27,8 @@ def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
     # Written counts would take a tenth of a second each, and be unreadable.
     is_large = len(labels) > 20
     size = 2.5 + (0.2 if is_large else 0.8) * len(labels)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    label_size = CHAR_SIZE * max(map(len, _shortened(labels)))
+    figure = Figure(figsize=(size + 1 + label_size, size + label_size), layout="constrained")
     axis = figure.subplots()
 
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -34,17 +37,19 @@ def plot_confusion(matrix: np.ndarray, labels: list[str], title: str) -> bytes:
     if not is_large:
         for i, j in np.ndindex(*matrix.shape):
             colour = "white" if shares[i, j] > 0.6 else "black"
-            axis.text(j, i, str(matrix[i, j]), ha="center", va="center", color=colour)
+            # Labels that tie share a prediction: counts may have a fraction.
+            count = f"{matrix[i, j]:.1f}".removesuffix(".0")
+            axis.text(j, i, count, ha="center", va="center", color=colour)
 
     # Rows are right labels, from above, as in the matrix.
     axis.set(
         xticks=range(len(labels)),
         yticks=range(len(labels)),
-        yticklabels=labels,
         xlabel="predicted",
         ylabel="right label",
         title=title,
     )
+    axis.set_yticklabels(_shortened(labels), parse_math=False)
     _write_labels(axis, labels)
     return png(figure)
 
@@ -74,7 +79,7 @@ def _draw_reliability(axis, P: np.ndarray, y: np.ndarray) -> None:
     predictions in each.
     """
     confidence = P.max(axis=1)
-    is_right = P.argmax(axis=1) == y
+    is_right = statistics.credit(P, y)
     numbers = calibration.bin_numbers(confidence, NUM_BINS, "width")
     counts = np.bincount(numbers, minlength=NUM_BINS)
 
@@ -111,7 +116,7 @@ def _draw_label_shares(axis, P: np.ndarray, y: np.ndarray, labels: list[str]) ->
     num_labels = len(labels)
     shares = {
         "right": np.bincount(y, minlength=num_labels) / len(y),
-        "predicted": np.bincount(P.argmax(axis=1), minlength=num_labels) / len(y),
+        "predicted": statistics.prediction_shares(P).mean(axis=0),
         "mean distribution": P.mean(axis=0),
     }
 
@@ -125,5 +130,17 @@ def _draw_label_shares(axis, P: np.ndarray, y: np.ndarray, labels: list[str]) ->
 
 
 def _write_labels(axis, labels: list[str]) -> None:
-    """Writes labels below the axis, upright where they are many."""
-    axis.set_xticklabels(labels, rotation=90 if len(labels) > 8 else 0)
+    """Writes labels below the axis, upright where they are many or long."""
+    texts = _shortened(labels)
+    is_upright = len(texts) > 8 or max(map(len, texts)) > 12
+    # A label is text, whatever dollars it has: matplotlib would read formulas.
+    axis.set_xticklabels(texts, rotation=90 if is_upright else 0, parse_math=False)
+
+
+def _shortened(labels: list[str]) -> list[str]:
+    """Labels as lines that have room in a picture."""
+    texts = []
+    for label in labels:
+        line = " ".join(label.split())
+        texts.append(line if len(line) <= MAX_CHARS else f"{line[: MAX_CHARS - 1]}…")
+    return texts

@@ -29,15 +29,15 @@ def markdown(about: Mapping, values: Metrics) -> str:
     """The results of a checkpoint: a table for each eval, intervals beside their values.
 
     Args:
-      about: step, from, versions, tokenizer, and evals: name -> what the evaluator says of its
-        data.
+      about: step, from, versions, tokenizer, dtypes, and evals: name -> what the evaluator says of
+        its data.
       values: eval/NAME/METRIC -> value.
     """
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"# Step {about['step']} of {escape.inline(about['from'])}",
         "",
-        f"{versions}; tokenizer {about['tokenizer']}",
+        f"{versions}; tokenizer {about['tokenizer']}; {escape.inline(about.get('dtypes', ''))}",
     ]
 
     for name, data in about["evals"].items():
@@ -56,7 +56,7 @@ def markdown(about: Mapping, values: Metrics) -> str:
 
 
 def _data_lines(data: Mapping) -> list[str]:
-    """What an evaluator says of its data, and into which tokens its words fall."""
+    """What an evaluator says of its data, of its prompts, and into which tokens its words fall."""
     lines = []
     if data:
         facts = []
@@ -65,7 +65,16 @@ def _data_lines(data: Mapping) -> list[str]:
                 facts.append(f"{key} {escape.inline(str(value))}")
         lines += ["; ".join(facts), ""]
 
-    # One entry for each variant of the prompt: label -> word -> the texts of its tokens.
+    # One entry for each variant of the prompt.
+    for prompt in data.get("prompts", ()):
+        variant = f"{prompt['variant']}: " if prompt["variant"] else ""
+        shots = ", ".join(prompt["shots"]) or "none"
+        line = f"{variant}template {prompt['template']!r}; examples before it: {shots}"
+        lines += [escape.inline(line), ""]
+    if data.get("corrections"):
+        lines += [f"corrections: {escape.inline(', '.join(data['corrections']))}", ""]
+
+    # The same: label -> word -> the texts of its tokens.
     for words in data.get("words", ()):
         labels = []
         for label, tokens_of_words in words.items():

@@ -1,10 +1,13 @@
 """Scores of label distributions, and corrections of distributions.
 
 P is [n, K], one distribution over K labels for each example, whose rows sum to 1; y is [n], the
-index of the right label.
+index of the right label. Where labels tie for the highest probability, a prediction is right by a
+share of 1 (`statistics.credit`).
 """
 
 import numpy as np
+
+from lm.evals.scores import statistics
 
 BINS = ("width", "mass")
 TINY = np.finfo(np.float64).tiny  # where a logarithm of 0 would be taken
@@ -59,7 +62,7 @@ def ece(P: np.ndarray, y: np.ndarray, bins: int = 15, equal: str = "width") -> f
     """Expected calibration error of the predicted label (Guo et al. 2017, arXiv 1706.04599, eq. 3);
     with equal="mass" in bins of as many examples each (Nixon et al. 2019, arXiv 1904.01685).
     """
-    return _calibration_error(P.max(axis=1), P.argmax(axis=1) == y, bins, equal)
+    return _calibration_error(P.max(axis=1), statistics.credit(P, y), bins, equal)
 
 
 def classwise_ece(P: np.ndarray, y: np.ndarray, bins: int = 15) -> float:
@@ -78,7 +81,7 @@ def auroc(P: np.ndarray, y: np.ndarray) -> float | None:
     for k in range(P.shape[1]):
         is_k = y == k
         if is_k.any() and not is_k.all():
-            areas.append(_area_under_roc(P[is_k, k], P[~is_k, k]))
+            areas.append(_area_under_roc(P[:, k], is_k))
     return float(np.mean(areas)) if areas else None
 
 
@@ -94,7 +97,8 @@ def auroc_ovo(P: np.ndarray, y: np.ndarray) -> float | None:
     for k in labels:
         for other in labels:
             if k != other:
-                areas.append(_area_under_roc(P[y == k, k], P[y == other, k]))
+                either = (y == k) | (y == other)
+                areas.append(_area_under_roc(P[either, k], y[either] == k))
     return float(np.mean(areas)) if areas else None
 
 
@@ -102,24 +106,25 @@ def confidence_auroc(P: np.ndarray, y: np.ndarray) -> float | None:
     """How well confidence tells right predictions from wrong ones, as an area under the ROC curve.
     None if all are right, or none.
     """
-    right = P.argmax(axis=1) == y
-    confidence = P.max(axis=1)
-    if right.all() or not right.any():
+    right = statistics.credit(P, y)
+    if right.min() == 1 or right.max() == 0:
         return None
-    return _area_under_roc(confidence[right], confidence[~right])
+    return _area_under_roc(P.max(axis=1), right)
 
 
-def _area_under_roc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The chance that a positive example scores above a negative one, ties counting half, which is
-    the area under the ROC curve (Hanley and McNeil 1982).
+def _area_under_roc(values: np.ndarray, positive: np.ndarray) -> float:
+    """The chance that a positive example has a higher value than a negative one, ties counting
+    half, which is the area under the ROC curve (Hanley and McNeil 1982).
+
+    Args:
+      positive: [n], how far each example is positive, 0 to 1.
     """
-    from scipy.stats import rankdata
-
-    n = len(positive)
-    ranks = rankdata(np.concatenate([positive, negative]))
-    # The sum of the positive ones' ranks, less what it would be if all were below the negative.
-    pairs_above = ranks[:n].sum() - n * (n + 1) / 2
-    return float(pairs_above / (n * len(negative)))
+    _, value = np.unique(values, return_inverse=True)
+    positives = np.bincount(value, positive)
+    negatives = np.bincount(value, 1.0 - positive)
+    negatives_below = np.cumsum(negatives) - negatives
+    pairs_above = np.sum(positives * (negatives_below + negatives / 2))
+    return float(pairs_above / (positives.sum() * negatives.sum()))
 
 
 def selective_accuracy(P: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +132,7 @@ def selective_accuracy(P: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nda
     (El-Yaniv and Wiener 2010).
     """
     confidence = P.max(axis=1)
-    right = (P.argmax(axis=1) == y).astype(np.float64)
+    right = statistics.credit(P, y)
 
     # Examples of equal confidence have no order: each counts as their mean.
     _, tie_group = np.unique(-confidence, return_inverse=True)

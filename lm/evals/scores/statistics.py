@@ -9,6 +9,7 @@ import numpy as np
 # A score of a sample of the examples, given by their indices [n].
 SampleScore = Callable[[np.ndarray], float]
 NUM_RESAMPLES = 1000  # of a bootstrap
+TIE = 1e-12  # scores that differ by less, relative to the best one, are equal
 
 
 def exp(x: float) -> float:
@@ -24,10 +25,31 @@ def proportion_interval(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def confusion(predicted: np.ndarray, y: np.ndarray, num_labels: int) -> np.ndarray:
-    """[K, K] counts: the row is the right label, the column the predicted one."""
-    cells = np.bincount(y * num_labels + predicted, minlength=num_labels**2)
-    return cells.reshape(num_labels, num_labels)
+def prediction_shares(scores: np.ndarray) -> np.ndarray:
+    """[..., K]: the prediction, out of the scores [..., K] of K labels. It is the label with the
+    highest score; labels that tie for it, but for rounding, share it equally.
+    """
+    best = scores.max(axis=-1, keepdims=True)
+    is_best = scores >= best - TIE * np.abs(best)
+    return is_best / is_best.sum(axis=-1, keepdims=True)
+
+
+def credit(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """[n]: 1 where the right label has the highest of the scores [n, K], over the number of labels
+    that tie with it; else 0.
+    """
+    return prediction_shares(scores)[np.arange(len(y)), y]
+
+
+def confusion(shares: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """[K, K] counts, the row is the right label, the column the predicted one, out of predictions
+    [n, K] (see `prediction_shares`).
+    """
+    num_labels = shares.shape[1]
+    examples, predicted = np.nonzero(shares)
+    cells = y[examples] * num_labels + predicted
+    counts = np.bincount(cells, shares[examples, predicted], minlength=num_labels**2)
+    return counts.reshape(num_labels, num_labels)
 
 
 def prediction_scores(matrix: np.ndarray) -> dict[str, float]:
@@ -94,15 +116,16 @@ def standard_error(values: np.ndarray) -> float:
 
 def mcnemar_p(first: np.ndarray, second: np.ndarray) -> float:
     """Exact two-sided p-value of McNemar's test (1947) that two models are equally often right;
-    `first` and `second` [n] say on which examples each is.
+    `first` and `second` [n] say on which examples each is. Of predictions that tie they have shares
+    of 1: then this is the sign test.
     """
     from scipy.stats import binomtest
 
-    first = np.asarray(first, bool)
-    second = np.asarray(second, bool)
+    first = np.asarray(first, np.float64)
+    second = np.asarray(second, np.float64)
     # Only examples on which the models disagree tell them apart.
-    only_first = int((first & ~second).sum())
-    only_second = int((second & ~first).sum())
+    only_first = int((first > second).sum())
+    only_second = int((second > first).sum())
     if only_first + only_second == 0:
         return 1.0
     return float(binomtest(only_first, only_first + only_second).pvalue)
