@@ -274,6 +274,7 @@ def run_command(config, workdir, patch):
         _COORDINATOR="",
         _COMPARE="",
         _STEPS="",
+        _SHOW_PROMPTS=0,
         _NUM_PROCESSES=0,
         _PROCESS_ID=-1,
     )
