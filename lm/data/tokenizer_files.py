@@ -638,8 +638,9 @@ def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str) -> Bu
 
     special = {role: token_text(token) for role, token in settings.named.items()}
     # As it was before there were other forms.
-    is_plain = known is _CLASSES["GPT2Tokenizer"] and not settings.values.get("add_prefix_space")
-    if is_plain and tokenizer.get_vocab_size() == len(vocab):
+    changes_rules = settings.values.get("add_prefix_space") or tokenizer.encode_special_tokens
+    is_plain = class_name == "GPT2Tokenizer" and not changes_rules
+    if is_plain and "tokenizer.model" not in files and tokenizer.get_vocab_size() == len(vocab):
         return Built(tokenizer, special, "")
     described = class_name.encode() + _described(tokenizer).encode()
     described += files.get("tokenizer.model", b"")
