@@ -276,13 +276,13 @@ _JOBS = {
 def _total_steps(config: ConfigDict) -> int | None:
     """Steps of the run; None where they hang on the corpus (epochs)."""
 
-    def no_corpus():
+    def no_corpus(epochs):
         raise LookupError
 
     batch_tokens = config.data.batch_size * config.data.length
     try:
         return config_lib.total_steps(
-            config.train.length, batch_tokens=batch_tokens, epoch_tokens=no_corpus
+            config.train.length, batch_tokens=batch_tokens, steps_of_epochs=no_corpus
         )
     except LookupError:
         return None
