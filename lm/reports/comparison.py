@@ -117,7 +117,10 @@ def _check_pairs(first: Sequence[Mapping], second: Sequence[Mapping], name: str)
 
 def _identities(lines: Sequence[Mapping], keys: Sequence[str]) -> list[list]:
     """What lines say of their examples, and not of the model."""
-    return [[line.get(key) for key in keys] for line in lines]
+    identities = []
+    for line in lines:
+        identities.append([line.get(key) for key in keys])
+    return identities
 
 
 def _has_label_space(lines: Sequence[Mapping]) -> bool:
