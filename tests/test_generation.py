@@ -367,6 +367,19 @@ def test_answers_are_extracted(tmp_path):
         evaluate(tmp_path, output=dict(extract="[0-9]"))
 
 
+def test_references_without_tokens_are_said(tmp_path, caplog):
+    records = [dict(q="cat 1", a=["今天天气很好"])] * 2
+    scores = ("bleu", "rougeL")
+    values, _, _ = evaluate(tmp_path, records, scores=scores)
+    assert "bleu with output.tokenize = '13a': none of 2 references has four tokens" in caplog.text
+    assert "rougeL with output.tokenize = '13a': 2 of 2 references have no token" in caplog.text
+    caplog.clear()
+    evaluate(tmp_path, records, scores=scores, output=dict(max_new_tokens=20, tokenize="zh"))
+    assert not caplog.text
+    with pytest.raises(ValueError, match="config.evals.g.output.tokenize = 'cn'; valid"):
+        evaluate(tmp_path, records, output=dict(tokenize="cn"))
+
+
 def test_prompts_have_examples(tmp_path):
     _, _, fns = evaluate(tmp_path, prompt=dict(template="{q}?", shots=2, separator="\n"))
 

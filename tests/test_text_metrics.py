@@ -109,3 +109,50 @@ def test_the_reference_itself(name):
     best = {"bleu": 100, "chrf": 100, "chrf++": 100, "ter": 0}
     assert score.value == pytest.approx(best.get(name, 1.0))
     assert not np.isnan(score.low)
+
+
+SENTENCES = {
+    "zh": "今天天气很好，我们去公园散步吧。",
+    "char": "วันนี้อากาศดี",
+    "intl": "आज मौसम बहुत अच्छा है।",
+}
+
+
+@pytest.mark.parametrize("tokenizer, text", SENTENCES.items())
+@pytest.mark.parametrize("name", ["bleu", "rouge1", "rouge2", "rougeL", "rougeLsum"])
+def test_texts_of_other_scripts(name, tokenizer, text):
+    score = SCORES[name]([text] * 3, [[text]] * 3, tokenizer)
+    assert score.value == pytest.approx(100 if name == "bleu" else 1)
+    assert text_metrics.too_few_tokens(name, [[text]], tokenizer) == ""
+
+    # By words of a to z, or of white space, there are too few tokens.
+    reason = text_metrics.too_few_tokens(name, [[text]], "13a")
+    assert bool(reason) == (SCORES[name]([text] * 3, [[text]] * 3).value == 0)
+
+
+def test_bleu_by_another_tokenizer():
+    import sacrebleu
+
+    predictions, references = ["今天天气很好"], ["今天天气不好吗"]
+    score = SCORES["bleu"](predictions, [references], "zh")
+    wanted = sacrebleu.corpus_bleu(predictions, [references], tokenize="zh")
+    assert score.value == pytest.approx(wanted.score)
+    assert "tok:zh" in score.signature
+    assert "tok:13a" in SCORES["bleu"](["a"], [["a"]]).signature
+
+
+def test_rouge_lsum_takes_lines_for_sentences():
+    from rouge_score import rouge_scorer
+
+    prediction, reference = "b b b\na a a", "a a c\nb b d"
+    scorer = rouge_scorer.RougeScorer(["rougeLsum"], use_stemmer=True)
+    wanted = scorer.score(reference, prediction)["rougeLsum"].fmeasure
+    assert SCORES["rougeLsum"]([prediction], [[reference]]).value == pytest.approx(wanted)
+    assert wanted > SCORES["rougeL"]([prediction], [[reference]]).value
+
+
+@pytest.mark.parametrize("name, message", [("xx", "valid: .'13a'"), ("flores200", "needs .*spm")])
+def test_tokenizers_that_are_not_here(name, message, monkeypatch, tmp_path):
+    monkeypatch.setattr("sacrebleu.utils.SACREBLEU_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=f"key = '{name}'.*{message}"):
+        text_metrics.check_tokenizer(name, "key")

@@ -81,6 +81,7 @@ TASKS = {
             stop=("\n",),  # texts that end an answer
             extract="",  # regular expression of the answer in the text; "": all of it
             normalize="none",  # none | squad | number
+            tokenize="13a",  # of BLEU and ROUGE: lm.evals.scores.text_metrics.TOKENIZERS
         ),
     ),
     # The prompts of PromptClassification; the words say only where the vectors start.

@@ -1,6 +1,7 @@
 """Evals that generate text."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -19,7 +20,15 @@ from lm.evals.predict import (
     ShownPrompt,
     predictions_artifact,
 )
-from lm.evals.scores.text_metrics import NORMALIZE, SCORES, Score, require_package
+from lm.evals.scores.text_metrics import (
+    NORMALIZE,
+    SCORES,
+    TOKENIZERS,
+    Score,
+    check_tokenizer,
+    require_package,
+    too_few_tokens,
+)
 
 
 def generate(
@@ -178,6 +187,7 @@ class OutputFormat:
     stop: tuple[str, ...]
     extract: re.Pattern
     normalize: Callable[[str], str]
+    tokenize: str
 
     def extract_answer(self, text: str) -> str | None:
         """The answer in a text; None where the regular expression doesn't match."""
@@ -206,7 +216,8 @@ class TextGeneration:
       references: template of the right answers; one whose column is a list gives several.
       output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression
         whose first match is the answer (its first group, where it has one), of references too ("":
-        all of the text is); normalize: see `text_metrics.NORMALIZE`, before exact_match and f1.
+        all of the text is); normalize: see `text_metrics.NORMALIZE`, before exact_match and f1;
+        tokenize: see `text_metrics.TOKENIZERS`.
       scores: names of `text_metrics.SCORES`.
 
     Raises:
@@ -253,6 +264,8 @@ class TextGeneration:
         for record in records:
             self._references.append(right_answers.each(record))
             self._reference_answers.append(self._read_references(self._references[-1], references))
+
+        self._warn_of_references()
 
         # The examples before the question are the same for all records.
         shots = prompts_lib.draw_shots(
@@ -335,6 +348,8 @@ class TextGeneration:
             yield name, score.value
             yield f"{name}_low", score.low
             yield f"{name}_high", score.high
+            if score.signature:
+                self.about[f"{name}_signature"] = score.signature
             # BLEU and the like are of a corpus, not of examples.
             if score.each is not None:
                 for scores, value in zip(example_scores, score.each):
@@ -375,7 +390,22 @@ class TextGeneration:
         normalize = self._output.normalize if name in ("exact_match", "f1") else str.strip
         predictions = [normalize(answer or "") for answer in answers]
         references = [list(map(normalize, texts)) for texts in self._reference_answers]
-        return SCORES[name](predictions, references)
+        return SCORES[name](predictions, references, self._output.tokenize)
+
+    def _warn_of_references(self) -> None:
+        """Warns where a score is 0 whatever the answers are."""
+        for name in self._scores:
+            reason = too_few_tokens(name, self._reference_answers, self._output.tokenize)
+            if reason:
+                logging.warning(
+                    "config.evals.%s.scores: %s with output.tokenize = %r: %s. Texts of other "
+                    "scripts want another one of %s",
+                    self._name,
+                    name,
+                    self._output.tokenize,
+                    reason,
+                    list(TOKENIZERS),
+                )
 
 
 def _check_scores(name: str, scores: Sequence[str]) -> None:
@@ -397,6 +427,7 @@ def _parse_output(name: str, output: Mapping) -> OutputFormat:
     """
     key = f"config.evals.{name}.output"
     prompts_lib.check_least(f"{key}.max_new_tokens", output["max_new_tokens"], 1)
+    check_tokenizer(output["tokenize"], f"{key}.tokenize")
     if output["normalize"] not in NORMALIZE:
         raise ValueError(f"{key}.normalize = {output['normalize']!r}; valid: {list(NORMALIZE)}")
     try:
@@ -410,4 +441,5 @@ def _parse_output(name: str, output: Mapping) -> OutputFormat:
         stop=tuple(output["stop"]),
         extract=extract,
         normalize=NORMALIZE[output["normalize"]],
+        tokenize=output["tokenize"],
     )

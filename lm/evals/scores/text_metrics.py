@@ -4,6 +4,8 @@ the data set's official one written again.
 
 import collections
 import importlib.util
+import itertools
+import pathlib
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -19,10 +21,82 @@ class Score(NamedTuple):
     low: float  # of its 95% bootstrap interval over examples
     high: float
     each: list[float] | None  # by example; None for scores of a whole corpus
+    signature: str = ""  # sacreBLEU's, which says how the score was computed
 
 
-# (prediction of each example, references of each example) -> Score
-CorpusScore = Callable[[Sequence[str], Sequence[Sequence[str]]], Score]
+# (prediction of each example, references of each example, one of TOKENIZERS) -> Score
+CorpusScore = Callable[..., Score]
+
+# How BLEU and ROUGE divide texts: sacreBLEU's names. By "13a" ROUGE takes rouge_score's own words,
+# stemmed: runs of a to z and 0 to 9. With the others they are sacreBLEU's, in lower case.
+TOKENIZERS = ("13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "flores101", "flores200")
+
+
+def check_tokenizer(name: str, key: str) -> None:
+    """Raises ValueError if one of TOKENIZERS can't be used here.
+
+    Args:
+      key: the configuration's key for it, for messages.
+    """
+    if name not in TOKENIZERS:
+        raise ValueError(f"{key} = {name!r}; valid: {list(TOKENIZERS)}")
+    if name == "13a":
+        return
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise ValueError(f"{key} = {name!r} needs the package sacrebleu: pip install -e '.[evals]'")
+
+    # sacreBLEU would download the model.
+    if name.startswith("flores"):
+        from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
+        from sacrebleu.utils import SACREBLEU_DIR
+
+        model = pathlib.Path(SACREBLEU_DIR) / "models" / SPM_MODELS[name]["url"].rpartition("/")[2]
+        if not model.exists():
+            raise ValueError(f"{key} = {name!r} needs {model}, from {SPM_MODELS[name]['url']}")
+    try:
+        _sacrebleu_tokens(name)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"{key} = {name!r}: {' '.join(str(error).split())}") from None
+
+
+def _sacrebleu_tokens(tokenizer: str) -> Callable[[str], list[str]]:
+    """sacreBLEU's division of a text into tokens."""
+    from sacrebleu.metrics import BLEU
+
+    divide = BLEU(tokenize=tokenizer).tokenizer
+
+    def tokens(text: str) -> list[str]:
+        return divide(text).split()
+
+    return tokens
+
+
+class _RougeTokenizer:
+    """What rouge_score takes as its tokenizer."""
+
+    def __init__(self, tokenizer: str):
+        self._tokens = _sacrebleu_tokens(tokenizer)
+
+    def tokenize(self, text: str) -> list[str]:
+        return self._tokens(text.lower())
+
+
+def too_few_tokens(score: str, references: Sequence[Sequence[str]], tokenizer: str) -> str:
+    """Says in words why a score is 0 for references whatever the answers are; "" if it isn't."""
+    texts = list(itertools.chain.from_iterable(references))
+    if score.startswith("rouge"):
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        rouge = DefaultTokenizer(True) if tokenizer == "13a" else _RougeTokenizer(tokenizer)
+        num_empty = sum(not rouge.tokenize(text) for text in texts)
+        if num_empty:
+            return f"{num_empty} of {len(texts)} references have no token"
+    if score == "bleu":
+        tokens = _sacrebleu_tokens(tokenizer)
+        # Of four tokens is the longest n-gram that it counts.
+        if all(len(tokens(text)) < 4 for text in texts):
+            return f"none of {len(texts)} references has four tokens"
+    return ""
 
 
 def normalize_squad(text: str) -> str:
@@ -69,7 +143,9 @@ def f1(prediction: str, reference: str) -> float:
 def _mean_over_examples(metric: Callable[[str, str], float]) -> CorpusScore:
     """The mean over examples of `metric(prediction, reference)` with the best reference."""
 
-    def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    def score(
+        predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "13a"
+    ) -> Score:
         best = []
         for prediction, texts in zip(predictions, references):
             best.append(max(metric(prediction, reference) for reference in texts))
@@ -85,13 +161,16 @@ def _rouge(variant: str) -> CorpusScore:
     """rouge_score's F-measure, stemmed (Lin 2004).
 
     Args:
-      variant: "rouge1", "rouge2" or "rougeL".
+      variant: "rouge1", "rouge2", "rougeL", or "rougeLsum", where lines are sentences.
     """
 
-    def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    def score(
+        predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "13a"
+    ) -> Score:
         from rouge_score import rouge_scorer
 
-        scorer = rouge_scorer.RougeScorer([variant], use_stemmer=True)
+        own_tokenizer = None if tokenizer == "13a" else _RougeTokenizer(tokenizer)
+        scorer = rouge_scorer.RougeScorer([variant], use_stemmer=True, tokenizer=own_tokenizer)
 
         def f_measure(prediction: str, reference: str) -> float:
             return scorer.score(reference, prediction)[variant].fmeasure
@@ -109,7 +188,9 @@ def _sacrebleu(metric: str, **options) -> CorpusScore:
       metric: a class of sacrebleu.metrics, which takes `options`.
     """
 
-    def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    def score(
+        predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "13a"
+    ) -> Score:
         import sacrebleu.metrics
 
         # sacreBLEU takes references by column: all first ones, all second ones, and so on. None
@@ -118,11 +199,14 @@ def _sacrebleu(metric: str, **options) -> CorpusScore:
         for i in range(max(map(len, references))):
             columns.append([texts[i] if i < len(texts) else None for texts in references])
 
-        scorer = getattr(sacrebleu.metrics, metric)(**options)
+        # The others count characters, or words as they are.
+        tokenize = {"tokenize": tokenizer} if metric == "BLEU" else {}
+        scorer = getattr(sacrebleu.metrics, metric)(**options, **tokenize)
         result = scorer.corpus_score(list(predictions), columns, n_bootstrap=1000)
         low = result._mean - result._ci
         high = result._mean + result._ci
-        return Score(float(result.score), float(low), float(high), None)
+        signature = str(scorer.get_signature())
+        return Score(float(result.score), float(low), float(high), None, signature)
 
     return score
 
@@ -133,6 +217,7 @@ SCORES: dict[str, CorpusScore] = {
     "rouge1": _rouge("rouge1"),
     "rouge2": _rouge("rouge2"),
     "rougeL": _rouge("rougeL"),
+    "rougeLsum": _rouge("rougeLsum"),
     "bleu": _sacrebleu("BLEU"),
     "chrf": _sacrebleu("CHRF"),
     "chrf++": _sacrebleu("CHRF", word_order=2),
@@ -144,6 +229,7 @@ PACKAGES = {
     "rouge1": "rouge_score",
     "rouge2": "rouge_score",
     "rougeL": "rouge_score",
+    "rougeLsum": "rouge_score",
     "bleu": "sacrebleu",
     "chrf": "sacrebleu",
     "chrf++": "sacrebleu",
