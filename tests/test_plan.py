@@ -233,7 +233,7 @@ def test_slices():
     "changes, message",
     [
         (dict(mesh=dict(fsdp=3)), "config.mesh.fsdp = 3.*this asks for .*there are 4"),
-        (dict(data=dict(batch_size=10)), "can't be divided by 4"),
+        (dict(data=dict(batch_size=10, streams=2)), "can't be divided by 4"),
         (dict(model=dict(vocab_size=0)), "config.model.vocab_size = 0"),
         (dict(data=dict(length=192), objective=dict(chunk=0)), "splash"),
         (dict(model=dict(attention="cudnn")), "is for gpu, and this runs on tpu"),

@@ -1,5 +1,6 @@
 """Records of files in each format."""
 
+import csv
 import gzip
 import json
 
@@ -35,6 +36,26 @@ def test_fingerprint_follows_rows_and_their_order():
     assert records.fingerprint(ROWS[::-1]) != whole
     assert records.fingerprint(ROWS[:1]) != whole
     assert records.fingerprint(ROWS[:1]) != records.fingerprint(ROWS[::-1])
+
+
+def test_quotes_around_fields_of_a_tsv(tmp_path):
+    """As csv, and so pandas, writes them; a file with any other quote is as it stands."""
+    rows = [["text", "label"], ['a "b" c', "1"], ["a\tb", "2"], ["two\nlines", "3"], ["plain", "4"]]
+    with open(tmp_path / "a.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(rows)
+    wanted = [dict(zip(rows[0], row)) for row in rows[1:]]
+    assert records.read_table(str(tmp_path / "a.tsv")) == wanted
+
+    for text in ('"Great film"', 'a "good" film', '"a', 'a"', '""'):
+        (tmp_path / "b.tsv").write_text(f"text\tlabel\n{text}\t1\n")
+        assert records.read_table(str(tmp_path / "b.tsv")) == [dict(text=text, label="1")]
+
+
+@pytest.mark.parametrize("name, text", [("a.csv", "x,y,x\n1,2,3\n"), ("a.tsv", "x\tx\n1\t2\n")])
+def test_doubled_headers(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: the column 'x' is there twice"):
+        records.read_table(str(tmp_path / name))
 
 
 def test_quotes_in_a_tsv_are_text(tmp_path):

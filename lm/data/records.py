@@ -7,6 +7,7 @@ them.
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -115,9 +116,32 @@ def read_table(file: str) -> list[dict]:
     if name.endswith(".csv"):
         return _parse_csv(text, file, delimiter=",", quoting=csv.QUOTE_MINIMAL)
     if name.endswith(".tsv"):
-        # Quotes in a TSV are text, as in GLUE's.
-        return _parse_csv(text, file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        # Quotes in a TSV are text, as in GLUE's, unless all of them are there to enclose fields.
+        quoting = csv.QUOTE_MINIMAL if _encloses_fields(text) else csv.QUOTE_NONE
+        return _parse_csv(text, file, delimiter="\t", quoting=quoting)
     raise ValueError(f"{file}: wanted a file that ends in {', '.join(FORMATS)}")
+
+
+# A field of a TSV, with or without quotes around it, and what ends it.
+_TSV_FIELD = re.compile(r'("(?:[^"]|"")*"|[^"\t\r\n]*)(?:\t|\r?\n|\Z)')
+
+
+def _encloses_fields(text: str) -> bool:
+    """Whether a TSV's quotes enclose fields, as pandas and csv write them: those that have a tab, a
+    line end or a quote in them, with the quotes doubled, and no others.
+    """
+    if '"' not in text:
+        return False
+    start = 0
+    while start < len(text):
+        match = _TSV_FIELD.match(text, start)
+        if match is None:
+            return False  # a quote within a field
+        content = match[1][1:-1]
+        if match[1] and match[1][0] == '"' and not set(content) & set('"\t\r\n'):
+            return False  # a text that somebody quoted
+        start = match.end()
+    return True
 
 
 def _read_parallel_texts(line_files: Mapping[str, str], split: str) -> list[dict]:
@@ -146,6 +170,9 @@ def _parse_csv(text: str, file: str, *, delimiter: str, quoting: int) -> list[di
         return []
 
     columns = rows[0]
+    for column in columns:
+        if columns.count(column) > 1:
+            raise ValueError(f"{file}: the column {column!r} is there twice; rename one of them")
     records = []
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(columns):
