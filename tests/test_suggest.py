@@ -79,7 +79,7 @@ def _config(tiny, tmp_path):
     c.tokenizer.kind = "sentencepiece"
     c.tokenizer.vocab_size = 300
     c.data.label_prompt = "\n="
-    c.train.length = "150 steps"
+    c.train.length = "250 steps"
     c.optimizer.learning_rate = 1e-2
     c.data.length = c.model.context_length = 64
 
