@@ -185,8 +185,10 @@ def find(pattern: str, names: Sequence[str] = ("*",)) -> list[str]:
     pattern = expand(pattern)
     path = epath.Path(pattern)
     if path.is_dir():
-        folder = pattern if "://" in pattern else glob.escape(pattern)
-        matches = _matches(os.path.join(folder, "**", "*"))
+        if "://" in pattern:
+            matches = _matches(os.path.join(pattern, "**", "*"))
+        else:
+            matches = _files_in(pattern)
         matches = [file for file in matches if _has_name(file, names)]
         if not matches:
             raise ValueError(f"no file named {' or '.join(names)} in the folder {pattern}")
@@ -202,6 +204,29 @@ def find(pattern: str, names: Sequence[str] = ("*",)) -> list[str]:
 
 def _has_name(file: str, names: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(os.path.basename(file), name) for name in names)
+
+
+MAX_FOUND = 100_000  # files and folders in a folder; a slip such as ../.. is a whole machine
+
+
+def _files_in(folder: str) -> list[str]:
+    """The files of a local folder, at any depth, but for hidden ones.
+
+    Raises:
+      ValueError: more than `MAX_FOUND`.
+    """
+    found = []
+    num_seen = 0
+    for path, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(path, name) for name in names if not name.startswith(".")]
+        num_seen += len(folders) + len(names)
+        if num_seen > MAX_FOUND:
+            raise ValueError(
+                f"the folder {folder} has more than {MAX_FOUND} files and folders in it; name one "
+                "with less, or put many small files into JSONL"
+            )
+    return found
 
 
 def _matches(pattern: str) -> list[str]:

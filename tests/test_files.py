@@ -315,3 +315,13 @@ def test_files_that_are_no_text(tmp_path, content, message):
 )
 def test_escapes(text, wanted):
     assert files.unescape(text) == wanted
+
+
+def test_a_folder_with_too_much_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FOUND", 3)
+    for name in "abc":
+        (tmp_path / name).write_text("")
+    assert len(files.find(str(tmp_path))) == 3
+    (tmp_path / "d").write_text("")
+    with pytest.raises(ValueError, match="more than 3 files and folders in it; name one with less"):
+        files.find(str(tmp_path))
