@@ -238,31 +238,33 @@ def continue_prompts(
     Each object has `prompt` and `text`, and where there are several samples of a prompt also
     `sample`, their number from 0.
     """
-    # A prompt that is too long is an error now, not after the batches before it.
-    generator.check([tokenizer.prompt(prompt) for prompt in prompts], options.max_new_tokens)
+    prompt_ids = [tokenizer.prompt(prompt) for prompt in prompts]
 
-    records = []
-    for prompt in prompts:
-        for number in range(options.num_samples):
-            records.append({"prompt": prompt, "sample": number})
-    if len(records) == 1:
-        ids = tokenizer.prompt(prompts[0])
-        _write_continuation(ids, generator, tokenizer, options, out)
+    # A prompt that is too long is an error now, not after the batches before it.
+    generator.check(prompt_ids, options.max_new_tokens)
+
+    samples = []  # (number of its prompt, its number)
+    for number in range(len(prompts)):
+        for sample in range(options.num_samples):
+            samples.append((number, sample))
+    if len(samples) == 1:
+        _write_continuation(prompt_ids[0], generator, tokenizer, options, out)
         return
 
-    for start in range(0, len(records), batch_size):
-        batch = records[start : start + batch_size]
-        batch_ids = [tokenizer.prompt(record["prompt"]) for record in batch]
-        seeds = [options.seed + record["sample"] for record in batch]
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        batch_ids = [prompt_ids[number] for number, _ in batch]
+        seeds = [options.seed + sample for _, sample in batch]
         texts = [""] * len(batch)
         for pieces in _stream(batch_ids, seeds, generator, tokenizer, options):
             texts = [text + piece for text, piece in zip(texts, pieces)]
 
-        for record, text in zip(batch, texts):
-            shown = record | {"text": text}
-            if options.num_samples == 1:
-                del shown["sample"]
-            print(_shown(json.dumps(shown, ensure_ascii=False), out), file=out, flush=True)
+        for (number, sample), text in zip(batch, texts):
+            record = {"prompt": prompts[number]}
+            if options.num_samples > 1:
+                record["sample"] = sample
+            record["text"] = text
+            print(_shown(json.dumps(record, ensure_ascii=False), out), file=out, flush=True)
 
 
 def converse(
