@@ -425,3 +425,36 @@ def test_tasks_refused(tmp_path, changes, message):
 def test_no_reference(tmp_path):
     with pytest.raises(ValueError, match="g.references = '{a}' gives no text for a record"):
         evaluate(tmp_path, [dict(q="x 1", a=[])])
+
+
+UNANSWERABLE = [
+    dict(q="cat 1", a=["cat"]),
+    dict(q="dog 1", a=[]),
+    dict(q="Unanswerable. 1", a=[]),
+    dict(q="unanswerable 1", a=["ant"]),
+    dict(q="none 0", a=[]),
+]
+
+
+def test_questions_without_an_answer(tmp_path):
+    """As SQuAD 2.0's script: without an answer "" is right, and what says that there is none."""
+    output = dict(max_new_tokens=20, normalize="squad", no_answer="unanswerable")
+    values, lines, _ = evaluate(tmp_path, UNANSWERABLE, output=output)
+
+    assert column(column(lines, "scores"), "exact_match") == [1, 0, 1, 0, 1]
+    assert values["f1"] == 0.6
+    assert values["f1_answerable"] == values["exact_match_answerable"] == 0.5
+    assert values["f1_unanswerable"] == values["exact_match_unanswerable"] == pytest.approx(2 / 3)
+    assert column(lines, "references") == [["cat"], [], [], ["ant"], []]
+
+
+def test_examples_without_an_answer(tmp_path):
+    arguments = make_arguments(
+        tmp_path,
+        RECORDS,
+        prompt=dict(template="{q}?", shots=3, separator="\n"),
+        output=dict(max_new_tokens=20, no_answer="none"),
+    )
+    write_jsonl(tmp_path / "train.jsonl", [dict(q=f"ex {i}", a=[]) for i in range(5)])
+    evaluator = generation.TextGeneration(Reader(), name="g", encoder=ENCODER, **arguments)
+    assert evaluator.about["prompts"][0]["before"].count("? none\n") == 3

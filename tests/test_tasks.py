@@ -179,7 +179,7 @@ def test_predictions_say_what_was_asked(tmp_path):
     # The same for people to read.
     shown = list(task.shown_prompts(2))
     assert [prompt.text for prompt in shown] == [
-        asked[24 * v + i] for v in range(4) for i in (0, 1)
+        "<s>" + asked[24 * v + i] for v in range(4) for i in (0, 1)
     ]
     assert shown[1].title.startswith("test[1], ")
     assert shown[1].title.endswith("0 cut off; template 0, words 0, seed 0")
@@ -192,7 +192,7 @@ def test_prompts_are_printed(tmp_path, capsys):
     # A terminal would obey an escape character.
     assert capsys.readouterr().out == (
         "--- colours: test[0], 9 tokens, 0 cut off; template 0, words 0, seed 0\n"
-        "a\\x1b[31m\n?⟫ red\n"
+        "<s>a\\x1b[31m\n?⟫ red\n"
     )
     evaluate.print_prompts("colours", make(tmp_path), 0)
     assert not capsys.readouterr().out
@@ -768,7 +768,7 @@ for i in range(20):
     PAIRS.append(dict(q=f"q{i}", a="x" * (i % 3 + 1), b=longer, label=i % 2))
 
 
-def choose(folder, rows, fns=None, **changes):
+def choose(folder, rows, fns=None, tokenizer=None, **changes):
     """(metrics, predictions)"""
     write_jsonl(folder / "test.jsonl", rows)
     path = folder / "c.toml"
@@ -781,7 +781,7 @@ def choose(folder, rows, fns=None, **changes):
     evaluator = choice.MultipleChoice(
         fns or Model(random_distribution),
         name="c",
-        encoder=Encoder(ByteTokenizer(), ""),
+        encoder=Encoder(tokenizer or ByteTokenizer(), ""),
         **arguments(path, **options | changes),
     )
     metrics = dict(evaluator.run(None))
@@ -876,7 +876,7 @@ def test_choices_from_lists(tmp_path):
     for row in PAIRS:
         options = dict(text=[row["a"], row["b"]], label=["A", "B"])
         rows.append(dict(q=row["q"], o=options, key="AB"[row["label"]]))
-    changes = dict(choices=(" {o[text]}",), answer="key", answers="{o[label]}")
+    changes = dict(choices=(" {o[text]}",), answer="key", answers=("{o[label]}",))
 
     metrics, _ = choose(tmp_path, rows, **changes)
     expected, _ = choose(tmp_path, PAIRS)
@@ -898,7 +898,7 @@ def test_choices_whose_names_are_numbers(tmp_path, keys, right):
     options = dict(text=["x", "y", "z"], label=["1", "2", "3"])
     rows = [dict(q=f"q{key}", o=options, key=key) for key in keys]
     _, predictions = choose(
-        tmp_path, rows, choices=(" {o[text]}",), answer="key", answers="{o[label]}"
+        tmp_path, rows, choices=(" {o[text]}",), answer="key", answers=("{o[label]}",)
     )
     assert [line["label"] for line in predictions] == list(map(str, right))
 
@@ -906,9 +906,15 @@ def test_choices_whose_names_are_numbers(tmp_path, keys, right):
 def test_answers_that_may_count_from_1(tmp_path):
     rows = [dict(q="q", a="x", b="y", label=1)] * 3
     with pytest.raises(
-        ValueError, match=r"holds the numbers \[1\] and never 0\. .*config.evals.c.answers"
+        ValueError,
+        match=r"holds the numbers \[1\] and never 0\. .*config.evals.c.answers = \('1', '2'\)",
     ):
         choose(tmp_path, rows)
+
+    _, predictions = choose(tmp_path, rows, answers=("1", "2"))
+    assert [line["label"] for line in predictions] == ["0"] * 3
+    with pytest.raises(ValueError, match=r"answers = \('1',\) gives the names \['1'\] to 2 choic"):
+        choose(tmp_path, rows, answers=("1",))
 
 
 @pytest.mark.parametrize(

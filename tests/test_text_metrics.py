@@ -156,3 +156,28 @@ def test_tokenizers_that_are_not_here(name, message, monkeypatch, tmp_path):
     monkeypatch.setattr("sacrebleu.utils.SACREBLEU_DIR", str(tmp_path))
     with pytest.raises(ValueError, match=f"key = '{name}'.*{message}"):
         text_metrics.check_tokenizer(name, "key")
+
+
+def test_f1_of_texts_without_spaces():
+    predictions, references = ["北京大学"], [["北京的大学"]]
+    assert SCORES["f1"](predictions, references).value == 0
+    # Four of four characters, of five.
+    assert SCORES["f1"](predictions, references, "zh").value == pytest.approx(8 / 9)
+    assert "1 of 1 references have no spaces" in text_metrics.too_few_tokens(
+        "f1", references, "13a"
+    )
+    assert not text_metrics.too_few_tokens("f1", references, "zh")
+    assert not text_metrics.too_few_tokens("f1", [["Straße нет 한국 사람"]], "13a")
+
+
+@pytest.mark.parametrize(
+    "text, normalized",
+    [
+        ("《红楼梦》。", "红楼梦"),
+        ("¿La  Casa?", "la casa"),
+        ("$5-Schein", "5schein"),
+        ("राम।", "राम"),
+    ],
+)
+def test_normalisation_of_other_scripts(text, normalized):
+    assert text_metrics.normalize_unicode(text) == normalized

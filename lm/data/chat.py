@@ -12,6 +12,9 @@ from lm import limited
 from lm.data import tokenizer_files
 from lm.data.tokenizer import Tokenizer
 
+# Starting a process takes as long as rendering some of them; its time and its answer have limits.
+CONVERSATIONS_PER_PROCESS = 128
+
 
 def template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str | None:
     """Returns the chat template in a checkpoint's tokenizer files; None if there is none.
@@ -73,17 +76,41 @@ def render(
       ValueError: a template that is no Jinja, refuses the messages, or takes more time or memory
         than `lm.limited` gives; jinja2 isn't installed.
     """
+    (text,) = render_all(
+        source,
+        [messages],
+        tokens=tokens,
+        tools=tools,
+        documents=documents,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return text
+
+
+def render_all(
+    source: str,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    tokens: Mapping[str, str | None],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+) -> list[str]:
+    """Returns what `render` does for each conversation, faster than one by one."""
     if not importlib.util.find_spec("jinja2"):
         raise ValueError("chat templates need the package jinja2: pip install -e '.[hf]'")
+    texts: list[str] = []
     try:
-        return limited.call(
-            "lm.data.templates:render",
-            source=source,
-            messages=list(messages),
-            tokens=dict(tokens),
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-        )
+        for start in range(0, len(conversations), CONVERSATIONS_PER_PROCESS):
+            texts += limited.call(
+                "lm.data.templates:render_all",
+                source=source,
+                conversations=list(map(list, conversations[start:][:CONVERSATIONS_PER_PROCESS])),
+                tokens=dict(tokens),
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+            )
     except ValueError as error:
         raise ValueError(f"the chat template fails: {error}") from None
+    return texts

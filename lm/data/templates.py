@@ -14,28 +14,32 @@ from typing import Any
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def render(
+def render_all(
     source: str,
-    messages: Sequence[Mapping[str, Any]],
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
     tokens: Mapping[str, str | None],
     tools: Sequence[Mapping[str, Any]] | None,
     documents: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
-) -> str:
-    """Returns the conversation as text; see `lm.data.chat.render`.
+) -> list[str]:
+    """Returns the conversations as texts; see `lm.data.chat.render_all`.
 
     Raises:
       ValueError: a template that is no Jinja, or refuses the messages.
     """
     try:
         template = _sandbox().from_string(source)
-        return template.render(
-            messages=[_with_reasoning(message) for message in messages],
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-            **tokens,
-        )
+        texts = []
+        for messages in conversations:
+            text = template.render(
+                messages=list(map(_with_reasoning, messages)),
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                **tokens,
+            )
+            texts.append(text)
+        return texts
     except Exception as error:  # whatever a stranger's template does
         raise ValueError(str(error) or type(error).__name__) from None
 

@@ -55,8 +55,21 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, leaving special ones out."""
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids with special ones spelt out, for people to read."""
+
     def save(self, directory: epath.Path) -> None:
         """Writes files that `load` reads, and transformers too."""
+
+
+def _spell(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """`Tokenizer.spell` for one whose special ids are BOS and EOS."""
+    text = ""
+    special = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    for name, group in itertools.groupby(map(int, ids), special.get):
+        members = list(group)
+        text += name * len(members) if name else tokenizer.decode(members)
+    return text
 
 
 def prefix_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
@@ -161,6 +174,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         # Ids need not be valid UTF-8: a sampled text may end within a character.
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def spell(self, ids: Sequence[int]) -> str:
+        return _spell(self, ids)
 
     def save(self, directory: epath.Path) -> None:
         files.write_whole(directory / BYTES_MARKER, self.fingerprint)
@@ -272,6 +288,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(map(int, ids)))
+
+    def spell(self, ids: Sequence[int]) -> str:
+        return _spell(self, ids)
 
     def save(self, directory: epath.Path) -> None:
         config = json.dumps(_for_transformers(self._processor), indent=2) + "\n"
@@ -524,6 +543,9 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+    def spell(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def save(self, directory: epath.Path) -> None:
         for name, content in self.files.items():

@@ -131,7 +131,8 @@ class AnswerColumn:
                         return
 
         names = list(self._names(evaluated[0]))
-        advice = f"name the choices (config.evals.{self._eval_name}.answers)"
+        ones = tuple(str(i + 1) for i in range(self._size(evaluated[0])))
+        advice = f"name the choices (config.evals.{self._eval_name}.answers = {ones})"
         if names:
             advice = f"write the names, {names}, as the column has them"
         raise ValueError(

@@ -11,8 +11,7 @@ import numpy as np
 
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
-from lm.data.tokenizer import prefix_ids
-from lm.evals import prompts
+from lm.evals import prompt_format, prompts
 from lm.evals.answer_column import AnswerColumn
 from lm.evals.predict import (
     Artifact,
@@ -64,8 +63,9 @@ class QuestionFormat:
             )
         return self.answer
 
-    def right_option(self, record: Mapping) -> str:
-        return self.options(record)[self.gold(record)]
+    def example(self, record: Mapping) -> tuple[str, str]:
+        """The question of a record, and the right choice."""
+        return self.prompt(record), self.options(record)[self.gold(record)]
 
     def identity(self, record: Mapping) -> tuple:
         """All that is shown of a record, see `prompts.Template.identity`."""
@@ -102,9 +102,11 @@ class MultipleChoice:
     Args:
       name: names the artifacts.
       source, max_documents: see `lm.evals.classification.PromptClassification`.
-      prompt: template, shots, sampler ("balanced": over the answers' numbers), seed, separator.
+      prompt: template, shots, sampler ("balanced": over the answers' numbers), seed, separator;
+        format, system: see `lm.evals.prompt_format`.
       choices, answer: see `QuestionFormat`. A choice includes the space before it.
-      answers: template of `QuestionFormat.answer_names`, such as "{choices[label]}"; "": none.
+      answers: templates of the choices' names, of which the column `answer` holds one, such as
+        ("{choices[label]}",), or ("1", "2"); (): it holds numbers from 0.
       premise: text that the choices are also scored after; "": none.
       boundary: see `verbalizer.tokenize_words_after`.
 
@@ -122,7 +124,7 @@ class MultipleChoice:
         prompt: Mapping,
         choices: Sequence[str],
         answer: str,
-        answers: str,
+        answers: Sequence[str],
         premise: str,
         boundary: str,
         max_documents: int,
@@ -136,6 +138,7 @@ class MultipleChoice:
         self._predict_fns = predict_fns
         self._tokenizer = encoder.tokenizer
         self._boundary = boundary
+        self._format = prompt_format.make(self._tokenizer, prompt, name, is_scored=True)
 
         split = source["split"]
         available = prompts.load(source, split, name)
@@ -147,15 +150,15 @@ class MultipleChoice:
         if isinstance(question_format.answer, AnswerColumn):
             question_format.answer.settle(records, available, pool)
         shots = _draw_shots(name, question_format, pool, prompt, records)
-        shots_text = prompts.shots_text(
-            shots, question_format.prompt, question_format.right_option, prompt["separator"]
+        examples = [question_format.example(shot.record) for shot in shots]
+        asked = prompts.describe(
+            question_format.prompt, shots, source["shots_split"], self._format.around(examples)
         )
-        asked = prompts.describe(question_format.prompt, shots, source["shots_split"], shots_text)
 
         self._options: list[list[str]] = []
         self._gold: list[int] = []  # indices of the right options
         for record in records:
-            self._options.append(question_format.options(record))
+            self._options.append(list(map(self._format.answer, question_format.options(record))))
             self._gold.append(question_format.gold(record))
         # Both sorts of records have metrics of their own, see above.
         if len({len(options) > 1 for options in self._options}) > 1:
@@ -166,13 +169,14 @@ class MultipleChoice:
         self._premise_trees: list[Tree] = []
         self._questions = list(map(question_format.prompt, records))
         self._num_cut: list[int] = []  # tokens that each prompt lost
-        for question, options in zip(self._questions, self._options):
-            tree, num_cut = self._build_tree(shots_text + question, options)
+        for text, options in zip(self._format.wrap(examples, self._questions), self._options):
+            tree, num_cut = self._build_tree(text, options)
             self._trees.append(tree)
             self._num_cut.append(num_cut)
-            if premise:
-                tree, _ = self._build_tree(premise, options)
-                self._premise_trees.append(tree)
+
+        for premise_text in self._format.wrap([], [premise]) if premise else []:
+            trees = [self._build_tree(premise_text, options)[0] for options in self._options]
+            self._premise_trees += trees
 
         self.about = {
             "fingerprint": records_lib.fingerprint(records),
@@ -186,8 +190,9 @@ class MultipleChoice:
         prompt_ids, option_ids = tokenize_words_after(
             self._tokenizer.encode_batch, text, options, self._boundary
         )
+        start, prompt_ids = self._format.split(prompt_ids)
         prompt_ids, num_cut = prompts.truncate_prompt(
-            prefix_ids(self._tokenizer, prompt_ids),
+            start,
             prompt_ids,
             max(map(len, option_ids)),
             self._predict_fns.length,
@@ -210,7 +215,7 @@ class MultipleChoice:
         for i, tree in enumerate(self._trees[:count]):
             ids = list(tree.prompt)
             title = f"{self._example_names[i]}, {len(ids)} tokens, {self._num_cut[i]} cut off"
-            yield ShownPrompt(title, self._tokenizer.decode(ids), self._options[i][self._gold[i]])
+            yield ShownPrompt(title, self._tokenizer.spell(ids), self._options[i][self._gold[i]])
 
     def _score(self, params) -> _Scores:
         """Runs the model.
@@ -324,7 +329,7 @@ class MultipleChoice:
 
 
 def _question_format(
-    name: str, prompt: str, choices: Sequence[str], answer: str, answers: str
+    name: str, prompt: str, choices: Sequence[str], answer: str, answers: Sequence[str]
 ) -> QuestionFormat:
     """How config.evals.NAME reads its records.
 
@@ -342,13 +347,20 @@ def _question_format(
     if answer.isdecimal():
         return QuestionFormat(name, prompt_template, choice_templates, int(answer))
 
-    answer_names = prompts.Template(answers, f"{key}.answers")
-
-    def names(record: Mapping) -> list[str]:
-        return answer_names.each(record) if answers else []
+    name_templates = [prompts.Template(text, f"{key}.answers") for text in answers]
 
     def size(record: Mapping) -> int:
         return sum(len(template.each(record)) for template in choice_templates)
+
+    def names(record: Mapping) -> list[str]:
+        names = []
+        for template in name_templates:
+            names.extend(template.each(record))
+        if names and len(names) != size(record):
+            raise ValueError(
+                f"{key}.answers = {answers} gives the names {names} to {size(record)} choices"
+            )
+        return names
 
     column = AnswerColumn(name, "answer", answer, names, size)
     return QuestionFormat(name, prompt_template, choice_templates, column)

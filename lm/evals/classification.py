@@ -13,8 +13,8 @@ import numpy as np
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
-from lm.data.tokenizer import Tokenizer, prefix_ids
-from lm.evals import prompts
+from lm.data.tokenizer import Tokenizer
+from lm.evals import prompt_format, prompts
 from lm.evals.answer_column import AnswerColumn
 from lm.evals.label_results import (
     ENSEMBLES,
@@ -25,6 +25,7 @@ from lm.evals.label_results import (
     score_prompts,
 )
 from lm.evals.predict import Artifact, PredictFns, ShownPrompt
+from lm.evals.prompt_format import ChatFormat, TextFormat
 from lm.evals.scores.label_scores import (
     AGGREGATES,
     NORMS,
@@ -144,7 +145,7 @@ class DocumentClassification:
         yield from results(self.prompt_set, logprobs, self._scorer)
 
     def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
-        return self.prompt_set.shown_prompts(count, self._tokenizer.decode)
+        return self.prompt_set.shown_prompts(count, self._tokenizer.spell)
 
 
 def _check_labelled(name: str, documents: Sequence[Document], label_prompt: str) -> None:
@@ -278,7 +279,7 @@ class PromptClassification:
         from `shots_split`.
       prompt: templates (see `prompts.Template`); shots, the number of examples before the question;
         sampler (see `prompts.draw_records`); seeds, one for each draw of examples; separator, the
-        text after each example.
+        text after each example; format, system: see `lm.evals.prompt_format`.
       verbalizer: words, one or several tuples of (label, words) pairs, a word with the space before
         it (examples are answered with the first word of their label); terminator, text after each
         word that is scored with it, so that a word that begins another one can be told from it;
@@ -333,8 +334,9 @@ class PromptClassification:
             verbalizer["aggregate"],
             np.asarray(verbalizer["weights"]) if verbalizer["weights"] else None,
         )
+        self._format = prompt_format.make(encoder.tokenizer, prompt, name, is_scored=True)
         self._tree_builder = TreeBuilder(
-            encoder.tokenizer, self._labels, verbalizer, predict_fns.length, name
+            encoder.tokenizer, self._labels, verbalizer, self._format, predict_fns.length, name
         )
 
         split = source["split"]
@@ -363,12 +365,13 @@ class PromptClassification:
             variants=variants,
             calibration_gold=np.array(calibration_gold, int),
         )
-        self._decode = encoder.tokenizer.decode
+        self._tokenizer = encoder.tokenizer
         self.about = self._describe(source["citation"], temperature_examples)
 
     def _describe(self, citation: str, temperature_examples: int) -> dict:
         """The attribute `about`, see `lm.evals.predict.Evaluator`."""
         variants = self.prompt_set.variants
+        decode = self._tokenizer.decode
         corrections = list(self._priors)
         if temperature_examples:
             corrections.append(f"temperature of {temperature_examples} examples")
@@ -376,7 +379,7 @@ class PromptClassification:
             "fingerprint": records_lib.fingerprint(self._records),
             "examples": len(self._records),
             "citation": citation,
-            "words": [variant.word_tokens(self._labels, self._decode) for variant in variants],
+            "words": [variant.word_tokens(self._labels, decode) for variant in variants],
             "prompts": [variant.asked for variant in variants],
             "corrections": corrections,
         }
@@ -441,10 +444,11 @@ class PromptClassification:
                 label=self.gold,
                 num_labels=len(self._labels),
             )
-            shots_text = self._shots_text(shots, template, words)
+            examples = self._examples(shots, template, words)
             name = f"template {t}, words {w}, seed {seed}"
-            asked = prompts.describe(template, shots, shots_split, shots_text, name)
-            variants.append(self._build_variant(asked, template, words))
+            around = self._format.around(examples)
+            asked = prompts.describe(template, shots, shots_split, around, name)
+            variants.append(self._build_variant(asked, examples, template, words))
         return variants
 
     def _label_words(
@@ -454,7 +458,7 @@ class PromptClassification:
         words = []
         for k, label in enumerate(self._labels):
             for text in words_by_label[label]:
-                words.append(LabelWord(k, text))
+                words.append(LabelWord(k, self._format.answer(text)))
 
         check_word_lengths(self._name, self._scorer.length_norm, words)
         for label, texts in words_by_label.items():
@@ -472,37 +476,41 @@ class PromptClassification:
 
         # The boundary "lm_eval" is there to score what lm-evaluation-harness would score, whether
         # that makes sense or not.
-        if self._tree_builder.boundary != "lm_eval":
+        if self._tree_builder.boundary != "lm_eval" and self._format.space_is_text:
             texts = [word.text for word in words]
             check_spaces(prompt_end, texts, self._tree_builder.boundary)
         return words
 
-    def _shots_text(
+    def _examples(
         self, shots: Sequence[prompts.Shot], template: prompts.Template, words: Sequence[LabelWord]
-    ) -> str:
-        """The text before the question, each example answered with the first word of its label."""
+    ) -> list[tuple[str, str]]:
+        """The examples before the question, each answered with the first word of its label."""
         first_words: dict[int, str] = {}
         for word in words:
             first_words.setdefault(word.label, word.text)
 
-        def answer(record: Mapping) -> str:
-            return first_words[self.gold(record)]
-
-        return prompts.shots_text(shots, template, answer, self._prompt["separator"])
+        examples = []
+        for shot in shots:
+            examples.append((template(shot.record), first_words[self.gold(shot.record)]))
+        return examples
 
     def _build_variant(
-        self, asked: dict, template: prompts.Template, words: list[LabelWord]
+        self,
+        asked: dict,
+        examples: Sequence[tuple[str, str]],
+        template: prompts.Template,
+        words: list[LabelWord],
     ) -> Variant:
         """The trees of all prompts of a variant.
 
         Args:
           asked: see `lm.evals.prompts.describe`.
+          examples: what stands before the question.
         """
-        shots_text = asked["before"]
         trees = []
         num_cut = []
-        for record in self._records:
-            tree, cut = self._tree_builder.build(shots_text + template(record), words)
+        for text in self._format.wrap(examples, list(map(template, self._records))):
+            tree, cut = self._tree_builder.build(text, words)
             trees.append(tree)
             num_cut.append(cut)
 
@@ -510,29 +518,31 @@ class PromptClassification:
         for prior in self._priors:
             # The batch prior is a mean over the examples themselves.
             if prior != "batch":
-                texts = self._prior_prompts(prior, template, shots_text)
+                texts = self._prior_prompts(prior, template, examples)
                 prior_trees[prior] = [self._tree_builder.build(text, words)[0] for text in texts]
 
         calibration_trees = []
-        for record in self._calibration_records:
-            tree, _ = self._tree_builder.build(shots_text + template(record), words)
-            calibration_trees.append(tree)
+        questions = list(map(template, self._calibration_records))
+        for text in self._format.wrap(examples, questions):
+            calibration_trees.append(self._tree_builder.build(text, words)[0])
 
         return Variant(
             asked["variant"], words, trees, prior_trees, calibration_trees, num_cut, asked
         )
 
-    def _prior_prompts(self, prior: str, template: prompts.Template, shots_text: str) -> list[str]:
+    def _prior_prompts(
+        self, prior: str, template: prompts.Template, examples: Sequence[tuple[str, str]]
+    ) -> list[str]:
         """The prompts whose mean distribution is the prior."""
         # PMI_DC asks what follows the end of the question, without anything before it.
         if prior == "pmi_dc":
-            return [template.tail]
+            return self._format.wrap([], [template.tail])
 
         if prior == "domain":
             columns = random_columns(template, self._records, NUM_DOMAIN_PROMPTS)
         else:
             columns = [[text] * len(template.fields) for text in CONTENT_FREE]
-        return [shots_text + template.fill(texts) for texts in columns]
+        return self._format.wrap(examples, list(map(template.fill, columns)))
 
     @property
     def metrics(self) -> list[str]:
@@ -548,7 +558,7 @@ class PromptClassification:
         )
 
     def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
-        return self.prompt_set.shown_prompts(count, self._decode)
+        return self.prompt_set.shown_prompts(count, self._tokenizer.spell)
 
 
 def _parse_templates(name: str, texts: Sequence[str]) -> list[prompts.Template]:
@@ -637,6 +647,7 @@ class TreeBuilder:
       labels: the labels that `LabelWord.label` indexes.
       verbalizer: boundary, see `verbalizer.tokenize_words_after`; terminator, text after each word,
         scored with it.
+      format: that of the prompts.
       length: the tokens that a row holds.
       name: the eval's, for messages.
     """
@@ -646,6 +657,7 @@ class TreeBuilder:
         tokenizer: Tokenizer,
         labels: Sequence[str],
         verbalizer: Mapping,
+        format: TextFormat | ChatFormat,
         length: int,
         name: str,
     ):
@@ -653,6 +665,7 @@ class TreeBuilder:
         self._tokenizer = tokenizer
         self._labels = labels
         self._terminator = verbalizer["terminator"]
+        self._format = format
         self._length = length
         self._name = name
         # Token ids of words that have passed the checks.
@@ -673,7 +686,7 @@ class TreeBuilder:
                 check_round_trip(self._tokenizer.decode, prompt_ids, texts, word_ids)
             self._checked.add(key)
 
-        start = prefix_ids(self._tokenizer, prompt_ids)
+        start, prompt_ids = self._format.split(prompt_ids)
         longest = max(map(len, word_ids))
         prompt_ids, num_cut = prompts.truncate_prompt(
             start, prompt_ids, longest, self._length, self._name

@@ -37,6 +37,8 @@ _PROMPT = dict(
     shots=0,  # examples before the question
     sampler="balanced",  # balanced (over the labels) | first_n | random
     separator="\n\n",  # after each example
+    format="text",  # text | chat, in the tokenizer's chat template
+    system="",  # the chat's first message; "": none
 )
 
 TASKS = {
@@ -64,7 +66,7 @@ TASKS = {
         prompt=_PROMPT | dict(template="", seed=0),
         choices=(),  # templates of the continuations
         answer="label",  # column of the right choice, or its number
-        answers="",  # template of the choices' names, of which the column holds one
+        answers=(),  # templates of the choices' names, of which the column holds one
         premise="",  # text that the choices are scored after too
         boundary="strict",
         max_documents=0,
@@ -80,8 +82,9 @@ TASKS = {
             max_new_tokens=64,
             stop=("\n",),  # texts that end an answer
             extract="",  # regular expression of the answer in the text; "": all of it
-            normalize="none",  # none | squad | number
-            tokenize="13a",  # of BLEU and ROUGE: lm.evals.scores.text_metrics.TOKENIZERS
+            normalize="none",  # none | squad | unicode | number
+            tokenize="13a",  # of BLEU, ROUGE and f1: lm.evals.scores.text_metrics.TOKENIZERS
+            no_answer="",  # the right answer of records without references; "": all have some
         ),
     ),
     # The prompts of PromptClassification; the words say only where the vectors start.
@@ -105,13 +108,22 @@ SCHEMAS = TASKS | {
         split="", max_documents=0, verbalizer=(), aggregate="", length_norm=""
     ),
     "lm.evals.generation.Samples": dict(prompts=(), max_new_tokens=0, temperature=0.0, top_k=0),
-    "lm.evals.harness.Harness": dict(tasks=(), num_fewshot=0, limit=0, include_path=""),
+    "lm.evals.harness.Harness": dict(
+        tasks=(),
+        num_fewshot=0,
+        limit=0,
+        include_path="",
+        apply_chat_template=False,
+        system_instruction="",
+        fewshot_as_multiturn=True,
+    ),
 }
 # What the arrays among these keys hold.
 _ITEMS = dict(
     templates=str,
     prompts=str,
     choices=str,
+    answers=str,
     scores=str,
     priors=str,
     stop=str,
@@ -122,6 +134,14 @@ _ITEMS = dict(
 _ITEM_WORDS = dict.fromkeys(_ITEMS, "texts") | dict(seeds="integers", weights="numbers")
 _COMMON_KEYS = ("type", "every", "batch_size")  # checked by `lm.config.check`
 _SUGGEST_KEY = "examples_key"  # of PromptClassification, which lm.suggest alone gives
+
+
+TASKS_FOLDER = pathlib.Path(__file__).parent / "tasks"
+
+
+def shipped_tasks() -> list[str]:
+    """The names of the tasks in lm/evals/tasks/."""
+    return sorted(file.stem for file in TASKS_FOLDER.glob("*.toml"))
 
 
 def check(name: str, entry: Mapping) -> None:
@@ -175,7 +195,8 @@ def _check_verbalizers(path: str, verbalizers: Sequence) -> None:
 def task(
     name: str, *, every: int = 0, batch_size: int = 16, type: str = "", **changes
 ) -> ConfigDict:
-    """Makes the entry of a task: an eval of a data set, described by a TOML file.
+    """Makes the entry of a task: an eval of a data set, described by a TOML file. One with the key
+    `base` says only what differs from that task of lm/evals/tasks/.
 
     Args:
       name: a file of lm/evals/tasks/ without its ending, "sst2", or the path of a .toml file.
@@ -190,24 +211,27 @@ def task(
       ValueError: no such task; a file that is not TOML; a key that the type doesn't have; a value
         that is of another type than the key's default.
     """
-    folder = pathlib.Path(__file__).parent / "tasks"
     is_file = name.endswith(".toml")
-    path = epath.Path(files.expand(name) if is_file else folder / f"{name}.toml")
+    path = epath.Path(files.expand(name) if is_file else TASKS_FOLDER / f"{name}.toml")
     if not path.exists():
-        names = sorted(file.stem for file in folder.glob("*.toml"))
-        raise ValueError(f"no task {name!r}; valid: {names}, and paths of .toml files")
+        raise ValueError(f"no task {name!r}; valid: {shipped_tasks()}, and paths of .toml files")
     try:
         values = tomllib.loads(files.read_text(str(path)))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
 
-    file_type = values.pop("type", "")
+    base = values.pop("base", "")
+    if base and base not in shipped_tasks():
+        raise ValueError(f"{path}: base = {base!r}; valid: {shipped_tasks()}")
+    defaults = task(base).to_dict() if base else {}
+    file_type = values.pop("type", defaults.get("type", ""))
     type = type or file_type
     if type not in TASKS:
         raise ValueError(f"{path}: type = {type!r}; valid: {list(TASKS)}")
 
     # Defaults, what the file says, what the caller says: each overrides what is before it.
-    values = _merge(TASKS[type], values, str(path))
+    defaults = {key: defaults.get(key, default) for key, default in TASKS[type].items()}
+    values = _merge(defaults, values, str(path))
     if is_file:
         values["source"] = _relative_to(values["source"], str(path.parent))
     values = _merge(values, changes, f"task({name!r})")
@@ -313,8 +337,8 @@ def _check_type(default, value, key: str) -> None:
     valid_types: dict[type, tuple[type, ...]] = {tuple: (list, tuple), float: (int, float)}
     valid = valid_types.get(type(default), type(default))
 
-    # A bool is an int to isinstance(); no key is one.
-    if isinstance(value, bool) or not isinstance(value, valid):
+    # A bool is an int to isinstance().
+    if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, valid):
         wanted = "an array" if isinstance(default, tuple) else type(default).__name__
         raise ValueError(f"{key} = {value!r}; wanted {wanted}, such as {default!r}")
 

@@ -11,8 +11,9 @@ import numpy as np
 from lm import escape
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
-from lm.data.tokenizer import Tokenizer, prefix_ids
+from lm.data.tokenizer import Tokenizer
 from lm.decoding.sampling import Sampling, row_keys
+from lm.evals import prompt_format
 from lm.evals import prompts as prompts_lib
 from lm.evals.predict import (
     Artifact,
@@ -188,6 +189,7 @@ class OutputFormat:
     extract: re.Pattern
     normalize: Callable[[str], str]
     tokenize: str
+    no_answer: str
 
     def extract_answer(self, text: str) -> str | None:
         """The answer in a text; None where the regular expression doesn't match."""
@@ -197,6 +199,12 @@ class OutputFormat:
         if match is None:
             return None
         return match.group(1 if self.extract.groups else 0)
+
+    def normalized(self, answer: str) -> str:
+        """An answer as exact_match and f1 compare it: "" if it says that there is none."""
+        text = self.normalize(answer)
+        is_none = self.no_answer and text == self.normalize(self.no_answer)
+        return "" if is_none else text
 
 
 class TextGeneration:
@@ -208,16 +216,21 @@ class TextGeneration:
     prompts that lost their beginning, but for BOS. As a file, predictions/: each answer with its
     scores.
 
+    With `no_answer` records may have no reference: there is no right answer but this text, or none
+    at all (SQuAD 2.0, Rajpurkar et al. 2018, arXiv 1806.03822). Scores of examples are given for
+    both sorts of records too, as SCORE_answerable and SCORE_unanswerable.
+
     Args:
       name: names the artifacts.
       source, max_documents: see `lm.evals.classification.PromptClassification`.
-      prompt: template, shots, sampler (first_n | random), seed, separator.
+      prompt: template, shots, sampler (first_n | random), seed, separator; format, system: see
+        `lm.evals.prompt_format`.
       target: template of the answer in examples, with the space before it; "": the references'.
       references: template of the right answers; one whose column is a list gives several.
       output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression
         whose first match is the answer (its first group, where it has one), of references too ("":
         all of the text is); normalize: see `text_metrics.NORMALIZE`, before exact_match and f1;
-        tokenize: see `text_metrics.TOKENIZERS`.
+        tokenize: see `text_metrics.TOKENIZERS`; no_answer: text of the answer that there is none.
       scores: names of `text_metrics.SCORES`.
 
     Raises:
@@ -255,16 +268,14 @@ class TextGeneration:
         template.check_has_column()
         right_answers.check_has_column()
         shot_answer = prompts_lib.Template(target or references, f"{key}.target")
+        self._format = prompt_format.make(self._tokenizer, prompt, name, is_scored=False)
 
         split = source["split"]
         available = prompts_lib.load(source, split, name)
         self._example_names, records = prompts_lib.evaluated(available, split, max_documents)
-        self._references: list[list[str]] = []
-        self._reference_answers: list[list[str]] = []  # what `extract` leaves of them
-        for record in records:
-            self._references.append(right_answers.each(record))
-            self._reference_answers.append(self._read_references(self._references[-1], references))
-
+        self._references = list(map(right_answers.each, records))
+        # What `extract` leaves of them.
+        self._reference_answers = [self._read_references(t, references) for t in self._references]
         self._warn_of_references()
 
         # The examples before the question are the same for all records.
@@ -276,16 +287,19 @@ class TextGeneration:
             avoid=set(map(template.identity, records)),
             name=name,
         )
-        shots_text = prompts_lib.shots_text(shots, template, shot_answer, prompt["separator"])
-        self._questions = list(map(template, records))
-        self._prompt_ids: list[list[int]] = []
-        self._num_cut: list[int] = []  # tokens that each prompt lost
-        for question in self._questions:
-            ids, num_cut = self._encode_prompt(shots_text + question)
-            self._prompt_ids.append(ids)
-            self._num_cut.append(num_cut)
+        examples = []
+        for _, record in shots:
+            has_answer = bool(right_answers.each(record))
+            answer = shot_answer(record) if has_answer else self._no_answer_in(shot_answer)
+            examples.append((template(record), answer))
 
-        asked = prompts_lib.describe(template, shots, source["shots_split"], shots_text)
+        self._questions = list(map(template, records))
+        prompts = list(map(self._encode_prompt, self._format.wrap(examples, self._questions)))
+        self._prompt_ids = [ids for ids, _ in prompts]
+        self._num_cut = [num_cut for _, num_cut in prompts]  # tokens that each prompt lost
+
+        around = self._format.around(examples)
+        asked = prompts_lib.describe(template, shots, source["shots_split"], around)
         self.about = {
             "fingerprint": records_lib.fingerprint(records),
             "examples": len(records),
@@ -295,16 +309,20 @@ class TextGeneration:
 
     def _encode_prompt(self, text: str) -> tuple[list[int], int]:
         """(the ids of a prompt, how many were cut off its beginning)."""
-        ids = self._tokenizer.encode(text)
+        start, ids = self._format.split(self._tokenizer.encode(text))
         # + 1: a Generator wants room for the last token too, which a scored continuation doesn't
         # need.
         return prompts_lib.truncate_prompt(
-            prefix_ids(self._tokenizer, ids),
+            start,
             ids,
             self._output.max_new_tokens + 1,
             self._predict_fns.length,
             self._name,
         )
+
+    def _no_answer_in(self, template: prompts_lib.Template) -> str:
+        """The template of an example's answer with the text that there is none in all columns."""
+        return template.fill([self._output.no_answer] * len(template.fields))
 
     def _read_references(self, texts: Sequence[str], template: str) -> list[str]:
         """The answers in an example's references.
@@ -314,9 +332,11 @@ class TextGeneration:
         """
         key = f"config.evals.{self._name}"
         if not texts:
+            if self._output.no_answer:
+                return [self._output.no_answer]
             raise ValueError(
                 f"the eval {self._name!r}: {key}.references = {template!r} gives no text for a "
-                "record; leave such records out"
+                f"record; leave such records out, or set {key}.output.no_answer"
             )
         answers = []
         for text in texts:
@@ -352,6 +372,7 @@ class TextGeneration:
                 self.about[f"{name}_signature"] = score.signature
             # BLEU and the like are of a corpus, not of examples.
             if score.each is not None:
+                yield from self._by_answerability(name, score.each)
                 for scores, value in zip(example_scores, score.each):
                     scores[name] = value
 
@@ -380,20 +401,30 @@ class TextGeneration:
     def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
         for i, ids in enumerate(self._prompt_ids[:count]):
             title = f"{self._example_names[i]}, {len(ids)} tokens, {self._num_cut[i]} cut off"
-            yield ShownPrompt(title, self._tokenizer.decode(ids), " | ".join(self._references[i]))
+            right = " | ".join(self._references[i] or [self._output.no_answer])
+            yield ShownPrompt(title, self._tokenizer.spell(ids), right)
 
     def _score(self, name: str, answers: Sequence[str | None]) -> Score:
         """One of `text_metrics.SCORES`; an answer that `extract` didn't find (None) counts as an
         empty one.
         """
         # The other scores have normalisations of their own.
-        normalize = self._output.normalize if name in ("exact_match", "f1") else str.strip
+        normalize = self._output.normalized if name in ("exact_match", "f1") else str.strip
         predictions = [normalize(answer or "") for answer in answers]
         references = [list(map(normalize, texts)) for texts in self._reference_answers]
         return SCORES[name](predictions, references, self._output.tokenize)
 
+    def _by_answerability(self, name: str, each: Sequence[float]) -> Iterator[tuple[str, float]]:
+        """The means of an example's score over the questions with an answer, and without one."""
+        if not self._output.no_answer:
+            return
+        is_answerable = np.array(list(map(bool, self._references)))
+        for group, members in (("answerable", is_answerable), ("unanswerable", ~is_answerable)):
+            if members.any():
+                yield f"{name}_{group}", float(np.mean(np.array(each)[members]))
+
     def _warn_of_references(self) -> None:
-        """Warns where a score is 0 whatever the answers are."""
+        """Warns where a score can't tell answers apart by their words."""
         for name in self._scores:
             reason = too_few_tokens(name, self._reference_answers, self._output.tokenize)
             if reason:
@@ -442,4 +473,5 @@ def _parse_output(name: str, output: Mapping) -> OutputFormat:
         extract=extract,
         normalize=NORMALIZE[output["normalize"]],
         tokenize=output["tokenize"],
+        no_answer=output["no_answer"],
     )

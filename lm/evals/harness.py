@@ -20,7 +20,7 @@ from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.decoding.sampling import Sampling
 from lm.evals.generation import generate
-from lm.evals.predict import Artifact, PredictFns, predictions_artifact
+from lm.evals.predict import Artifact, PredictFns, ShownPrompt, predictions_artifact
 from lm.evals.prompts import check_least
 from lm.evals.tree import build_tree
 
@@ -45,6 +45,9 @@ class HarnessModel(TemplateLM):
 
     Continuations of the same context are scored in one row. `max_length` is that of predict_fns:
     what is longer loses its beginning.
+
+    Attributes:
+      num_cut: context -> how many tokens it lost; only those that lost some.
     """
 
     def __init__(self, predict_fns: PredictFns, params: Any, tokenizer: Tokenizer):
@@ -54,6 +57,7 @@ class HarnessModel(TemplateLM):
         self._tokenizer = tokenizer
         self.max_length = predict_fns.length
         self.max_gen_toks = 256
+        self.num_cut: dict[str, int] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -84,13 +88,8 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        template = chat.template(self._tokenizer)
-        if not template:
-            raise ValueError(
-                "apply_chat_template: this checkpoint's tokenizer has no chat template"
-            )
         return chat.render(
-            template,
+            _template(self._tokenizer),
             chat_history,
             tokens=chat.special_tokens(self._tokenizer),
             add_generation_prompt=add_generation_prompt,
@@ -146,6 +145,8 @@ class HarnessModel(TemplateLM):
             )
         # One more than max_length: the last token is predicted, not read.
         whole = list(context) + list(continuation)
+        if texts:
+            self._count_cut(texts[0], len(whole) - (self.max_length + 1))
         truncated = whole[-(self.max_length + 1) : -len(continuation)]
         if not truncated:
             raise ValueError(
@@ -153,6 +154,11 @@ class HarnessModel(TemplateLM):
                 "is nothing to score the continuation after"
             )
         return tuple(truncated)
+
+    def _count_cut(self, context: str, num_tokens: int) -> None:
+        """Keeps how many tokens a context lost."""
+        if num_tokens > self.num_cut.get(context, 0):
+            self.num_cut[context] = num_tokens
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each whole text, in windows without overlap. Each window is given
@@ -217,8 +223,9 @@ class HarnessModel(TemplateLM):
         max_prompt = self.max_length - max_new_tokens
         prompts = []
         for context in contexts:
-            ids = self.tok_encode(context)[-max_prompt:]
-            prompts.append(ids or [self.prefix_token_id])
+            ids = self.tok_encode(context)
+            self._count_cut(context, len(ids) - max_prompt)
+            prompts.append(ids[-max_prompt:] or [self.prefix_token_id])
 
         return generate(
             self._predict_fns,
@@ -232,6 +239,27 @@ class HarnessModel(TemplateLM):
         )
 
 
+class _NoModel(HarnessModel):
+    """Answers nothing: what it is asked is all that it is for."""
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
+        return [(0.0, False)] * len(requests)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        return [0.0] * len(requests)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        return [""] * len(requests)
+
+
+def _template(tokenizer: Tokenizer) -> str:
+    """The chat template of a checkpoint. Raises ValueError if it has none."""
+    template = chat.template(tokenizer)
+    if not template:
+        raise ValueError("apply_chat_template: this checkpoint's tokenizer has no chat template")
+    return template
+
+
 # lm_eval names a corpus metric for these; the value it keeps for a document is a log-likelihood.
 LOGLIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 REPORT_KEYS = ("results", "versions", "n-shot", "n-samples", "configs")
@@ -240,8 +268,9 @@ REPORT_KEYS = ("results", "versions", "n-shot", "n-samples", "configs")
 class Harness:
     """Runs tasks of lm_eval.
 
-    Yields TASK/METRIC with standard errors, and lm_eval's whole report as JSON. Each task's scores
-    of each document go to predictions/, where --compare_to finds them.
+    Yields TASK/METRIC with standard errors; TASK/cut, the number of documents that lost the
+    beginning of a prompt; and lm_eval's whole report as JSON. Each task's scores of each document
+    go to predictions/, where --compare_to finds them, with the prompts.
 
     Args:
       name: names the artifacts.
@@ -249,9 +278,12 @@ class Harness:
       num_fewshot: examples before each question; -1: the task's own number.
       limit: the first so many documents of each task; 0: all.
       include_path: a folder with task files of your own, without lm_eval's own tasks; "": none.
+      apply_chat_template, system_instruction, fewshot_as_multiturn: lm_eval's; the template is the
+        tokenizer's.
 
     Raises:
-      ValueError: no tasks, or one that lm_eval doesn't know; a number that is too small.
+      ValueError: no chat template to apply; no tasks, or one that lm_eval doesn't know; a number
+        that is too small.
     """
 
     def __init__(
@@ -264,6 +296,9 @@ class Harness:
         num_fewshot: int = -1,
         limit: int = 0,
         include_path: str = "",
+        apply_chat_template: bool = False,
+        system_instruction: str = "",
+        fewshot_as_multiturn: bool = True,
     ):
         check_least(f"config.evals.{name}.num_fewshot", num_fewshot, -1)
         check_least(f"config.evals.{name}.limit", limit, 0)
@@ -276,6 +311,13 @@ class Harness:
         self._tasks = list(tasks)
         self._num_fewshot = None if num_fewshot < 0 else num_fewshot
         self._limit = limit or None
+        self._chat = dict(
+            apply_chat_template=apply_chat_template,
+            system_instruction=system_instruction or None,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+        )
+        if apply_chat_template:
+            _template(self._tokenizer)
 
         self._manager = TaskManager(
             include_path=files.expand(include_path) or None, include_defaults=not include_path
@@ -290,15 +332,8 @@ class Harness:
     metrics = None  # the tasks', TASK/METRIC,FILTER
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
-        report = lm_eval.simple_evaluate(
-            HarnessModel(self._predict_fns, params, self._tokenizer),
-            tasks=self._tasks,
-            task_manager=self._manager,
-            bootstrap_iters=1000,
-            log_samples=True,
-            num_fewshot=self._num_fewshot,
-            limit=self._limit,
-        )
+        model = HarnessModel(self._predict_fns, params, self._tokenizer)
+        report = self._ask(model, self._limit)
 
         for task, scores in report["results"].items():
             for name, value in scores.items():
@@ -308,8 +343,9 @@ class Harness:
                     yield f"{task}/{metric}", float(value)
 
         for task, samples in report["samples"].items():
-            lines = _prediction_lines(task, samples)
+            lines = _prediction_lines(task, samples, model.num_cut)
             if lines:
+                yield f"{task}/cut", sum(line["cut"] > 0 for line in lines)
                 artifact = predictions_artifact(f"{self._name}-{task}", lines)
                 yield f"predictions of {task}", artifact
 
@@ -317,17 +353,64 @@ class Harness:
         content = json.dumps(shortened, indent=1, default=str) + "\n"
         yield "report", Artifact(f"{self._name}-{{step}}.json", content)
 
+    def _ask(self, model: HarnessModel, limit: int | None) -> dict:
+        """lm_eval's report of the first `limit` documents of each task; None: all."""
+        return lm_eval.simple_evaluate(
+            model,
+            tasks=self._tasks,
+            task_manager=self._manager,
+            bootstrap_iters=1000,
+            log_samples=True,
+            num_fewshot=self._num_fewshot,
+            limit=limit,
+            **self._chat,
+        )
 
-def _prediction_lines(task: str, samples: Sequence[Mapping]) -> list[dict]:
-    """The scores of each document that has some.
+    def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
+        model = _NoModel(self._predict_fns, None, self._tokenizer)
+        report = self._ask(model, min(count, self._limit or count))
+        for task, samples in report["samples"].items():
+            # One sample a document: another filter of its answer asks nothing new.
+            for number, sample in {sample["doc_id"]: sample for sample in samples}.items():
+                contexts, continuations = _asked(sample)
+                ids = model.tok_encode(contexts[0])
+                title = f"{task}[{number}], {len(ids)} tokens"
+                right = " | ".join(continuations) or str(sample["target"])
+                yield ShownPrompt(title, self._tokenizer.spell(ids), right)
+
+
+def _asked(sample: Mapping) -> tuple[list[str], list[str]]:
+    """(contexts, continuations) of what a document asks, each text once. Texts to generate have no
+    continuation.
+    """
+    contexts: dict[str, None] = {}
+    continuations: dict[str, None] = {}
+    for first, *rest in sample["arguments"]:
+        if not rest:  # a text that is scored whole
+            contexts[""] = continuations[first] = None
+        elif isinstance(rest[0], str):
+            contexts[first] = continuations[rest[0]] = None
+        else:  # options of generation
+            contexts[first] = None
+    # Choices after nothing are lm_eval's way to ask how likely they are anyway.
+    if len(contexts) > 1:
+        contexts.pop("", None)
+    return list(contexts), list(continuations)
+
+
+def _prediction_lines(
+    task: str, samples: Sequence[Mapping], num_cut: Mapping[str, int]
+) -> list[dict]:
+    """The scores and prompts of each document that has scores.
 
     Args:
       samples: lm_eval's; a document has several where its answer goes through several filters.
+      num_cut: see `HarnessModel`.
     """
     scores: dict[int, dict[str, float]] = collections.defaultdict(dict)
-    records = {}
+    documents = {}
     for sample in samples:
-        records[sample["doc_id"]] = sample["doc_hash"][:16]
+        documents[sample["doc_id"]] = sample
         for metric in sample["metrics"]:
             value = sample[metric]
             if isinstance(value, tuple):
@@ -342,10 +425,14 @@ def _prediction_lines(task: str, samples: Sequence[Mapping]) -> list[dict]:
 
     lines = []
     for number in sorted(scores):
+        contexts, continuations = _asked(documents[number])
         line = {
             "name": f"{task}[{number}]",
-            "record": records[number],
+            "record": documents[number]["doc_hash"][:16],
             "scores": scores[number],
+            "prompts": contexts,
+            "continuations": continuations,
+            "cut": max(num_cut.get(context, 0) for context in contexts),
         }
         lines.append(line)
     return lines

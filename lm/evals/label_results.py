@@ -75,9 +75,7 @@ class PromptSet(NamedTuple):
         num_cut = np.array([variant.num_cut for variant in self.variants])
         return int(num_cut.any(axis=0).sum())
 
-    def shown_prompts(
-        self, count: int, decode: Callable[[list[int]], str]
-    ) -> Iterator[ShownPrompt]:
+    def shown_prompts(self, count: int, spell: Callable[[list[int]], str]) -> Iterator[ShownPrompt]:
         """Yields the first `count` prompts of each variant, as the model sees them."""
         for variant in self.variants:
             for i in range(min(count, len(self.gold))):
@@ -86,7 +84,7 @@ class PromptSet(NamedTuple):
                 title = f"{self.example_names[i]}, {len(ids)} tokens, {variant.num_cut[i]} cut off"
                 if variant.name:
                     title += f"; {variant.name}"
-                yield ShownPrompt(title, decode(ids), " | ".join(right))
+                yield ShownPrompt(title, spell(ids), " | ".join(right))
 
 
 class VariantLogprobs(NamedTuple):

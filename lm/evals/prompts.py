@@ -428,31 +428,27 @@ def _take_balanced(
     return taken[:count]
 
 
-def shots_text(
-    shots: Sequence[Shot], template: Template, answer: Callable[[dict], str], separator: str
-) -> str:
-    """The text before the question: each example with its answer, and the separator behind it."""
-    text = ""
-    for shot in shots:
-        text += template(shot.record) + answer(shot.record) + separator
-    return text
-
-
 def describe(
-    template: Template, shots: Sequence[Shot], split: str, text_before: str, variant: str = ""
+    template: Template,
+    shots: Sequence[Shot],
+    split: str,
+    around: tuple[str, str],
+    variant: str = "",
 ) -> dict:
     """What stands in predictions/ for the prompts of all examples: what they have in common.
 
     Args:
       shots: the examples before the question, drawn from `split`.
-      text_before: the text that they give.
+      around: the texts before and after the question.
       variant: the name of this way to ask.
     """
+    before, after = around
     return {
         "variant": variant,
         "template": template.text,
         "shots": [f"{split}[{shot.index}]" for shot in shots],
-        "before": text_before,
+        "before": before,
+        "after": after,
     }
 
 

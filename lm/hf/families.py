@@ -861,8 +861,11 @@ def _check_what_it_is(config: Mapping[str, Any]) -> None:
 
 
 def _unsupported(family: Family, hf_name: str, value, supported) -> ValueError:
+    # What the file calls it is one of these.
+    aliases = [alias for alias, name in family.aliases.items() if name == hf_name]
+    names = " or ".join([hf_name, *aliases])
     return ValueError(
-        f"config.json: {hf_name} = {value!r} is not supported for {family.name}; this reads "
+        f"config.json: {names} = {value!r} is not supported for {family.name}; this reads "
         f"{supported}"
     )
 

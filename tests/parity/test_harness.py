@@ -224,7 +224,7 @@ def load_hf(directory):
     )
 
 
-def evaluate(model, tasks, folder):
+def evaluate(model, tasks, folder, **options):
     """(results, samples) of lm_eval: task -> metrics, task -> [each document's in order]."""
     report = lm_eval.simple_evaluate(
         model,
@@ -232,6 +232,7 @@ def evaluate(model, tasks, folder):
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=10,
         log_samples=True,
+        **options,
     )
     samples = {}
     for task, task_samples in report["samples"].items():
@@ -340,6 +341,31 @@ def test_as_an_entry_of_the_configuration(harness_config, tmp_path):
     assert ["local/local_texts", "word_perplexity"] in first_words
 
 
+def test_prompts_of_tasks(harness_config, tmp_path, capsys):
+    """In predictions/, and printed: as lm_eval asks."""
+    with harness_config.unlocked():
+        harness_config.evals.local.tasks = ("local_topics", "local_texts", "local_answers")
+    run = epath.Path(tmp_path / "run")
+    values = evaluate_lib.evaluate(harness_config, run, jax.devices()[:1], show_prompts=2)
+
+    (predictions,) = (run / "predictions").glob("local-local_topics-*.jsonl")
+    lines = list(map(json.loads, predictions.read_text().splitlines()))
+    documents = list(map(json.loads, (tmp_path / "topics.jsonl").read_text().splitlines()))
+    assert [line["prompts"] for line in lines] == [[f"{d['text']}\n"] for d in documents]
+    assert {tuple(line["continuations"]) for line in lines} == {("one", "the other one", "a hat")}
+    # The longest of them have more than 64 tokens.
+    num_cut = sum(line["cut"] > 0 for line in lines)
+    assert 0 < num_cut < 12
+    assert values["eval/local/local_topics/cut"] == num_cut
+
+    shown = capsys.readouterr().out
+    assert shown.count("--- local: local_") == 6
+    assert f"{documents[1]['text']}\n⟫one | the other one | a hat\n" in shown
+    text = json.loads((tmp_path / "texts.jsonl").read_text().splitlines()[0])["text"]
+    assert f"⟫{text}\n" in shown
+    assert "⟫cat\n" in shown
+
+
 def test_predictions_are_compared(harness_config, tmp_path):
     run = epath.Path(tmp_path / "run")
     values = evaluate_lib.evaluate(harness_config, run, jax.devices()[:1])
@@ -370,6 +396,12 @@ def test_values_refused_when_it_is_built(key, value, wanted):
 
     with pytest.raises(ValueError, match=rf"^config\.evals\.e\.{key} .*; wanted {wanted}"):
         harness.Harness(None, name="e", encoder=pack.Encoder(None, ""), **values)
+
+
+def test_no_chat_template():
+    encoder = pack.Encoder(tokenizers.ByteTokenizer(), "")
+    with pytest.raises(ValueError, match="this checkpoint's tokenizer has no chat template"):
+        harness.Harness(None, name="e", encoder=encoder, tasks=("piqa",), apply_chat_template=True)
 
 
 def test_many_continuations_of_one_context(checkpoint, monkeypatch):
@@ -477,6 +509,23 @@ SAME_METRICS = {
 }
 
 
+def write_shared_tasks(folder, names):
+    """Writes THEIR_TASKS of these names, and their data."""
+    write_shared_data(folder)
+    data_files = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
+    for name in names:
+        metrics = [theirs for _, theirs in SAME_METRICS[name]]
+        write_task(
+            folder,
+            name,
+            data_files,
+            metrics,
+            test_split="test",
+            fewshot_split="train",
+            **THEIR_TASKS[name],
+        )
+
+
 def write_shared_data(folder):
     """train.jsonl and test.jsonl, of a dozen documents each for all of THEIR_TASKS."""
     rng = random.Random(0)
@@ -496,9 +545,14 @@ def write_shared_data(folder):
         write_jsonl(folder / f"{split}.jsonl", documents)
 
 
-def run_own_task(folder, name, model):
-    """(values, the lines of predictions/) of one of OUR_TASKS."""
+def run_own_task(folder, name, model, **prompt):
+    """(values, the lines of predictions/) of one of OUR_TASKS.
+
+    Args:
+      prompt: other keys of its prompt.
+    """
     cls, changes = OUR_TASKS[name]
+    changes = changes | dict(prompt=changes["prompt"] | prompt)
     (folder / "own.toml").write_text(f'type = "{cls.__module__}.{cls.__name__}"')
     arguments = entries.task(
         str(folder / "own.toml"),
@@ -529,19 +583,7 @@ def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
     metrics as lm_eval's from a task file that says the same.
     """
     checkpoint = make_checkpoint(tmp_path, adds_bos)
-    write_shared_data(tmp_path)
-    data_files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "test")}
-    for name, keys in THEIR_TASKS.items():
-        metrics = [theirs for _, theirs in SAME_METRICS[name]]
-        write_task(
-            tmp_path,
-            name,
-            data_files,
-            metrics,
-            test_split="test",
-            fewshot_split="train",
-            **keys,
-        )
+    write_shared_tasks(tmp_path, THEIR_TASKS)
     their_results, their_samples = evaluate(load_hf(checkpoint), list(THEIR_TASKS), tmp_path)
 
     # One task after the other by our evaluators.
@@ -558,3 +600,45 @@ def test_our_own_tasks_in_lm_evals_mode(adds_bos, tmp_path):
         for ours, theirs in SAME_METRICS[name]:
             wanted = their_results[name][f"{theirs},none"]
             assert values[ours] == pytest.approx(wanted, rel=1e-3), (name, ours)
+
+
+# Of every message its text alone after a sign; answers follow theirs without a space.
+CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ {'system': 'on ', 'user': 'of '}.get(
+m.role, 'sat:') }}{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}sat:{% endif %}"""
+
+
+def test_chats_are_lm_evals(tmp_path):
+    """With a chat template, examples as turns and a system message: the harness entry's scores, and
+    our own tasks', are those of lm_eval's own backend.
+    """
+    checkpoint = make_checkpoint(tmp_path, adds_bos=True)
+    (checkpoint / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    names = ["classification", "choice"]
+    write_shared_tasks(tmp_path, names)
+    options = dict(
+        apply_chat_template=True, fewshot_as_multiturn=True, system_instruction="the red cat"
+    )
+    their_results, their_samples = evaluate(load_hf(checkpoint), names, tmp_path, **options)
+    assert their_samples["choice"][0]["arguments"][0][0].startswith("<s>on the red cat\nof ")
+
+    model, mesh = load_ours(checkpoint, 8, dict(fsdp=1))
+    with jax.set_mesh(mesh):
+        entry = harness.Harness(
+            model._predict_fns,
+            name="h",
+            encoder=pack.Encoder(model._tokenizer, ""),
+            tasks=names,
+            include_path=str(tmp_path),
+            **options,
+        )
+        entry_values = dict(entry.run(model._params))
+        for name in names:
+            values, lines = run_own_task(tmp_path, name, model, format="chat", system="the red cat")
+            for line, sample in zip(lines, their_samples[name], strict=True):
+                wanted = [as_loglikelihood(response)[0] for response in sample["filtered_resps"]]
+                assert continuation_logprobs(name, line) == pytest.approx(wanted, abs=1e-3)
+            for ours, theirs in SAME_METRICS[name]:
+                wanted = their_results[name][f"{theirs},none"]
+                assert values[ours] == pytest.approx(wanted, rel=1e-3), (name, ours)
+                assert entry_values[f"{name}/{theirs}"] == pytest.approx(wanted, rel=1e-3)

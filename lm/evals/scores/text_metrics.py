@@ -8,6 +8,7 @@ import itertools
 import pathlib
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,9 +28,14 @@ class Score(NamedTuple):
 # (prediction of each example, references of each example, one of TOKENIZERS) -> Score
 CorpusScore = Callable[..., Score]
 
-# How BLEU and ROUGE divide texts: sacreBLEU's names. By "13a" ROUGE takes rouge_score's own words,
-# stemmed: runs of a to z and 0 to 9. With the others they are sacreBLEU's, in lower case.
+# How BLEU, ROUGE and f1 divide texts: sacreBLEU's names. By "13a" ROUGE takes rouge_score's own
+# words, stemmed: runs of a to z and 0 to 9, and f1 what stands between white space. With the others
+# they are sacreBLEU's, for ROUGE in lower case.
 TOKENIZERS = ("13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "flores101", "flores200")
+
+
+# Letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese: no spaces stand between words.
+WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 
 def check_tokenizer(name: str, key: str) -> None:
@@ -82,8 +88,14 @@ class _RougeTokenizer:
 
 
 def too_few_tokens(score: str, references: Sequence[Sequence[str]], tokenizer: str) -> str:
-    """Says in words why a score is 0 for references whatever the answers are; "" if it isn't."""
+    """Says in words why a score is 0 for references whatever the answers are, or sees a sentence as
+    one word; "" if it doesn't.
+    """
     texts = list(itertools.chain.from_iterable(references))
+    if score == "f1" and tokenizer == "13a":
+        num_unspaced = sum(WITHOUT_SPACES.search(text) is not None for text in texts)
+        if num_unspaced:
+            return f"{num_unspaced} of {len(texts)} references have no spaces between their words"
     if score.startswith("rouge"):
         from rouge_score.tokenizers import DefaultTokenizer
 
@@ -108,6 +120,17 @@ def normalize_squad(text: str) -> str:
     return " ".join(text.split())
 
 
+def normalize_unicode(text: str) -> str:
+    """Lower case, without any script's punctuation, and repeated white space. Articles stay: what
+    they are differs by language.
+    """
+    kept = []
+    for c in text.lower():
+        if c not in string.punctuation and not unicodedata.category(c).startswith("P"):
+            kept.append(c)
+    return " ".join("".join(kept).split())
+
+
 def normalize_number(text: str) -> str:
     """A number without thousands' commas, currency signs, a point at its end, and decimals that are
     zeros (.0, .00).
@@ -119,6 +142,7 @@ def normalize_number(text: str) -> str:
 NORMALIZE: dict[str, Callable[[str], str]] = {
     "none": str.strip,
     "squad": normalize_squad,
+    "unicode": normalize_unicode,
     "number": normalize_number,
 }
 
@@ -127,12 +151,15 @@ def exact_match(prediction: str, reference: str) -> float:
     return float(prediction == reference)
 
 
-def f1(prediction: str, reference: str) -> float:
+def f1(prediction: str, reference: str, words: Callable[[str], list[str]] = str.split) -> float:
     """F1 of the two bags of words (Rajpurkar et al. 2016, section 6.1). If either is empty it is 1
     where both are, else 0, as in SQuAD 2.0's script.
+
+    Args:
+      words: divides a text.
     """
-    predicted_words = prediction.split()
-    reference_words = reference.split()
+    predicted_words = words(prediction)
+    reference_words = words(reference)
     if not predicted_words or not reference_words:
         return float(predicted_words == reference_words)
 
@@ -155,6 +182,18 @@ def _mean_over_examples(metric: Callable[[str, str], float]) -> CorpusScore:
         return Score(float(values.mean()), low, high, values.tolist())
 
     return score
+
+
+def _f1(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "13a"
+) -> Score:
+    """The mean of `f1` over examples."""
+    words = str.split if tokenizer == "13a" else _sacrebleu_tokens(tokenizer)
+
+    def f_measure(prediction: str, reference: str) -> float:
+        return f1(prediction, reference, words)
+
+    return _mean_over_examples(f_measure)(predictions, references)
 
 
 def _rouge(variant: str) -> CorpusScore:
@@ -213,7 +252,7 @@ def _sacrebleu(metric: str, **options) -> CorpusScore:
 
 SCORES: dict[str, CorpusScore] = {
     "exact_match": _mean_over_examples(exact_match),
-    "f1": _mean_over_examples(f1),
+    "f1": _f1,
     "rouge1": _rouge("rouge1"),
     "rouge2": _rouge("rouge2"),
     "rougeL": _rouge("rougeL"),
