@@ -296,24 +296,26 @@ def converse(
     messages: list[dict[str, str]] = []
     text = ""
 
-    def prompt() -> list[int]:
+    def prompt(turns: Sequence[dict[str, str]]) -> list[int]:
         if not template:
             return tokenizer.prompt(text)
         # The template writes BOS itself, where the model wants one.
-        rendered = chat.render(template, first + messages, tokens=special_tokens)
+        rendered = chat.render(template, [*first, *turns], tokens=special_tokens)
         return tokenizer.encode(rendered) or [tokenizer.bos_id]
 
     for line in lines:
         messages.append(dict(role="user", content=line))
         text += line
-        ids = prompt()
+        ids = prompt(messages)
 
-        if template:
-            while len(ids) > longest and len(messages) > 1:
+        if template and len(ids) > longest:
+            # What doesn't fit alone is refused, and nothing is forgotten for it.
+            alone = prompt(messages[-1:])
+            while len(alone) <= longest < len(ids):
                 del messages[:2]  # a question, and its answer
-                ids = prompt()
+                ids = prompt(messages)
                 logging.warning("the conversation is too long; its oldest turn is forgotten")
-        elif len(ids) > longest > 1:
+        elif not template and len(ids) > longest > 1:
             ids = [ids[0], *ids[-(longest - 1) :]]  # BOS, and the end
 
         if len(ids) > longest:

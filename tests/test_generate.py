@@ -247,6 +247,14 @@ def test_a_long_conversation_forgets_its_oldest_turns(caplog):
     assert "oldest turn is forgotten" in caplog.text
     assert "at most 50 fit" in caplog.text
 
+    # One turn at a time: the next one is still there. None for a message that doesn't fit anyway.
+    generator = ScriptedGenerator("1", "2", "3")
+    generator.longest = 50
+    lines = ["a", "b", "x" * 60, "c"]
+    generate.converse(generator, chat_tokenizer(), OPTIONS, lines, io.StringIO(), system="S")
+    last = bytes(generator.calls[-1][0][0]).decode()
+    assert last == "<s>[system]S[user]b[assistant]2[user]c[assistant]"
+
     # Without a template: the end of the text, after BOS.
     generator = ScriptedGenerator("hello", "bye")
     generator.longest = 4

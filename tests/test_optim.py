@@ -252,7 +252,7 @@ def test_master_is_the_f32_twin():
 
 
 def test_moving_average():
-    optimizer = make({"w": ("embed",)}, name="adamw", ema_decay=0.2)
+    optimizer = make({"w": ("embed",)}, name="adamw", ema_decay=0.25)
     params = draw({"w": (32,)}, 0)
     grads = [draw({"w": (32,)}, seed) for seed in range(1, 5)]
 
@@ -260,10 +260,12 @@ def test_moving_average():
     average = params["w"].astype(np.float64)
     for n in range(1, 5):
         new, state, _ = run_updates(optimizer, params, grads[:n])
-        decay = min(0.2, n / (9 + n))
+        decay = min(0.25, n / (9 + n))
         average = decay * average + (1 - decay) * new["w"]
     eval_params = optimizer.eval_params(new, state)
-    np.testing.assert_allclose(eval_params["w"], average, rtol=1e-5, atol=1e-6)
+    # The distances: an update is small beside a parameter.
+    distance, wanted = eval_params["w"] - new["w"], average - new["w"]
+    np.testing.assert_allclose(distance, wanted, rtol=1e-2, atol=1e-3 * np.abs(wanted).max())
 
     # In the parameters' dtype.
     low = optimizer.eval_params({"w": new["w"].astype(BF16)}, state)["w"]
