@@ -109,6 +109,7 @@ def test_label_words_in_a_chat(tmp_path):
     def prompt_text(tree):
         return bytes(tree.prompt).decode()
 
+    assert task.about["format"] == "chat"
     (asked,) = task.about["prompts"]
     assert asked["before"].startswith("<system>S\n<user>train ")
     texts = list(map(prompt_text, variant.trees))

@@ -182,6 +182,7 @@ class MultipleChoice:
             "fingerprint": records_lib.fingerprint(records),
             "examples": len(records),
             "citation": source["citation"],
+            "format": prompt["format"],
             "prompts": [asked],
         }
 

@@ -379,6 +379,7 @@ class PromptClassification:
             "fingerprint": records_lib.fingerprint(self._records),
             "examples": len(self._records),
             "citation": citation,
+            "format": self._prompt["format"],
             "words": [variant.word_tokens(self._labels, decode) for variant in variants],
             "prompts": [variant.asked for variant in variants],
             "corrections": corrections,

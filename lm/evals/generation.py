@@ -304,6 +304,7 @@ class TextGeneration:
             "fingerprint": records_lib.fingerprint(records),
             "examples": len(records),
             "citation": source["citation"],
+            "format": prompt["format"],
             "prompts": [asked],
         }
 
