@@ -175,8 +175,7 @@ class MultipleChoice:
             self._num_cut.append(num_cut)
 
         for premise_text in self._format.wrap([], [premise]) if premise else []:
-            trees = [self._build_tree(premise_text, options)[0] for options in self._options]
-            self._premise_trees += trees
+            self._premise_trees += [self._build_tree(premise_text, o)[0] for o in self._options]
 
         self.about = {
             "fingerprint": records_lib.fingerprint(records),
