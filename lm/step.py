@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import sharding
+from lm.nn import masks
 from lm.optim import Optimizer
 
 # What a random number is for: folded into the seed's key.
@@ -251,8 +252,8 @@ def make_tree_states(graphdef) -> Callable:
 
 def _tree_hidden(model, batch) -> jax.Array:
     """The hidden states [B, T, D] of rows in which sequences branch."""
-    output = model(batch["tokens"], batch["positions"], batch["segments"], until_BT=batch["until"])
-    return output.hidden
+    visible = masks.by_tree(batch["until"])
+    return model(batch["tokens"], batch["positions"], batch["segments"], visible=visible).hidden
 
 
 def make_head_rows(graphdef) -> Callable:

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from lm import sharding
+from lm.nn import masks
 from lm.nn.kernels.attention import blocked_attention, splash_attention
 from lm.nn.kernels.rotary import rotate, rotate_by_matmul
-from lm.nn.masks import cache_mask, cache_slots, causal_mask
+from lm.nn.masks import cache_mask, cache_slots
 from lm.nn.positions import Linear, LongRope, Yarn, frequencies, parse_scaling, rope
 from tests.helpers import assert_trees_close, model_config, random_model, slow
 
@@ -34,10 +35,10 @@ def make(**changes):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward(graphdef, params, tokens, positions, segments):
+def forward(graphdef, params, tokens, positions, segments, visible=masks.CAUSAL):
     """(hidden, logits)."""
     model = nnx.merge(graphdef, params)
-    hidden = model(tokens, positions, segments).hidden
+    hidden = model(tokens, positions, segments, visible=visible).hidden
     return hidden, model.logits(hidden)
 
 
@@ -60,10 +61,16 @@ def draw_qkv(rng, length, kv_heads, dtype=np.float32):
 # Masks, and which tokens reach which.
 
 
+def causal_mask(segments, window=0):
+    return masks.array(masks.CAUSAL, segments, None, window)
+
+
 def test_masks():
     segments = np.array([[1, 1, 2, 0, 0], [1, 2, 2, 2, 2]], np.int32)
     same_segment = segments[:, :, None] == segments[:, None, :]
     np.testing.assert_array_equal(causal_mask(segments), np.tril(same_segment))
+    full = masks.array(masks.FULL, segments, None)
+    np.testing.assert_array_equal(full, same_segment)
 
     positions = np.array([[0, 2], [3, 1]], np.int32)
     not_later = np.arange(4) <= positions[..., None]
@@ -93,6 +100,60 @@ def test_gradients_reach_exactly_the_earlier_tokens_of_the_same_document(positio
     allowed_TT = np.tril(SEGMENTS[0][:, None] == SEGMENTS[0][None, :])
     assert (largest_TT[allowed_TT] > 1e-4).all()
     assert (largest_TT[~allowed_TT] == 0).all()
+
+
+# A prefix of two with one after the other behind it; and a permutation, in two documents and
+# padding.
+PREFIX = np.array([[0, 0, 1, 2, 3, 0, 0, 0, 1, 0, 0, 0]], np.int32)
+PERMUTATION = np.array([[3, 0, 4, 1, 2, 1, 3, 0, 2, 0, 1, 2]], np.int32)
+VISIBLE = {
+    "full": masks.FULL,
+    "prefix": masks.by_order(PREFIX),
+    "permutation": masks.by_order(PERMUTATION),
+    "strict": masks.by_order(PERMUTATION, strict=True),
+}
+
+
+@pytest.mark.parametrize("name", list(VISIBLE))
+def test_gradients_reach_exactly_what_is_visible(name):
+    """As above: the residual stream brings each token to itself."""
+    graphdef, params = make()
+    weights = jax.random.normal(jax.random.key(1), (32,))
+
+    @jax.jit
+    @jax.jacrev
+    def jacobian(table):
+        with_table = params | {"embed": {"table": table}}
+        arguments = (TOKENS, POSITIONS, SEGMENTS, VISIBLE[name])
+        return forward(graphdef, with_table, *arguments)[0][0] @ weights
+
+    largest_TT = np.abs(np.asarray(jacobian(params["embed"]["table"])[:, TOKENS[0]])).max(axis=-1)
+    for query in range(12):
+        for key in range(12):
+            orders = VISIBLE[name].order_BT
+            ahead = 0 if orders is None else orders[0, key] - orders[0, query]
+            seen = ahead < 0 if name == "strict" else ahead <= 0
+            seen &= SEGMENTS[0, key] == SEGMENTS[0, query]
+            assert (largest_TT[query, key] > 1e-4) == (seen or query == key), (query, key)
+
+
+def test_orders_that_other_kinds_are():
+    model = make()
+    places = np.arange(12, dtype=np.int32)[None]
+    causal = forward(*model, TOKENS, POSITIONS, SEGMENTS)
+    in_order = forward(*model, TOKENS, POSITIONS, SEGMENTS, masks.by_order(places))
+    assert_trees_close(in_order, causal, rtol=1e-5, atol=1e-6)
+
+    full = forward(*model, TOKENS, POSITIONS, SEGMENTS, masks.FULL)
+    no_order = forward(*model, TOKENS, POSITIONS, SEGMENTS, masks.by_order(0 * places))
+    assert_trees_close(no_order, full, rtol=1e-5, atol=1e-6)
+    assert np.abs(full[0] - causal[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("visible", [masks.FULL, masks.by_order(PREFIX)])
+def test_a_window_looks_back_only(visible):
+    with pytest.raises(ValueError, match=f"window = 4: .* kind '{visible.kind}' has no window"):
+        forward(*make(window=4), TOKENS, POSITIONS, SEGMENTS, visible)
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
@@ -382,7 +443,7 @@ def test_blocks_are_the_whole(kv_heads, dtype, tolerance):
             jax.nn.dot_product_attention, mask=mask[:, None], implementation="xla"
         )
         blocked = functools.partial(
-            blocked_attention, mask_BTT=mask, block=block, max_blocks=max_blocks
+            blocked_attention, mask_BTT=mask, causal=True, block=block, max_blocks=max_blocks
         )
         # JAX's attention promotes bfloat16 by itself.
         with jax.numpy_dtype_promotion("standard"):
@@ -404,8 +465,17 @@ def weighted_value_and_grads(attend, weights, q, k, v):
     return jax.jit(jax.value_and_grad(weighted_sum, argnums=(0, 1, 2)))(q, k, v)
 
 
-@pytest.mark.parametrize("kv_heads, window", [(2, 100), slow(2, 0), slow(1, 0), slow(4, 0)])
-def test_splash_is_xla(kv_heads, window):
+@pytest.mark.parametrize(
+    "kv_heads, kind, window",
+    [
+        (2, "window", 100),
+        slow(2, "full", 0),
+        slow(2, "causal", 0),
+        slow(1, "causal", 0),
+        slow(4, "causal", 0),
+    ],
+)
+def test_splash_is_xla(kv_heads, kind, window):
     """The TPU kernel's program, interpreted: values and gradients of packed rows of two tiles,
     under no mesh and on one.
     """
@@ -415,7 +485,8 @@ def test_splash_is_xla(kv_heads, window):
     # What padding attends to has no meaning.
     weights = rng.normal(size=q.shape).astype(np.float32) * (segments > 0)[:, :, None, None]
 
-    mask = causal_mask(segments, window)[:, None]
+    visible = masks.FULL if kind == "full" else masks.CAUSAL
+    mask = masks.array(visible, segments, None, window)[:, None]
     plain = functools.partial(jax.nn.dot_product_attention, mask=mask)
     wanted = weighted_value_and_grads(plain, weights, q, k, v)
 
@@ -427,7 +498,12 @@ def test_splash_is_xla(kv_heads, window):
         dict(tensor=min(kv_heads, 2), sequence=max(kv_heads // 2, 1)),
     ]
     splash = functools.partial(
-        splash_attention, segments_BT=segments, window=window, block=128, interpret=True
+        splash_attention,
+        segments_BT=segments,
+        kind=kind,
+        window=window,
+        block=128,
+        interpret=True,
     )
     for sizes in meshes:
         num_devices = int(np.prod(list(sizes.values()), dtype=int))

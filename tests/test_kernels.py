@@ -14,14 +14,19 @@ def draw(*shape, dtype=jnp.float32):
     return jnp.asarray(RANDOM.normal(size=shape), dtype)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length, block, max_blocks", [(32, 8, 8), (30, 8, 8), (40, 4, 3)])
-def test_blocked_attention(length, block, max_blocks):
+def test_blocked_attention(length, block, max_blocks, causal):
     """Blocks that fill the row or don't, and the least number of them, with shared heads."""
     q = draw(2, length, 4, 8)
     k, v = draw(2, length, 2, 8), draw(2, length, 2, 8)
-    mask = np.tril(RANDOM.random((2, length, length)) < 0.7) | np.eye(length, dtype=bool)
+    mask = (RANDOM.random((2, length, length)) < 0.7) | np.eye(length, dtype=bool)
+    if causal:
+        mask = np.tril(mask)
 
-    blocked = attention.blocked_attention(q, k, v, mask, block=block, max_blocks=max_blocks)
+    blocked = attention.blocked_attention(
+        q, k, v, mask, causal=causal, block=block, max_blocks=max_blocks
+    )
     plain = attention.plain_attention(q, k, v, mask)
     np.testing.assert_allclose(blocked, plain, rtol=1e-5, atol=1e-6)
 

@@ -13,9 +13,10 @@ from flax import nnx
 
 from lm import config as config_lib
 from lm.collectives import gather_sequence
-from lm.nn.attention import SPLASH, Attention, Cache
+from lm.nn import masks
+from lm.nn.attention import SPLASH, SPLASH_KINDS, Attention, Cache
 from lm.nn.layers import MLP, NORMS, Embed, dense, param
-from lm.nn.masks import Mask, cache_mask, cache_slots, causal_mask, tree_mask
+from lm.nn.masks import Mask, Visible
 from lm.nn.moe import MoE
 from lm.nn.positions import parse_scaling
 from lm.sharding import constrain
@@ -280,7 +281,7 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         *,
-        until_BT: jax.Array | None = None,
+        visible: Visible = masks.CAUSAL,
         cache: Cache | list[Cache] | None = None,
         decode: bool = False,
     ) -> Output:
@@ -291,7 +292,7 @@ class Transformer(nnx.Module):
           positions_BT: int32, each token's place in its document.
           segments_BT: int32; tokens attend within their segment only. With a cache each row is one
             sequence, and 0 is padding behind it.
-          until_BT: int32, of rows in which a sequence branches: see `lm.nn.masks.tree_mask`.
+          visible: what each token attends to within its segment.
           cache: keys and values of all layers, see `init_cache`. The first call with one (prefill)
             fills it.
           decode: this is a later call: T is 1, and the token attends to the cache.
@@ -305,7 +306,7 @@ class Transformer(nnx.Module):
         x_BTD = _stream(x_BTD)
 
         valid_BT = segments_BT > 0
-        mask = self._mask(positions_BT, segments_BT, until_BT, cache, decode)
+        mask = self._mask(positions_BT, segments_BT, visible, cache, decode)
         run = self._loop_layers if isinstance(self.layers, nnx.List) else self._scan_layers
         x_BTD, cache, aux = run(x_BTD, cache, (positions_BT, mask, valid_BT), decode)
 
@@ -316,22 +317,25 @@ class Transformer(nnx.Module):
         mean_of_layers = jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
         return Output(x_BTD, cache, mean_of_layers)
 
-    def _mask(self, positions_BT, segments_BT, until_BT, cache, decode: bool) -> Mask:
+    def _mask(self, positions_BT, segments_BT, visible: Visible, cache, decode: bool) -> Mask:
         """What each query may attend to, of whole rows."""
         c = self.config
         segments_BT = gather_sequence(segments_BT)
         num_slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
-
+        slots_BT = None
+        if num_slots:
+            slots_BT = masks.cache_slots(positions_BT, segments_BT, num_slots)
         if decode:
-            mask_BTS = cache_mask(positions_BT, num_slots, c.window)
-        elif until_BT is not None:
-            positions, until = gather_sequence(positions_BT), gather_sequence(until_BT)
-            mask_BTS = tree_mask(segments_BT, positions, until, c.window)
-        else:
-            mask_BTS = None if c.attention in SPLASH else causal_mask(segments_BT, c.window)
+            mask_BTS = masks.cache_mask(positions_BT, num_slots, c.window)
+            return Mask("cache", mask_BTS, segments_BT, slots_BT)
 
-        slots_BT = cache_slots(positions_BT, segments_BT, num_slots) if num_slots else None
-        return Mask(mask_BTS, segments_BT, slots_BT)
+        kind = masks.static_kind(visible, c.window)
+        mask_BTT = None
+        if c.attention not in SPLASH or kind not in SPLASH_KINDS:
+            whole = jax.tree.map(gather_sequence, visible)
+            positions_BT = gather_sequence(positions_BT)
+            mask_BTT = masks.array(whole, segments_BT, positions_BT, c.window)
+        return Mask(kind, mask_BTT, segments_BT, slots_BT)
 
     def _scan_layers(self, x_BTD, cache, inputs, decode: bool):
         """Runs stacked layers. Returns (x_BTD, cache, aux), the latter two stacked."""

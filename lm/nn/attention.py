@@ -15,10 +15,11 @@ from lm import collectives
 from lm.nn.kernels import cache as cache_kernel
 from lm.nn.kernels.attention import blocked_attention, splash_attention
 from lm.nn.layers import RMSNorm, add_bias, dense, param
-from lm.nn.masks import Mask
+from lm.nn.masks import NO_LATER_KEYS, Mask
 from lm.nn.positions import rope
 
 SPLASH = ("splash", "splash_interpreted")
+SPLASH_KINDS = ("causal", "window", "full")  # its other masks would be arrays anyway
 KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # kernels that don't run everywhere
 
 
@@ -162,6 +163,7 @@ class Attention(nnx.Module):
                 k_BTKH,
                 v_BTKH,
                 mask.segments_BT,
+                kind=mask.kind,
                 window=self.window,
                 interpret=self.implementation == "splash_interpreted",
             )
@@ -176,5 +178,11 @@ class Attention(nnx.Module):
                     implementation=self.implementation,
                 )
         else:
-            y_BTNH = blocked_attention(q_BTNH, k_BTKH, v_BTKH, mask.array_BTS)
+            y_BTNH = blocked_attention(
+                q_BTNH, k_BTKH, v_BTKH, mask.array_BTS, causal=mask.kind in NO_LATER_KEYS
+            )
+        # The softmax of a query that sees no key would be a mean over all of them.
+        if mask.kind == "order":
+            sees_any_BT = jnp.any(mask.array_BTS, axis=-1)
+            y_BTNH = jnp.where(sees_any_BT[:, :, None, None], y_BTNH, 0)
         return collectives.split_sequence(y_BTNH)

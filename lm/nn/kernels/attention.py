@@ -34,13 +34,16 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
 
 
 def blocked_attention(
-    q_BTNH, k_BTKH, v_BTKH, mask_BTT, *, block: int = 128, max_blocks: int = 8
+    q_BTNH, k_BTKH, v_BTKH, mask_BTT, *, causal: bool, block: int = 128, max_blocks: int = 8
 ) -> jax.Array:
-    """Attention under a mask within the causal one, [B, T, N, H].
+    """Attention under a mask, [B, T, N, H].
 
-    Queries go in at most `max_blocks` blocks of `block` positions or more, each against the keys up
-    to its own end. What lies right of the diagonal's blocks is never computed. XLA on CPUs and GPUs
-    would compute the whole square.
+    Queries go in at most `max_blocks` blocks of `block` positions or more. Under a mask within the
+    causal one each block goes against the keys up to its own end: what lies right of the diagonal's
+    blocks is never computed. XLA on CPUs and GPUs would compute the whole square.
+
+    Args:
+      causal: whether the mask is within the causal one.
     """
     batch, length, heads, size = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
@@ -53,19 +56,20 @@ def blocked_attention(
     blocks = []
     for start in range(0, length, block):
         end = min(start + block, length)
+        last_key = end if causal else length
         scores = (
             jnp.einsum(
                 "bkgth,bksh->bkgts",
                 q[:, :, :, start:end],
-                k[:, :, :end],
+                k[:, :, :last_key],
                 preferred_element_type=jnp.float32,
             )
             * size**-0.5
         )
-        scores = jnp.where(mask_BTT[:, None, None, start:end, :end], scores, -1e30)
+        scores = jnp.where(mask_BTT[:, None, None, start:end, :last_key], scores, -1e30)
         probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum(
-            "bkgts,bksh->bkgth", probs, v[:, :, :end], preferred_element_type=jnp.float32
+            "bkgts,bksh->bkgth", probs, v[:, :, :last_key], preferred_element_type=jnp.float32
         )
         blocks.append(out.astype(v.dtype))
 
@@ -79,17 +83,19 @@ def splash_attention(
     v_BTKH,
     segments_BT,
     *,
+    kind: str = "causal",
     window: int = 0,
     block: int = 1024,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention within segments by JAX's Pallas kernel for TPU, [B, T, N, H].
+    """Attention within segments by JAX's Pallas kernel for TPU, [B, T, N, H].
 
     GSPMD can't split a kernel. Under it the call is a shard_map of its own: rows and heads go to
     their devices.
 
     Args:
-      window: positions that a query sees, itself included; 0: all.
+      kind: causal, window or full, see `lm.nn.masks.Visible`.
+      window: positions that a query sees back, itself included; 0: all.
       block: queries and keys of a tile.
       interpret: run the kernel's program without a TPU, slowly.
 
@@ -109,7 +115,7 @@ def splash_attention(
         return x.swapaxes(1, 2)
 
     def local(q, k, v, segments):
-        kernel = _splash_kernel(q.shape[2], length, window, block, interpret)
+        kernel = _splash_kernel(q.shape[2], length, kind, window, block, interpret)
 
         def attend(q, k, v, segments):
             return kernel(q, k, v, splash.SegmentIds(segments, segments))
@@ -129,7 +135,9 @@ def splash_attention(
     )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-def _splash_kernel(num_heads: int, length: int, window: int, block: int, interpret: bool):
+def _splash_kernel(
+    num_heads: int, length: int, kind: str, window: int, block: int, interpret: bool
+):
     blocks = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -140,10 +148,11 @@ def _splash_kernel(num_heads: int, length: int, window: int, block: int, interpr
         # One kernel for the three gradients takes a third less than two, see docs/pods.md.
         use_fused_bwd_kernel=True,
     )
-    if window:
+    mask = splash_mask.CausalMask((length, length))
+    if kind == "window":
         mask = splash_mask.LocalMask((length, length), (window - 1, 0), 0)
-    else:
-        mask = splash_mask.CausalMask((length, length))
+    elif kind == "full":
+        mask = splash_mask.FullMask((length, length))
     return splash.make_splash_mha(
         splash_mask.MultiHeadMask([mask] * num_heads),
         block_sizes=blocks,
