@@ -107,7 +107,7 @@ class LmContender:
     def __init__(self, case: Case, device: str, dtype: str, weights_path: str):
         import jax
 
-        from lm import build, flops
+        from lm import build
 
         devices = jax.devices("cpu" if device == "cpu" else None)[:1]
         config = lm_config(case, device, dtype)
@@ -132,9 +132,7 @@ class LmContender:
             "segments": np.ones(shape, np.int32),
         }
         self.layout = next(iter(program.abstract_batch(case.rows).values())).sharding
-        self.flops_per_token = flops.model_flops_per_token(
-            program.model_config, case.length, causal=True
-        )
+        self.flops_per_token = program.flops_per_token(case.length)
 
     def run(self, steps) -> list[float]:
         """Trains on the batches of these steps. Returns their losses."""

@@ -167,18 +167,22 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
 # What is compiled: the model, and the steps of a run.
 
 
-def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Callable]:
-    """Returns (the model's own Config, a function from a key to the model).
+MODEL_MODULE = ("Config", "Model", "flops_per_token")  # what config.model.type has
+
+
+def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Callable, Any]:
+    """Returns (the model's own Config, a function from a key to the model, its module).
 
     Raises:
       ValueError: a model too small for the tokenizer, or see the model's Config.
     """
     fields = config.model.to_dict()
     module = resolve(fields.pop("type"), "config.model.type")
-    if not (hasattr(module, "Config") and hasattr(module, "Transformer")):
+    missing = [name for name in MODEL_MODULE if not hasattr(module, name)]
+    if missing:
         raise ValueError(
-            f"config.model.type = {config.model.type!r} has no Config and Transformer; wanted the "
-            "dotted path of a module that has, such as lm.models.transformer"
+            f"config.model.type = {config.model.type!r} has no {' and '.join(missing)}; wanted the "
+            f"dotted path of a module with {', '.join(MODEL_MODULE)}, such as {config_lib.MODEL}"
         )
     fields["vocab_size"] = fields["vocab_size"] or vocab_size
     if not fields["compute_dtype"]:
@@ -200,9 +204,9 @@ def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[A
     model_config = module.Config(**fields)
 
     def make_model(key: jax.Array):
-        return module.Transformer(model_config, key)
+        return module.Model(model_config, key)
 
-    return model_config, make_model
+    return model_config, make_model, module
 
 
 def _abstract(make_model: Callable):
@@ -227,7 +231,7 @@ def abstract_model(
     Raises:
       ValueError: see `make_model_fn` and `lm.sharding.shardings`.
     """
-    model_config, make_model = make_model_fn(config, vocab_size, devices[0].platform)
+    model_config, make_model, _ = make_model_fn(config, vocab_size, devices[0].platform)
     graphdef, abstract = _abstract(make_model)
     params = nnx.to_pure_dict(abstract)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
@@ -250,6 +254,7 @@ class Program:
     devices: Sequence[jax.Device]
     model_config: Any
     graphdef: Any
+    flops_per_token: Callable  # (length, causal=True) -> model FLOPs
     optimizer: optim.Optimizer
     abstract_state: step.TrainState  # ShapeDtypeStructs with shardings
     make_params: Callable  # jitted: key -> parameters
@@ -281,7 +286,7 @@ def program(
     _check_batches(c, mesh)
 
     # The model, its optimizer and its loss.
-    model_config, make_model = make_model_fn(c, vocab_size, devices[0].platform)
+    model_config, make_model, module = make_model_fn(c, vocab_size, devices[0].platform)
     if model_config.context_length < c.data.length:
         raise ValueError(
             f"config.data.length = {c.data.length} is above config.model.context_length = "
@@ -309,7 +314,8 @@ def program(
         wrap_gradient=_gradient_wrapper(c, mesh, axes),
     )
     abstract_state = step.abstract_state(nnx.to_pure_dict(abstract), axes, optimizer, mesh)
-    sharding.check_heads(mesh, model_config.num_heads)
+    if hasattr(model_config, "check_mesh"):
+        model_config.check_mesh(mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
 
     def make_params(key):
@@ -324,6 +330,7 @@ def program(
         devices=devices,
         model_config=model_config,
         graphdef=graphdef,
+        flops_per_token=functools.partial(module.flops_per_token, model_config),
         optimizer=optimizer,
         abstract_state=abstract_state,
         # Under jit one seed gives the same bits on every mesh.

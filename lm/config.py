@@ -305,7 +305,7 @@ def default() -> ConfigDict:
     for name, group in GROUPS.items():
         c[name] = ConfigDict(dataclasses.asdict(group()))
     c.data.source_args = ConfigDict(c.data.source_args, allow_dotted_keys=False)
-    # dotted path of a module with Config and a class named Transformer
+    # dotted path of a module with Config, Model and flops_per_token (docs/design.md)
     c.model = ConfigDict(dict(type=MODEL) | dataclasses.asdict(ModelFields()))
     # name -> an entry (lm/evals/entries.py)
     c.evals = ConfigDict()

@@ -143,19 +143,24 @@ class Timer:
     compilation, to waiting for data while the devices are idle, to evals, to checkpoints.
 
     Args:
-      model_config: of the model, for its FLOPs.
-      batch_size, length: of a step's batch.
+      flops_per_token: the model's, causal attention counted half.
+      full_flops_per_token: the same with attention counted whole.
+      batch_tokens: of a step's batch.
     """
 
     def __init__(
-        self, model_config, devices: Sequence[jax.Device], *, batch_size: int, length: int
+        self,
+        devices: Sequence[jax.Device],
+        *,
+        flops_per_token: float,
+        full_flops_per_token: float,
+        batch_tokens: int,
     ):
-        self._batch_tokens = batch_size * length
+        self._batch_tokens = batch_tokens
         self._devices = devices
-        whole = flops.model_flops_per_token(model_config, length, causal=False)
         self._flops_per_token = {
-            "train/mfu": flops.model_flops_per_token(model_config, length),
-            "train/mfu_full_attention": whole,
+            "train/mfu": flops_per_token,
+            "train/mfu_full_attention": full_flops_per_token,
         }
         self._began = time.monotonic()
         self._lost = dict.fromkeys(("first_step", "data", "evals", "checkpoints"), 0.0)

@@ -189,7 +189,10 @@ class Run:
         self.progress = telemetry.Progress(self.total_steps, self.step)
         program, data = self.experiment.program, config.data
         self.timer = telemetry.Timer(
-            program.model_config, program.devices, batch_size=data.batch_size, length=data.length
+            program.devices,
+            flops_per_token=program.flops_per_token(data.length),
+            full_flops_per_token=program.flops_per_token(data.length, causal=False),
+            batch_tokens=data.batch_size * data.length,
         )
 
     def _begin(self) -> None:

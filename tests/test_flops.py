@@ -13,6 +13,7 @@ from flax import nnx
 from lm import config as config_lib
 from lm import flops
 from lm.models import presets
+from lm.models.transformer import flops_per_token
 from lm.nn.masks import Mask
 from lm.objectives import causal
 from tests.helpers import abstract_model, model_config
@@ -33,9 +34,9 @@ def test_flops_by_hand():
     config = preset_config("gpt2")
     num_weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 50257 * 768
     every_key = 12 * 12 * 768 * 1024
-    per_token = flops.model_flops_per_token(config, 1024)
+    per_token = flops_per_token(config, 1024)
     assert per_token == 6 * num_weights + every_key / 2
-    per_token = flops.model_flops_per_token(config, 1024, causal=False)
+    per_token = flops_per_token(config, 1024, causal=False)
     assert per_token == 6 * num_weights + every_key
 
     # A window, and a table whose rows are narrower than the model.
@@ -43,7 +44,7 @@ def test_flops_by_hand():
     num_weights += 50257 * (512 - 768) + 2 * 512 * 768
     # Keys of a mean query, its own half, as above: those of the first 256, and 256 of each other.
     num_keys = (sum(range(256)) + 128 + 256 * (1024 - 256)) / 1024
-    per_token = flops.model_flops_per_token(config, 1024)
+    per_token = flops_per_token(config, 1024)
     assert per_token == 6 * num_weights + 12 * 12 * 768 * num_keys
 
 
@@ -51,7 +52,7 @@ def test_flops_of_experts_are_those_of_one_token():
     def per_token(**changes):
         config = preset_config("llama3_1b")
         vars(config).update(changes)
-        return flops.model_flops_per_token(config, 1024)
+        return flops_per_token(config, 1024)
 
     # 16 layers, each with a router of 2048 x 8.
     routers = 6 * 16 * 2048 * 8
@@ -72,7 +73,7 @@ def unrolled_loss(config, graphdef, params):
         x = x + model.position_embed(IDS)
 
     # Every position attends to every other, as the formula without `causal` counts.
-    mask = Mask(jnp.ones((2, LENGTH, LENGTH), bool), IDS)
+    mask = Mask("full", jnp.ones((2, LENGTH, LENGTH), bool), IDS)
     for i in range(config.num_layers):
         layer = nnx.merge(block, jax.tree.map(operator.itemgetter(i), stack))
         x, *_ = layer(x, IDS, mask, IDS > 0)
@@ -120,7 +121,7 @@ def test_flops_are_those_that_xla_counts(changes):
     params = nnx.to_pure_dict(abstract)
 
     counted = count_flops(functools.partial(unrolled_loss, config, graphdef), params)
-    per_token = flops.model_flops_per_token(config, LENGTH, causal=False)
+    per_token = flops_per_token(config, LENGTH, causal=False)
     assert per_token == pytest.approx(counted, rel=0.02)
 
     # Or it would not matter that the layers are written out.

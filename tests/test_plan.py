@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from lm import config as config_lib
-from lm import flops
+from lm.models.transformer import flops_per_token
 from lm.plan import __main__ as plan_main
 from lm.plan import cards
 from lm.plan import compile as plan_lib
@@ -112,7 +112,7 @@ def test_flops_in_the_report(small, whole_report):
     tokens = 16 * 512
 
     def tflops_per_chip(causal):
-        per_token = flops.model_flops_per_token(model_config, 512, causal=causal)
+        per_token = flops_per_token(model_config, 512, causal=causal)
         return tokens * per_token / 4 / 1e12
 
     assert train["model_tflops"] == pytest.approx(tflops_per_chip(causal=True))

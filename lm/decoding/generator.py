@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 
 from lm import sharding
 from lm.decoding.sampling import Sampling, sample
-from lm.models import transformer
-from lm.nn.attention import SPLASH, Cache
+from lm.nn.attention import Cache
 
 
 def prefill(
@@ -264,7 +263,7 @@ class Generator:
         vocab_size: int,
     ):
         source = graphdef
-        graphdef, params = unstack_layers_on_cpu(graphdef, params, mesh)
+        graphdef, params = for_decoding(graphdef, params, mesh)
         self._config = model_config
         self._params = params
         self._mesh = mesh
@@ -375,16 +374,14 @@ def _is_on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def unstack_layers_on_cpu(graphdef, params, mesh: Mesh) -> tuple[Any, Any]:
-    """(graphdef, params) with parameters for each layer where the mesh is one of CPUs; elsewhere as
-    they are.
-
-    A scan over stacked layers takes each layer's weights out of the stack. On CPUs that is a copy,
-    of all weights at every token.
+def for_decoding(graphdef, params, mesh: Mesh) -> tuple[Any, Any]:
+    """(graphdef, params) in the form that decodes fastest on the mesh's devices, where the model
+    has one of its own.
     """
-    if not _is_on_cpu(mesh):
+    model = nnx.merge(graphdef, params)
+    if not hasattr(model, "for_decoding"):
         return graphdef, params
-    return transformer.unstack(nnx.merge(graphdef, params), params)
+    return model.for_decoding(params, mesh.devices.flat[0].platform)
 
 
 def copies_of_a_row(num_rows: int, model_config, mesh: Mesh) -> int:
@@ -401,8 +398,5 @@ def bucket_length(length: int, model_config) -> int:
     """The next power of two, up to the model's context: one compilation serves all lengths between
     two of them.
     """
-    # Splash attention's tiles are 128 positions wide. Elsewhere 16 saves compilations for prompts
-    # of a few tokens.
-    shortest = 128 if model_config.attention in SPLASH else 16
     power_of_two = 1 << (length - 1).bit_length()
-    return min(max(power_of_two, shortest), model_config.context_length)
+    return min(max(power_of_two, model_config.shortest_row), model_config.context_length)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lm import config as config_lib
 from lm.collectives import gather_sequence
@@ -19,7 +20,7 @@ from lm.nn.layers import MLP, NORMS, Embed, dense, param
 from lm.nn.masks import Mask, Visible
 from lm.nn.moe import MoE
 from lm.nn.positions import parse_scaling
-from lm.sharding import constrain
+from lm.sharding import check_heads, constrain
 
 BIASES = ("qkv", "out", "mlp", "norm")
 # What the backward pass may find saved of each layer: results of matmuls, and the attention
@@ -147,9 +148,46 @@ class Config(config_lib.ModelFields):
             )
         parse_scaling(self.rope_scaling, int(self.head_dim * self.rope_fraction))
 
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises ValueError if the mesh can't hold the model."""
+        check_heads(mesh, self.num_heads)
+
+    @property
+    def shortest_row(self) -> int:
+        """Tokens of the shortest row that is worth a compilation of its own."""
+        # Splash attention's tiles are 128 positions wide. Elsewhere 16 saves compilations for
+        # prompts of a few tokens.
+        return 128 if self.attention in SPLASH else 16
+
     @property
     def biases(self) -> tuple[str, ...]:
         return tuple(name for name in self.bias.split(",") if name)
+
+
+def flops_per_token(config: Config, length: int, *, causal: bool = True) -> float:
+    """Model FLOPs of one token in training (forward and backward), by the matmuls that the model
+    needs, recomputation not counted.
+
+    6 per weight of a matmul that the token meets (of the experts, those of one token; 2 forward, 4
+    backward; Kaplan et al. 2020, arXiv 2001.08361, section 2.1; the head is one, the embedding
+    look-up is none), and 12 N H per layer for each key that a query sees (scores and values;
+    Chowdhery et al. 2022, arXiv 2204.02311, appendix B): `length` keys, or half with `causal`,
+    since the masked half need not be computed.
+
+    Args:
+      length: tokens a row. Packed documents count as one sequence of that length.
+    """
+    c = config
+    attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    experts = c.experts_per_token if c.num_experts else 1
+    mlp = c.embed_dim * (experts * c.mlp_dim + c.shared_mlp_dim) * (3 if c.gated_mlp else 2)
+    router = c.embed_dim * (c.num_experts + (1 if c.shared_mlp_dim else 0))
+    table_dim = c.table_dim or c.embed_dim
+    projections = 2 * table_dim * c.embed_dim if table_dim != c.embed_dim else 0
+    weights = c.num_layers * (attention + mlp + router) + c.vocab_size * table_dim + projections
+    window = min(c.window or length, length)
+    keys = window - window**2 / (2 * length) if causal else length
+    return 6.0 * weights + 12.0 * c.num_layers * c.num_heads * c.head_dim * keys
 
 
 EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "attention", "remat", "scan_unroll")
@@ -228,7 +266,7 @@ class Transformer(nnx.Module):
     Args:
       stacked: each parameter of the layers is one array for all of them, and a loop runs over it.
         Otherwise layers are unstacked, each with its own: for decoding on CPUs, where taking a
-        layer out of a stack copies it. `unstack` turns the one's parameters into the other's.
+        layer out of a stack copies it. `for_decoding` turns the one's parameters into the other's.
     """
 
     def __init__(self, config: Config, key: jax.Array, *, stacked: bool = True):
@@ -366,6 +404,20 @@ class Transformer(nnx.Module):
         aux = jax.tree.map(lambda *layers: jnp.stack(layers), *auxes)
         return x_BTD, caches if cache else None, aux
 
+    def for_decoding(self, params: dict, platform: str) -> tuple[Any, dict]:
+        """(graphdef, parameters) of this model in the form that decodes fastest on a platform.
+
+        A scan over stacked layers takes each layer's weights out of the stack. On CPUs that is a
+        copy, of all weights at every token: layers are unstacked there.
+        """
+        c = self.config
+        if platform != "cpu" or isinstance(self.layers, nnx.List):
+            return nnx.split(self, nnx.Param)[0], params
+        abstract = nnx.eval_shape(lambda: Transformer(c, jax.random.key(0), stacked=False))
+        graphdef = nnx.split(abstract, nnx.Param)[0]
+        layers = {i: _layer(params["layers"], i) for i in range(c.num_layers)}
+        return graphdef, params | {"layers": layers}
+
     @property
     def head_table(self) -> nnx.Param:
         """The head's weight, [V, D]."""
@@ -388,18 +440,13 @@ class Transformer(nnx.Module):
         return Cache(*_zeros((c.num_layers, *shape), ("layers", *axes), c.compute_dtype))
 
 
+Model = Transformer  # what lm.build takes of a module
+
+
 def _zeros(shape, axes, dtype) -> tuple[jax.Array, jax.Array]:
     """Keys and values of an empty cache."""
     key = constrain(jnp.zeros(shape, dtype), *axes)
     return key, constrain(jnp.zeros(shape, dtype), *axes)
-
-
-def unstack(model: Transformer, params: dict) -> tuple[Any, dict]:
-    """(graphdef, parameters) of the same model with its layers unstacked."""
-    abstract = nnx.eval_shape(lambda: Transformer(model.config, jax.random.key(0), stacked=False))
-    graphdef = nnx.split(abstract, nnx.Param)[0]
-    layers = {i: _layer(params["layers"], i) for i in range(model.config.num_layers)}
-    return graphdef, params | {"layers": layers}
 
 
 def _layer(stack: dict, index: int) -> dict:

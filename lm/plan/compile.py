@@ -21,7 +21,7 @@ from flax import nnx
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from lm import build, flops, sharding, step
+from lm import build, sharding, step
 from lm import config as config_lib
 from lm.decoding.generator import decode_step, prefill
 from lm.plan import hlo, search
@@ -186,7 +186,7 @@ def _model_flops(program: build.Program, rows: int, length: int, share: float = 
     """
 
     def total(causal: bool) -> float:
-        per_token = flops.model_flops_per_token(program.model_config, length, causal=causal)
+        per_token = program.flops_per_token(length, causal=causal)
         return share * rows * length * per_token
 
     return ModelFlops(causal=total(True), full=total(False))
