@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 import os
+import types
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -170,20 +171,31 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
 MODEL_MODULE = ("Config", "Model", "flops_per_token")  # what config.model.type has
 
 
-def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Callable, Any]:
-    """Returns (the model's own Config, a function from a key to the model, its module).
+def model_module(config: ConfigDict) -> types.ModuleType:
+    """The module of config.model.type.
 
     Raises:
-      ValueError: a model too small for the tokenizer, or see the model's Config.
+      ValueError: there is none, or it lacks something.
     """
-    fields = config.model.to_dict()
-    module = resolve(fields.pop("type"), "config.model.type")
+    module = resolve(config.model.type, "config.model.type")
     missing = [name for name in MODEL_MODULE if not hasattr(module, name)]
     if missing:
         raise ValueError(
             f"config.model.type = {config.model.type!r} has no {' and '.join(missing)}; wanted the "
             f"dotted path of a module with {', '.join(MODEL_MODULE)}, such as {config_lib.MODEL}"
         )
+    return module
+
+
+def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[Any, Callable]:
+    """Returns (the model's own Config, a function from a key to the model).
+
+    Raises:
+      ValueError: a model too small for the tokenizer, or see the model's Config.
+    """
+    fields = config.model.to_dict()
+    del fields["type"]
+    module = model_module(config)
     fields["vocab_size"] = fields["vocab_size"] or vocab_size
     if not fields["compute_dtype"]:
         fields["compute_dtype"] = "float32" if platform == "cpu" else "bfloat16"
@@ -206,7 +218,7 @@ def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[A
     def make_model(key: jax.Array):
         return module.Model(model_config, key)
 
-    return model_config, make_model, module
+    return model_config, make_model
 
 
 def _abstract(make_model: Callable):
@@ -231,7 +243,7 @@ def abstract_model(
     Raises:
       ValueError: see `make_model_fn` and `lm.sharding.shardings`.
     """
-    model_config, make_model, _ = make_model_fn(config, vocab_size, devices[0].platform)
+    model_config, make_model = make_model_fn(config, vocab_size, devices[0].platform)
     graphdef, abstract = _abstract(make_model)
     params = nnx.to_pure_dict(abstract)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
@@ -286,7 +298,7 @@ def program(
     _check_batches(c, mesh)
 
     # The model, its optimizer and its loss.
-    model_config, make_model, module = make_model_fn(c, vocab_size, devices[0].platform)
+    model_config, make_model = make_model_fn(c, vocab_size, devices[0].platform)
     if model_config.context_length < c.data.length:
         raise ValueError(
             f"config.data.length = {c.data.length} is above config.model.context_length = "
@@ -330,7 +342,7 @@ def program(
         devices=devices,
         model_config=model_config,
         graphdef=graphdef,
-        flops_per_token=functools.partial(module.flops_per_token, model_config),
+        flops_per_token=functools.partial(model_module(c).flops_per_token, model_config),
         optimizer=optimizer,
         abstract_state=abstract_state,
         # Under jit one seed gives the same bits on every mesh.
@@ -497,6 +509,8 @@ def build(
     """
     c = config
     config_lib.check(c)
+    if c.init_new_heads and not c.init_from:
+        raise ValueError("config.init_new_heads needs config.init_from: a fresh model has all new")
     for name, entry in c.evals.items():
         entries.check(name, entry.to_dict())
 

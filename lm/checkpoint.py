@@ -444,6 +444,12 @@ class SavedCheckpoint:
         self.meta = _restore_meta(manager, step)
         self._manager = manager
 
+    def heads(self) -> set[str]:
+        """Returns the names of the model's heads beside the vocabulary's."""
+        stored = self._manager.item_metadata(self.step).state.tree
+        prefix = "params/heads/"
+        return {path.split("/")[2] for path in stored if path.startswith(prefix)}
+
     def restore_params(self, abstract_params, *, averaged: bool):
         """Returns the model's parameters.
 

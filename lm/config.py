@@ -139,6 +139,9 @@ class ModelFields:
     tie_embeddings: bool = True
     # of the embedding and the head, with a projection between them and the layers; 0: embed_dim
     table_dim: int = integer(0, most=2**18)
+    # Heads beside the vocabulary's, with commas between them, as lm.models.transformer.HEADS has
+    # them: "scalar", "classes:3", "token_labels:9".
+    heads: str = ""
     # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
     init_std: float = number(0.02, least=0, most=100)
 
@@ -284,6 +287,8 @@ class Run:
     # directory of a Hugging Face checkpoint, which also decides config.model (but for its execution
     # and param_dtype) and, if tokenizer.path is "", the tokenizer.
     init_from: str = ""
+    # heads that init_from doesn't have are drawn at random; False: that is an error
+    init_new_heads: bool = False
 
 
 MODEL = "lm.models.transformer"

@@ -116,6 +116,11 @@ def export_checkpoint(
         checkpoint.check_meta(saved.meta, str(workdir))
         config = _config_with_model(saved.meta, str(workdir), model_type)
         fields = config.model.to_dict()
+        if fields.get("heads"):
+            raise ValueError(
+                f"config.model.heads = {fields['heads']!r}: no family of Hugging Face's that is "
+                "written here has heads beside the vocabulary's, and none is left out silently"
+            )
 
         # The model is checked before its arrays are read.
         original = None if family else saved.meta.get("hf")

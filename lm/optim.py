@@ -147,7 +147,8 @@ def _matrix_dims(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
     """
     dims = [i for i, name in enumerate(axes) if name not in ("layers", "expert")]
     names = [axes[i] for i in dims]
-    if len(names) < 2 or "embed" not in names or {"vocab", "position", "router"} & set(names):
+    choices = {"vocab", "position", "router", "outputs"}
+    if len(names) < 2 or "embed" not in names or choices & set(names):
         return None
 
     embed = tuple(i for i in dims if axes[i] == "embed")

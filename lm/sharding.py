@@ -32,6 +32,7 @@ RULES = {
     "head_dim": (),
     "expert": ("expert",),
     "router": (),
+    "outputs": (),  # of a head other than the vocabulary's
     # These biases have no embed dim that the fsdp axes could split.
     "mlp_bias": ("fsdp", "fsdp2", "tensor"),
     "head_dim_bias": ("fsdp", "fsdp2"),

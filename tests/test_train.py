@@ -373,6 +373,37 @@ def test_init_from_takes_the_weights_only(finished, tmp_path):
     assert run_training(config, run)["step"] == 3
 
 
+def test_init_from_a_model_without_the_head(finished, tmp_path):
+    """The head is drawn if the configuration says so; the other weights are the source's."""
+    config, source = finished
+    config.update_from_flattened_dict(
+        {"init_from": str(source), "optimizer.learning_rate": 0.0, "train.length": "3 steps"}
+    )
+    config.model.heads = "classes:3"
+    with config.unlocked():
+        config.evals = {}
+    message = r"has no heads \['classes'\] .*config.init_new_heads = True"
+    with pytest.raises(ValueError, match=message):
+        run_training(config, tmp_path / "new")
+
+    config.init_new_heads = True
+    run_training(config, tmp_path / "new")
+    source_state, _ = read_checkpoint(source, 6)
+    state, _ = read_checkpoint(tmp_path / "new", 3)
+    _, shape, values = state["params/heads/classes/weight"]
+    assert shape[1] == 3 and values.count(0) < len(values) / 2
+    for path in source_state:
+        if path.startswith("params/"):
+            assert state[path] == source_state[path], path
+
+    # A source that has it gives it.
+    config.update_from_flattened_dict({"init_from": str(tmp_path / "new"), "init_new_heads": False})
+    run_training(config, tmp_path / "next")
+    next_state, _ = read_checkpoint(tmp_path / "next", 3)
+    path = "params/heads/classes/weight"
+    assert next_state[path] == state[path]
+
+
 def test_init_from_checks_the_tokenizer(finished, tmp_path):
     config, source = finished
     config.update_from_flattened_dict(

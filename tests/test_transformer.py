@@ -390,6 +390,7 @@ ALTERNATIVES = {
     "bias": ("out", {}),
     "table_dim": (24, {}),
     "tie_embeddings": (True, {}),
+    "heads": ("classes:3", {}),
     "init_std": (0.03, {}),
     "param_dtype": ("bfloat16", {}),
     "compute_dtype": ("bfloat16", {}),
@@ -435,6 +436,26 @@ def test_every_field_moves_something(field):
             lambda x, y: (x != y).any(), initial_params(before), initial_params(after)
         )
         assert any(jax.tree.leaves(changed)), f"{field} moves nothing"
+
+
+def test_heads():
+    config = model_config(heads="scalar,classes:3")
+    graphdef, params = random_model(config)
+    model = nnx.merge(graphdef, params)
+    hidden = jax.random.normal(jax.random.key(0), (2, 5, config.embed_dim))
+
+    weight = np.asarray(params["heads"]["classes"]["weight"])
+    outputs = model.head_outputs("classes", hidden)
+    np.testing.assert_allclose(outputs, hidden @ weight, rtol=1e-5, atol=1e-6)
+    assert model.head_outputs("scalar", hidden[:, 0]).shape == (2, 1)
+    with pytest.raises(ValueError, match="no head 'token_labels'; config.model.heads = 'scalar"):
+        model.head_outputs("token_labels", hidden)
+
+    # The other weights are those of a model without heads.
+    with_heads = initial_params(config)
+    assert with_heads.pop("heads").keys() == {"scalar", "classes"}
+    without = initial_params(model_config())
+    jax.tree.map(np.testing.assert_array_equal, with_heads, without)
 
 
 def test_execution_fields_are_fields():
@@ -493,6 +514,10 @@ def test_execution_fields_are_fields():
             r"valid: names of \['qkv', 'out', 'mlp', 'norm'\]",
         ),
         (dict(window=-1), "window = -1; wanted 0 to"),
+        (dict(heads="classes"), r"heads = 'classes': 'classes'; valid.*\"classes:N\""),
+        (dict(heads="scalar:2"), "heads = 'scalar:2'"),
+        (dict(heads="classes:0"), f"'classes:0'; wanted 1 to {2**20}"),
+        (dict(heads="scalar,scalar"), "heads = 'scalar,scalar': 'scalar'"),
         (dict(compute_dtype=""), "compute_dtype = ''"),
         (
             dict(num_experts=4, experts_per_token=5),

@@ -16,13 +16,15 @@ from lm import config as config_lib
 from lm.collectives import gather_sequence
 from lm.nn import masks
 from lm.nn.attention import SPLASH, SPLASH_KINDS, Attention, Cache
-from lm.nn.layers import MLP, NORMS, Embed, dense, param
+from lm.nn.layers import MLP, NORMS, Embed, Head, dense, param
 from lm.nn.masks import Mask, Visible
 from lm.nn.moe import MoE
 from lm.nn.positions import parse_scaling
 from lm.sharding import check_heads, constrain
 
 BIASES = ("qkv", "out", "mlp", "norm")
+# Heads beside the vocabulary's -> their outputs; None: config.model.heads says how many.
+HEADS = {"scalar": 1, "classes": None, "token_labels": None}
 # What the backward pass may find saved of each layer: results of matmuls, and the attention
 # kernel's own residuals (splash).
 REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down")
@@ -104,6 +106,7 @@ class Config(config_lib.ModelFields):
         self._check_heads()
         self._check_experts()
         self._check_rope()
+        parse_heads(self.heads)
         remat_policy(self.remat)
 
     def _check_biases(self) -> None:
@@ -193,8 +196,29 @@ def flops_per_token(config: Config, length: int, *, causal: bool = True) -> floa
 EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "attention", "remat", "scan_unroll")
 
 
+def parse_heads(heads: str) -> dict[str, int]:
+    """Returns {name: outputs} of config.model.heads.
+
+    Raises:
+      ValueError: an unknown head, a number of outputs that is missing or none, or a head twice.
+    """
+    sizes: dict[str, int] = {}
+    for item in filter(None, heads.split(",")):
+        name, _, size = item.partition(":")
+        fixed = HEADS.get(name)
+        if name not in HEADS or name in sizes or (size if fixed else not size.isdecimal()):
+            raise ValueError(
+                f"config.model.heads = {heads!r}: {item!r}; valid, with commas between them: "
+                '"scalar", "classes:N", "token_labels:N"'
+            )
+        sizes[name] = fixed or int(size)
+        if not 1 <= sizes[name] <= 2**20:
+            raise ValueError(f"config.model.heads = {heads!r}: {item!r}; wanted 1 to {2**20}")
+    return sizes
+
+
 class Output(NamedTuple):
-    hidden: jax.Array  # [B, T, D], what the head takes: after the last norm (and projection)
+    hidden: jax.Array  # [B, T, D], what heads take: after the last norm (and projection)
     cache: Cache | list[Cache] | None  # a list where layers are not stacked
     # name -> (sum, count), averaged over the layers; see lm.nn.moe.balance
     aux: dict[str, tuple[jax.Array, jax.Array]]
@@ -302,6 +326,14 @@ class Transformer(nnx.Module):
             self.head = None
         else:
             self.head = Embed(head_key, c.vocab_size, table_dim, axis="vocab", **table)
+
+        options = dict(std=c.init_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype)
+        heads = {}
+        for number, (name, size) in enumerate(parse_heads(c.heads).items()):
+            # A key of its own: the other weights are those of the model without heads.
+            head_key = jax.random.fold_in(jax.random.fold_in(key, 3), number)
+            heads[name] = Head(head_key, table_dim, size, **options)
+        self.heads = nnx.Dict(heads) if heads else None
 
         # OPT-350M projects after the embedding and before the head.
         if table_dim != c.embed_dim:
@@ -422,6 +454,18 @@ class Transformer(nnx.Module):
     def head_table(self) -> nnx.Param:
         """The head's weight, [V, D]."""
         return (self.head or self.embed).table
+
+    def head_outputs(self, name: str, hidden: jax.Array) -> jax.Array:
+        """f32 [..., K] of hidden states [..., D], by one of config.model.heads.
+
+        Raises:
+          ValueError: the model has no such head.
+        """
+        if self.heads is None or name not in self.heads:
+            raise ValueError(
+                f"the model has no head {name!r}; config.model.heads = {self.config.heads!r}"
+            )
+        return self.heads[name](hidden)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32 logits [..., V] of hidden states [..., D]."""

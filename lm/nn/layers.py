@@ -218,6 +218,19 @@ class MLP(nnx.Module):
         return out_BTD if self.down_bias is None else add_bias(out_BTD, self.down_bias)
 
 
+class Head(nnx.Module):
+    """A linear map of hidden states to a few numbers: a score, classes, labels of tokens."""
+
+    def __init__(self, key: jax.Array, dim: int, size: int, *, std: float, dtype, compute_dtype):
+        self.compute_dtype = compute_dtype
+        self.weight = param(key, (dim, size), ("embed", "outputs"), dtype, std=std)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """[..., size] in f32 of hidden states [B, T, D] or [B, D]."""
+        spec = "btd,dk->btk" if hidden.ndim == 3 else "bd,dk->bk"
+        return dense(spec, hidden.astype(jnp.float32), self.weight, self.compute_dtype, "head")
+
+
 class Embed(nnx.Module):
     """A table of vectors: looked up by id, or attended to (the output head).
 
