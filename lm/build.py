@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from lm import collectives, files, optim, sharding, startup, step
 from lm import config as config_lib
 from lm.data import batch as batch_contract
-from lm.data import pack
+from lm.data import pack, roles
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
@@ -113,8 +113,18 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
       read_train: gives the training split, where the tokenizer is trained on it.
 
     Raises:
-      ValueError: a path without a tokenizer, or texts that none can be trained on.
+      ValueError: a path without a tokenizer, texts that none can be trained on, or roles that can't
+        be reserved.
     """
+    tokenizer = _make_plain_tokenizer(config, read_train)
+    reserve = config.tokenizer.reserve
+    return tokenizer.reserving(reserve) if reserve else tokenizer
+
+
+def _make_plain_tokenizer(
+    config: ConfigDict, read_train: Callable[[], Documents]
+) -> tokenizers.Tokenizer:
+    """That of config.tokenizer, before anything is reserved."""
     c = config.tokenizer
     if c.path:
         try:
@@ -505,7 +515,10 @@ def build(
     read_train = functools.cache(lambda: documents(c, c.data.split))
     is_trained = not c.tokenizer.path and c.tokenizer.kind == "sentencepiece"
     run_tokenizer = None if is_trained else make_tokenizer(c, read_train)
-    vocab_size = c.tokenizer.vocab_size if is_trained else run_tokenizer.vocab_size
+    if is_trained:
+        vocab_size = c.tokenizer.vocab_size + roles.count(c.tokenizer.reserve)
+    else:
+        vocab_size = run_tokenizer.vocab_size
     run_program = program(c, devices, vocab_size, total_steps)
     _check_memory(run_program)
 

@@ -38,6 +38,7 @@ RESUMABLE = (
     "data.source_args.held_out_by",
     "data.source_args.path",
     "tokenizer.path",
+    "tokenizer.reserve",
 )
 
 
@@ -182,11 +183,16 @@ class Tokenizer:
     path: str = ""
     # where there is no path; sentencepiece: one is trained on the training split
     kind: str = one_of("sentencepiece", "bytes")
-    vocab_size: int = integer(2048, least=2, most=2**24)  # of a tokenizer that is trained
+    # of a tokenizer that is trained, without what it reserves
+    vocab_size: int = integer(2048, least=2, most=2**24)
     # that it is trained on, evenly out of the split; 0: all
     max_documents: int = integer(0)
 
 
+    # Roles that have ids behind all others, which no text has; with commas between them: pad, mask,
+    # cls, sep, start_of_piece, end_of_piece, turns, sentinels:N (N from 1 to 999). See
+    # lm/data/roles.py.
+    reserve: str = ""
 @dataclasses.dataclass(frozen=True)
 class Objective:
     # dotted path of a module with make_loss(**the rest) and token_logprobs
