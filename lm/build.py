@@ -145,14 +145,15 @@ def _make_plain_tokenizer(
 def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
     """The configuration with what a Hugging Face checkpoint in `init_from` decides.
 
-    That is the model, but for how it is executed, and the tokenizer, unless another is given. Other
-    configurations come back as they are.
+    That is the model, but for how it is executed, and the tokenizer, unless another is given. With
+    `init_resize` its vocabulary may be larger. Other configurations come back as they are.
 
     Args:
       training: the parameters have the dtype of the configuration; else the checkpoint's own.
 
     Raises:
-      ValueError: a checkpoint that can't be read, see `lm.hf.directory.Checkpoint`.
+      ValueError: a checkpoint that can't be read, see `lm.hf.directory.Checkpoint`; with
+        `init_resize`, see `make_tokenizer`.
     """
     directory = epath.Path(files.expand(config.init_from)) if config.init_from else None
     if directory is None or not hf.is_checkpoint(directory):
@@ -160,8 +161,13 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
 
     hf_checkpoint = hf.Checkpoint(directory)
     config = config.copy_and_resolve_references().unlock()
+    asked_size = config.model.vocab_size
     config.model.update(hf_checkpoint.fields)
     config.tokenizer.path = config.tokenizer.path or str(directory)
+    if config.init_resize:
+        tokenizer = make_tokenizer(config, functools.partial(documents, config, config.data.split))
+        sizes = (asked_size, config.model.vocab_size, tokenizer.vocab_size)
+        config.model.vocab_size = max(sizes)
     if not training:
         config.model.param_dtype = hf_checkpoint.dtype()
     elif hf_checkpoint.dtype() == "float32" and config.model.param_dtype == "bfloat16":
@@ -204,7 +210,8 @@ def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[A
     if fields["vocab_size"] < vocab_size:
         raise ValueError(
             f"config.model.vocab_size = {fields['vocab_size']} is below the tokenizer's "
-            f"{vocab_size}; 0 takes the tokenizer's"
+            f"{vocab_size}; 0 takes the tokenizer's, and where config.init_from decides the size, "
+            "config.init_resize = True draws the rows that its tables lack"
         )
 
     model_config = module.Config(**fields)
@@ -502,6 +509,10 @@ def build(
     config_lib.check(c)
     for name, entry in c.evals.items():
         entries.check(name, entry.to_dict())
+    if c.init_resize and not c.init_from:
+        raise ValueError(
+            "config.init_resize = True resizes the tables of config.init_from, and there is none"
+        )
 
     # What is compiled is described before the corpus is read and a tokenizer trained on it: most
     # mistakes show here.

@@ -39,6 +39,8 @@ RESUMABLE = (
     "data.source_args.path",
     "tokenizer.path",
     "tokenizer.reserve",
+    # Another key that old runs don't have. It matters at step 0 only.
+    "init_resize",
 )
 
 
@@ -187,12 +189,12 @@ class Tokenizer:
     vocab_size: int = integer(2048, least=2, most=2**24)
     # that it is trained on, evenly out of the split; 0: all
     max_documents: int = integer(0)
-
-
     # Roles that have ids behind all others, which no text has; with commas between them: pad, mask,
     # cls, sep, start_of_piece, end_of_piece, turns, sentinels:N (N from 1 to 999). See
     # lm/data/roles.py.
     reserve: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     # dotted path of a module with make_loss(**the rest) and token_logprobs
@@ -290,6 +292,9 @@ class Run:
     # directory of a Hugging Face checkpoint, which also decides config.model (but for its execution
     # and param_dtype) and, if tokenizer.path is "", the tokenizer.
     init_from: str = ""
+    # Whether the tokenizer may have ids that init_from's lacks, behind all of its own: tables of
+    # the vocabulary keep their rows, and those of the new ids are drawn.
+    init_resize: bool = False
 
 
 MODEL = "lm.models.transformer"
