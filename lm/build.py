@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from lm import collectives, files, optim, sharding, startup, step
 from lm import config as config_lib
 from lm.data import batch as batch_contract
-from lm.data import pack
+from lm.data import pack, roles
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
@@ -114,8 +114,18 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
       read_train: gives the training split, where the tokenizer is trained on it.
 
     Raises:
-      ValueError: a path without a tokenizer, or texts that none can be trained on.
+      ValueError: a path without a tokenizer, texts that none can be trained on, or roles that can't
+        be reserved.
     """
+    tokenizer = _make_plain_tokenizer(config, read_train)
+    reserve = config.tokenizer.reserve
+    return tokenizer.reserving(reserve) if reserve else tokenizer
+
+
+def _make_plain_tokenizer(
+    config: ConfigDict, read_train: Callable[[], Documents]
+) -> tokenizers.Tokenizer:
+    """That of config.tokenizer, before anything is reserved."""
     c = config.tokenizer
     if c.path:
         try:
@@ -136,14 +146,15 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
 def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
     """The configuration with what a Hugging Face checkpoint in `init_from` decides.
 
-    That is the model, but for how it is executed, and the tokenizer, unless another is given. Other
-    configurations come back as they are.
+    That is the model, but for how it is executed, and the tokenizer, unless another is given. With
+    `init_resize` its vocabulary may be larger. Other configurations come back as they are.
 
     Args:
       training: the parameters have the dtype of the configuration; else the checkpoint's own.
 
     Raises:
-      ValueError: a checkpoint that can't be read, see `lm.hf.directory.Checkpoint`.
+      ValueError: a checkpoint that can't be read, see `lm.hf.directory.Checkpoint`; with
+        `init_resize`, see `make_tokenizer`.
     """
     directory = epath.Path(files.expand(config.init_from)) if config.init_from else None
     if directory is None or not hf.is_checkpoint(directory):
@@ -151,8 +162,13 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
 
     hf_checkpoint = hf.Checkpoint(directory)
     config = config.copy_and_resolve_references().unlock()
+    asked_size = config.model.vocab_size
     config.model.update(hf_checkpoint.fields)
     config.tokenizer.path = config.tokenizer.path or str(directory)
+    if config.init_resize:
+        tokenizer = make_tokenizer(config, functools.partial(documents, config, config.data.split))
+        sizes = (asked_size, config.model.vocab_size, tokenizer.vocab_size)
+        config.model.vocab_size = max(sizes)
     if not training:
         config.model.param_dtype = hf_checkpoint.dtype()
     elif hf_checkpoint.dtype() == "float32" and config.model.param_dtype == "bfloat16":
@@ -210,7 +226,8 @@ def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[A
     if fields["vocab_size"] < vocab_size:
         raise ValueError(
             f"config.model.vocab_size = {fields['vocab_size']} is below the tokenizer's "
-            f"{vocab_size}; 0 takes the tokenizer's"
+            f"{vocab_size}; 0 takes the tokenizer's, and where config.init_from decides the size, "
+            "config.init_resize = True draws the rows that its tables lack"
         )
 
     model_config = module.Config(**fields)
@@ -513,6 +530,10 @@ def build(
         raise ValueError("config.init_new_heads needs config.init_from: a fresh model has all new")
     for name, entry in c.evals.items():
         entries.check(name, entry.to_dict())
+    if c.init_resize and not c.init_from:
+        raise ValueError(
+            "config.init_resize = True resizes the tables of config.init_from, and there is none"
+        )
 
     # What is compiled is described before the corpus is read and a tokenizer trained on it: most
     # mistakes show here.
@@ -526,7 +547,10 @@ def build(
     read_train = functools.cache(lambda: documents(c, c.data.split))
     is_trained = not c.tokenizer.path and c.tokenizer.kind == "sentencepiece"
     run_tokenizer = None if is_trained else make_tokenizer(c, read_train)
-    vocab_size = c.tokenizer.vocab_size if is_trained else run_tokenizer.vocab_size
+    if is_trained:
+        vocab_size = c.tokenizer.vocab_size + roles.count(c.tokenizer.reserve)
+    else:
+        vocab_size = run_tokenizer.vocab_size
     run_program = program(c, devices, vocab_size, total_steps)
     _check_memory(run_program)
 

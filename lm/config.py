@@ -38,6 +38,9 @@ RESUMABLE = (
     "data.source_args.held_out_by",
     "data.source_args.path",
     "tokenizer.path",
+    "tokenizer.reserve",
+    # Another key that old runs don't have. It matters at step 0 only.
+    "init_resize",
 )
 
 
@@ -185,9 +188,14 @@ class Tokenizer:
     path: str = ""
     # where there is no path; sentencepiece: one is trained on the training split
     kind: str = one_of("sentencepiece", "bytes")
-    vocab_size: int = integer(2048, least=2, most=2**24)  # of a tokenizer that is trained
+    # of a tokenizer that is trained, without what it reserves
+    vocab_size: int = integer(2048, least=2, most=2**24)
     # that it is trained on, evenly out of the split; 0: all
     max_documents: int = integer(0)
+    # Roles that have ids behind all others, which no text has; with commas between them: pad, mask,
+    # cls, sep, start_of_piece, end_of_piece, turns, sentinels:N (N from 1 to 999). See
+    # lm/data/roles.py.
+    reserve: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +297,9 @@ class Run:
     init_from: str = ""
     # heads that init_from doesn't have are drawn at random; False: that is an error
     init_new_heads: bool = False
+    # Whether the tokenizer may have ids that init_from's lacks, behind all of its own: tables of
+    # the vocabulary keep their rows, and those of the new ids are drawn.
+    init_resize: bool = False
 
 
 MODEL = "lm.models.transformer"

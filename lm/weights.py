@@ -1,13 +1,22 @@
-"""Weights for an experiment, from a run's checkpoint or from a Hugging Face directory."""
+"""Weights for an experiment, from a run's checkpoint or from a Hugging Face directory;
+config.init_resize draws rows for new tokens.
+"""
 
+import functools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 
 import jax
+import jax.numpy as jnp
 from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm import build, checkpoint, files
+from lm import config as config_lib
+from lm.data import tokenizer as tokenizers
+from lm.data.tokenizer import Tokenizer
 from lm.hf import directory as hf
 
 
@@ -22,59 +31,70 @@ def load_weights(
       step: of a run's checkpoint; None: the newest.
 
     Raises:
-      ValueError: there is none, or it is another model's, or another tokenizer's; or it has no
-        head that the model has, unless config.init_new_heads wants that.
+      ValueError: there is none, or it is another model's, or another tokenizer's (with
+        config.init_resize, one whose ids the experiment's doesn't have); or it has no head that the
+        model has, unless config.init_new_heads wants that.
     """
     abstract_params = experiment.program.abstract_state.params
+    resizes = experiment.config.init_resize
     if hf.is_checkpoint(source):
-        abstract_params, new_heads = _without_new_heads(experiment, abstract_params, (), source)
-        params = hf.Checkpoint(source).load(abstract_params, hf.progress_line(str(source)))
-        return _with_heads(experiment, params, new_heads), 0
+        hf_checkpoint = hf.Checkpoint(source)
+        read = functools.partial(hf_checkpoint.load, progress=hf.progress_line(str(source)))
+        load = functools.partial(_load_with_heads, experiment, read, (), source)
+        if not resizes:
+            return load(abstract_params), 0
+        num_rows = hf_checkpoint.fields["vocab_size"]
+        return _load_resized(experiment, load, num_rows, tokenizers.load(source), source), 0
 
     with checkpoint.open_run(source, step) as saved:
         checkpoint.check_meta(saved.meta, str(source))
-        check_tokenizer(experiment, saved.meta, source)
-        abstract_params, new_heads = _without_new_heads(
-            experiment, abstract_params, saved.heads(), source
-        )
-        params = saved.restore_params(abstract_params, averaged=averaged)
-        return _with_heads(experiment, params, new_heads), saved.step
+        read = functools.partial(saved.restore_params, averaged=averaged)
+        load = functools.partial(_load_with_heads, experiment, read, saved.heads(), source)
+        if not resizes:
+            check_tokenizer(experiment, saved.meta, source, RESIZE_ADVICE)
+            return load(abstract_params), saved.step
+        saved_tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
+        fields = config_lib.stored_model(saved.meta, str(source), experiment.config.model.type)
+        num_rows = fields["vocab_size"] or saved_tokenizer.vocab_size
+        return _load_resized(experiment, load, num_rows, saved_tokenizer, source), saved.step
 
 
-def _without_new_heads(
-    experiment: build.Experiment, params: dict, stored: Collection[str], source: epath.Path
-) -> tuple[dict, list[str]]:
-    """(the parameters without the heads that are to be drawn, the names of these).
+def _load_with_heads(
+    experiment: build.Experiment,
+    read: Callable,
+    stored: Collection[str],
+    source: epath.Path,
+    abstract_params: dict,
+) -> dict:
+    """The parameters, with fresh heads where `source` has none.
 
     Args:
-      stored: the heads that are at `source`.
+      read: abstract parameters -> parameters.
+      stored: the names of the heads that are at `source`.
 
     Raises:
       ValueError: heads that aren't there, and that the configuration doesn't want to be drawn.
     """
-    heads = params.get("heads", {})
+    heads = abstract_params.get("heads", {})
     new = [name for name in heads if name not in stored]
     if not new:
-        return params, []
+        return read(abstract_params)
     if not experiment.config.init_new_heads:
         raise ValueError(
             f"{source} has no heads {new} (config.model.heads = "
             f"{experiment.config.model.heads!r}); config.init_new_heads = True draws them at random"
         )
-    kept = {name: head for name, head in heads.items() if name in stored}
-    others = {name: value for name, value in params.items() if name != "heads"}
-    return (others | {"heads": kept} if kept else others), new
 
+    abstract_stored = {name: value for name, value in abstract_params.items() if name != "heads"}
+    if kept := {name: head for name, head in heads.items() if name in stored}:
+        abstract_stored["heads"] = kept
+    params = read(abstract_stored)
 
-def _with_heads(experiment: build.Experiment, params: dict, names: Sequence[str]) -> dict:
-    """The parameters with heads of these names as they are in a fresh model."""
-    if not names:
-        return params
-    logging.info("heads drawn at random: %s", ", ".join(names))
+    logging.info("heads drawn at random: %s", ", ".join(new))
     make_params = experiment.program.make_params
     fresh = jax.jit(lambda key: make_params(key)["heads"])(jax.random.key(experiment.config.seed))
-    heads = params.get("heads", {}) | {name: fresh[name] for name in names}
-    return params | {"heads": heads}
+    drawn = {name: fresh[name] for name in new}
+    return params | {"heads": params.get("heads", {}) | drawn}
 
 
 def source_of(config: ConfigDict, workdir: epath.Path) -> epath.Path:
@@ -94,12 +114,120 @@ def source_of(config: ConfigDict, workdir: epath.Path) -> epath.Path:
     return source
 
 
-def check_tokenizer(experiment: build.Experiment, meta: dict, where: epath.Path) -> None:
-    """Raises ValueError if a checkpoint's tokenizer is not the experiment's."""
+def check_tokenizer(
+    experiment: build.Experiment, meta: dict, where: epath.Path, advice: str = ""
+) -> None:
+    """Raises ValueError, which ends in `advice`, if a checkpoint's tokenizer is not the
+    experiment's.
+    """
     saved, wanted = meta["tokenizer"], experiment.tokenizer
     if saved["fingerprint"] != wanted.fingerprint:
         raise ValueError(
             f"{where} was trained with the tokenizer {saved['fingerprint']} "
             f"({saved['vocab_size']} ids), config.tokenizer gives {wanted.fingerprint} "
             f"({wanted.vocab_size} ids); its own is at {where}/tokenizer (config.tokenizer.path)"
+            f"{advice}"
+        )
+
+
+# --- rows for new tokens ---
+
+RESIZE_ADVICE = "; config.init_resize = True draws rows for ids that come behind all of its own"
+# Of a new row, as a share of the old rows' standard deviation.
+NEW_ROW_NOISE = 1e-5**0.5
+
+
+def _load_resized(
+    experiment: build.Experiment,
+    load: Callable,
+    num_rows: int,
+    source_tokenizer: Tokenizer,
+    where: epath.Path,
+):
+    """The parameters, with rows for the ids that the source's tokenizer lacks.
+
+    Args:
+      load: abstract parameters -> parameters.
+      num_rows: of the source's tables of the vocabulary, in which `where` may have more than it has
+        ids.
+    """
+    program = experiment.program
+    abstract_params = program.abstract_state.params
+    _check_extends(experiment.tokenizer, source_tokenizer, where)
+    num_kept = min(source_tokenizer.vocab_size, num_rows)
+    num_new = experiment.tokenizer.vocab_size - num_kept
+    if not num_new and num_rows == program.model_config.vocab_size:
+        return load(abstract_params)
+
+    def as_stored(leaf, is_table):
+        if not is_table:
+            return leaf
+        # The mesh need not divide this number of rows.
+        whole_rows = PartitionSpec(None, *leaf.sharding.spec[1:])
+        layout = NamedSharding(leaf.sharding.mesh, whole_rows)
+        return jax.ShapeDtypeStruct((num_rows, *leaf.shape[1:]), leaf.dtype, sharding=layout)
+
+    are_tables = _vocabulary_tables(experiment)
+    params = load(jax.tree.map(as_stored, abstract_params, are_tables))
+    logging.info("%s: %d rows are kept, %d ids have new ones", where, num_kept, num_new)
+
+    leaves, structure = jax.tree.flatten(params)
+    wanted = zip(jax.tree.leaves(abstract_params), jax.tree.leaves(are_tables))
+    for i, (leaf, is_table) in enumerate(wanted):
+        if is_table:
+            key = jax.random.fold_in(jax.random.key(experiment.config.seed), i)
+            resize = functools.partial(resize_rows, num_kept=num_kept, num_rows=leaf.shape[0])
+            leaves[i] = jax.jit(resize, out_shardings=leaf.sharding)(leaves[i], key=key)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def resize_rows(table: jax.Array, *, num_kept: int, num_rows: int, key: jax.Array) -> jax.Array:
+    """Returns a table of `num_rows` rows: the first `num_kept` as they are, the others drawn.
+
+    New rows are the mean of the kept ones, with little noise. Of a head, the new ids' logits then
+    are the mean of the others, so the probabilities of the old ids shrink to no less than V / (V +
+    n), for n new ids beside V (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
+    Language Models"). Rows drawn as for a fresh model give no such bound. The noise lets the new
+    rows differ.
+
+    Args:
+      table: [rows, ...].
+    """
+    kept = table[:num_kept]
+    old = kept.astype(jnp.float32)
+    mean, std = old.mean(axis=0, keepdims=True), old.std(axis=0, keepdims=True)
+    noise = jax.random.normal(key, (num_rows - num_kept, *table.shape[1:]), jnp.float32)
+    new = mean + NEW_ROW_NOISE * std * noise
+    return jnp.concatenate([kept, new.astype(table.dtype)])
+
+
+def _vocabulary_tables(experiment: build.Experiment):
+    """Which parameters have a row for each id, as a tree: those that one id more makes larger."""
+    program = experiment.program
+    num_ids = program.model_config.vocab_size + 1
+    config = experiment.config.copy_and_resolve_references().unlock()
+    config.model.vocab_size = num_ids
+    _, make_model = build.make_model_fn(config, num_ids, program.devices[0].platform)
+    larger = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
+    larger_params = nnx.to_pure_dict(nnx.split(larger, nnx.Param)[1])
+
+    def is_larger(leaf, larger_leaf):
+        return leaf.shape != larger_leaf.shape
+
+    return jax.tree.map(is_larger, program.abstract_state.params, larger_params)
+
+
+def _check_extends(new: Tokenizer, old: Tokenizer, where: epath.Path) -> None:
+    """Raises ValueError if ids of the tokenizer `old` mean something else in `new`."""
+    if new.fingerprint == old.fingerprint:
+        return
+    common = range(min(new.vocab_size, old.vocab_size))
+    num_equal = sum(new.spell([i]) == old.spell([i]) for i in common)
+    if num_equal < old.vocab_size:
+        raise ValueError(
+            f"config.init_resize = True: {where} has the tokenizer {old.fingerprint} "
+            f"({old.vocab_size} ids), and config.tokenizer gives {new.fingerprint} "
+            f"({new.vocab_size} ids), in which {old.vocab_size - num_equal} of those ids are "
+            "other tokens, or none; wanted its own with more behind (config.tokenizer.path, "
+            "config.tokenizer.reserve)"
         )

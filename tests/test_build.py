@@ -333,6 +333,29 @@ def test_trained_tokenizers_are_cached(tiny, tmp_path):
     assert build.make_tokenizer(given, no_corpus).fingerprint == trained.fingerprint
 
 
+def test_a_trained_tokenizer_reserves_roles(tiny, tmp_path, one_device, monkeypatch):
+    """Behind its own ids, so that one that reserves more has the same ids, out of the same file."""
+    overrides = {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 280}
+    sizes = {"": 280, "mask": 281, "mask,sentinels:5": 286}
+    for reserve, size in sizes.items():
+        config = changed(tiny, overrides | {"tokenizer.reserve": reserve})
+        experiment = build.build(config, one_device)
+        assert experiment.tokenizer.vocab_size == size
+        assert experiment.program.model_config.vocab_size == size
+        assert experiment.tokenizer.encode("red\n") == [*experiment.tokenizer.encode("red"), 3]
+    assert experiment.tokenizer.role("mask") == 280
+    assert len(list((tmp_path / "cache/tokenizers").glob("*.model"))) == 1
+
+    # A given one too.
+    experiment.tokenizer.save(epath.Path(tmp_path))
+    given = {"tokenizer.path": str(tmp_path), "tokenizer.reserve": "mask,turns"}
+    assert build.make_tokenizer(changed(tiny, given), no_corpus).role_ids("turns") == (286, 287)
+    # A slip is said before the corpus is read.
+    monkeypatch.setattr(build, "documents", None)
+    with pytest.raises(ValueError, match="config.tokenizer.reserve = 'masc': .*valid"):
+        build.build(changed(tiny, overrides | {"tokenizer.reserve": "masc"}), one_device)
+
+
 def test_a_long_label_prompt(tiny):
     """Longer than a file name may be: the trained tokenizer has to be kept under some name of it
     all the same.

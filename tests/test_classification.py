@@ -36,6 +36,7 @@ class WordTokenizer:
     """A token for each byte of a text, but a single token for the texts in `words`."""
 
     vocab_size, bos_id, eos_id, fingerprint = VOCAB_SIZE, BOS, 257, "words"
+    around = ((BOS,), (257,))
 
     def __init__(self, words=()):
         self.words = {word: 300 + i for i, word in enumerate(words)}

@@ -123,6 +123,16 @@ def test_document_policy():
     assert pack.Encoder(Spelling(), "").training(document) == [BOS, *text, EOS]
 
 
+def test_around_a_document_is_what_the_tokenizer_says():
+    class Encoders(ByteTokenizer):
+        around = ((1, 2), (3,))
+
+    encoder = pack.Encoder(Encoders(), "?")
+    document = Document("ab", "n", "red")
+    assert encoder.training(document) == [1, 2, *b"ab? red", 3]
+    assert encoder.text(document) == [1, 2, *b"ab"]
+
+
 def test_label_word_is_what_the_verbalizer_asks_for():
     assert pack.label_word("numpy") == " numpy"
 

@@ -1,5 +1,6 @@
 """Tokenizers: text comes back as it went in, and training is a function of the text."""
 
+import itertools
 import json
 import random
 
@@ -8,7 +9,7 @@ import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from lm.data import chat
+from lm.data import chat, roles
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import ByteTokenizer
 
@@ -35,6 +36,7 @@ TRICKY = [
     "\ufffd ⁇ ▅",
     "▁ a▁▁ ▁b",
     "<s> </s> <unk> <0x0A>",
+    "a <mask><extra_id_0> <|im_start|>b<|im_end|> <pad>",
     "a\u00a0b\u3000c",
     "אב \u202eabc",
     "\U0010ffff",
@@ -50,11 +52,14 @@ def trained(tmp_path_factory):
     return train(TEXTS, 320, tmp_path_factory.mktemp("tokenizer") / "a.model")
 
 
-@pytest.fixture(params=["bytes", "sentencepiece"])
+RESERVE = "pad,mask,sentinels:3,turns"
+
+
+@pytest.fixture(params=["bytes", "sentencepiece", "bytes reserving", "sentencepiece reserving"])
 def tokenizer(request):
-    if request.param == "bytes":
-        return tokenizers.ByteTokenizer()
-    return request.getfixturevalue("trained")
+    kind, _, reserving = request.param.partition(" ")
+    plain = ByteTokenizer() if kind == "bytes" else request.getfixturevalue("trained")
+    return plain.reserving(RESERVE) if reserving else plain
 
 
 # --- encoding and decoding ---
@@ -74,8 +79,9 @@ def test_round_trip(tokenizer):
 
 
 def test_encode_adds_no_special_ids(tokenizer):
-    special = {tokenizer.bos_id, tokenizer.eos_id}
-    assert len(special) == 2
+    special = set(itertools.chain.from_iterable(tokenizer.roles.values()))
+    assert {tokenizer.bos_id, tokenizer.eos_id} < special | {-1}
+    assert len(special) == sum(map(len, tokenizer.roles.values()))
     assert max(special) < tokenizer.vocab_size
 
     for text in TRICKY + TEXTS:
@@ -84,13 +90,14 @@ def test_encode_adds_no_special_ids(tokenizer):
     # Decoding leaves them out.
     ids = tokenizer.encode("fox")
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "fox"
+    assert tokenizer.decode([*ids, *sorted(special - {0})]) == "fox"
 
 
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(epath.Path(tmp_path))
     loaded = tokenizers.load(tmp_path)
 
-    for field in ("fingerprint", "vocab_size", "bos_id", "eos_id"):
+    for field in ("fingerprint", "vocab_size", "bos_id", "eos_id", "stop_ids", "roles", "around"):
         assert getattr(loaded, field) == getattr(tokenizer, field)
 
     ids = [tokenizer.encode(text) for text in TRICKY]
@@ -106,6 +113,96 @@ def test_pieces_never_cross_a_newline(trained):
 
     assert len(newline) == 1
     assert trained.encode("fox\n    return") == fox + newline + indented
+
+
+# --- roles ---
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_reserved_ids_come_behind_all_others(kind, trained):
+    plain = ByteTokenizer() if kind == "bytes" else trained
+    size = plain.vocab_size
+    reserving = plain.reserving(RESERVE)
+
+    assert reserving.vocab_size == size + roles.count(RESERVE) == size + 7
+    assert reserving.encode_batch(TRICKY) == plain.encode_batch(TRICKY)
+    assert [reserving.spell([i]) for i in range(size)] == [plain.spell([i]) for i in range(size)]
+    assert reserving.fingerprint != plain.fingerprint
+    assert (reserving.role("pad"), reserving.role("mask")) == (size, size + 1)
+    assert reserving.role_ids("sentinels") == (size + 2, size + 3, size + 4)
+    assert reserving.role_ids("turns") == (size + 5, size + 6)
+    assert reserving.spell([97, size + 1, size + 5]).endswith("<mask><|im_start|>")
+    # What ends a turn ends a text.
+    assert plain.stop_ids == (plain.eos_id,)
+    assert reserving.stop_ids == (plain.eos_id, size + 6)
+
+    # Only what it lacks is added, however it got the rest.
+    assert plain.reserving("").fingerprint == plain.fingerprint
+    assert reserving.reserving("turns,sentinels:2").fingerprint == reserving.fingerprint
+    pad, rest = RESERVE.split(",", 1)
+    assert plain.reserving(pad).reserving(rest).fingerprint == reserving.fingerprint
+    with pytest.raises(ValueError, match="has 3 sentinels already"):
+        reserving.reserving("sentinels:4")
+
+
+def test_a_role_that_is_not_there(trained):
+    with pytest.raises(ValueError, match="bytes-1 has no mask .*only .'bos', 'eos'.*reserve = 'ma"):
+        ByteTokenizer().role("mask")
+    with pytest.raises(ValueError, match="has no sentinels .*reserve = 'sentinels:100'"):
+        trained.role_ids("sentinels")
+    with pytest.raises(ValueError, match="no role 'masks'; valid: .*'mask'"):
+        trained.role("masks")
+
+
+@pytest.mark.parametrize(
+    "reserve",
+    ["masks", "mask,mask", "mask,", " mask", "bos", "sentinels", "sentinels:0", "sentinels:1000"]
+    + ["sentinels:1,sentinels:2", "mask:2", "sentinels:\u0661", "\0"],
+)
+def test_what_can_not_be_reserved(reserve):
+    with pytest.raises(ValueError, match="config.tokenizer.reserve = "):
+        roles.parse(reserve)
+
+
+def test_a_piece_of_texts_is_not_reserved(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=45,
+        control_symbols=["[SEP]"],
+        user_defined_symbols=["<mask>"],
+        minloglevel=2,
+    )
+    loaded = tokenizers.load(tmp_path / "m.model")
+    assert loaded.role("sep") == 3
+    assert loaded.reserving("sep").fingerprint == loaded.fingerprint
+    with pytest.raises(ValueError, match="m.model has '<mask>' as a piece of texts"):
+        loaded.reserving("sep,mask")
+
+
+def test_a_byte_tokenizer_of_another_version(tmp_path):
+    for content in ("bytes-2", "bytes-1+mask,mask", "", "\x80"):
+        (tmp_path / "tokenizer.bytes").write_text(content)
+        with pytest.raises(ValueError, match="tokenizer.bytes says .*; wanted bytes-1"):
+            tokenizers.load(tmp_path)
+
+
+def test_a_model_with_a_pad_piece_that_an_earlier_version_saved(tmp_path):
+    """Its tokenizer_config.json named BOS, EOS and the unknown piece only."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=45,
+        pad_id=3,
+        minloglevel=2,
+    )
+    loaded = tokenizers.load(tmp_path / "m.model")
+    assert loaded.role("pad") == 3
+    loaded.save(epath.Path(tmp_path))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config.pop("pad_token") == "<pad>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tokenizers.load(tmp_path).fingerprint == loaded.fingerprint
 
 
 # --- training ---

@@ -1,9 +1,9 @@
 """From documents to rows: tokenize, cut into windows, pack, mark segments.
 
 Policy: a training document is BOS, its text, the line with its label (where it has one and the
-config asks for it), EOS. Its tokens but the last are inputs, its tokens but the first are targets.
-A document longer than the row is cut into windows without overlap, so that each target counts
-exactly once. Attention never leaves a window.
+config asks for it), EOS; what BOS and EOS are is the tokenizer's `around`. Its tokens but the last
+are inputs, its tokens but the first are targets. A document longer than the row is cut into windows
+without overlap, so that each target counts exactly once. Attention never leaves a window.
 
 Windows and rows are dicts of arrays: windows have tokens, targets and weights of their own length;
 rows have all of the Batch contract (`lm.data.batch`), [T] each.
@@ -49,14 +49,16 @@ class Encoder:
             ids = self.prompt(document) + self.tokenizer.encode(label_word(document.label))
         else:
             ids = self.text(document)
-        return ids + [self.tokenizer.eos_id]
+        _, after = self.tokenizer.around
+        return [*ids, *after]
 
     def text(self, document: Document) -> list[int]:
         """Returns the ids of BOS and text.
 
         Bits per byte are counted on them: each token of the text is a target, and nothing else is.
         """
-        return [self.tokenizer.bos_id] + self.tokenizer.encode(document.text)
+        before, _ = self.tokenizer.around
+        return [*before, *self.tokenizer.encode(document.text)]
 
     def prompt(self, document: Document) -> list[int]:
         """Returns the ids of BOS, text and the line that asks for the label."""
@@ -277,8 +279,8 @@ def stream(documents: Documents, encoder: Encoder, packing: Packing, **arguments
     def to_windows(document: Document) -> list[dict[str, np.ndarray]]:
         return windows(encoder.training(document), packing.length)
 
-    bos_id = encoder.tokenizer.bos_id
-    return Stream(documents, to_windows, packing, bos_id=bos_id, **arguments)
+    before, _ = encoder.tokenizer.around
+    return Stream(documents, to_windows, packing, bos_id=before[0], **arguments)
 
 
 def count_rows(

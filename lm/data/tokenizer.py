@@ -1,8 +1,8 @@
 """Tokenizers behind one protocol: SentencePiece (trained here, or a given model file), those of
 Hugging Face checkpoints, and plain bytes.
 
-Policy: a tokenizer never adds special ids by itself. `lm.data.pack` puts one BOS before a document
-and one EOS after it.
+Policy: a tokenizer never adds special ids by itself. `around` says what `lm.data.pack` puts before
+and after a document.
 """
 
 import io
@@ -10,20 +10,23 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import sentencepiece
 from etils import epath
 
 from lm import files
+from lm.data import roles as roles_lib
 from lm.data import tokenizer_files
+from lm.data.roles import Roles
 from lm.data.tokenizer_files import FILES, SPECIAL_IDS, parse_json
 from lm.files import short_hash
 
 MAX_FILE_BYTES = 2**28  # of each of them
 # A file by which `load` knows a directory that `ByteTokenizer.save` wrote.
 BYTES_MARKER = "tokenizer.bytes"
+BYTES_NAME = "bytes-1"
 
 
 class Tokenizer(Protocol):
@@ -32,6 +35,9 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: number of ids, the special ones included.
       stop_ids: EOS, and whatever else ends a generated text.
+      roles: name -> ids, of those of `lm.data.roles.ROLES` that it has.
+      around: ids before a document, and ids after it. They are BOS and EOS; of BERT's and its
+        like, [CLS] and [SEP].
       fingerprint: names the exact mapping.
       files: name -> content, of a Hugging Face checkpoint; else empty.
     """
@@ -40,8 +46,24 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     stop_ids: tuple[int, ...]
+    roles: Mapping[str, tuple[int, ...]]
+    around: tuple[tuple[int, ...], tuple[int, ...]]
     fingerprint: str
     files: Mapping[str, bytes]
+
+    def role(self, name: str) -> int:
+        """Returns the id of a role. Raises ValueError, by name, where there is none."""
+
+    def role_ids(self, name: str) -> tuple[int, ...]:
+        """Returns the ids of a role. Raises ValueError, by name, where there are none."""
+
+    def reserving(self, reserve: str) -> "Tokenizer":
+        """Returns a tokenizer of the same ids, with new ones behind them for the roles that it
+        lacks of `reserve`, see `lm.data.roles.parse`. No text has them.
+
+        Raises:
+          ValueError: no such roles, or a tokenizer that stays as it is.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special ones."""
@@ -50,7 +72,10 @@ class Tokenizer(Protocol):
         """Returns what `encode` returns for each text, using all cores."""
 
     def prompt(self, text: str) -> list[int]:
-        """Returns the ids of a text to be continued, with what stands before it; never empty."""
+        """Returns the ids of a text with what its own files put around it; never empty.
+
+        That is BOS before a text to be continued; [CLS] and [SEP] around BERT's, EOS behind T5's.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, leaving special ones out."""
@@ -62,10 +87,9 @@ class Tokenizer(Protocol):
         """Writes files that `load` reads, and transformers too."""
 
 
-def _spell(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """`Tokenizer.spell` for one whose special ids are BOS and EOS."""
+def _spell(tokenizer: Tokenizer, ids: Sequence[int], special: Mapping[int, str]) -> str:
+    """`Tokenizer.spell` for one whose special ids are spelt so."""
     text = ""
-    special = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
     for name, group in itertools.groupby(map(int, ids), special.get):
         members = list(group)
         text += name * len(members) if name else tokenizer.decode(members)
@@ -96,7 +120,7 @@ def load(path: str | epath.Path) -> Tokenizer:
     """
     path = epath.Path(path)
     if (path / BYTES_MARKER).exists():
-        return ByteTokenizer()
+        return _load_bytes(path / BYTES_MARKER)
 
     contents = {}
     for name in (*FILES, SPECIAL_IDS):
@@ -138,7 +162,9 @@ def _is_own(contents: Mapping[str, bytes], model_config: Mapping) -> bool:
     if others != {"tokenizer_config.json"}:
         return not (others or model_config)
     ours = _for_transformers(_processor(contents["tokenizer.model"], "tokenizer.model"))
-    return parse_json(contents, "tokenizer_config.json") == ours
+    # What earlier versions wrote.
+    without_roles = {key: value for key, value in ours.items() if key not in _ROLE_KEYS}
+    return parse_json(contents, "tokenizer_config.json") in (ours, without_roles)
 
 
 def _read(path: epath.Path) -> bytes:
@@ -152,15 +178,37 @@ def _read(path: epath.Path) -> bytes:
 # --- bytes ---
 
 
-class ByteTokenizer:
-    """UTF-8 bytes as they are (ids 0 to 255), BOS 256, EOS 257."""
+class ByteTokenizer(Roles):
+    """UTF-8 bytes as they are (ids 0 to 255), BOS 256, EOS 257, then those of reserved roles.
 
-    vocab_size = 258
+    Args:
+      reserve: see `lm.data.roles.parse`.
+
+    Raises:
+      ValueError: see there.
+    """
+
     bos_id = 256
     eos_id = 257
-    stop_ids = (257,)
-    fingerprint = "bytes-1"
+    around = ((256,), (257,))
     files = {}
+
+    def __init__(self, reserve: str = ""):
+        self._reserve = reserve
+        self._special = {self.bos_id: "<s>", self.eos_id: "</s>"}
+        self.roles = {"bos": (self.bos_id,), "eos": (self.eos_id,)}
+        for name, texts in roles_lib.parse(reserve).items():
+            first = 256 + len(self._special)
+            self.roles[name] = tuple(range(first, first + len(texts)))
+            self._special.update(zip(self.roles[name], texts))
+
+        self.vocab_size = 256 + len(self._special)
+        self.stop_ids = _stop_ids(self)
+        self.fingerprint = f"{BYTES_NAME}+{reserve}" if reserve else BYTES_NAME
+
+    def reserving(self, reserve: str) -> "ByteTokenizer":
+        lacking = roles_lib.lacking(reserve, self.roles)
+        return ByteTokenizer(",".join(filter(None, [self._reserve, lacking])))
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -176,7 +224,7 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def spell(self, ids: Sequence[int]) -> str:
-        return _spell(self, ids)
+        return _spell(self, ids, self._special)
 
     def save(self, directory: epath.Path) -> None:
         files.write_whole(directory / BYTES_MARKER, self.fingerprint)
@@ -187,9 +235,9 @@ class ByteTokenizer:
     def _for_transformers(self) -> dict[str, dict]:
         """Files with which transformers gives the same ids: byte-level BPE without merges.
 
-        The exception is a text that spells out <s> or </s>.
+        The exception is a text that spells out a special token.
         """
-        special = {"<s>": self.bos_id, "</s>": self.eos_id}
+        special = {text: i for i, text in self._special.items()}
 
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         by_byte = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
@@ -205,8 +253,44 @@ class ByteTokenizer:
             bos_token="<s>",
             eos_token="</s>",
             clean_up_tokenization_spaces=False,
+            **_named_roles(self.roles, self._special.__getitem__),
         )
+        others = [text for text in special if text not in config.values()]
+        if others:
+            config["additional_special_tokens"] = others
         return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+
+def _load_bytes(marker: epath.Path) -> ByteTokenizer:
+    """The tokenizer whose fingerprint a file holds. Raises ValueError if it holds none."""
+    text = _read(marker).decode("utf-8", errors="replace").strip()
+    name, _, reserve = text.partition("+")
+    try:
+        if name != BYTES_NAME:
+            raise ValueError
+        return ByteTokenizer(reserve)
+    except ValueError:
+        raise ValueError(
+            f"{marker} says {text[:80]!r}; wanted {BYTES_NAME}, or that, + and roles"
+        ) from None
+
+
+def _stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """EOS and, where turns are reserved, what ends one."""
+    return (tokenizer.eos_id, *tokenizer.roles.get("turns", ())[1:])
+
+
+# Of the roles that are reserved, those that tokenizer_config.json has a key for.
+_ROLE_KEYS = ("pad_token", "mask_token", "cls_token", "sep_token")
+
+
+def _named_roles(roles: Mapping[str, tuple[int, ...]], spell: Callable[[int], str]) -> dict:
+    """What tokenizer_config.json says of roles: key -> text."""
+    named = {}
+    for key in _ROLE_KEYS:
+        for role_id in roles.get(key.removesuffix("_token"), ()):
+            named[key] = spell(role_id)
+    return named
 
 
 def _gpt2_spelling() -> dict[str, int]:
@@ -238,8 +322,10 @@ MAX_LINE_CHARS = 2**16 - 1
 MAX_LINE_BYTES = 2**20
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Roles):
     """A SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), with its own BOS and EOS.
+
+    The tokens of its other roles are control pieces, which no text has.
 
     Args:
       model: content of the model file.
@@ -262,10 +348,27 @@ class SentencePieceTokenizer:
                 "with bos_id and eos_id >= 0"
             )
 
-        self.stop_ids = (self.eos_id,)
+        self.roles = _roles_of_pieces(self._processor)
+        self.around = ((self.bos_id,), (self.eos_id,))
+        self.stop_ids = _stop_ids(self)
         self.fingerprint = "sentencepiece-" + short_hash(model)
         self._model = model
+        self._name = name
         self._sign_ids = self._bytes_of_the_sign()
+
+    def reserving(self, reserve: str) -> "SentencePieceTokenizer":
+        lacking = roles_lib.parse(roles_lib.lacking(reserve, self.roles))
+        texts = list(itertools.chain.from_iterable(lacking.values()))
+        for text in texts:
+            if self._processor.id_to_piece(self._processor.piece_to_id(text)) == text:
+                raise ValueError(
+                    f"config.tokenizer.reserve = {reserve!r}: {self._name} has {text!r} as a piece "
+                    "of texts"
+                )
+        if not texts:
+            return self
+        # A list in a protocol buffer may go on behind the rest of the message.
+        return SentencePieceTokenizer(self._model + _control_pieces(texts), self._name)
 
     def encode(self, text: str) -> list[int]:
         if not self._sign_ids or SPACE_SIGN not in text:
@@ -290,7 +393,11 @@ class SentencePieceTokenizer:
         return self._processor.decode(list(map(int, ids)))
 
     def spell(self, ids: Sequence[int]) -> str:
-        return _spell(self, ids)
+        special = {self.bos_id: "<s>", self.eos_id: "</s>"}
+        for role_id in itertools.chain.from_iterable(self.roles.values()):
+            if self._processor.is_control(role_id):
+                special.setdefault(role_id, self._processor.id_to_piece(role_id))
+        return _spell(self, ids, special)
 
     def save(self, directory: epath.Path) -> None:
         config = json.dumps(_for_transformers(self._processor), indent=2) + "\n"
@@ -319,16 +426,40 @@ def _processor(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
         raise ValueError(f"{name} is not a SentencePiece model: {error}") from None
 
 
+def _roles_of_pieces(
+    processor: sentencepiece.SentencePieceProcessor,
+) -> dict[str, tuple[int, ...]]:
+    """The roles of a model: those that it names itself, and its control pieces."""
+    control = {}
+    for i in filter(processor.is_control, range(processor.vocab_size())):
+        control[processor.id_to_piece(i)] = i
+    roles = roles_lib.by_spelling(roles_lib.ROLES, control)
+    for name in ("bos", "eos", "unk", "pad"):
+        # SentencePiece gives -1 for the id of one that a model lacks.
+        if (role_id := getattr(processor, f"{name}_id")()) >= 0:
+            roles[name] = (role_id,)
+    return roles
+
+
+def _control_pieces(texts: Sequence[str]) -> bytes:
+    """Pieces that no text has, as the end of a model file."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    message = sentencepiece_model_pb2.ModelProto
+    control = message.SentencePiece.CONTROL
+    pieces = [message.SentencePiece(piece=text, score=0, type=control) for text in texts]
+    return message(pieces=pieces).SerializeToString()
+
+
 def _for_transformers(processor: sentencepiece.SentencePieceProcessor) -> dict:
     """A tokenizer_config.json with which transformers gives the same ids.
 
     The exceptions are a text that spells out special tokens, and one with `SPACE_SIGN`.
     """
+    roles = _roles_of_pieces(processor)
     pieces = {}
     for role in ("bos", "eos", "unk"):
-        piece_id = getattr(processor, f"{role}_id")()
-        # SentencePiece gives -1 for the id of one that a model lacks.
-        pieces[f"{role}_token"] = processor.id_to_piece(piece_id) if piece_id >= 0 else None
+        pieces[f"{role}_token"] = processor.id_to_piece(roles[role][0]) if role in roles else None
     return dict(
         tokenizer_class="LlamaTokenizer",
         legacy=False,
@@ -337,6 +468,7 @@ def _for_transformers(processor: sentencepiece.SentencePieceProcessor) -> dict:
         add_prefix_space=False,
         clean_up_tokenization_spaces=False,
         **pieces,
+        **_named_roles(roles, processor.id_to_piece),
     )
 
 
@@ -459,11 +591,12 @@ def _cut(line: str) -> Iterator[str]:
 # --- Hugging Face ---
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Roles):
     """A checkpoint's tokenizer in any of its forms, run by the `tokenizers` library. See
     `lm.data.tokenizer_files`.
 
-    Without BOS, EOS takes its place: it separates documents, so it may also begin one.
+    Without BOS, EOS takes its place: it separates documents, so it may also begin one. Without EOS,
+    as in BERT's, [CLS] and [SEP] are both.
 
     Args:
       files: name -> contents, of `FILES`.
@@ -507,16 +640,23 @@ class HuggingFaceTokenizer:
         # Not their number: ids may have gaps.
         self.vocab_size = max(vocab.values()) + 1
 
+        self.roles = _roles_of_checkpoint(built, vocab)
+
         generation = parse_json(files, "generation_config.json")
-        self.stop_ids = tuple(_special_ids("eos", vocab, settings, generation, built.special))
+        eos_ids = _special_ids("eos", vocab, settings, generation, built.special)
+        bos_ids = _special_ids("bos", vocab, settings, generation, built.special)
+        if not eos_ids and "sep" in self.roles:
+            eos_ids = self.roles["sep"]
+            bos_ids = bos_ids or self.roles.get("cls", ())
+        self.stop_ids = tuple(eos_ids)
         if not self.stop_ids:
             raise ValueError(
                 f"{name} has no EOS: wanted eos_token in tokenizer_config.json, one that is in "
                 "the vocabulary, or eos_token_id in config.json"
             )
         self.eos_id = self.stop_ids[0]
-        bos_ids = _special_ids("bos", vocab, settings, generation, built.special)
         self.bos_id = (bos_ids or self.stop_ids)[0]
+        self.around = self._around()
 
         mapping = [files.get(n, b"") for n in ("tokenizer.json", "vocab.json", "merges.txt")]
         self.fingerprint = f"tokenizers-{short_hash(b''.join(mapping))}-{self.bos_id}-{self.eos_id}"
@@ -529,6 +669,22 @@ class HuggingFaceTokenizer:
             if config.get(key):
                 kept[key] = config[key]
         self.files = {**files, SPECIAL_IDS: json.dumps(kept).encode()}
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """[CLS] and [SEP] if these are what the files put around a text, else BOS and EOS."""
+        cls_ids, sep_ids = self.roles.get("cls", ()), self.roles.get("sep", ())
+        if cls_ids and sep_ids and self.prompt("a") == [*cls_ids, *self.encode("a"), *sep_ids]:
+            return cls_ids, sep_ids
+        return (self.bos_id,), (self.eos_id,)
+
+    def reserving(self, reserve: str) -> "HuggingFaceTokenizer":
+        if lacking := roles_lib.lacking(reserve, self.roles):
+            raise ValueError(
+                f"config.tokenizer.reserve = {reserve!r}: the checkpoint's tokenizer has no "
+                f"{lacking}, and stays as it is; transformers' add_special_tokens and "
+                "save_pretrained write one that has more"
+            )
+        return self
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -550,6 +706,28 @@ class HuggingFaceTokenizer:
     def save(self, directory: epath.Path) -> None:
         for name, content in self.files.items():
             files.write_whole(directory / name, content)
+
+
+def _roles_of_checkpoint(
+    built: tokenizer_files.Built, vocab: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """The roles that a checkpoint's files name, and special tokens that are spelt like others.
+
+    Args:
+      vocab: text of a token -> its id.
+    """
+    roles = {}
+    for name in roles_lib.ROLES:
+        text = built.special.get(f"{name}_token")
+        if text in vocab:
+            roles[name] = (vocab[text],)
+
+    special = {}
+    for i, token in built.tokenizer.get_added_tokens_decoder().items():
+        if token.special:
+            special[token.content] = i
+    unnamed = roles_lib.ROLES.keys() - roles.keys() - set(roles_lib.NAMED)
+    return roles | roles_lib.by_spelling(unnamed, special)
 
 
 def _special_ids(

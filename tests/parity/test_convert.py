@@ -252,6 +252,48 @@ def test_a_run_starts_from_a_directory(tiny, tmp_path):
     assert their_loss == pytest.approx(trained_loss, abs=1e-4)
 
 
+def test_a_checkpoint_gets_tokens(tiny, tmp_path):
+    """Tokens that transformers adds to its tokenizer, with init_resize: the old ids' probabilities
+    are those of the source, less the new ids' share, which is theirs by number.
+    """
+    source = make_checkpoint(tmp_path / "source", "mistral")
+    theirs = transformers.AutoTokenizer.from_pretrained(source)
+    num_old = len(theirs)
+    tokens = [f"<extra_id_{i}>" for i in range(40)]
+    theirs.add_special_tokens(dict(mask_token="<mask>", extra_special_tokens=tokens))
+    theirs.save_pretrained(tmp_path / "more")
+    config = tiny.copy_and_resolve_references()
+    with config.unlocked():
+        config.init_from, config.tokenizer.path = str(source), str(tmp_path / "more")
+        config.model.param_dtype = "float32"
+        config.optimizer.learning_rate = 0.0
+        config.optimizer.warmup_steps = 0
+        config.train.length = "1 steps"
+    run, devices = epath.Path(tmp_path / "run"), jax.devices()[:1]
+    with pytest.raises(ValueError, match="below the tokenizer's .*config.init_resize = True"):
+        train.train(config, run, devices)
+
+    with config.unlocked():
+        config.init_resize = True
+        config.tokenizer.reserve = "mask,sentinels:40"  # they are there
+    train.train(config, run, devices)
+    out = tmp_path / "out"
+    assert convert.export_checkpoint(run, out, devices) == "mistral"
+
+    saved = transformers.AutoTokenizer.from_pretrained(out)
+    assert saved.mask_token_id == lm_tokenizers.load(out).role("mask") >= num_old
+    ids = torch.tensor([theirs("the cat and the hat")["input_ids"]])
+    logits = []
+    for directory in (source, out):
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        logits.append(model(ids).logits.detach().numpy())
+    np.testing.assert_allclose(logits[1][..., :num_old], logits[0][..., :num_old], atol=1e-5)
+    new = logits[1][..., num_old:]
+    assert new.shape[-1] >= len(tokens) + 1
+    mean = logits[0][..., :num_old].mean(axis=-1, keepdims=True)
+    np.testing.assert_allclose(new, np.broadcast_to(mean, new.shape), atol=0.02)
+
+
 def test_pydocs_is_exported(tmp_path):
     """The README's configuration, trained for a few steps: transformers has the same validation
     loss, with the same tokenizer.

@@ -7,6 +7,7 @@ import json
 import random
 import shlex
 import shutil
+import tempfile
 
 import pytest
 import sentencepiece
@@ -15,6 +16,7 @@ import transformers
 from etils import epath
 
 from lm.data import chat, tokenizer_files
+from lm.data import roles as roles_lib
 from lm.data import tokenizer as lm_tokenizers
 from lm.hf import families
 
@@ -249,6 +251,18 @@ def write_checkpoint(vocabulary, form, companions, directory):
         (directory / name).write_text(json.dumps(content))
 
 
+NAMED = ("bos", "eos", "unk", "pad", "cls", "sep", "mask")  # roles that transformers has
+
+
+def named_roles(ours):
+    return {name: ours.role(name) for name in NAMED if name in ours.roles}
+
+
+def their_roles(theirs):
+    ids = {name: getattr(theirs, f"{name}_token_id") for name in NAMED}
+    return {name: token_id for name, token_id in ids.items() if token_id is not None}
+
+
 @pytest.mark.parametrize("companions", COMPANIONS)
 @pytest.mark.parametrize("form", FORMS)
 def test_ids_are_those_of_auto_tokenizer(form, companions, vocabularies, tmp_path):
@@ -270,6 +284,9 @@ def test_ids_are_those_of_auto_tokenizer(form, companions, vocabularies, tmp_pat
             assert ours.prompt(text) == wanted, text
 
     assert chat.special_tokens(ours) == theirs.special_tokens_map
+    assert named_roles(ours) == their_roles(theirs)
+    # None of these is an encoder's.
+    assert ours.around == ((ours.bos_id,), (ours.eos_id,))
     assert set(ours.stop_ids) == {2, 7} | ({theirs.eos_token_id} - {None})
     assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
 
@@ -280,6 +297,7 @@ def test_ids_are_those_of_auto_tokenizer(form, companions, vocabularies, tmp_pat
     assert again.fingerprint == ours.fingerprint
     assert again.encode_batch(STRINGS) == plain
     assert again.stop_ids == ours.stop_ids
+    assert (again.roles, again.around) == (ours.roles, ours.around)
     assert chat.special_tokens(again) == theirs.special_tokens_map
 
 
@@ -334,6 +352,7 @@ def test_random_companions(case, vocabularies, tmp_path):
         pytest.skip(f"AutoTokenizer itself fails: {error}")
     assert ours.encode_batch(STRINGS) == plain, contents
     assert chat.special_tokens(ours) == theirs.special_tokens_map, contents
+    assert named_roles(ours) == their_roles(theirs), contents
 
 
 @pytest.mark.parametrize("class_name", ["CodeLlamaTokenizer", "OfSomebodysTokenizer"])
@@ -370,17 +389,145 @@ def test_forms_of_encoders_are_refused_by_name(name, tmp_path):
         lm_tokenizers.load(tmp_path)
 
 
+# --- roles ---
+
+
+def bert():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "a"]
+    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+
+
+def big_bird():
+    """An encoder's that names BOS and EOS too, which it puts nowhere."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "a", "<s>", "</s>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    return transformers.BertTokenizer(vocab=vocab, bos_token="<s>", eos_token="</s>")
+
+
+def roberta():
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "c", "t", "h", "e", "\u0120"]
+    vocab = {word: i for i, word in enumerate(words)}
+    return transformers.RobertaTokenizer(vocab=vocab, merges=[])
+
+
+def t5():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(piece, -2.0) for piece in ("\u2581", "\u2581the", "\u2581a", "s", "c", "t")]
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=12)
+
+
+def of_tokens(**special):
+    """Of bytes, with tokens that only their spelling tells apart."""
+    with tempfile.TemporaryDirectory() as directory:
+        lm_tokenizers.ByteTokenizer().save(epath.Path(directory))
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    theirs.add_special_tokens(special)
+    return theirs
+
+
+def glm():
+    tokens = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|user|>"]
+    return of_tokens(extra_special_tokens=tokens, pad_token="</s>")
+
+
+def chatml():
+    return of_tokens(extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+
+
+def llama3():
+    tokens = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    return of_tokens(extra_special_tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "make, by_spelling",
+    [
+        (bert, {}),
+        (big_bird, {}),
+        (roberta, {}),
+        (t5, {"sentinels": [f"<extra_id_{i}>" for i in range(12)]}),
+        (glm, {"mask": ["[MASK]"], "start_of_piece": ["<sop>"], "end_of_piece": ["<eop>"]}),
+        (chatml, {"turns": ["<|im_start|>", "<|im_end|>"]}),
+        (llama3, {"turns": ["<|start_header_id|>", "<|eot_id|>"]}),
+    ],
+)
+def test_roles_of_a_checkpoint(make, by_spelling, tmp_path):
+    theirs = make()
+    theirs.save_pretrained(tmp_path)
+    ours = lm_tokenizers.load(tmp_path)
+    wanted = {name: (token_id,) for name, token_id in their_roles(theirs).items()}
+    for name, tokens in by_spelling.items():
+        wanted[name] = tuple(theirs.convert_tokens_to_ids(tokens))
+    assert ours.roles == wanted
+    for name in roles_lib.ROLES.keys() - wanted.keys():
+        with pytest.raises(ValueError, match=f"has no {name} "):
+            ours.role_ids(name)
+
+    # A text with what stands around it.
+    for text in ("the cats", "a"):
+        assert ours.prompt(text) == theirs(text)["input_ids"]
+        if "cls" in wanted:
+            before, after = ours.around
+            assert [*before, *ours.encode(text), *after] == theirs(text)["input_ids"]
+            assert ours.around == ((theirs.cls_token_id,), (theirs.sep_token_id,))
+    if "cls" not in wanted:
+        assert ours.around == ((ours.bos_id,), (theirs.eos_token_id,))
+
+    # What ends a text: BERT's has no other.
+    assert ours.eos_id == (theirs.sep_token_id if make is bert else theirs.eos_token_id)
+
+    # A run keeps it; nothing is added to it.
+    (tmp_path / "run").mkdir()
+    ours.save(epath.Path(tmp_path / "run"))
+    again = lm_tokenizers.load(tmp_path / "run")
+    assert (again.roles, again.around, again.fingerprint) == (
+        ours.roles,
+        ours.around,
+        ours.fingerprint,
+    )
+    assert ours.reserving("mask" if "mask" in wanted else "") is ours
+    with pytest.raises(ValueError, match="tokenizer has no sentinels:20, .*add_special_tokens|12"):
+        ours.reserving("sentinels:20")
+
+
+RESERVE = "mask,pad,cls,sep,sentinels:12,start_of_piece,end_of_piece,turns"
+
+
+def own_tokenizer(kind, directory):
+    if kind == "bytes":
+        return lm_tokenizers.ByteTokenizer()
+    return lm_tokenizers.train_sentencepiece(CORPUS, 450, epath.Path(directory / "cache"))
+
+
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_a_runs_own_tokenizer_as_any_family(kind, tmp_path):
-    ours, by_class = lm_tokenizers.ByteTokenizer(), transformers.PreTrainedTokenizerFast
+def test_reserved_roles_in_transformers(kind, tmp_path):
+    ours = own_tokenizer(kind, tmp_path).reserving(RESERVE)
+    ours.save(epath.Path(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    assert named_roles(ours) == their_roles(theirs)
+    assert len(theirs) == ours.vocab_size
+    for texts in roles_lib.parse(RESERVE).values():
+        for text in texts:
+            token_id = theirs.convert_tokens_to_ids(text)
+            assert ours.spell([token_id]) == text
+            assert token_id in theirs.all_special_ids
+    ids = itertools.chain.from_iterable(ours.roles.values())
+    assert set(ids) <= set(theirs.all_special_ids)
+
+
+@pytest.mark.parametrize("reserve", ["", RESERVE])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_runs_own_tokenizer_as_any_family(kind, reserve, tmp_path):
+    by_class = transformers.PreTrainedTokenizerFast
     if kind == "sentencepiece":
         by_class = transformers.LlamaTokenizer
-        cache = epath.Path(tmp_path / "cache")
-        ours = lm_tokenizers.train_sentencepiece(CORPUS, 450, cache)
+    ours = own_tokenizer(kind, tmp_path).reserving(reserve)
     ours.save(epath.Path(tmp_path))
 
     # They take special tokens in a text for text, and U+2581 for itself.
-    odd = ("<s>", "</s>", "<unk>", "\u2581")
+    reserved = itertools.chain.from_iterable(roles_lib.parse(reserve).values())
+    odd = ("<s>", "</s>", "<unk>", "\u2581", *reserved)
     texts = [text for text in STRINGS if not any(part in text for part in odd)]
     assert len(texts) > 100
     for family in families.FAMILIES:
