@@ -41,7 +41,7 @@ _MANUAL_FSDP: contextvars.ContextVar[ManualFsdp | None] = contextvars.ContextVar
 def shard_map_gradient(
     gradient: Callable, *, mesh: Mesh, axes, reduce_dtype, joint_gather: bool
 ) -> Callable:
-    """Wraps `gradient(params, batch, key) -> (grads, count, terms)` into a shard_map.
+    """Wraps `gradient(params, batch, keys_B) -> (grads, count, terms)` into a shard_map.
 
     Each device computes it from its own rows, with FSDP's collectives written out. GSPMD reduces
     gradients over all axes of a torus by an all-reduce on TPUs, which moves twice the bytes. One
@@ -61,13 +61,13 @@ def shard_map_gradient(
     )
     split_axes = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
-    def local(params, batch, key):
-        grads, *sums = gradient(params, batch, key)
+    def local(params, batch, keys_B):
+        grads, *sums = gradient(params, batch, keys_B)
         if split_axes:
             sums = jax.tree.map(lambda x: jax.lax.psum(x, split_axes), sums)
         return grads, *sums
 
-    def wrapped(params, batch, key):
+    def wrapped(params, batch, keys_B):
         settings = ManualFsdp(jnp.dtype(reduce_dtype), joint_gather)
         token = _MANUAL_FSDP.set(settings)
         try:
@@ -75,10 +75,10 @@ def shard_map_gradient(
             return jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(specs, rows, PartitionSpec()),
+                in_specs=(specs, rows, batch_sharding(mesh, 1).spec),
                 out_specs=(specs, PartitionSpec(), PartitionSpec()),
                 check_vma=False,
-            )(params, batch, key)
+            )(params, batch, keys_B)
         finally:
             _MANUAL_FSDP.reset(token)
 
@@ -265,6 +265,20 @@ def split_sequence(x_BTNH: jax.Array) -> jax.Array:
     if mesh.manual_axes and mesh.shape["sequence"] > 1:
         return jax.lax.all_to_all(x_BTNH, "sequence", split_axis=1, concat_axis=2, tiled=True)
     return constrain(x_BTNH, "batch", "length", "act_heads", None)
+
+
+def places(length: int) -> jax.Array:
+    """[length] int32, where in its row each position stands that is seen here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    places_T = jnp.arange(length)
+    if mesh.manual_axes and mesh.shape["sequence"] > 1:
+        places_T = places_T + jax.lax.axis_index("sequence") * length
+    return places_T
+
+
+def heads(num_heads: int) -> jax.Array:
+    """[num_heads] int32, which of the model's heads are seen inside attention here."""
+    return places(num_heads)  # the sequence axis deals them as it does positions
 
 
 def kv_repeats(num_kv_heads: int) -> int:

@@ -142,6 +142,10 @@ class ModelFields:
     tie_embeddings: bool = True
     # of the embedding and the head, with a projection between them and the layers; 0: embed_dim
     table_dim: int = integer(0, most=2**18)
+    # shares of values set to 0 in training: of the embedding's output and of what attention and MLP
+    # add to the residual stream | of attention's probabilities (attention = "xla" only)
+    dropout: float = number(0.0, least=0, below=1)
+    attention_dropout: float = number(0.0, least=0, below=1)
     # Heads beside the vocabulary's, with commas between them, as lm.models.transformer.HEADS has
     # them: "scalar", "classes:3", "token_labels:9".
     heads: str = ""

@@ -100,8 +100,9 @@ def make_train_step(
 
     Args:
       graphdef: from `nnx.split(model, nnx.Param)`.
-      loss: `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`.
-      seed: of every random number in the step, folded with its purpose and the step.
+      loss: `loss(model, batch, keys_B) -> (loss_sum, count, {name: (sum, count)})`.
+      seed: of every random number in the step, folded with its purpose and the step; those of the
+        loss with the row's place in the batch too.
       accumulation: number of microbatches that the batch's rows are dealt into; the gradient is
         that of the whole batch.
       nonfinite: "halt" stops at the first non-finite loss, gradient or update, "skip" leaves that
@@ -123,9 +124,13 @@ def make_train_step(
         loss_key = jax.random.fold_in(jax.random.fold_in(root, LOSS), state.step)
         rounding_key = jax.random.fold_in(jax.random.fold_in(root, ROUNDING), state.step)
 
+        # A key for each row: what is drawn for it depends on no other row.
+        rows_B = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(loss_key, rows_B)
+
         # The gradient of the mean loss, from sums.
         grads, count, terms = accumulate_gradient(
-            gradient, state.params, batch, loss_key, accumulation
+            gradient, state.params, batch, keys_B, accumulation
         )
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
         params, opt_state, scalars = optimizer.update(
@@ -163,11 +168,13 @@ def make_train_step(
 
 
 def make_gradient(graphdef, loss: Callable) -> Callable:
-    """Returns `gradient(params, batch, key) -> (grads, count, terms)`: sums over a microbatch."""
+    """Returns `gradient(params, batch, keys_B) -> (grads, count, terms)`: sums over a
+    microbatch.
+    """
 
-    def gradient(params, batch, key):
+    def gradient(params, batch, keys_B):
         def loss_sum(params):
-            value, count, terms = loss(nnx.merge(graphdef, params), batch, key)
+            value, count, terms = loss(nnx.merge(graphdef, params), batch, keys_B)
             return value, (count, terms)
 
         grads, (count, terms) = jax.grad(loss_sum, has_aux=True)(params)
@@ -176,30 +183,29 @@ def make_gradient(graphdef, loss: Callable) -> Callable:
     return gradient
 
 
-def accumulate_gradient(gradient: Callable, params, batch, key, accumulation: int):
+def accumulate_gradient(gradient: Callable, params, batch, keys_B, accumulation: int):
     """The sums of `gradient` over the microbatches of a batch; gradients in f32."""
     # Differentiates with respect to f32 copies: gradients stay f32 through `scatter_grad`, and are
     # accumulated in f32.
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     if accumulation == 1:
-        return gradient(params, batch, key)
+        return gradient(params, batch, keys_B)
 
     # Rows are dealt, not cut into blocks: every device keeps a share of each microbatch.
     def deal(x):
         rows = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
         return rows.swapaxes(0, 1)
 
-    microbatches = jax.tree.map(deal, batch)
+    microbatches = jax.tree.map(deal, (batch, keys_B))
     first = jax.tree.map(lambda x: x[0], microbatches)
-    shapes = jax.eval_shape(gradient, params, first, key)
+    shapes = jax.eval_shape(gradient, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def body(total, inputs):
-        index, rows = inputs
-        sums = gradient(params, rows, jax.random.fold_in(key, index))
+    def body(total, microbatch):
+        sums = gradient(params, *microbatch)
         return jax.tree.map(jnp.add, total, sums), None
 
-    return jax.lax.scan(body, zeros, (jnp.arange(accumulation), microbatches))[0]
+    return jax.lax.scan(body, zeros, microbatches)[0]
 
 
 def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:

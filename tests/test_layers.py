@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm.nn.layers import add_bias, dense, param
+from lm.nn.layers import Head, add_bias, dense, dropout, param
 from tests.helpers import assert_trees_close
 
 SIZES = dict(b=2, t=3, d=8, f=16, n=2, h=4, v=11)
@@ -80,3 +80,22 @@ def test_bias_gradient_is_summed_in_f32():
     text = str(jax.make_jaxpr(jax.grad(total))(bias))
     assert "f32[2,3] = reduce_sum" in text
     assert "bf16[2,3] = reduce_sum" not in text
+
+
+def test_the_mean_over_dropout_is_none():
+    """Of a linear model over many keys; a share of the values is 0, each row's by its own key."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 16))
+    head = Head(jax.random.key(1), 16, 4, std=1.0, dtype=jnp.float32, compute_dtype=jnp.float32)
+
+    @jax.jit
+    @jax.vmap
+    def outputs(key):
+        dropped = dropout(x, 0.25, jax.random.split(key, 2))
+        return head(dropped), dropped == 0
+
+    values, are_zero = outputs(jax.random.split(jax.random.key(2), 4000))
+    spread = values.std(axis=0) / 4000**0.5
+    assert (np.abs(values.mean(axis=0) - head(x)) < 5 * spread).all()
+    assert are_zero.mean() == pytest.approx(0.25, abs=0.01)
+    assert (are_zero[:, 0] != are_zero[:, 1]).any() and (are_zero[0] != are_zero[1]).any()
+    assert dropout(x, 0.25, None) is dropout(x, 0.0, jax.random.split(jax.random.key(0))) is x

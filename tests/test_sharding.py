@@ -238,6 +238,32 @@ def test_rows_split_into_positions_are_rows_whole(tiny, sizes, fsdp):
 
 
 @pytest.mark.parametrize(
+    "sizes, fsdp, accumulation",
+    [
+        (dict(sequence=2, fsdp=2, fsdp2=2), "by_hand", 2),
+        slow(dict(data=2, tensor=2, sequence=2), "partitioner", 1),
+        slow(dict(fsdp=4, fsdp2=2), "by_hand", 1),
+        slow({}, "partitioner", 4),
+    ],
+    ids=str,
+)
+def test_dropout_is_the_same_on_every_mesh(tiny, sizes, fsdp, accumulation):
+    """The same values are dropped, of the residual stream and of attention."""
+    model = {
+        "model.vocab_size": 264,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2,
+        "model.head_dim": 8,
+        "model.dropout": 0.3,
+        "model.attention_dropout": 0.2,
+    }
+    execution = {"train.fsdp": fsdp, "model.remat": "full"}
+    assert_trains_alike(
+        tiny, sizes, steps=3, model=model, execution=execution, accumulation=accumulation
+    )
+
+
+@pytest.mark.parametrize(
     "sizes, fsdp",
     [
         (dict(expert=2, fsdp=2, fsdp2=2), "by_hand"),

@@ -267,18 +267,20 @@ def test_every_kind_of_nonfinite_is_noticed(where):
 # Randomness, buffers, and other functions of the parameters.
 
 
-def test_keys_differ_by_step_and_microbatch():
-    """The loss's key is a function of the seed, the step and the microbatch, and of nothing
-    else.
+def test_keys_differ_by_step_and_row():
+    """A row's key is a function of the seed, the step and its place in the batch, and of nothing
+    else: not of how many microbatches there are.
     """
 
-    def random_loss(model, batch, key):
-        value, count, terms = PLAIN(model, batch, key)
-        number = jax.random.normal(key)
-        return value, count, terms | {"drawn": (number, number**2)}
+    def random_loss(model, batch, keys_B):
+        value, count, terms = PLAIN(model, batch, keys_B)
+        numbers_B = jax.vmap(jax.random.normal)(keys_B)
+        # By the row's contents, so that the order of rows counts.
+        numbers_B = numbers_B * batch["tokens"][:, 0].astype(jnp.float32)
+        return value, count, terms | {"drawn": (jnp.sum(numbers_B), jnp.sum(numbers_B**2))}
 
     def draw(accumulation):
-        """(sum of the numbers, sum of their squares) over the microbatches, for two steps."""
+        """(sum of the numbers, sum of their squares) over the rows, for two steps."""
         train_step, state = make(random_loss, accumulation=accumulation)
         sums = []
         for seed in (0, 1):
@@ -286,12 +288,12 @@ def test_keys_differ_by_step_and_microbatch():
             sums.append((float(metrics["drawn"][0]), float(metrics["drawn"][1])))
         return sums
 
-    once, twice = draw(1), draw(2)
+    once = draw(1)
     assert once == draw(1)
-    assert len(set(once + twice)) == 4
-    # 2 (x^2 + y^2) = (x + y)^2 if both microbatches drew the same number.
-    for total, squares in twice:
-        assert abs(total**2 - 2 * squares) > 1e-3
+    np.testing.assert_allclose(draw(2), once, rtol=1e-5)
+    assert once[0] != once[1]
+    # 8 x the squares would be the sum squared if all rows drew the same number.
+    assert abs(once[0][0] ** 2 - 8 * once[0][1]) > 1e-3
 
 
 def test_the_state_can_be_donated():

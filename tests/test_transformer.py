@@ -45,9 +45,9 @@ def initial_params(config):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits(graphdef, params):
+def logits(graphdef, params, keys=None):
     model = nnx.merge(graphdef, params)
-    return model.logits(model(TOKENS, POSITIONS, SEGMENTS).hidden)
+    return model.logits(model(TOKENS, POSITIONS, SEGMENTS, keys_B=keys).hidden)
 
 
 def mean_loss(graphdef, params):
@@ -391,6 +391,8 @@ ALTERNATIVES = {
     "table_dim": (24, {}),
     "tie_embeddings": (True, {}),
     "heads": ("classes:3", {}),
+    "dropout": (0.5, {}),
+    "attention_dropout": (0.5, {}),
     "init_std": (0.03, {}),
     "param_dtype": ("bfloat16", {}),
     "compute_dtype": ("bfloat16", {}),
@@ -401,8 +403,8 @@ ALTERNATIVES = {
 
 
 def largest_difference(before, after):
-    """The largest difference of two Configs' logits; infinite if their parameters differ in shape
-    or structure.
+    """The largest difference of two Configs' logits, with keys for dropout; infinite if their
+    parameters differ in shape or structure.
     """
     graphdef, params = random_model(before)
     other_graphdef, other_params = random_model(after)
@@ -411,7 +413,9 @@ def largest_difference(before, after):
 
     # JAX's attention promotes bfloat16 by itself.
     with jax.numpy_dtype_promotion("standard"):
-        return np.abs(logits(graphdef, params) - logits(other_graphdef, other_params)).max()
+        keys = jax.random.split(jax.random.key(0), len(TOKENS))
+        before_logits = logits(graphdef, params, keys)
+        return np.abs(before_logits - logits(other_graphdef, other_params, keys)).max()
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
@@ -436,6 +440,12 @@ def test_every_field_moves_something(field):
             lambda x, y: (x != y).any(), initial_params(before), initial_params(after)
         )
         assert any(jax.tree.leaves(changed)), f"{field} moves nothing"
+
+
+def test_dropout_is_off_without_keys():
+    graphdef, params = random_model(model_config(dropout=0.5, attention_dropout=0.5))
+    plain, _ = random_model(model_config())
+    np.testing.assert_array_equal(logits(graphdef, params), logits(plain, params))
 
 
 def test_heads():
@@ -513,6 +523,7 @@ def test_execution_fields_are_fields():
             r"config.model.bias = 'qkv,head': \['head'\]; "
             r"valid: names of \['qkv', 'out', 'mlp', 'norm'\]",
         ),
+        (dict(attention_dropout=0.1, attention="splash"), "attention_dropout = 0.1 needs"),
         (dict(window=-1), "window = -1; wanted 0 to"),
         (dict(heads="classes"), r"heads = 'classes': 'classes'; valid.*\"classes:N\""),
         (dict(heads="scalar:2"), "heads = 'scalar:2'"),

@@ -16,7 +16,7 @@ from lm import config as config_lib
 from lm.collectives import gather_sequence
 from lm.nn import masks
 from lm.nn.attention import SPLASH, SPLASH_KINDS, Attention, Cache
-from lm.nn.layers import MLP, NORMS, Embed, Head, dense, param
+from lm.nn.layers import MLP, NORMS, Embed, Head, dense, dropout, fold_in_each, param
 from lm.nn.masks import Mask, Visible
 from lm.nn.moe import MoE
 from lm.nn.positions import parse_scaling
@@ -107,6 +107,11 @@ class Config(config_lib.ModelFields):
         self._check_experts()
         self._check_rope()
         parse_heads(self.heads)
+        if self.attention_dropout and self.attention != "xla":
+            raise ValueError(
+                f"config.model.attention_dropout = {self.attention_dropout} needs "
+                f"config.model.attention = 'xla'; {self.attention!r} never has the probabilities"
+            )
         remat_policy(self.remat)
 
     def _check_biases(self) -> None:
@@ -235,6 +240,7 @@ class Block(nnx.Module):
 
         norm = dict(eps=c.norm_eps, use_bias="norm" in c.biases)
         self.residual = c.residual
+        self.dropout = c.dropout
         self.attention_norm = NORMS[c.norm](c.embed_dim, **norm)
         self.attention = Attention(attention_key, c, out_std=out_std)
         self.mlp_norm = NORMS[c.norm](c.embed_dim, **norm)
@@ -244,35 +250,53 @@ class Block(nnx.Module):
             use_bias = "mlp" in c.biases
             self.mlp = MLP(mlp_key, c, mlp_dim=c.mlp_dim, use_bias=use_bias, out_std=out_std)
 
-    def __call__(self, x_BTD, positions_BT, mask: Mask, valid_BT, cache=None, *, decode=False):
+    def __call__(
+        self, x_BTD, positions_BT, mask: Mask, valid_BT, cache=None, *, decode=False, keys_B=None
+    ):
         """Returns (x_BTD, cache, aux). The arguments are those of `Attention` and `MoE`."""
+        probs_keys, attention_keys, mlp_keys = _keys_of_sites(keys_B, 3)
 
         def attend(x_BTD):
-            return self.attention(x_BTD, positions_BT, mask, cache, decode=decode)
+            attended_BTD, new_cache = self.attention(
+                x_BTD, positions_BT, mask, cache, decode=decode, keys_B=probs_keys
+            )
+            return dropout(attended_BTD, self.dropout, attention_keys), new_cache
+
+        def mlp(x_BTD):
+            out_BTD, aux = self._mlp(x_BTD, valid_BT)
+            return dropout(out_BTD, self.dropout, mlp_keys), aux
 
         # As in the first Transformer (Vaswani et al. 2017, arXiv 1706.03762, section 3.1): each
         # sum is normalized.
         if self.residual == "post_norm":
             attended_BTD, cache = attend(x_BTD)
             x_BTD = _stream(self.attention_norm(x_BTD + attended_BTD))
-            out_BTD, aux = self._mlp(x_BTD, valid_BT)
+            out_BTD, aux = mlp(x_BTD)
             return _stream(self.mlp_norm(x_BTD + out_BTD)), cache, aux
 
         attended_BTD, cache = attend(self.attention_norm(x_BTD))
         # As in GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745, section 2.1): attention and MLP
         # read the same input.
         if self.residual == "parallel":
-            out_BTD, aux = self._mlp(self.mlp_norm(x_BTD), valid_BT)
+            out_BTD, aux = mlp(self.mlp_norm(x_BTD))
             return _stream(x_BTD + attended_BTD + out_BTD), cache, aux
 
         x_BTD = _stream(x_BTD + attended_BTD)
-        out_BTD, aux = self._mlp(self.mlp_norm(x_BTD), valid_BT)
+        out_BTD, aux = mlp(self.mlp_norm(x_BTD))
         return _stream(x_BTD + out_BTD), cache, aux
 
     def _mlp(self, x_BTD, valid_BT):
         if isinstance(self.mlp, MoE):
             return self.mlp(x_BTD, valid_BT)
         return self.mlp(x_BTD), {}
+
+
+def _keys_of_sites(keys_B: jax.Array | None, number: int) -> list[jax.Array | None]:
+    """For each of so many sites of dropout a key for each row."""
+    if keys_B is None:
+        return [None] * number
+    keys_BN = fold_in_each(keys_B, jnp.arange(number))
+    return [keys_BN[:, i] for i in range(number)]
 
 
 def _stream(x_BTD: jax.Array) -> jax.Array:
@@ -285,7 +309,8 @@ class Transformer(nnx.Module):
 
     `model(tokens, positions, segments)` gives hidden states; `model.logits(hidden)` is the head, so
     that whoever needs few positions pays for few. `model.head_table` is the head's weight,
-    `model.init_cache` an empty cache. There is no random state in a module.
+    `model.init_cache` an empty cache. There is no random state in a module: without keys a call is
+    deterministic.
 
     Args:
       stacked: each parameter of the layers is one array for all of them, and a loop runs over it.
@@ -354,6 +379,7 @@ class Transformer(nnx.Module):
         visible: Visible = masks.CAUSAL,
         cache: Cache | list[Cache] | None = None,
         decode: bool = False,
+        keys_B: jax.Array | None = None,
     ) -> Output:
         """Hidden states of each position.
 
@@ -366,6 +392,7 @@ class Transformer(nnx.Module):
           cache: keys and values of all layers, see `init_cache`. The first call with one (prefill)
             fills it.
           decode: this is a later call: T is 1, and the token attends to the cache.
+          keys_B: a key for each row, for dropout; None: there is none.
         """
         c = self.config
         x_BTD = self.embed(tokens_BT)
@@ -373,12 +400,14 @@ class Transformer(nnx.Module):
             x_BTD = dense("btp,pd->btd", x_BTD, self.project_in, c.compute_dtype, "project_in")
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
-        x_BTD = _stream(x_BTD)
+        is_random = c.dropout or c.attention_dropout
+        embed_keys, layer_keys = _keys_of_sites(keys_B if is_random else None, 2)
+        x_BTD = _stream(dropout(x_BTD, c.dropout, embed_keys))
 
         valid_BT = segments_BT > 0
         mask = self._mask(positions_BT, segments_BT, visible, cache, decode)
         run = self._loop_layers if isinstance(self.layers, nnx.List) else self._scan_layers
-        x_BTD, cache, aux = run(x_BTD, cache, (positions_BT, mask, valid_BT), decode)
+        x_BTD, cache, aux = run(x_BTD, cache, (positions_BT, mask, valid_BT), decode, layer_keys)
 
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
@@ -407,15 +436,17 @@ class Transformer(nnx.Module):
             mask_BTT = masks.array(whole, segments_BT, positions_BT, c.window)
         return Mask(kind, mask_BTT, segments_BT, slots_BT)
 
-    def _scan_layers(self, x_BTD, cache, inputs, decode: bool):
+    def _scan_layers(self, x_BTD, cache, inputs, decode: bool, keys_B):
         """Runs stacked layers. Returns (x_BTD, cache, aux), the latter two stacked."""
         c = self.config
         graphdef, stack = nnx.split(self.layers)
 
         def body(x_BTD, layer):
-            params, layer_cache = layer
+            params, layer_cache, keys_B = layer
             block = nnx.merge(graphdef, params)
-            x_BTD, layer_cache, aux = block(x_BTD, *inputs, layer_cache, decode=decode)
+            x_BTD, layer_cache, aux = block(
+                x_BTD, *inputs, layer_cache, decode=decode, keys_B=keys_B
+            )
             return x_BTD, (layer_cache, aux)
 
         # On one device "none" has no gathered weights to drop, and needs no jax.checkpoint, which
@@ -423,14 +454,23 @@ class Transformer(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         if cache is None and (c.remat != "none" or mesh.size > 1):
             body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
-        x_BTD, (cache, aux) = jax.lax.scan(body, x_BTD, (stack, cache), unroll=c.scan_unroll)
+        keys_LB = _keys_of_layers(keys_B, c.num_layers)
+        x_BTD, (cache, aux) = jax.lax.scan(
+            body, x_BTD, (stack, cache, keys_LB), unroll=c.scan_unroll
+        )
         return x_BTD, cache, aux
 
-    def _loop_layers(self, x_BTD, cache, inputs, decode: bool):
+    def _loop_layers(self, x_BTD, cache, inputs, decode: bool, keys_B):
         """Runs unstacked layers. Returns (x_BTD, list of caches, aux stacked)."""
         caches, auxes = [], []
-        for layer, layer_cache in zip(self.layers, cache or [None] * self.config.num_layers):
-            x_BTD, layer_cache, aux = layer(x_BTD, *inputs, layer_cache, decode=decode)
+        nothing = [None] * self.config.num_layers
+        keys_LB = _keys_of_layers(keys_B, self.config.num_layers)
+        for layer, layer_cache, layer_keys in zip(
+            self.layers, cache or nothing, nothing if keys_LB is None else keys_LB
+        ):
+            x_BTD, layer_cache, aux = layer(
+                x_BTD, *inputs, layer_cache, decode=decode, keys_B=layer_keys
+            )
             caches.append(layer_cache)
             auxes.append(aux)
         aux = jax.tree.map(lambda *layers: jnp.stack(layers), *auxes)
@@ -482,6 +522,11 @@ class Transformer(nnx.Module):
         if isinstance(self.layers, nnx.List):
             return [Cache(*_zeros(shape, axes, c.compute_dtype)) for _ in range(c.num_layers)]
         return Cache(*_zeros((c.num_layers, *shape), ("layers", *axes), c.compute_dtype))
+
+
+def _keys_of_layers(keys_B: jax.Array | None, num_layers: int) -> jax.Array | None:
+    """[L, B]: keys of each layer's sites."""
+    return None if keys_B is None else fold_in_each(keys_B, jnp.arange(num_layers)).T
 
 
 Model = Transformer  # what lm.build takes of a module

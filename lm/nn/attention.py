@@ -5,6 +5,7 @@ H head size.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from lm import collectives
 from lm.nn.kernels import cache as cache_kernel
 from lm.nn.kernels.attention import blocked_attention, splash_attention
-from lm.nn.layers import RMSNorm, add_bias, dense, param
+from lm.nn.layers import RMSNorm, add_bias, dense, fold_in_each, param
 from lm.nn.masks import NO_LATER_KEYS, Mask
 from lm.nn.positions import rope
 
@@ -68,6 +69,7 @@ class Attention(nnx.Module):
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.window = c.window
         self.implementation = c.attention
+        self.dropout = c.attention_dropout
         self.compute_dtype = c.compute_dtype
         self.rope = None
         if c.positions == "rope":
@@ -113,12 +115,14 @@ class Attention(nnx.Module):
         cache: Cache | None = None,
         *,
         decode: bool = False,
+        keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the output [B, T, D], and the cache with this call's keys and values in it.
 
         Args:
           decode: T is 1, and the query attends to the cache. Otherwise the positions attend to each
             other only: with a cache they are its first ones.
+          keys_B: a key for each row, for dropout; None: there is none.
         """
         q_BTNH = self._project(x_BTD, self.query, self.query_bias, self.query_norm, "query")
         k_BTKH = self._project(x_BTD, self.key, self.key_bias, self.key_norm, "key")
@@ -133,7 +137,7 @@ class Attention(nnx.Module):
         if decode:
             y_BTNH = cached_attention(q_BTNH, cache, mask.array_BTS)
         else:
-            y_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, mask)
+            y_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, mask, keys_B)
 
         out_BTD = dense("btij,ijd->btd", y_BTNH, self.out, self.compute_dtype, "out")
         if self.out_bias is not None:
@@ -147,7 +151,31 @@ class Attention(nnx.Module):
             y = add_bias(y, bias)
         return y if norm is None else norm(y)
 
-    def _attend(self, q_BTNH, k_BTKH, v_BTKH, mask: Mask) -> jax.Array:
+    def _dropout(self, keys_B, shape: tuple[int, ...]) -> Callable | None:
+        """A function (probabilities [B, K, G, T of a block, S], first query) -> these with a share
+        of them dropped; None without dropout.
+        """
+        if keys_B is None or not self.dropout:
+            return None
+        _, length, num_heads, _ = shape
+        keys_BNT = fold_in_each(
+            fold_in_each(keys_B, collectives.heads(num_heads)), jnp.arange(length)
+        )
+
+        def drop(probs_BKGTS, start):
+            batch, _, _, queries, num_keys = probs_BKGTS.shape
+            keys = keys_BNT[:, :, start : start + queries].reshape(-1)
+
+            # Drawn for the whole row, so that blocks don't matter.
+            def draw(key):
+                return jax.random.bernoulli(key, 1 - self.dropout, (length,))[:num_keys]
+
+            kept = jax.vmap(draw)(keys).reshape(probs_BKGTS.shape)
+            return jnp.where(kept, probs_BKGTS / (1 - self.dropout), 0)
+
+        return drop
+
+    def _attend(self, q_BTNH, k_BTKH, v_BTKH, mask: Mask, keys_B) -> jax.Array:
         """Attention of the positions to each other, [B, T, N, H]."""
         repeats = collectives.kv_repeats(k_BTKH.shape[2])
         if repeats > 1:
@@ -179,7 +207,12 @@ class Attention(nnx.Module):
                 )
         else:
             y_BTNH = blocked_attention(
-                q_BTNH, k_BTKH, v_BTKH, mask.array_BTS, causal=mask.kind in NO_LATER_KEYS
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                mask.array_BTS,
+                causal=mask.kind in NO_LATER_KEYS,
+                drop=self._dropout(keys_B, q_BTNH.shape),
             )
         # The softmax of a query that sees no key would be a mean over all of them.
         if mask.kind == "order":

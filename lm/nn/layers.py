@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -216,6 +217,35 @@ class MLP(nnx.Module):
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
         out_BTD = dense("btf,fd->btd", hidden_BTF, self.down, self.compute_dtype, "down")
         return out_BTD if self.down_bias is None else add_bias(out_BTD, self.down_bias)
+
+
+def dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+    """Sets a share of the values to 0 and scales the others so that the mean stays (Srivastava et
+    al. 2014, JMLR 15).
+
+    What is dropped is a function of the row's key and the place in the row: the same on every mesh,
+    and however rows are dealt.
+
+    Args:
+      keys_B: a key for each row; None: nothing is dropped.
+    """
+    if keys_B is None or not rate:
+        return x_BTD
+    keys_BT = fold_in_each(keys_B, collectives.places(x_BTD.shape[1]))
+
+    def draw(key):
+        return jax.random.bernoulli(key, 1 - rate, x_BTD.shape[2:])
+
+    kept_BTD = jax.vmap(jax.vmap(draw))(keys_BT)
+    return jnp.where(kept_BTD, x_BTD / np.asarray(1 - rate, x_BTD.dtype), 0)
+
+
+def fold_in_each(keys: jax.Array, numbers_N: jax.Array) -> jax.Array:
+    """[..., N], each key with each number folded in."""
+    folded = jax.vmap(jax.random.fold_in, (None, 0))
+    for _ in range(keys.ndim):
+        folded = jax.vmap(folded, (0, None))
+    return folded(keys, numbers_N)
 
 
 class Head(nnx.Module):

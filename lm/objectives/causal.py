@@ -32,18 +32,19 @@ def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
       chunk: positions of each row whose logits exist at a time; 0: all.
 
     Returns:
-      `loss(model, batch, key) -> (loss_sum, count, {name: (sum, count)})`: sums over the batch's
+      `loss(model, batch, keys_B) -> (loss_sum, count, {name: (sum, count)})`: sums over the batch's
       weights, never means, so that microbatches, padding and hosts share one division.
 
     Raises:
       ValueError: by the loss: a balance_loss for a model without experts.
     """
 
-    def loss(model, batch, key):
-        del key  # nothing random here
+    def loss(model, batch, keys_B):
         weights_BT = batch["weights"]
         count = jnp.sum(weights_BT)
-        hidden_BTD, _, aux = model(batch["tokens"], batch["positions"], batch["segments"])
+        hidden_BTD, _, aux = model(
+            batch["tokens"], batch["positions"], batch["segments"], keys_B=keys_B
+        )
         if balance_loss and "router_balance" not in aux:
             raise ValueError(
                 f"config.objective.balance_loss = {balance_loss} needs experts, and "

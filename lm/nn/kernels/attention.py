@@ -6,6 +6,8 @@ kv head n // (N / K); scores, softmax and sums are f32.
 Letters: B batch, T query length, S key length, N query heads, K kv heads, G = N / K, H head size.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,15 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
 
 
 def blocked_attention(
-    q_BTNH, k_BTKH, v_BTKH, mask_BTT, *, causal: bool, block: int = 128, max_blocks: int = 8
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    mask_BTT,
+    *,
+    causal: bool,
+    drop: Callable | None = None,
+    block: int = 128,
+    max_blocks: int = 8,
 ) -> jax.Array:
     """Attention under a mask, [B, T, N, H].
 
@@ -44,6 +54,8 @@ def blocked_attention(
 
     Args:
       causal: whether the mask is within the causal one.
+      drop: a function (probabilities [B, K, G, T of a block, S], number of the first query) ->
+        these with dropout.
     """
     batch, length, heads, size = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
@@ -67,7 +79,10 @@ def blocked_attention(
             * size**-0.5
         )
         scores = jnp.where(mask_BTT[:, None, None, start:end, :last_key], scores, -1e30)
-        probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        probs = jax.nn.softmax(scores, axis=-1)
+        if drop is not None:
+            probs = drop(probs, start)
+        probs = probs.astype(v.dtype)
         out = jnp.einsum(
             "bkgts,bksh->bkgth", probs, v[:, :, :last_key], preferred_element_type=jnp.float32
         )
