@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -272,6 +272,63 @@ def abstract_model(
     return AbstractModel(model_config, graphdef, jax.tree.map(lay_out, params, layouts), mesh)
 
 
+class Objective(NamedTuple):
+    """What config.objective says, see docs/design.md.
+
+    Attributes:
+      arrays: those of a batch, from the loader.
+      prepared: those that `prepare` adds.
+      prepare: (batch, model) -> the arrays of `prepared`; None: there are none.
+      make_transform: tokenizer -> a function (row, numpy Generator) -> row; None: rows stay as
+        they are.
+    """
+
+    loss: Callable
+    token_logprobs: Callable
+    arrays: Mapping[str, batch_contract.Array]
+    prepared: Mapping[str, batch_contract.Array]
+    prepare: Callable | None
+    make_transform: Callable | None
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """The objective of config.objective.
+
+    Raises:
+      ValueError: no such module, or one that lacks something or declares what there is already.
+    """
+    arguments = config.objective.to_dict()
+    where = f"config.objective.type = {arguments['type']!r}"
+    module = resolve(arguments.pop("type"), "config.objective.type")
+    if not (hasattr(module, "make_loss") and hasattr(module, "token_logprobs")):
+        raise ValueError(
+            f"{where} has no make_loss and token_logprobs; wanted the dotted path of a module that "
+            "has, such as lm.objectives.causal"
+        )
+
+    arrays = dict(batch_contract.ARRAYS)
+    prepared = dict(getattr(module, "PREPARED", {}))
+    for name, array in getattr(module, "ARRAYS", {}).items():
+        if name in arrays or name in prepared:
+            raise ValueError(f"{where}: ARRAYS has {name!r}, which is there already")
+        arrays[name] = array
+    has_prepare = hasattr(module, "make_prepare")
+    if has_prepare != bool(prepared):
+        raise ValueError(f"{where}: make_prepare and PREPARED need each other")
+
+    make_transform = None
+    if hasattr(module, "make_transform"):
+        make_transform = functools.partial(module.make_transform, **arguments)
+    return Objective(
+        loss=module.make_loss(**arguments),
+        token_logprobs=module.token_logprobs,
+        arrays=arrays,
+        prepared=prepared,
+        prepare=module.make_prepare(**arguments) if has_prepare else None,
+        make_transform=make_transform,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """What a run compiles. It needs no data, and its devices may be those of a described
@@ -284,6 +341,7 @@ class Program:
     model_config: Any
     graphdef: Any
     flops_per_token: Callable  # (length, causal=True) -> model FLOPs
+    objective: Objective
     optimizer: optim.Optimizer
     abstract_state: step.TrainState  # ShapeDtypeStructs with shardings
     make_params: Callable  # jitted: key -> parameters
@@ -293,12 +351,19 @@ class Program:
 
     def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as ShapeDtypeStructs with shardings."""
-        shape = (batch_size, self.config.data.length)
-        layout = sharding.batch_sharding(self.mesh)
+        shardings = self.batch_shardings()
         batch = {}
-        for name, dtype in batch_contract.DTYPES.items():
-            batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+        for name, array in self.objective.arrays.items():
+            shape = (batch_size, *array.row_shape(self.config.data.length))
+            batch[name] = jax.ShapeDtypeStruct(shape, array.dtype, sharding=shardings[name])
         return batch
+
+    def batch_shardings(self) -> dict[str, jax.sharding.NamedSharding]:
+        """The sharding of each array of a batch."""
+        shardings = {}
+        for name, array in self.objective.arrays.items():
+            shardings[name] = sharding.batch_sharding(self.mesh, array.dims)
+        return shardings
 
 
 def program(
@@ -324,23 +389,18 @@ def program(
     graphdef, abstract = _abstract(make_model)
     axes = sharding.logical_axes(abstract)
     optimizer = optim.make_optimizer(c.optimizer, axes, total_steps)
-    objective_args = c.objective.to_dict()
-    objective = resolve(objective_args.pop("type"), "config.objective.type")
-    if not (hasattr(objective, "make_loss") and hasattr(objective, "token_logprobs")):
-        raise ValueError(
-            f"config.objective.type = {c.objective.type!r} has no make_loss and token_logprobs; "
-            "wanted the dotted path of a module that has, such as lm.objectives.causal"
-        )
+    objective = make_objective(c)
 
     # The train step, and where its state lies.
     train_step = step.make_train_step(
         graphdef,
-        objective.make_loss(**objective_args),
+        objective.loss,
         optimizer,
+        prepare=objective.prepare,
         seed=c.seed,
         accumulation=c.train.accumulation,
         nonfinite=c.train.nonfinite,
-        wrap_gradient=_gradient_wrapper(c, mesh, axes),
+        wrap_gradient=_gradient_wrapper(c, mesh, axes, objective),
     )
     abstract_state = step.abstract_state(nnx.to_pure_dict(abstract), axes, optimizer, mesh)
     if hasattr(model_config, "check_mesh"):
@@ -359,6 +419,7 @@ def program(
         devices=devices,
         model_config=model_config,
         graphdef=graphdef,
+        objective=objective,
         flops_per_token=functools.partial(model_module(c).flops_per_token, model_config),
         optimizer=optimizer,
         abstract_state=abstract_state,
@@ -396,7 +457,9 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
-def _gradient_wrapper(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | None:
+def _gradient_wrapper(
+    config: ConfigDict, mesh: Mesh, axes: dict, objective: Objective
+) -> Callable | None:
     """Returns the wrapper that makes the gradient manual (config.train.fsdp = "by_hand"), or None,
     which leaves FSDP's collectives to GSPMD ("partitioner").
 
@@ -416,10 +479,12 @@ def _gradient_wrapper(config: ConfigDict, mesh: Mesh, axes: dict) -> Callable | 
             "config.train.fsdp = 'by_hand' splits rows, positions, weights and experts; set "
             "config.mesh.tensor = 1, or train.fsdp = 'partitioner'"
         )
+    arrays = {**objective.arrays, **objective.prepared}
     return functools.partial(
         collectives.shard_map_gradient,
         mesh=mesh,
         axes=axes,
+        batch_dims={name: array.dims for name, array in arrays.items()},
         reduce_dtype=c.grad_reduce_dtype,
         joint_gather=c.fsdp_gather == "joint",
     )
@@ -445,17 +510,26 @@ class Experiment:
     def make_loader(self) -> Loader:
         """The training batches."""
         c = self.config.data
+        if c.loader:
+            return resolve(c.loader, "config.data.loader")(self)
         amount, unit = config_lib.parse_length(self.config.train.length)
         arguments = _stream_arguments(self.config, amount if unit == "epochs" else None)
         packing = _packing(self.config)
 
-        def make_stream(number: int) -> pack.Stream:
-            return pack.stream(
+        make_transform = self.program.objective.make_transform
+        transform = make_transform(self.tokenizer) if make_transform else None
+
+        def make_stream(number: int) -> pack.Stream | pack.TransformedStream:
+            stream = pack.stream(
                 self.train_documents, self.encoder, packing, number=number, **arguments
             )
+            if transform is None:
+                return stream
+            return pack.TransformedStream(stream, transform, seed=self.config.seed, number=number)
 
-        layout = sharding.batch_sharding(self.program.mesh)
-        return Loader(make_stream, c.streams, c.batch_size, c.length, layout)
+        arrays = self.program.objective.arrays
+        shardings = self.program.batch_shardings()
+        return Loader(make_stream, c.streams, c.batch_size, c.length, shardings, arrays)
 
     def make_evaluators(self, check_stop: Callable[[], None] = never_stop) -> dict[str, Evaluator]:
         """The evaluators by name. `check_stop` is called before each batch, and may raise."""
@@ -490,7 +564,6 @@ class Experiment:
     def _model_fns(self) -> ModelFns:
         """What evaluators may ask of the model."""
         p = self.program
-        objective = resolve(self.config.objective.type, "config.objective.type")
 
         def make_generator(params, sampling: Sampling) -> Generator:
             return Generator(
@@ -504,7 +577,7 @@ class Experiment:
             )
 
         return ModelFns(
-            token_logprobs=step.make_token_logprobs(p.graphdef, objective.token_logprobs),
+            token_logprobs=step.make_token_logprobs(p.graphdef, p.objective.token_logprobs),
             tree_logprobs=step.make_tree_logprobs(p.graphdef),
             tree_states=step.make_tree_states(p.graphdef),
             head_rows=step.make_head_rows(p.graphdef),

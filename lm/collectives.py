@@ -39,7 +39,7 @@ _MANUAL_FSDP: contextvars.ContextVar[ManualFsdp | None] = contextvars.ContextVar
 
 
 def shard_map_gradient(
-    gradient: Callable, *, mesh: Mesh, axes, reduce_dtype, joint_gather: bool
+    gradient: Callable, *, mesh: Mesh, axes, batch_dims, reduce_dtype, joint_gather: bool
 ) -> Callable:
     """Wraps `gradient(params, batch, keys_B) -> (grads, count, terms)` into a shard_map.
 
@@ -51,6 +51,7 @@ def shard_map_gradient(
       gradient: gives sums over the rows that it sees. Its `grads` are already summed over the mesh,
         by `scatter_grad`.
       axes: the parameters' logical axes.
+      batch_dims: name of a batch's array -> the dims of a row, see `lm.data.batch.Array`.
       reduce_dtype: of the gradients on the wire.
       joint_gather: gathers over fsdp and fsdp2 at once. A two-dimensional torus does that at full
         speed, and overlapped. On a three-dimensional one the compiler makes it an all-reduce, which
@@ -71,11 +72,11 @@ def shard_map_gradient(
         settings = ManualFsdp(jnp.dtype(reduce_dtype), joint_gather)
         token = _MANUAL_FSDP.set(settings)
         try:
-            rows = jax.tree.map(lambda x: batch_sharding(mesh, x.ndim).spec, batch)
+            rows = {name: batch_sharding(mesh, batch_dims[name]).spec for name in batch}
             return jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(specs, rows, batch_sharding(mesh, 1).spec),
+                in_specs=(specs, rows, batch_sharding(mesh, ()).spec),
                 out_specs=(specs, PartitionSpec(), PartitionSpec()),
                 check_vma=False,
             )(params, batch, keys_B)

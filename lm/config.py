@@ -174,6 +174,9 @@ class Data:
     source_args: dict = dataclasses.field(default_factory=lambda: dict(data_dir="~/.cache/lm"))
     split: str = "train"
     cache_dir: str = "~/.cache/lm"  # trained tokenizers
+    # dotted path of a function (lm.build.Experiment) -> what has the methods of
+    # lm.data.loader.Loader; "": rows of the documents
+    loader: str = ""
     # if not "", a training document with a label ends with this line and the label
     label_prompt: str = ""
     length: int = integer(256, least=1, most=2**24)  # tokens a row, T

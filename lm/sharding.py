@@ -225,11 +225,15 @@ def shardings(abstract, axes, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(place, abstract, axes)
 
 
-def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """The sharding of a batch's arrays: rows over the batch axes, positions over the sequence
+def batch_sharding(mesh: Mesh, dims: Sequence[str | int] = ("length",)) -> NamedSharding:
+    """The sharding of an array of a batch: rows over the batch axes, positions over the sequence
     axis.
+
+    Args:
+      dims: of a row, see `lm.data.batch.Array`.
     """
-    return NamedSharding(mesh, spec(("batch", "length", *([None] * (ndim - 2)))[:ndim], mesh))
+    inner = [dim if dim == "length" else None for dim in dims]
+    return NamedSharding(mesh, spec(("batch", *inner), mesh))
 
 
 def check_heads(mesh: Mesh, num_heads: int) -> None:

@@ -94,6 +94,7 @@ def make_train_step(
     seed: int,
     accumulation: int,
     nonfinite: str,
+    prepare: Callable | None = None,
     wrap_gradient: Callable | None = None,
 ) -> Callable:
     """Returns `train_step(state, batch) -> (state, metrics)`.
@@ -107,6 +108,8 @@ def make_train_step(
         that of the whole batch.
       nonfinite: "halt" stops at the first non-finite loss, gradient or update, "skip" leaves that
         update out and goes on.
+      prepare: `prepare(batch, model) -> more arrays [B, ...]`, computed without a gradient from the
+        whole batch before it is dealt; None: there are none.
       wrap_gradient: makes the gradient of a microbatch manual, with FSDP's collectives written out
         (`lm.collectives.shard_map_gradient`); None leaves it to GSPMD.
 
@@ -123,6 +126,10 @@ def make_train_step(
     def train_step(state: TrainState, batch):
         loss_key = jax.random.fold_in(jax.random.fold_in(root, LOSS), state.step)
         rounding_key = jax.random.fold_in(jax.random.fold_in(root, ROUNDING), state.step)
+
+        if prepare is not None:
+            prepared = prepare(batch, nnx.merge(graphdef, state.params))
+            batch = batch | jax.lax.stop_gradient(prepared)
 
         # A key for each row: what is drawn for it depends on no other row.
         rows_B = jnp.arange(jax.tree.leaves(batch)[0].shape[0])

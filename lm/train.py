@@ -78,7 +78,7 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             run.do_what_is_due()  # the stop came before them
 
         while run.step < run.total_steps:
-            if run.stop.at_step(run.step):
+            if run.is_to_stop():
                 raise stopping.Stopped
 
             streams_before = run.streams
@@ -168,6 +168,8 @@ class Run:
         closing.callback(self.checkpointer.close)
         self.loader = self.experiment.make_loader()
         closing.callback(self.loader.close)
+        self._check_boundaries()
+        self._stop_asked = False
 
         # What was measured.
         self.pending: collections.deque[PendingStep] = collections.deque()
@@ -194,6 +196,21 @@ class Run:
             full_flops_per_token=program.flops_per_token(data.length, causal=False),
             batch_tokens=data.batch_size * data.length,
         )
+
+    def _check_boundaries(self) -> None:
+        """Raises ValueError for steps that save, or end the run, off the loader's boundaries."""
+        steps = {
+            "config.checkpoint.every": self.config.checkpoint.every,
+            "config.train.length": self.total_steps,
+        }
+        for name, entry in self.config.evals.items():
+            steps[f"config.evals.{name}.every"] = entry.every
+        for key, step in steps.items():
+            if step and not self.loader.boundary(step):
+                raise ValueError(
+                    f"{key}: a checkpoint can't be saved after {step} steps; the loader's "
+                    "boundaries are at other steps"
+                )
 
     def _begin(self) -> None:
         """Starts at step 0, from fresh weights or those of config.init_from."""
@@ -247,11 +264,16 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         self.experiment.tokenizer.save(directory)
 
+    def is_to_stop(self) -> bool:
+        """Whether to stop before the next step: after a signal, at the loader's next boundary."""
+        self._stop_asked = self.stop.at_step(self.step) or self._stop_asked
+        return self._stop_asked and self.loader.boundary(self.step)
+
     def next_batch(self) -> tuple[dict[str, jax.Array], str]:
         """The next batch and its hash. Counts the time in which the devices wait for it."""
         began = time.monotonic()
         idle_before = not self.pending
-        batch, batch_hash = next(self.loader)
+        batch, batch_hash = self.loader.next(self.state.params)
         self.streams = self.loader.state()
         if idle_before or self.pending[-1].metrics["grad_norm"].is_ready():
             self.timer.waited_for_data(time.monotonic() - began)
@@ -300,7 +322,7 @@ class Run:
         """
         # The halted step changed nothing: the state is still that of the step before.
         good = pending.step - 1
-        if self.checkpointer.latest() != good:
+        if self.checkpointer.latest() != good and self.loader.boundary(good):
             self.save(good, pending.streams_before)
         self.checkpointer.wait()
 
@@ -310,7 +332,8 @@ class Run:
             f"gradient norm {float(values['grad_norm'])}, update norm "
             f"{float(values['update_norm'])}. Its batch has the hash {pending.batch_hash}, and "
             f"comes after the stream states {json.dumps(pending.streams_before)}. The state after "
-            f"step {good} is saved in {self.workdir}; starting again repeats the step. "
+            f"step {self.checkpointer.latest()} is saved in {self.workdir}; starting again goes on "
+            "from there. "
             'config.train.nonfinite="skip" leaves such updates out and counts them.'
         )
 
@@ -346,6 +369,7 @@ class Run:
         except Exception:
             unsaved = self.checkpointer.latest() != self.step
             # Processes save together; where one failed alone, the others wait for it in the eval.
+            unsaved = unsaved and self.loader.boundary(self.step)
             if unsaved and stopping.all_come_to(f"the eval of step {self.step} failed"):
                 self.save(self.step, self.streams)
                 self.checkpointer.wait()

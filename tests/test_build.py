@@ -258,7 +258,7 @@ def test_an_epoch_is_every_document_once(tiny, one_device, packing):
     loader = experiment.make_loader()
     counts = []
     for _ in range(experiment.total_steps + 1):
-        batch, _ = next(loader)
+        batch, _ = loader.next(None)
         counts.append(float(batch["weights"].sum()))
     assert sum(counts) == num_targets
     assert all(counts[:-1]) and not counts[-1]
@@ -408,7 +408,7 @@ def test_batches_come_from_the_training_split(tiny, one_device):
     experiment = build.build(tiny, one_device)
     # A state for each of the 4 streams.
     loader = experiment.make_loader()
-    batch, _ = next(loader)
+    batch, _ = loader.next(None)
     assert batch["tokens"].shape == (8, 32)
     assert loader.state().keys() == {"0", "1", "2", "3"}
     loader.close()

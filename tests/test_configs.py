@@ -93,9 +93,7 @@ def test_every_configuration_builds(path, size):
         c.train.length, batch_tokens=batch_tokens, steps_of_epochs=lambda epochs: 1000
     )
     optim.make_optimizer(c.optimizer, sharding.logical_axes(abstract), steps)
-    arguments = c.objective.to_dict()
-    objective = build.resolve(arguments.pop("type"), "config.objective.type")
-    objective.make_loss(**arguments)
+    build.make_objective(c)
 
     # The source would read its corpus, so only its arguments are checked.
     source = build.resolve(c.data.source, "config.data.source")

@@ -96,7 +96,7 @@ def test_every_document_is_seen_once_and_comes_back(tiny, tmp_path, write, packi
     tokenizer, loader = experiment.tokenizer, experiment.make_loader()
     seen, num_targets = collections.Counter(), 0
     for _ in range(experiment.total_steps):
-        batch, _ = next(loader)
+        batch, _ = loader.next(None)
         batch = jax.tree.map(np.asarray, batch)
         num_targets += int(batch["weights"].sum())
         for row in range(len(batch["tokens"])):

@@ -29,9 +29,11 @@ DOCUMENTS = Documents(
 )
 
 
-def layout(name):
+def shardings(name):
+    """Array of a batch -> its sharding on a mesh."""
     count, sizes = MESHES[name]
-    return sharding.batch_sharding(sharding.make_mesh(sizes, jax.devices()[:count]))
+    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+    return dict.fromkeys(batch_contract.ARRAYS, sharding.batch_sharding(mesh))
 
 
 def make_stream(number, num_streams):
@@ -49,7 +51,7 @@ def make_loader(mesh="one", num_streams=4):
     def stream(number):
         return make_stream(number, num_streams)
 
-    return loaders.Loader(stream, num_streams, BATCH, LENGTH, layout(mesh))
+    return loaders.Loader(stream, num_streams, BATCH, LENGTH, shardings(mesh))
 
 
 def numbered_rows(num):
@@ -58,8 +60,8 @@ def numbered_rows(num):
     rows = []
     for _ in range(num):
         row = {}
-        for name, dtype in batch_contract.DTYPES.items():
-            row[name] = rng.integers(1, 100, LENGTH).astype(dtype)
+        for name, array in batch_contract.ARRAYS.items():
+            row[name] = rng.integers(1, 100, LENGTH).astype(array.dtype)
         rows.append(row)
     return rows
 
@@ -72,7 +74,7 @@ def read(loader, steps):
     """(batch as numpy arrays, digest) of the next steps."""
     batches = []
     for _ in range(steps):
-        batch, digest = next(loader)
+        batch, digest = loader.next(None)
         batches.append((jax.tree.map(np.asarray, batch), digest))
     return batches
 
@@ -83,7 +85,7 @@ def same(batches, others):
     for (batch, digest), (other, other_digest) in zip(batches, others):
         if digest != other_digest:
             return False
-        for name in batch_contract.DTYPES:
+        for name in batch_contract.ARRAYS:
             if not np.array_equal(batch[name], other[name]):
                 return False
     return True
@@ -95,22 +97,22 @@ def same(batches, others):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_global_arrays_are_the_rows_stacked(mesh):
     rows = numbered_rows(BATCH)
-    sharding_ = layout(mesh)
+    layouts = shardings(mesh)
 
-    batch = loaders.to_global(dict(enumerate(rows)), BATCH, sharding_)
+    batch = loaders.to_global(dict(enumerate(rows)), BATCH, layouts)
 
-    assert set(batch) == set(batch_contract.DTYPES)
-    for name, dtype in batch_contract.DTYPES.items():
-        assert batch[name].dtype == dtype
-        assert batch[name].sharding == sharding_
+    assert set(batch) == set(batch_contract.ARRAYS)
+    for name, array in batch_contract.ARRAYS.items():
+        assert batch[name].dtype == array.dtype
+        assert batch[name].sharding == layouts[name]
         np.testing.assert_array_equal(batch[name], stack(rows, name))
-    assert loaders.local_rows(sharding_, (BATCH, LENGTH)) == list(range(BATCH))
+    assert loaders.local_rows(layouts["tokens"], (BATCH, LENGTH)) == list(range(BATCH))
 
 
 def test_rows_lie_where_the_mesh_puts_them():
     rows = numbered_rows(BATCH)
 
-    batch = loaders.to_global(dict(enumerate(rows)), BATCH, layout("sequence"))
+    batch = loaders.to_global(dict(enumerate(rows)), BATCH, shardings("sequence"))
 
     # What a device holds is its rows and columns, no more: the transfer is no larger than it has to
     # be.
@@ -149,12 +151,12 @@ def test_a_process_runs_only_the_streams_of_its_rows():
         numbers.append(number)
         return make_stream(number, 4)
 
-    loader = loaders.Loader(stream, 4, BATCH, LENGTH, PartlyElsewhere([slice(4, 8)]))
+    loader = loaders.Loader(stream, 4, BATCH, LENGTH, {"tokens": PartlyElsewhere([slice(4, 8)])})
     assert numbers == [2, 3]
     assert set(loader.state()) == {"2", "3"}
 
     with pytest.raises(ValueError, match="holds 3 rows of 8, not whole streams of 2"):
-        loaders.Loader(stream, 4, BATCH, LENGTH, PartlyElsewhere([slice(0, 3)]))
+        loaders.Loader(stream, 4, BATCH, LENGTH, {"tokens": PartlyElsewhere([slice(0, 3)])})
 
 
 @pytest.fixture(scope="module")
@@ -219,14 +221,14 @@ def test_states_that_are_none(state):
 @pytest.mark.parametrize("num", [1, 7, 8, 9, 24])
 def test_evaluation_batches_hold_each_row_once(num):
     rows = numbered_rows(num)
-    padding = pack.empty_row(LENGTH)
+    padding = batch_contract.empty_row(LENGTH)
 
-    batches = list(loaders.evaluation_batches(rows, BATCH, layout("data"), padding))
+    batches = list(loaders.evaluation_batches(rows, BATCH, shardings("data"), padding))
 
     assert len(batches) == -(-num // BATCH)
     for batch in batches:
         assert batch["tokens"].shape == (BATCH, LENGTH)
-    for name in batch_contract.DTYPES:
+    for name in batch_contract.ARRAYS:
         values = np.concatenate([batch[name] for batch in batches])
         np.testing.assert_array_equal(values[:num], stack(rows, name))
         assert not values[num:].any()

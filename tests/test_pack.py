@@ -162,7 +162,7 @@ def test_windows_hold_every_target_once(size):
 def test_rows_keep_the_contract(packing):
     for row in take(make_stream(make_documents(20), packing), 60):
         batch_contract.check(row)
-        assert set(row) == set(batch_contract.DTYPES)
+        assert set(row) == set(batch_contract.ARRAYS)
         assert row["tokens"].shape == (LENGTH,)
         for array in row.values():
             # A view would keep all of the packer's rows in memory.
@@ -370,7 +370,7 @@ def test_windows_without_weight_keep_it():
 
 
 def test_empty_row_is_padding():
-    row = pack.empty_row(LENGTH)
+    row = batch_contract.empty_row(LENGTH)
 
     batch_contract.check(row)
     for array in row.values():

@@ -79,7 +79,7 @@ from lm.data import loader
 config, run, how, step = json.loads(sys.argv[1]), epath.Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 telemetry.plot_curves = lambda lines: b""
 start = max(checkpoint.steps(run / "checkpoints"), default=0)
-fetch = loader.Loader.__next__
+fetch = loader.Loader.next
 save = checkpoint.Checkpointer.save
 write_manifest = checkpoint.Checkpointer._write_manifest
 count = 0
@@ -91,12 +91,12 @@ def die_later(seconds):
     time.sleep(seconds)
     die()
 
-def counted_fetch(self):
+def counted_fetch(self, params):
     global count
     count += 1
     if how == "batch" and start + count == step:
         die()
-    return fetch(self)
+    return fetch(self, params)
 
 def timed_save(self, number, *rest):
     if how == "arrays" and number >= step:
@@ -110,7 +110,7 @@ def dying_write(self):
     if how == "before the commit" and self._saving >= step:
         die()
 
-loader.Loader.__next__ = counted_fetch
+loader.Loader.next = counted_fetch
 checkpoint.Checkpointer.save = timed_save
 checkpoint.Checkpointer._write_manifest = dying_write
 train.train(ConfigDict(config), run, jax.devices())
@@ -165,7 +165,7 @@ def test_terminated_at_a_random_step(config, reference, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             call = random.randint(1, min(6, LAST_STEP - step))
             print(step, call)
-            terminate_at(patch, loader.Loader, "__next__", call)
+            terminate_at(patch, loader.Loader, "next", call)
             assert run_until_stopped(config, run) == step + call
         step += call
 
@@ -208,11 +208,11 @@ def test_terminated_during_an_eval(config, reference, tmp_path, monkeypatch, eva
             assert run_until_stopped(config, run) == 4
 
     calls = []
-    record_calls(monkeypatch, loader.Loader, "__next__", calls)
+    record_calls(monkeypatch, loader.Loader, "next", calls)
     record_calls(monkeypatch, evaluator, "run", calls)
     run_training(config, run, devices=8)
     # The eval was not skipped: it is due before the next step.
-    assert calls[:2] == ["run", "__next__"]
+    assert calls[:2] == ["run", "next"]
     assert_same_run(run, reference, LAST_STEP)
 
 
@@ -256,7 +256,7 @@ def test_other_processes_agree_on_what_is_due(config, tmp_path, monkeypatch):
     """
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        terminate_at(patch, loader.Loader, "__next__", 4)
+        terminate_at(patch, loader.Loader, "next", 4)
         # With several processes an eval is not stopped.
         patch.setattr(stopping.StopSignal, "check", lambda self: None)
         assert run_until_stopped(config, run) == 4

@@ -402,8 +402,8 @@ def test_an_activation_that_its_axes_do_not_divide_stays_whole():
 def test_batch_sharding_splits_rows_and_positions():
     mesh = sharding.make_mesh(dict(slice=2, fsdp=2, sequence=2), jax.devices())
     assert sharding.batch_sharding(mesh).shard_shape((8, 6)) == (2, 3)
-    assert sharding.batch_sharding(mesh, 3).shard_shape((8, 6, 5)) == (2, 3, 5)
-    assert sharding.batch_sharding(mesh, 1).shard_shape((8,)) == (2,)
+    assert sharding.batch_sharding(mesh, ("length", 5)).shard_shape((8, 6, 5)) == (2, 3, 5)
+    assert sharding.batch_sharding(mesh, ()).shard_shape((8,)) == (2,)
 
 
 def test_the_rest_of_the_devices():

@@ -652,7 +652,7 @@ def poison(config, path):
         path.write_text("\n".join([*lines[:number], poisoned, *lines[number + 1 :]]) + "\n")
 
         training = build.build(config, jax.devices()[:1]).make_loader()
-        batches = [next(training) for _ in range(10)]
+        batches = [training.next(None) for _ in range(10)]
         training.close()
         is_bad = [bool((np.asarray(batch["tokens"]) == 1).any()) for batch, _ in batches]
         if any(is_bad) and 3 <= is_bad.index(True) <= 6:
@@ -706,7 +706,7 @@ def test_nonfinite_halts_with_the_last_good_state(
     # Like a run that was stopped before that batch, and then skipped it.
     config.train.nonfinite = "halt"
     with monkeypatch.context() as patch:
-        terminate_at(patch, loader.Loader, "__next__", first - 1)
+        terminate_at(patch, loader.Loader, "next", first - 1)
         with pytest.raises(stopping.Stopped):
             run_training(config, tmp_path / "stopped")
     config.train.nonfinite = "skip"

@@ -1,31 +1,61 @@
 """The Batch contract: what a data transform hands to an objective.
 
-A batch is a dict of [B, T] arrays. Packing, masking and completion-only losses are transforms that
-write `weights`; the model and the loss never know where a batch came from.
+A batch is a dict of arrays [B, ...]: the five of `ARRAYS`, and those that the objective declares
+beside them. Packing, masking and completion-only losses are transforms that write `weights`; the
+model and the loss never know where a batch came from.
 """
 
 import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
+
+class Array(NamedTuple):
+    """An array of a batch.
+
+    Attributes:
+      dims: of a row: "length" is its positions T, which the mesh's sequence axis splits; a number
+        is a dim of that size, which nothing splits. () is one value a row.
+      padding: the value in padding.
+    """
+
+    dtype: type
+    dims: tuple[str | int, ...] = ("length",)
+    padding: float = 0
+
+    def row_shape(self, length: int) -> tuple[int, ...]:
+        """The shape in a row of `length` positions."""
+        return tuple(length if dim == "length" else dim for dim in self.dims)
+
+
 # fmt: off
-DTYPES = {
-    "tokens": np.int32,     # what the model reads
-    "targets": np.int32,    # what it should predict after each token
-    "weights": np.float32,  # 1 where the target counts in the loss, 0 elsewhere (padding too)
-    "positions": np.int32,  # place in the document's window, from 0; 0 in padding
-    "segments": np.int32,   # document's number in the row, from 1; 0 is padding
+ARRAYS = {
+    "tokens": Array(np.int32),     # what the model reads
+    "targets": Array(np.int32),    # what it should predict after (or at) each token
+    "weights": Array(np.float32),  # 1 where the target counts in the loss, else 0 (padding too)
+    "positions": Array(np.int32),  # place in the document's window, from 0; 0 in padding
+    "segments": Array(np.int32),   # document's number in the row, from 1; 0 is padding
 }
 # fmt: on
 
 
-def check(batch: dict) -> None:
+def empty_row(length: int, arrays: Mapping[str, Array] = ARRAYS) -> dict[str, np.ndarray]:
+    """Returns a row of padding."""
+    row = {}
+    for name, array in arrays.items():
+        row[name] = np.full(array.row_shape(length), array.padding, array.dtype)
+    return row
+
+
+def check(batch: dict, arrays: Mapping[str, Array] = ARRAYS) -> None:
     """Asserts that a batch, or a row of one, keeps the contract."""
-    shape = batch["tokens"].shape
-    for name, dtype in DTYPES.items():
-        array = batch[name]
-        description = f"{name} is {array.dtype}{array.shape}; wanted {np.dtype(dtype)}{shape}"
-        assert array.shape == shape and array.dtype == dtype, description
+    *rows, length = batch["tokens"].shape
+    for name, wanted in arrays.items():
+        array, shape = batch[name], (*rows, *wanted.row_shape(length))
+        description = f"{name} is {array.dtype}{array.shape}; wanted {wanted.dtype}{shape}"
+        assert array.shape == shape and array.dtype == wanted.dtype, description
 
     is_padding = batch["segments"] == 0
     assert not (batch["weights"] * is_padding).any(), "padding has weight"

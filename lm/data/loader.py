@@ -1,6 +1,6 @@
 """Streams -> this process's rows -> global arrays."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -18,11 +18,13 @@ def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[
 
 
 def to_global(
-    rows: dict[int, dict[str, np.ndarray]], batch_size: int, sharding: jax.sharding.Sharding
+    rows: dict[int, dict[str, np.ndarray]],
+    batch_size: int,
+    shardings: Mapping[str, jax.sharding.Sharding],
 ) -> dict[str, jax.Array]:
-    """Returns global [B, T] arrays, given this process's rows by their number in the batch."""
+    """Returns global [B, ...] arrays, given this process's rows by their number in the batch."""
     arrays = {}
-    for name in batch_contract.DTYPES:
+    for name, sharding in shardings.items():
         values = {number: row[name] for number, row in rows.items()}
         arrays[name] = _global_array(values, batch_size, sharding)
     return arrays
@@ -31,20 +33,22 @@ def to_global(
 def _global_array(
     rows: dict[int, np.ndarray], batch_size: int, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """A global [B, T] array out of rows [T]."""
-    length = next(iter(rows.values())).shape[0]
+    """A global [B, ...] array out of rows."""
+    row_shape = next(iter(rows.values())).shape
 
     def shard(index):
-        row_slice, column_slice = index
+        row_slice, *inner_slices = index
         numbers = range(*row_slice.indices(batch_size))
-        return np.stack([rows[number] for number in numbers])[:, column_slice]
+        return np.stack([rows[number] for number in numbers])[:, *inner_slices]
 
     # JAX asks for the shards of this process's devices only, so no other rows are needed.
-    return jax.make_array_from_callback((batch_size, length), sharding, shard)
+    return jax.make_array_from_callback((batch_size, *row_shape), sharding, shard)
 
 
 class Loader:
-    """An endless iterator of global batches, dealt from streams.
+    """Gives global batches without end, dealt from streams.
+
+    A loader of one's own (config.data.loader) has the same methods.
 
     Row r of the batch comes from stream r // (B / num_streams). The number of streams is part of
     the experiment, not of the machine: batches don't depend on hosts or threads, and states are
@@ -52,7 +56,8 @@ class Loader:
 
     Args:
       make_stream: stream number -> its rows.
-      sharding: of a [B, T] array.
+      shardings: of each array.
+      arrays: those of a batch.
 
     Raises:
       ValueError: streams whose rows lie on two processes.
@@ -64,13 +69,14 @@ class Loader:
         num_streams: int,
         batch_size: int,
         length: int,
-        sharding: jax.sharding.Sharding,
+        shardings: Mapping[str, jax.sharding.Sharding],
+        arrays: Mapping[str, batch_contract.Array] = batch_contract.ARRAYS,
     ):
         assert batch_size % num_streams == 0  # the configuration is checked
 
         # This process runs the streams of its own rows, and no others.
         rows_per_stream = batch_size // num_streams
-        rows = local_rows(sharding, (batch_size, length))
+        rows = local_rows(shardings["tokens"], (batch_size, length))
         numbers = sorted({row // rows_per_stream for row in rows})
         if len(rows) != len(numbers) * rows_per_stream:
             raise ValueError(
@@ -82,13 +88,16 @@ class Loader:
         self._streams = {number: make_stream(number) for number in numbers}
         self._rows_per_stream = rows_per_stream
         self._batch_size = batch_size
-        self._sharding = sharding
+        self._shardings = shardings
+        self._arrays = arrays
 
-    def __iter__(self):
-        return self
+    def next(self, params) -> tuple[dict[str, jax.Array], str]:
+        """Returns a batch, and the hash of this process's rows.
 
-    def __next__(self) -> tuple[dict[str, jax.Array], str]:
-        """Returns a batch, and the hash of this process's rows."""
+        Args:
+          params: the model's present parameters, for loaders that sample from it.
+        """
+        del params
         rows = {}
         for number, stream in self._streams.items():
             for i in range(self._rows_per_stream):
@@ -96,12 +105,19 @@ class Loader:
 
         # Checked and hashed before the transfer: the global arrays would have to be read back.
         local_batch = {}
-        for name in batch_contract.DTYPES:
+        for name in self._arrays:
             local_batch[name] = np.stack([row[name] for row in rows.values()])
-        batch_contract.check(local_batch)
+        batch_contract.check(local_batch, self._arrays)
         digest = batch_contract.digest(local_batch)
 
-        return to_global(rows, self._batch_size, self._sharding), digest
+        return to_global(rows, self._batch_size, self._shardings), digest
+
+    def boundary(self, step: int) -> bool:
+        """Whether the state after so many batches says all: checkpoints and stops fall on such
+        steps only.
+        """
+        del step
+        return True
 
     def state(self) -> dict[str, dict]:
         """Returns the states of this process's streams by number, JSON-able."""
@@ -135,7 +151,7 @@ class Loader:
 def evaluation_batches(
     rows: list[dict[str, np.ndarray]],
     batch_size: int,
-    sharding: jax.sharding.Sharding,
+    shardings: Mapping[str, jax.sharding.Sharding],
     padding: dict,
 ) -> Iterator[dict]:
     """Yields global batches of all rows in order, the last one filled with `padding` rows."""
@@ -143,4 +159,4 @@ def evaluation_batches(
         batch_rows = rows[start : start + batch_size]
         # A full last batch: one shape is one compilation, and every device gets its share.
         batch_rows = batch_rows + [padding] * (batch_size - len(batch_rows))
-        yield to_global(dict(enumerate(batch_rows)), batch_size, sharding)
+        yield to_global(dict(enumerate(batch_rows)), batch_size, shardings)

@@ -150,11 +150,6 @@ def to_row(packed: dict) -> dict[str, np.ndarray]:
     )
 
 
-def empty_row(length: int) -> dict[str, np.ndarray]:
-    """Returns a row of padding."""
-    return {name: np.zeros(length, dtype) for name, dtype in batch.DTYPES.items()}
-
-
 class Packing(NamedTuple):
     """How windows become rows."""
 
@@ -237,7 +232,7 @@ class Stream:
     def __next__(self) -> dict[str, np.ndarray]:
         while (row := next(self._rows, None)) is None:
             if self.has_ended():
-                return empty_row(self._packing.length)
+                return batch.empty_row(self._packing.length)
             self._rows.close()
             self._begin(self._epoch + 1)
 
@@ -281,6 +276,40 @@ def stream(documents: Documents, encoder: Encoder, packing: Packing, **arguments
 
     before, _ = encoder.tokenizer.around
     return Stream(documents, to_windows, packing, bos_id=before[0], **arguments)
+
+
+class TransformedStream:
+    """A stream whose rows go through a transform.
+
+    Args:
+      transform: (row, numpy Generator) -> row. The random numbers are a function of the seed, the
+        stream and how many rows came before, so that a restored stream goes on with the same ones.
+    """
+
+    def __init__(self, stream: Stream, transform: Callable, *, seed: int, number: int):
+        self._stream, self._transform = stream, transform
+        self._seed, self._number, self._num_rows = seed, number, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        random = np.random.default_rng([self._seed, self._number, self._num_rows])
+        self._num_rows += 1
+        return self._transform(next(self._stream), random)
+
+    def epochs_begun(self) -> float:
+        return self._stream.epochs_begun()
+
+    def get_state(self) -> dict:
+        return {"rows_transformed": self._num_rows, "stream": self._stream.get_state()}
+
+    def set_state(self, state: dict) -> None:
+        self._num_rows = int(state["rows_transformed"])
+        self._stream.set_state(state["stream"])
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def count_rows(

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm import sharding
-from lm.data import pack
+from lm.data import batch as batch_contract
 from lm.data.loader import evaluation_batches
 from lm.evals.tree import MergedTree, Tree, build_tree, merge_trees
 
@@ -138,10 +138,10 @@ class PredictFns:
         if not rows:
             return np.zeros((0, self.length), np.float32)
 
-        layout = sharding.batch_sharding(self._mesh)
-        padding = pack.empty_row(self.length)
+        shardings = dict.fromkeys(batch_contract.ARRAYS, sharding.batch_sharding(self._mesh))
+        padding = batch_contract.empty_row(self.length)
         outputs = []
-        for batch in evaluation_batches(rows, self.batch_size, layout, padding):
+        for batch in evaluation_batches(rows, self.batch_size, shardings, padding):
             self.check_stop()
             outputs.append(self._token_logprobs(params, batch))
 

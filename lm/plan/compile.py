@@ -202,8 +202,7 @@ def _train_job(config: ConfigDict, program: build.Program) -> _Job:
 
 
 def _eval_job(config: ConfigDict, program: build.Program) -> _Job:
-    objective = build.resolve(config.objective.type, "config.objective.type")
-    token_logprobs = step.make_token_logprobs(program.graphdef, objective.token_logprobs)
+    token_logprobs = step.make_token_logprobs(program.graphdef, program.objective.token_logprobs)
     batch = program.abstract_batch(config.data.batch_size)
     return _Job(
         jax.jit(token_logprobs),
@@ -214,7 +213,7 @@ def _eval_job(config: ConfigDict, program: build.Program) -> _Job:
 
 def _abstract_ids(program: build.Program, *shape: int) -> jax.ShapeDtypeStruct:
     """Integers for each row of a batch, split over the chips as batches are."""
-    layout = sharding.batch_sharding(program.mesh, len(shape))
+    layout = sharding.batch_sharding(program.mesh, ("length",)[: len(shape) - 1])
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
 
 

@@ -1,0 +1,139 @@
+"""The contracts of docs/design.md, by toys that use what the shipped models and objectives don't:
+the same on every mesh and with accumulation, and bit-equal after a stop.
+"""
+
+import random
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lm import build, stopping
+from lm.data import pack
+from tests.helpers import assert_same_run, read_metrics, run_training, saved_steps, terminate_at
+from tests.toys import sampling
+
+OBJECTIVES = {
+    "masked": ({"type": "tests.toys.masked", "rate": 0.3}, {"model.heads": "classes:3"}),
+    "weighted": ({"type": "tests.toys.weighted"}, {"model.dropout": 0.2}),
+}
+# (mesh, who writes the collectives, microbatches)
+EXECUTIONS = {
+    "accumulated": ({}, "partitioner", 4),
+    "by hand": (dict(data=2, fsdp=2, fsdp2=2), "by_hand", 1),
+    "by the partitioner": (dict(fsdp=2, tensor=2, sequence=2), "partitioner", 2),
+}
+
+
+def configure(tiny, name, **overrides):
+    objective, changes = OBJECTIVES[name]
+    config = tiny.copy_and_resolve_references().unlock()
+    config.objective = ConfigDict(objective)
+    config.model.param_dtype = "float32"
+    config.update_from_flattened_dict(changes | overrides)
+    return config
+
+
+@pytest.mark.parametrize("execution", list(EXECUTIONS))
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_objectives_are_the_same_on_every_mesh(tiny, tmp_path, name, execution):
+    sizes, fsdp, accumulation = EXECUTIONS[execution]
+    config = configure(tiny, name)
+    wanted = run_training(config, tmp_path / "one")
+
+    config.mesh.update(sizes)
+    config.train.update(dict(fsdp=fsdp, accumulation=accumulation))
+    devices = int(np.prod(list(sizes.values()), dtype=int))
+    run_training(config, tmp_path / "other", devices=devices)
+
+    lines, others = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "other")
+    assert wanted["train/loss"] < lines[0]["train/loss"]  # it learns
+    for line, other in zip(lines, others, strict=True):
+        assert line["train/batch_hash"] == other["train/batch_hash"]
+        for key in ("train/loss", "train/class_loss", "train/grad_norm"):
+            if key in line:
+                assert other[key] == pytest.approx(line[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_objectives_resume_bit_equal(tiny, tmp_path, monkeypatch, name):
+    config = configure(tiny, name)
+    run_training(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        terminate_at(patch, build.Program, "batch_shardings", 1)  # before the first step
+        with pytest.raises(stopping.Stopped):
+            run_training(config, tmp_path / "run")
+    stop_in_step(config, tmp_path / "run", monkeypatch, random.randint(1, 5))
+    run_training(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
+
+
+def stop_in_step(config, run, monkeypatch, step):
+    """Runs to a signal while the batch of this step is fetched."""
+    from lm.data.loader import Loader
+
+    owner = sampling.SamplingLoader if config.data.loader else Loader
+    with monkeypatch.context() as patch:
+        terminate_at(patch, owner, "next", step)
+        with pytest.raises(stopping.Stopped):
+            run_training(config, run)
+
+
+def test_transforms_are_a_function_of_the_row():
+    """Its random numbers are those of the seed, the stream and the row's number."""
+
+    class Stream:
+        def __init__(self):
+            self.count = 0
+
+        def __next__(self):
+            self.count += 1
+            return self.count
+
+        def get_state(self):
+            return self.count
+
+        def set_state(self, state):
+            self.count = state
+
+    def make(seed=0, number=0):
+        return pack.TransformedStream(
+            Stream(), lambda row, random: (row, random.random()), seed=seed, number=number
+        )
+
+    stream = make()
+    rows = [next(stream) for _ in range(4)]
+    restored = make()
+    restored.set_state({"rows_transformed": 2, "stream": 2})
+    assert [next(restored), next(restored)] == rows[2:]
+    assert len({random for _, random in rows} | {next(make(1))[1], next(make(0, 1))[1]}) == 6
+
+
+# --- a loader that samples ---
+
+
+def test_a_loader_sees_the_parameters_and_stops_at_its_boundaries(tiny, tmp_path, monkeypatch):
+    config = tiny.copy_and_resolve_references().unlock()
+    config.data.loader = "tests.toys.sampling.SamplingLoader"
+    run_training(config, tmp_path / "whole")
+    hashes = [line["train/batch_hash"] for line in read_metrics(tmp_path / "whole")]
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+
+    stop_in_step(config, tmp_path / "run", monkeypatch, 3)
+    assert saved_steps(tmp_path / "run") == [4]
+    run_training(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
+
+    # Another model draws other rows.
+    config.seed = 1
+    run_training(config, tmp_path / "seed")
+    assert read_metrics(tmp_path / "seed")[0]["train/batch_hash"] != hashes[0]
+
+
+@pytest.mark.parametrize("key, value", [("checkpoint.every", 3), ("train.length", "5 steps")])
+def test_checkpoints_off_the_boundaries(tiny, tmp_path, key, value):
+    config = tiny.copy_and_resolve_references().unlock()
+    config.data.loader = "tests.toys.sampling.SamplingLoader"
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=f"config.{key}: a checkpoint can't be saved after"):
+        run_training(config, tmp_path / "run")
