@@ -10,7 +10,7 @@ directory. An evaluator sees neither the model nor the trainer, only `PredictFns
   head_rows(params, ids)            f32 [ids, D]: what the head multiplies a state with for each id
   make_generator(params, sampling)  a Generator (lm/decoding/generator.py), which continues prompts
 
-A model may lack some of them. How it answers is its own matter: see lm.evals.causal_answers.py.
+A model may lack some of them. How it answers is its own matter: see lm/evals/causal_answers.py.
 
 Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly
 once, whatever the batch size, the mesh and the number of hosts. Batches are filled up with padding,
