@@ -47,12 +47,12 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm import build, step
+from lm import build
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.data.pack import Encoder
-from lm.evals import classification, entries, harness, label_results, predict
-from lm.evals.predict import ModelFns, PredictFns
+from lm.evals import causal_answers, classification, entries, harness, label_results
+from lm.evals.predict import PredictFns
 from lm.evals.scores import calibration
 from lm.hf import directory as hf
 from lm.objectives import causal
@@ -192,16 +192,8 @@ def load_model(directory: Path) -> Model:
     config.model.scan_unroll = SIZES["num_hidden_layers"]  # faster on CPUs
     model = build.abstract_model(config, jax.devices()[:1], tokenizer.vocab_size)
 
-    functions = ModelFns(
-        token_logprobs=step.make_token_logprobs(model.graphdef, causal.token_logprobs),
-        tree_logprobs=step.make_tree_logprobs(model.graphdef),
-        tree_states=step.make_tree_states(model.graphdef),
-        head_rows=step.make_head_rows(model.graphdef),
-        make_generator=None,
-    )
     fns = PredictFns(
-        model.mesh,
-        functions,
+        build.make_eval_fns(model.graphdef, causal, model.mesh),
         batch_size=BATCH_SIZE,
         length=SIZES["max_position_embeddings"],
     )
@@ -225,9 +217,9 @@ class TokenCounts:
         self.lm = 0
         self.hf = 0
         # All that a model computes passes through one of these two.
-        self._merge_trees = predict.merge_trees
+        self._merge_trees = causal_answers.merge_trees
         self._model_call = hf_model._model_call
-        predict.merge_trees = self._count_trees
+        causal_answers.merge_trees = self._count_trees
         hf_model._model_call = self._count_inputs
 
     def _count_trees(self, trees, max_tokens):

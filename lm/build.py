@@ -33,7 +33,8 @@ from lm.data.sources import Documents
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
 from lm.evals import entries
-from lm.evals.predict import Evaluator, ModelFns, PredictFns, never_stop
+from lm.evals.causal_answers import CausalAnswers
+from lm.evals.predict import CompiledFns, Evaluator, PredictFns, compiled, never_stop
 from lm.hf import directory as hf
 from lm.nn.attention import KERNEL_PLATFORMS
 
@@ -348,6 +349,7 @@ class Program:
     init_state: Callable  # jitted: parameters -> TrainState, donates them
     train_step: Callable  # jitted: (state, batch) -> (state, metrics), donates the state
     eval_params: Callable  # jitted: (params, opt_state) -> parameters to evaluate
+    eval_fns: CompiledFns  # what evaluators ask of the model, but for generation
 
     def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as ShapeDtypeStructs with shardings."""
@@ -434,6 +436,23 @@ def program(
             compiler_options=startup.compiler_options(devices[0]),
         ),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params),
+        eval_fns=make_eval_fns(graphdef, objective, mesh),
+    )
+
+
+def make_eval_fns(graphdef, objective, mesh: Mesh) -> CompiledFns:
+    """What evaluators may ask of a model. All models here are causal: another kind gets another
+    object in the place of `CausalAnswers`.
+    """
+    answers = CausalAnswers(
+        mesh, step.make_tree_logprobs(graphdef), step.make_tree_states(graphdef)
+    )
+    return CompiledFns(
+        mesh,
+        token_logprobs=compiled(step.make_token_logprobs(graphdef, objective.token_logprobs), mesh),
+        logprobs=answers.logprobs,
+        states=answers.states,
+        head_rows=compiled(step.make_head_rows(graphdef), mesh),
     )
 
 
@@ -532,9 +551,16 @@ class Experiment:
         return Loader(make_stream, c.streams, c.batch_size, c.length, shardings, arrays)
 
     def make_evaluators(self, check_stop: Callable[[], None] = never_stop) -> dict[str, Evaluator]:
-        """The evaluators by name. `check_stop` is called before each batch, and may raise."""
+        """The evaluators by name. All share the compiled functions of the program.
+
+        Args:
+          check_stop: called before each batch; may raise.
+
+        Raises:
+          ValueError: an evaluator that can't be built, or asks for what the model can't do.
+        """
         mesh, length = self.program.mesh, self.config.data.length
-        model_fns = self._model_fns()
+        eval_fns = self.eval_fns()
         read_split = functools.cache(functools.partial(documents, self.config))
 
         evaluators = {}
@@ -551,7 +577,11 @@ class Experiment:
                 sharding.check_batch(mesh, batch_size, length, key)
 
             predict_fns = PredictFns(
-                mesh, model_fns, batch_size=batch_size, length=length, check_stop=check_stop
+                eval_fns,
+                batch_size=batch_size,
+                length=length,
+                check_stop=check_stop,
+                asked_by=f"config.evals.{name}, a {entry.type},",
             )
             arguments |= dict(name=name, encoder=self.encoder)
             try:
@@ -559,9 +589,11 @@ class Experiment:
             except TypeError as error:
                 raise ValueError(f"config.evals.{name}.type = {entry.type!r}: {error}") from None
             evaluators[name] = cls(predict_fns, **arguments)
+            # Found now, not by the first evaluation, which may come after hours.
+            predict_fns.require(getattr(evaluators[name], "asks", ()))
         return evaluators
 
-    def _model_fns(self) -> ModelFns:
+    def eval_fns(self) -> CompiledFns:
         """What evaluators may ask of the model."""
         p = self.program
 
@@ -576,13 +608,7 @@ class Experiment:
                 vocab_size=self.tokenizer.vocab_size,
             )
 
-        return ModelFns(
-            token_logprobs=step.make_token_logprobs(p.graphdef, p.objective.token_logprobs),
-            tree_logprobs=step.make_tree_logprobs(p.graphdef),
-            tree_states=step.make_tree_states(p.graphdef),
-            head_rows=step.make_head_rows(p.graphdef),
-            make_generator=make_generator,
-        )
+        return dataclasses.replace(p.eval_fns, make_generator=make_generator)
 
 
 def build(

@@ -38,8 +38,8 @@ def suggest(
       label -> {"likelihood ratio": words, "nearest": words}, the best first
 
     Raises:
-      ValueError: no such eval; a label without prompts; a tokenizer without whole words; see
-        `lm.evals.classification.PromptClassification`.
+      ValueError: no such eval; a label without prompts; a tokenizer without whole words; a model
+        without states and head; see `lm.evals.classification.PromptClassification`.
     """
     config = build.apply_hf_config(config, training=False)
     config = single_eval(config, name, num_prompts)
@@ -50,6 +50,7 @@ def suggest(
     with jax.set_mesh(experiment.program.mesh):
         task = experiment.make_evaluators()[name]
         assert isinstance(task, classification.PromptClassification)
+        task.predict_fns.require(("states", "head_rows"), "lm.suggest")
         params, step = weights.load_weights(experiment, source, averaged=True)
         logging.info("%s, step %d: %d prompts", source, step, num_prompts)
 
@@ -61,7 +62,7 @@ def suggest(
                 raise ValueError(
                     f"--examples={num_prompts}: none of them has the label {label!r}; take more"
                 )
-        prompts = [tree.prompt for tree in variant.calibration_trees]
+        prompts = [question.prompt for question in variant.calibration_questions]
         states_PD = task.predict_fns.states(params, prompts)
         rows_VD = task.predict_fns.head_rows(params, np.arange(experiment.tokenizer.vocab_size))
 

@@ -3,7 +3,6 @@ in seconds.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import tempfile
@@ -23,7 +22,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 import pytest
 
-from lm import build, startup, step, telemetry
+from lm import build, startup, telemetry
 from lm import config as config_lib
 from lm.reports import pictures
 from tests.helpers import PNG, write_corpus
@@ -92,10 +91,6 @@ def one_device():
 # function that it has seen.
 _PROGRAMS = {}
 _MAKE_PROGRAM = build.program
-_EVAL_STEPS = {
-    "make_token_logprobs": functools.cache(step.make_token_logprobs),
-    "make_tree_logprobs": functools.cache(step.make_tree_logprobs),
-}
 # Keys of the configuration on which no compiled program depends.
 _FREE_KEYS = (
     "evals.",
@@ -127,8 +122,6 @@ def program_once(config, devices, vocab_size, total_steps):
 def fast_runs(monkeypatch):
     """Runs in half a second: programs are traced once, and no pictures are drawn."""
     monkeypatch.setattr(build, "program", program_once)
-    for name, make_eval_step in _EVAL_STEPS.items():
-        monkeypatch.setattr(step, name, make_eval_step)
     for module, name, _ in _PICTURES:
         monkeypatch.setattr(module, name, lambda *unused: PNG)
 

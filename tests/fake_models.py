@@ -2,10 +2,12 @@
 predictions/.
 """
 
+import functools
 import math
 
 import numpy as np
 
+from lm.evals.predict import Answer
 from tests.helpers import LABELS
 
 BOS = 256  # of ByteTokenizer
@@ -19,27 +21,38 @@ class Model:
 
     def __init__(self, distribution, length=64):
         self.length = length
-        self.trees = []  # all that were asked about
+        self.questions = []  # all that were asked
         self._distribution = distribution
 
-    def tree_logprobs(self, params, trees):
-        self.trees += trees
-        return [self._answer(tree) for tree in trees]
+    def logprobs(self, params, questions):
+        self.questions += questions
+        return [self._answers(question) for question in questions]
 
-    def _answer(self, tree):
-        # What a token sees follows from `until` alone, as in the model's mask.
-        prefixes = []
-        for t in range(len(tree.tokens)):
-            seen = [k for k in range(t + 1) if tree.until[k] > t]
-            prefix = tuple(tree.tokens[seen].tolist())
-            assert tree.positions[t] == len(prefix) - 1 < self.length
-            prefixes.append(prefix)
+    def _answers(self, question):
+        # Words begin alike: each beginning is looked up once.
+        distribution = functools.cache(self._distribution)
+        prompt = prompt_ids(question)
+        answers = []
+        for ids in question.continuations:
+            logprobs = []
+            for depth, token in enumerate(ids):
+                prefix = (*prompt, *ids[:depth])
+                assert len(prefix) <= self.length
+                logprobs.append(distribution(prefix)[token])
+            logprobs = np.array(logprobs, np.float32)
+            answers.append(Answer(logprobs, logprobs > -1))
+        return answers
 
-        logprobs = []
-        for parent, target in zip(tree.query_parents, tree.query_targets):
-            logprobs.append(self._distribution(prefixes[parent])[target])
-        logprobs = np.array(logprobs, np.float32)
-        return logprobs, logprobs > -1
+
+def prompt_ids(question):
+    return np.asarray(question.prompt.ids).tolist()
+
+
+def prompt_text(question):
+    """The text that is asked about, after BOS."""
+    bos, *ids = prompt_ids(question)
+    assert bos == BOS
+    return bytes(ids).decode()
 
 
 def random_distribution(prefix):

@@ -23,6 +23,8 @@ from tests.fake_models import (
     chain_rule,
     distributions,
     gold_labels,
+    prompt_ids,
+    prompt_text,
     random_distribution,
     uniform_distribution,
 )
@@ -93,24 +95,16 @@ def test_word_logprobs_are_the_chain_rule():
     assert scores.dtype == np.float64
 
 
-def test_a_prompt_is_computed_once():
-    """However many words there are: single tokens add nothing to the prompt, and what words share
-    is in the row once.
-    """
+def test_a_prompt_is_asked_about_once():
+    """However many words there are (tests/test_tree.py: what they share is computed once)."""
     fns = Model(random_distribution)
-    prompt_length = 1 + len("text 0" + PROMPT)
+    example_logprobs(make(fns, [("red", (" abc",)), ("green", (" abd", " y")), ("blue", (" x",))]))
 
-    example_logprobs(make(fns, tokenizer=WordTokenizer([" red", " green", " blue"])))
-    assert len(fns.trees) == 9 + len(classification.CONTENT_FREE)
-    for tree in fns.trees[:9]:
-        assert len(tree.tokens) == prompt_length
-        assert len(tree.query_targets) == 3
-
-    fns.trees.clear()
-    example_logprobs(make(fns, [("red", (" abc",)), ("green", (" abd",)), ("blue", (" x",))]))
-    for tree in fns.trees[:9]:
-        assert len(tree.tokens) == prompt_length + len(" ab")
-        assert len(tree.query_targets) == len(" abcdx")
+    assert len(fns.questions) == 9 + len(classification.CONTENT_FREE)
+    for i, question in enumerate(fns.questions[:9]):
+        assert prompt_text(question) == f"text {i}" + PROMPT
+        words = [bytes(ids).decode() for ids in question.continuations]
+        assert words == [" abc", " abd", " y", " x"]
 
 
 def test_an_oracle_is_right_and_sure():
@@ -259,7 +253,7 @@ def test_long_documents_keep_their_end_and_the_question(tokenizer):
             assert scores[i, j] == pytest.approx(chain_rule(prompt, word), abs=1e-4)
 
     # The room is used.
-    assert max(tree.positions.max() for tree in fns.trees) >= 30
+    assert max(len(prompt_ids(question)) for question in fns.questions) + longest - 1 == 32
 
 
 def test_a_question_that_does_not_fit():

@@ -1,5 +1,6 @@
 """Evals that generate text: samples of fixed prompts, and answers that are scored."""
 
+import dataclasses
 import functools
 import json
 
@@ -7,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from lm import sharding, step
+from lm import build, sharding
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
 from lm.evals import entries, generation
-from lm.evals.predict import Artifact, ModelFns, PredictFns
-from lm.evals.tree import build_tree
+from lm.evals.predict import Artifact, PredictFns, Prompt, Question
+from lm.objectives import causal
 from tests.helpers import model_config, random_model
 
 LENGTH = 24
@@ -50,15 +51,9 @@ def model_fns():
     """PredictFns of the small Transformer, compiled once."""
     _, graphdef, _ = model()
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    # `len` stands for what no test here calls.
-    functions = ModelFns(
-        token_logprobs=len,
-        tree_logprobs=step.make_tree_logprobs(graphdef),
-        tree_states=len,
-        head_rows=len,
-        make_generator=make_generator,
-    )
-    return PredictFns(mesh, functions, batch_size=2, length=LENGTH)
+    fns = build.make_eval_fns(graphdef, causal, mesh)
+    fns = dataclasses.replace(fns, make_generator=make_generator)
+    return PredictFns(fns, batch_size=2, length=LENGTH)
 
 
 def make_samples(fns, prompts=("ab", "é"), max_new_tokens=6):
@@ -181,9 +176,9 @@ def test_greedy_is_the_best_token_each_time():
     for prompt, continuation in zip(prompts, greedy(prompts, 8)):
         expected = []
         while len(expected) < 8:
-            tree = build_tree(prompt + expected, all_tokens)
-            ((logprobs, _),) = model_fns().tree_logprobs(params, [tree])
-            best = int(np.argmax(logprobs))
+            question = Question(Prompt(prompt + expected), all_tokens)
+            (answers,) = model_fns().logprobs(params, [question])
+            best = int(np.argmax([answer.logprobs for answer in answers]))
             if best == EOS:
                 break
             expected.append(best)

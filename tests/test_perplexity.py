@@ -16,7 +16,7 @@ from lm.data.records import take
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import perplexity
-from lm.evals.predict import ModelFns, PredictFns, never_stop
+from lm.evals.predict import CompiledFns, PredictFns, compiled, never_stop
 from lm.objectives import causal
 from tests.helpers import abstract_model, model_config, random_model
 
@@ -66,24 +66,15 @@ def model():
     return *random_model(config, std=0.6), sharding.logical_axes(abstract)
 
 
+def get_mesh(name):
+    num_devices, sizes = MESHES[name]
+    return sharding.make_mesh(sizes, jax.devices()[:num_devices])
+
+
 def make_fns(token_logprobs, mesh="one", batch_size=8, check_stop=never_stop):
     """PredictFns of a function (params, batch) -> log-probabilities of the batch's targets."""
-    num_devices, sizes = MESHES[mesh]
-    # `len` stands for what no test here calls.
-    functions = ModelFns(
-        token_logprobs=token_logprobs,
-        tree_logprobs=len,
-        tree_states=len,
-        head_rows=len,
-        make_generator=None,
-    )
-    return PredictFns(
-        sharding.make_mesh(sizes, jax.devices()[:num_devices]),
-        functions,
-        batch_size=batch_size,
-        length=LENGTH,
-        check_stop=check_stop,
-    )
+    fns = CompiledFns(get_mesh(mesh), token_logprobs=compiled(token_logprobs, get_mesh(mesh)))
+    return PredictFns(fns, batch_size=batch_size, length=LENGTH, check_stop=check_stop)
 
 
 def evaluate(fns, params=None, encoder=PLAIN, documents=DOCUMENTS, max_documents=0, stride=0):
@@ -110,8 +101,8 @@ def evaluate_model(*, mesh="one", batch_size=8, change=lambda p: p, **kwargs):
     """The metrics of the small Transformer, each of its parameters changed by `change`."""
     _, params, axes = model()
     fns = model_fns(mesh, batch_size)
-    with jax.set_mesh(fns._mesh):
-        layouts = sharding.shardings(params, axes, fns._mesh)
+    with jax.set_mesh(get_mesh(mesh)):
+        layouts = sharding.shardings(params, axes, get_mesh(mesh))
         params = jax.device_put(jax.tree.map(change, params), layouts)
         return evaluate(fns, params, **kwargs)
 

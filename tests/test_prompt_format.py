@@ -106,20 +106,20 @@ def test_label_words_in_a_chat(tmp_path):
     assert [word.text for word in variant.words] == ["red", "green", "blue"]
 
     # What predictions/ say is what was asked.
-    def prompt_text(tree):
-        return bytes(tree.prompt).decode()
+    def prompt_text(question):
+        return bytes(question.prompt.ids.tolist()).decode()
 
     assert task.about["format"] == "chat"
     (asked,) = task.about["prompts"]
     assert asked["before"].startswith("<system>S\n<user>train ")
-    texts = list(map(prompt_text, variant.trees))
-    (questions,) = task.prompt_set.questions
+    texts = list(map(prompt_text, variant.questions))
+    (questions,) = task.prompt_set.texts
     assert texts == [asked["before"] + question + asked["after"] for question in questions]
 
     # Priors are asked in the same way, PMI's without the examples.
-    prior = list(map(prompt_text, variant.prior_trees["content_free"]))
+    prior = list(map(prompt_text, variant.prior_questions["content_free"]))
     assert prior[1] == asked["before"] + "N/A?" + asked["after"]
-    (premise,) = map(prompt_text, variant.prior_trees["pmi_dc"])
+    (premise,) = map(prompt_text, variant.prior_questions["pmi_dc"])
     assert premise == "<system>S\n<user>?\n<assistant>"
 
 

@@ -12,7 +12,7 @@ from lm.data.pack import Encoder
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import choice, classification, entries, generation, perplexity
-from lm.evals.predict import Artifact
+from lm.evals.predict import Answer, Artifact
 from lm.reports import metrics, pictures, tables
 
 ENCODER = Encoder(ByteTokenizer(), "\n?")
@@ -31,13 +31,16 @@ class FakeFns:
     def token_logprobs(self, params, rows):
         return np.full((len(rows), self.length), -1.5, np.float32)
 
-    def tree_logprobs(self, params, trees):
-        outputs = []
-        for tree in trees:
+    def logprobs(self, params, questions):
+        return list(map(self._answers, questions))
+
+    def _answers(self, question):
+        answers = []
+        for ids in question.continuations:
             # They differ from example to example: nothing ties.
-            logprobs = -1 - np.sin(tree.query_targets + np.sum(tree.tokens)) ** 2
-            outputs.append((logprobs.astype(np.float32), logprobs > -1.5))
-        return outputs
+            logprobs = -1 - np.sin(np.array(ids) + np.sum(question.prompt.ids)) ** 2
+            answers.append(Answer(logprobs.astype(np.float32), logprobs > -1.5))
+        return answers
 
     def make_generator(self, params, sampling):
         return self

@@ -23,6 +23,8 @@ from tests.fake_models import (
     chain_rule,
     distributions,
     gold_labels,
+    prompt_ids,
+    prompt_text,
     random_distribution,
     uniform_distribution,
 )
@@ -87,11 +89,6 @@ def run_predictions(*args, **kwargs):
     return read_jsonl(contents["predictions"])
 
 
-def prompt_text(tree):
-    assert tree.prompt[0] == BOS
-    return bytes(tree.prompt[1:]).decode()
-
-
 def words_of(*texts):
     """verbalizer.words of a single verbalizer, with a word for each label."""
     return (tuple(zip(LABELS, [(text,) for text in texts])),)
@@ -130,7 +127,7 @@ def test_the_prompt_that_is_asked(tmp_path):
     next(task.run(None))
 
     # Two examples of different labels, then the question.
-    *shots, question = prompt_text(fns.trees[0]).split("\n\n")
+    *shots, question = prompt_text(fns.questions[0]).split("\n\n")
     assert question == "test 0\n?"
     valid_shots = set()
     for row in read_jsonl((tmp_path / "train.jsonl").read_text()):
@@ -140,7 +137,7 @@ def test_the_prompt_that_is_asked(tmp_path):
     assert shots[0].split()[-1] != shots[1].split()[-1]
 
     # The prompts of the priors follow those of the records.
-    prior_prompts = list(map(prompt_text, fns.trees[24:]))
+    prior_prompts = list(map(prompt_text, fns.questions[24:]))
     content_free = "\n\n".join([*shots, "\n?"])
     assert prior_prompts[0] == content_free
     assert prior_prompts.count("\n?") == 1  # pmi_dc
@@ -163,7 +160,7 @@ def test_predictions_say_what_was_asked(tmp_path):
     lines = read_jsonl(dict(task.run(None))["predictions"].content)
 
     # Variants follow each other, each with all examples.
-    asked = list(map(prompt_text, fns.trees))
+    asked = list(map(prompt_text, fns.questions))
     for i, line in enumerate(lines):
         assert whole_prompts(task.about, line) == asked[i::24]
         assert line["cut"] == [0] * 4
@@ -239,11 +236,11 @@ def test_long_prompts_lose_their_beginning_but_for_bos(tmp_path):
     # All of the prompt and BOS, less what is left.
     line = read_jsonl(contents["predictions"])[0]
     whole = 1 + len("train 0\n? red\n\n") + len(line["prompts"][0])
-    assert abs(line["cut"][0] - (whole - len(fns.trees[0].prompt))) <= 3  # "green", "train 23"
-    for tree in fns.trees[:24]:
-        assert BOS not in tree.prompt[1:]
-        assert prompt_text(tree).endswith("\n?")
-        assert len(tree.prompt) + len(" green") - 1 == 20
+    num_left = len(prompt_ids(fns.questions[0]))
+    assert abs(line["cut"][0] - (whole - num_left)) <= 3  # "green", "train 23"
+    for question in fns.questions[:24]:
+        assert prompt_text(question).endswith("\n?")
+        assert len(prompt_ids(question)) + len(" green") - 1 == 20
 
     with pytest.raises(
         ValueError,
@@ -601,8 +598,8 @@ def test_a_word_that_goes_on_with_the_prompts_word(tmp_path):
         make(tmp_path, verbalizer=dict(words=words), **options)
 
     task = make(tmp_path, verbalizer=dict(words=words, boundary="common_prefix"), **options)
-    tree = task.prompt_set.variants[0].trees[0]
-    assert prompt_text(tree) == "test 0 is"
+    question = task.prompt_set.variants[0].questions[0]
+    assert prompt_text(question) == "test 0 is"
     assert task.about["words"][0]["red"] == {"happy": [" unhappy"]}
     assert task.about["words"][0]["blue"] == {"seen": [" un", *"seen"]}
 
@@ -627,7 +624,7 @@ def test_copies_of_evaluated_records_are_no_examples(tmp_path, sampler):
     fns = Model(random_distribution, length=200)
     prompt = dict(shots=3, sampler=sampler, templates=("'{text}'?",))
     next(make(tmp_path, fns, prompt=prompt).run(None))
-    *shots, _ = prompt_text(fns.trees[0]).split("\n\n")
+    *shots, _ = prompt_text(fns.questions[0]).split("\n\n")
     drawn = [" ".join(shot.lower().replace("'", "").split()) for shot in shots]
     assert sorted(drawn) == sorted(f"bad {label}? {label}" for label in LABELS)
     with pytest.raises(ValueError, match="shots = 4, but there are 3 examples"):
@@ -856,9 +853,9 @@ def test_predictions_have_the_prompts_of_choices(tmp_path):
     _, predictions = choose(
         tmp_path, PAIRS, fns, source=source, prompt=dict(template="{q}?", shots=1)
     )
-    for line, row, tree in zip(predictions, PAIRS, fns.trees):
+    for line, row, question in zip(predictions, PAIRS, fns.questions):
         assert line["prompt"] == f"{row['q']}?"
-        assert line["cut"] == len(f"s? m\n\n{line['prompt']}") - len(tree.prompt) + 1
+        assert line["cut"] == len(f"s? m\n\n{line['prompt']}") - len(prompt_ids(question)) + 1
 
 
 def test_minimal_pairs(tmp_path):
@@ -979,7 +976,8 @@ class LinearModel(Model):
         # "test 4\n?" is record 4, whose label write_records chose by its square.
         directions = []
         for prompt in prompts:
-            number = int(bytes(prompt[1:]).decode().split()[1].removesuffix("?"))
+            text = bytes(prompt.ids[1:].tolist()).decode()
+            number = int(text.split()[1].removesuffix("?"))
             directions.append(number * number % 3 + 2)
         noise = np.random.default_rng(0).normal(0, 1.0, (len(prompts), 8))
         return (5 * np.eye(8)[directions] + noise).astype(np.float32)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm import sharding, step
-from lm.evals import predict
-from lm.evals.predict import ModelFns, PredictFns
+from lm import build, sharding
+from lm.evals import causal_answers
+from lm.evals.predict import PredictFns, Prompt, Question
 from lm.evals.tree import build_tree, merge_trees
 from lm.objectives import causal
 from tests.helpers import model_config, random_model
@@ -117,20 +117,13 @@ def test_merged_trees_ask_the_same(max_tokens):
         assert merged_tokens <= tokens
 
 
+def get_mesh(sizes):
+    return sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
 def make_fns(graphdef, sizes, batch_size):
-    num_devices = int(np.prod(list(sizes.values())))
-    return PredictFns(
-        sharding.make_mesh(sizes, jax.devices()[:num_devices]),
-        ModelFns(
-            token_logprobs=step.make_token_logprobs(graphdef, causal.token_logprobs),
-            tree_logprobs=step.make_tree_logprobs(graphdef),
-            tree_states=step.make_tree_states(graphdef),
-            head_rows=step.make_head_rows(graphdef),
-            make_generator=None,
-        ),
-        batch_size=batch_size,
-        length=48,
-    )
+    eval_fns = build.make_eval_fns(graphdef, causal, get_mesh(sizes))
+    return PredictFns(eval_fns, batch_size=batch_size, length=48)
 
 
 def make_reference(graphdef, params):
@@ -181,28 +174,36 @@ def test_a_tree_is_each_continuation_alone(changes, sizes, batch_size, monkeypat
     share is in one row.
     """
     graphdef, params = random_model(model_config(**changes))
-    monkeypatch.setattr(predict, "merge_trees", functools.partial(merge_trees, min_shared=2))
+    monkeypatch.setattr(causal_answers, "merge_trees", functools.partial(merge_trees, min_shared=2))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 40, n).tolist() for n in (1, 2, 3, 8, 11, 9, 12, 5, 2)]
     # Some that begin alike, and one twice.
     prompts += [prompts[3][:6] + [1], prompts[3][:6] + [2, 3], prompts[3][:6], prompts[3]]
-    trees = [build_tree(prompt, CONTINUATIONS) for prompt in prompts]
+    questions = [Question(Prompt(prompt), CONTINUATIONS) for prompt in prompts]
     # Trees of other shapes beside them.
     many = [rng.integers(0, 40, 5).tolist() for _ in range(9)]
-    trees += [build_tree(prompts[0], [[1], [2]]), build_tree(prompts[4], many)]
+    questions += [
+        Question(Prompt(np.array(prompts[0])), [[1], [2]]),
+        Question(Prompt(np.array(prompts[4])), many),
+    ]
 
     fns = make_fns(graphdef, sizes, batch_size)
-    with jax.set_mesh(fns._mesh):
-        outputs = fns.tree_logprobs(params, trees)
+    with jax.set_mesh(get_mesh(sizes)):
+        all_answers = fns.logprobs(params, questions)
 
     plain_graphdef, _ = random_model(model_config(**changes | dict(attention="xla")))
     reference = make_reference(plain_graphdef, params)
-    for tree, prompt, (logprobs, is_best) in zip(trees, prompts, outputs):
-        for ids, queries in zip(CONTINUATIONS, tree.continuation_queries):
-            wanted_logprobs, wanted_is_best = reference(prompt, ids)
-            np.testing.assert_allclose(logprobs[queries], wanted_logprobs, atol=1e-4)
-            np.testing.assert_array_equal(is_best[queries], wanted_is_best)
-    assert any(is_best.any() for _, is_best in outputs)
+    assert len(all_answers) == len(questions)
+    num_best = 0
+    for question, answers in zip(questions, all_answers):
+        assert len(answers) == len(question.continuations)
+        for ids, answer in zip(question.continuations, answers):
+            wanted_logprobs, wanted_is_best = reference(list(question.prompt.ids), ids)
+            assert answer.logprobs.dtype == np.float32
+            np.testing.assert_allclose(answer.logprobs, wanted_logprobs, atol=1e-4)
+            np.testing.assert_array_equal(answer.is_best, wanted_is_best)
+            num_best += answer.is_best.sum()
+    assert num_best
 
 
 @pytest.mark.parametrize(
@@ -219,15 +220,18 @@ def test_neither_batches_nor_meshes_matter(dtype, tolerance, tensor_tolerance):
 
     params = jax.tree.map(to_dtype, params)
     rng = np.random.default_rng(0)
-    trees = []
+    questions = []
     for length in (1, 5, 9, 14, 3, 3, 7):
-        trees.append(build_tree(rng.integers(0, 40, length).tolist(), CONTINUATIONS))
+        questions.append(Question(Prompt(rng.integers(0, 40, length)), CONTINUATIONS))
 
     def logprobs(sizes, batch_size):
         fns = make_fns(graphdef, sizes, batch_size)
-        with jax.set_mesh(fns._mesh):
-            outputs = fns.tree_logprobs(params, trees)
-        return np.concatenate([values for values, _ in outputs])
+        with jax.set_mesh(get_mesh(sizes)):
+            all_answers = fns.logprobs(params, questions)
+        values = []
+        for answers in all_answers:
+            values += [answer.logprobs for answer in answers]
+        return np.concatenate(values)
 
     first = logprobs(dict(data=1), 3)
     for sizes, batch_size, allowed in (
@@ -247,8 +251,8 @@ def test_states_and_the_heads_rows():
     prompts = [np.random.default_rng(n).integers(0, 40, n).tolist() for n in (1, 4, 9, 9, 2)]
     table_size = nnx.merge(graphdef, params).head_table.shape[0]
 
-    with jax.set_mesh(fns._mesh):
-        states = fns.states(params, prompts)
+    with jax.set_mesh(get_mesh({})):
+        states = fns.states(params, list(map(Prompt, prompts)))
         some_logits = states @ fns.head_rows(params, np.arange(40)).T
         logits = states @ fns.head_rows(params, np.arange(table_size)).T
 
@@ -262,3 +266,13 @@ def test_states_and_the_heads_rows():
         for target in (0, 7, 39):
             (wanted,), _ = reference(prompt, [target])
             assert logprobs[target] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_causal_model_reads_only_ids():
+    fns = make_fns(random_model(model_config())[0], {}, 3)
+    prompt = Prompt([1, 2], {"image": np.zeros((4, 4)), "token_types": np.zeros(2)})
+
+    with pytest.raises(ValueError, match=r"arrays \['image', 'token_types'\]; a causal model"):
+        fns.logprobs(None, [Question(prompt, [[3]])])
+    with pytest.raises(ValueError, match="a causal model reads only ids"):
+        fns.states(None, [prompt])

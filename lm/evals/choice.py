@@ -14,13 +14,15 @@ from lm.data.pack import Encoder
 from lm.evals import prompt_format, prompts
 from lm.evals.answer_column import AnswerColumn
 from lm.evals.predict import (
+    Answer,
     Artifact,
     PredictFns,
+    Prompt,
+    Question,
     ShownPrompt,
     predictions_artifact,
 )
 from lm.evals.scores import calibration, statistics
-from lm.evals.tree import Tree, build_tree
 from lm.evals.verbalizer import BOUNDARIES, tokenize_words_after
 
 
@@ -114,6 +116,8 @@ class MultipleChoice:
       ValueError: no such data, column or choice; see `verbalizer.tokenize_words_after`.
     """
 
+    asks = ("logprobs",)
+
     def __init__(
         self,
         predict_fns: PredictFns,
@@ -165,17 +169,17 @@ class MultipleChoice:
             raise ValueError(f"the eval {name!r}: some records have one choice, others several")
         self._has_choice = len(self._options[0]) > 1
 
-        self._trees: list[Tree] = []
-        self._premise_trees: list[Tree] = []
-        self._questions = list(map(question_format.prompt, records))
+        self._questions: list[Question] = []
+        self._premise_questions: list[Question] = []
+        self._texts = list(map(question_format.prompt, records))
         self._num_cut: list[int] = []  # tokens that each prompt lost
-        for text, options in zip(self._format.wrap(examples, self._questions), self._options):
-            tree, num_cut = self._build_tree(text, options)
-            self._trees.append(tree)
+        for text, options in zip(self._format.wrap(examples, self._texts), self._options):
+            question, num_cut = self._tokenize(text, options)
+            self._questions.append(question)
             self._num_cut.append(num_cut)
 
         for premise_text in self._format.wrap([], [premise]) if premise else []:
-            self._premise_trees += [self._build_tree(premise_text, o)[0] for o in self._options]
+            self._premise_questions += [self._tokenize(premise_text, o)[0] for o in self._options]
 
         self.about = {
             "fingerprint": records_lib.fingerprint(records),
@@ -185,8 +189,8 @@ class MultipleChoice:
             "prompts": [asked],
         }
 
-    def _build_tree(self, text: str, options: Sequence[str]) -> tuple[Tree, int]:
-        """(the tree of a prompt and its choices, how many tokens the prompt lost)."""
+    def _tokenize(self, text: str, options: Sequence[str]) -> tuple[Question, int]:
+        """(a prompt and its choices as ids, how many tokens the prompt lost)."""
         prompt_ids, option_ids = tokenize_words_after(
             self._tokenizer.encode_batch, text, options, self._boundary
         )
@@ -198,22 +202,22 @@ class MultipleChoice:
             self._predict_fns.length,
             self._name,
         )
-        return build_tree(prompt_ids, option_ids), num_cut
+        return Question(Prompt(np.asarray(prompt_ids, np.int32)), option_ids), num_cut
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
         scores = self._score(params)
         yield from self._accuracies(scores)
         yield from self._likelihoods(scores.nll)
         yield "greedy_accuracy", float(scores.greedy.mean())
-        yield "examples", len(self._trees)
+        yield "examples", len(self._questions)
         yield "cut", int(np.count_nonzero(self._num_cut))
 
-        lines = [self._prediction(i, scores) for i in range(len(self._trees))]
+        lines = [self._prediction(i, scores) for i in range(len(self._questions))]
         yield "predictions", predictions_artifact(self._name, lines)
 
     def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
-        for i, tree in enumerate(self._trees[:count]):
-            ids = list(tree.prompt)
+        for i, question in enumerate(self._questions[:count]):
+            ids = question.prompt.ids.tolist()
             title = f"{self._example_names[i]}, {len(ids)} tokens, {self._num_cut[i]} cut off"
             yield ShownPrompt(title, self._tokenizer.spell(ids), self._options[i][self._gold[i]])
 
@@ -223,28 +227,24 @@ class MultipleChoice:
         Raises:
           ValueError: log-probabilities that aren't finite.
         """
-        # One call, so that prompts and premises that begin alike can share rows.
-        trees = self._trees + self._premise_trees
-        outputs = self._predict_fns.tree_logprobs(params, trees)
-
-        logprobs = []
-        for tree, (token_logprobs, _) in zip(trees, outputs):
-            logprobs.append(_option_logprobs(tree, token_logprobs))
+        # One call, so that what prompts and premises share can be computed once.
+        questions = self._questions + self._premise_questions
+        answers = self._predict_fns.logprobs(params, questions)
+        logprobs = list(map(_option_logprobs, answers))
         if not all(np.isfinite(options).all() for options in logprobs):
             raise ValueError(
                 f"the eval {self._name!r}: the model's log-probabilities are not finite; its "
                 "weights or activations are broken"
             )
-        after_prompt = logprobs[: len(self._trees)]
-        after_premise = logprobs[len(self._trees) :]
+        after_prompt = logprobs[: len(self._questions)]
+        after_premise = logprobs[len(self._questions) :]
 
         # The right choices: their likelihood, and whether greedy decoding would say them.
         nll = []
         greedy = []
         for i, y in enumerate(self._gold):
-            _, is_best = outputs[i]
             nll.append(-after_prompt[i][y])
-            greedy.append(is_best[self._trees[i].continuation_queries[y]].all())
+            greedy.append(answers[i][y].is_best.all())
 
         # The predictions: what each way to compare choices of different lengths gets right.
         credit = {}
@@ -258,12 +258,12 @@ class MultipleChoice:
     def _normalised(self, logprobs: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
         """The log-probabilities of choices, and those divided by the choices' lengths."""
         scores: dict[str, list[np.ndarray]] = {"none": [], "token": [], "char": [], "byte": []}
-        for tree, options, values in zip(self._trees, self._options, logprobs):
+        for question, options, values in zip(self._questions, self._options, logprobs):
             # The space before a choice doesn't count, unless the choice is nothing else.
             texts = [option.lstrip() or option for option in options]
             num_bytes = [len(text.encode()) for text in texts]
             scores["none"].append(values)
-            scores["token"].append(values / list(map(len, tree.continuation_queries)))
+            scores["token"].append(values / list(map(len, question.continuations)))
             scores["char"].append(values / list(map(len, texts)))
             scores["byte"].append(values / num_bytes)
         return scores
@@ -274,10 +274,10 @@ class MultipleChoice:
         if not self._has_choice:
             return names
         names += ("accuracy_token", "accuracy_char", "accuracy_byte")
-        return (*names, "accuracy_pmi") if self._premise_trees else names
+        return (*names, "accuracy_pmi") if self._premise_questions else names
 
     def _accuracies(self, scores: _Scores) -> Iterator[tuple[str, float]]:
-        n = len(self._trees)
+        n = len(self._questions)
         credit = scores.credit["none"] if self._has_choice else scores.greedy
         low, high = statistics.proportion_interval(round(credit.sum()), n)
         yield "accuracy", float(credit.mean())
@@ -323,7 +323,7 @@ class MultipleChoice:
         line["choices"] = self._options[i]
         line["logprobs"] = logprobs.tolist()
         line["greedy"] = bool(scores.greedy[i])
-        line["prompt"] = self._questions[i]
+        line["prompt"] = self._texts[i]
         line["cut"] = self._num_cut[i]
         return line
 
@@ -398,12 +398,9 @@ def _check_premise(name: str, premise: str, record: Mapping) -> None:
             )
 
 
-def _option_logprobs(tree: Tree, token_logprobs: np.ndarray) -> np.ndarray:
+def _option_logprobs(answers: Sequence[Answer]) -> np.ndarray:
     """[options] f64, the log-probability of each choice: the sum over its tokens."""
-    sums = []
-    for queries in tree.continuation_queries:
-        sums.append(np.sum(token_logprobs[queries], dtype=np.float64))
-    return np.array(sums)
+    return np.array([np.sum(answer.logprobs, dtype=np.float64) for answer in answers])
 
 
 def _credit(scores: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarray:

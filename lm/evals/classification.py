@@ -24,7 +24,7 @@ from lm.evals.label_results import (
     results,
     score_prompts,
 )
-from lm.evals.predict import Artifact, PredictFns, ShownPrompt
+from lm.evals.predict import Artifact, PredictFns, Prompt, Question, ShownPrompt
 from lm.evals.prompt_format import ChatFormat, TextFormat
 from lm.evals.scores.label_scores import (
     AGGREGATES,
@@ -33,7 +33,6 @@ from lm.evals.scores.label_scores import (
     LabelWord,
     check_word_weights,
 )
-from lm.evals.tree import Tree, build_tree
 from lm.evals.verbalizer import (
     BOUNDARIES,
     check_round_trip,
@@ -71,6 +70,8 @@ class DocumentClassification:
         the question; see `tokenize_verbalizer`.
     """
 
+    asks = ("logprobs",)
+
     def __init__(
         self,
         predict_fns: PredictFns,
@@ -99,24 +100,24 @@ class DocumentClassification:
         # A prompt ends with the question: what is cut off is the beginning of the document.
         labels = label_names(verbalizer)
         names = []
-        questions = []
+        texts = []
         gold = []
-        trees = []
+        questions = []
         num_cut = []
         for document in chosen:
             names.append(document.name)
-            questions.append(document.text + encoder.label_prompt)
+            texts.append(document.text + encoder.label_prompt)
             gold.append(labels.index(document.label))
-            prompt = encoder.prompt(document)
-            trees.append(build_tree(prompt[-room:], word_ids))
-            num_cut.append(max(len(prompt) - room, 0))
+            ids = encoder.prompt(document)
+            questions.append(_question(ids[-room:], word_ids))
+            num_cut.append(max(len(ids) - room, 0))
 
         variant = Variant(
             name="",
             words=words,
-            trees=trees,
-            prior_trees={"content_free": _content_free_trees(encoder, room, word_ids)},
-            calibration_trees=[],
+            questions=questions,
+            prior_questions={"content_free": _content_free_questions(encoder, room, word_ids)},
+            calibration_questions=[],
             num_cut=num_cut,
             asked=dict(template="{text}" + encoder.label_prompt, shots=[], before="", variant=""),
         )
@@ -124,7 +125,7 @@ class DocumentClassification:
             name=name,
             labels=labels,
             example_names=names,
-            questions=[questions],
+            texts=[texts],
             gold=np.array(gold),
             variants=[variant],
             calibration_gold=np.zeros(0, int),
@@ -158,13 +159,20 @@ def _check_labelled(name: str, documents: Sequence[Document], label_prompt: str)
         )
 
 
-def _content_free_trees(encoder: Encoder, room: int, word_ids: Sequence[list[int]]) -> list[Tree]:
+def _question(prompt_ids: Sequence[int], word_ids: Sequence[Sequence[int]]) -> Question:
+    # An array holds thousands of prompts in a tenth of a list's memory.
+    return Question(Prompt(np.asarray(prompt_ids, np.int32)), word_ids)
+
+
+def _content_free_questions(
+    encoder: Encoder, room: int, word_ids: Sequence[list[int]]
+) -> list[Question]:
     """What is asked without a document: the answers are the prior that others are corrected by."""
-    trees = []
+    questions = []
     for text in CONTENT_FREE:
-        prompt = encoder.prompt(Document(text, "", ""))
-        trees.append(build_tree(prompt[-room:], word_ids))
-    return trees
+        ids = encoder.prompt(Document(text, "", ""))
+        questions.append(_question(ids[-room:], word_ids))
+    return questions
 
 
 def label_names(verbalizer: Verbalizer) -> list[str]:
@@ -300,6 +308,8 @@ class PromptClassification:
         apart; see `verbalizer.tokenize_words_after`.
     """
 
+    asks = ("logprobs",)
+
     def __init__(
         self,
         predict_fns: PredictFns,
@@ -335,7 +345,7 @@ class PromptClassification:
             np.asarray(verbalizer["weights"]) if verbalizer["weights"] else None,
         )
         self._format = prompt_format.make(encoder.tokenizer, prompt, name, is_scored=True)
-        self._tree_builder = TreeBuilder(
+        self._question_tokenizer = QuestionTokenizer(
             encoder.tokenizer, self._labels, verbalizer, self._format, predict_fns.length, name
         )
 
@@ -360,7 +370,7 @@ class PromptClassification:
             name=name,
             labels=self._labels,
             example_names=example_names,
-            questions=[list(map(template, self._records)) for template in templates],
+            texts=[list(map(template, self._records)) for template in templates],
             gold=gold,
             variants=variants,
             calibration_gold=np.array(calibration_gold, int),
@@ -398,7 +408,7 @@ class PromptClassification:
     def _draw_calibration_records(
         self, pool: Sequence[dict], template: prompts.Template, count: int, key: str
     ) -> list[dict]:
-        """The records of `Variant.calibration_trees`. Messages call their number `key`."""
+        """The records of `Variant.calibration_questions`. Messages call their number `key`."""
         if not count:
             return []
         shots = prompts.draw_records(
@@ -477,9 +487,9 @@ class PromptClassification:
 
         # The boundary "lm_eval" is there to score what lm-evaluation-harness would score, whether
         # that makes sense or not.
-        if self._tree_builder.boundary != "lm_eval" and self._format.space_is_text:
-            texts = [word.text for word in words]
-            check_spaces(prompt_end, texts, self._tree_builder.boundary)
+        boundary = self._question_tokenizer.boundary
+        if boundary != "lm_eval" and self._format.space_is_text:
+            check_spaces(prompt_end, [word.text for word in words], boundary)
         return words
 
     def _examples(
@@ -502,34 +512,46 @@ class PromptClassification:
         template: prompts.Template,
         words: list[LabelWord],
     ) -> Variant:
-        """The trees of all prompts of a variant.
+        """All that a variant asks.
 
         Args:
           asked: see `lm.evals.prompts.describe`.
           examples: what stands before the question.
         """
-        trees = []
-        num_cut = []
-        for text in self._format.wrap(examples, list(map(template, self._records))):
-            tree, cut = self._tree_builder.build(text, words)
-            trees.append(tree)
-            num_cut.append(cut)
+        texts = self._format.wrap(examples, list(map(template, self._records)))
+        questions, num_cut = self._tokenize(texts, words)
 
-        prior_trees: dict[str, list[Tree]] = {}
+        prior_questions: dict[str, list[Question]] = {}
         for prior in self._priors:
             # The batch prior is a mean over the examples themselves.
             if prior != "batch":
                 texts = self._prior_prompts(prior, template, examples)
-                prior_trees[prior] = [self._tree_builder.build(text, words)[0] for text in texts]
+                prior_questions[prior], _ = self._tokenize(texts, words)
 
-        calibration_trees = []
-        questions = list(map(template, self._calibration_records))
-        for text in self._format.wrap(examples, questions):
-            calibration_trees.append(self._tree_builder.build(text, words)[0])
+        texts = self._format.wrap(examples, list(map(template, self._calibration_records)))
+        calibration_questions, _ = self._tokenize(texts, words)
 
         return Variant(
-            asked["variant"], words, trees, prior_trees, calibration_trees, num_cut, asked
+            asked["variant"],
+            words,
+            questions,
+            prior_questions,
+            calibration_questions,
+            num_cut,
+            asked,
         )
+
+    def _tokenize(
+        self, texts: Sequence[str], words: Sequence[LabelWord]
+    ) -> tuple[list[Question], list[int]]:
+        """(prompts with the words as ids, how many tokens each prompt lost)."""
+        questions = []
+        num_cut = []
+        for text in texts:
+            question, cut = self._question_tokenizer.tokenize(text, words)
+            questions.append(question)
+            num_cut.append(cut)
+        return questions, num_cut
 
     def _prior_prompts(
         self, prior: str, template: prompts.Template, examples: Sequence[tuple[str, str]]
@@ -641,8 +663,8 @@ def random_columns(
     return draws
 
 
-class TreeBuilder:
-    """Makes trees of token ids from prompts and label words.
+class QuestionTokenizer:
+    """Makes token ids of prompts and label words.
 
     Args:
       labels: the labels that `LabelWord.label` indexes.
@@ -672,8 +694,8 @@ class TreeBuilder:
         # Token ids of words that have passed the checks.
         self._checked: set[tuple[tuple[int, ...], ...]] = set()
 
-    def build(self, prompt: str, words: Sequence[LabelWord]) -> tuple[Tree, int]:
-        """Returns (the tree of a prompt and the words, how many tokens the prompt lost)."""
+    def tokenize(self, prompt: str, words: Sequence[LabelWord]) -> tuple[Question, int]:
+        """Returns (a prompt and the words as ids, how many tokens the prompt lost)."""
         texts = [word.text + self._terminator for word in words]
         prompt_ids, word_ids = tokenize_words_after(
             self._tokenizer.encode_batch, prompt, texts, self.boundary
@@ -692,4 +714,4 @@ class TreeBuilder:
         prompt_ids, num_cut = prompts.truncate_prompt(
             start, prompt_ids, longest, self._length, self._name
         )
-        return build_tree(prompt_ids, word_ids), num_cut
+        return _question(prompt_ids, word_ids), num_cut

@@ -165,6 +165,7 @@ class Samples:
                 )
             self._prompt_ids.append(ids)
 
+    asks = ("make_generator",)
     metrics = ()
 
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
@@ -237,6 +238,8 @@ class TextGeneration:
       ValueError: no such data, column, score or expression; a reference without a match; no room
         for an answer.
     """
+
+    asks = ("make_generator",)
 
     def __init__(
         self,

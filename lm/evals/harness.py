@@ -20,9 +20,15 @@ from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer, prefix_ids
 from lm.decoding.sampling import Sampling
 from lm.evals.generation import generate
-from lm.evals.predict import Artifact, PredictFns, ShownPrompt, predictions_artifact
+from lm.evals.predict import (
+    Artifact,
+    PredictFns,
+    Prompt,
+    Question,
+    ShownPrompt,
+    predictions_artifact,
+)
 from lm.evals.prompts import check_least
-from lm.evals.tree import build_tree
 
 try:
     import lm_eval
@@ -43,7 +49,7 @@ class HarnessModel(TemplateLM):
     continuation, so that scores are comparable with published ones. (`lm.evals.verbalizer` handles
     that boundary correctly, so its scores would differ.)
 
-    Continuations of the same context are scored in one row. `max_length` is that of predict_fns:
+    Continuations of the same context are asked about together. `max_length` is that of predict_fns:
     what is longer loses its beginning.
 
     Attributes:
@@ -107,27 +113,29 @@ class HarnessModel(TemplateLM):
           For each request the log-probability of the continuation, and whether greedy decoding
           would say it.
         """
-        # (context, number of a row) -> [(number of the request, continuation)]
+        # (context, number of a question) -> [(number of the request, continuation)]
         groups: dict[tuple, list[tuple[int, list[int]]]] = collections.defaultdict(list)
         num_tokens: collections.Counter[tuple[int, ...]] = collections.Counter()
         for number, (texts, context, continuation) in enumerate(requests):
             context = self._truncate_context(texts, context, continuation)
-            # Thousands may follow the same context, such as an empty one: they get several rows.
+            # Thousands may follow the same context, such as an empty one: they become several
+            # questions, each of about as many tokens as a row.
             num_tokens[context] += len(continuation)
-            row = num_tokens[context] // self.max_length
-            groups[context, row].append((number, list(continuation)))
+            part = num_tokens[context] // self.max_length
+            groups[context, part].append((number, list(continuation)))
 
-        trees = []
+        questions = []
         for (context, _), members in groups.items():
-            trees.append(build_tree(context, [continuation for _, continuation in members]))
-        outputs = self._predict_fns.tree_logprobs(self._params, trees)
+            continuations = [continuation for _, continuation in members]
+            questions.append(Question(Prompt(context), continuations))
+        answers = self._predict_fns.logprobs(self._params, questions)
 
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for members, tree, (logprobs, is_best) in zip(groups.values(), trees, outputs):
-            for (number, _), queries in zip(members, tree.continuation_queries):
-                logprob = float(np.sum(logprobs[queries], dtype=np.float64))
-                answers[number] = logprob, bool(is_best[queries].all())
-        return answers
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for members, group_answers in zip(groups.values(), answers):
+            for (number, _), (logprobs, is_best) in zip(members, group_answers):
+                logprob = float(np.sum(logprobs, dtype=np.float64))
+                results[number] = logprob, bool(is_best.all())
+        return results
 
     def _truncate_context(
         self, texts, context: Sequence[int], continuation: Sequence[int]
@@ -329,6 +337,7 @@ class Harness:
             where = f" in {include_path}: there are {known}" if include_path else ""
             raise ValueError(f"lm_eval has no tasks {unknown}{where}")
 
+    asks = ("logprobs",)  # and make_generator, where a task wants texts
     metrics = None  # the tasks', TASK/METRIC,FILTER
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:

@@ -6,13 +6,21 @@ verbalizer, and examples in an order. With several variants the label distributi
 Letters in shapes: n examples, K labels. P is a distribution over labels, [n, K].
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from lm.evals.predict import Artifact, PredictFns, ShownPrompt, predictions_artifact
+from lm.evals.predict import (
+    Answer,
+    Artifact,
+    PredictFns,
+    Question,
+    ShownPrompt,
+    predictions_artifact,
+)
 from lm.evals.scores import calibration, statistics
 from lm.evals.scores.label_scores import (
     LabelScorer,
@@ -22,22 +30,21 @@ from lm.evals.scores.label_scores import (
     pad_word_logprobs,
     word_scores,
 )
-from lm.evals.tree import Tree
 from lm.reports import pictures
 
 ENSEMBLES = ("mean_prob", "mean_logprob")
 
 
 class Variant(NamedTuple):
-    """The prompts of one variant. Each tree has the label words as its continuations."""
+    """What one variant asks. The label words are the continuations of each question."""
 
     name: str
     words: list[LabelWord]
-    trees: list[Tree]  # one for each example
-    prior_trees: dict[str, list[Tree]]  # prior -> prompts whose mean distribution it is
-    # prompts of other records with known labels: they fit the temperature, train
-    # `LinearVerbalizer`, or are what lm.suggest asks about
-    calibration_trees: list[Tree]
+    questions: list[Question]  # one for each example
+    prior_questions: dict[str, list[Question]]  # prior -> those whose mean distribution it is
+    # about other records with known labels: they fit the temperature, train `LinearVerbalizer`, or
+    # are what lm.suggest asks about
+    calibration_questions: list[Question]
     num_cut: list[int]  # for each example, how many tokens its prompt lost at its beginning
     asked: dict  # see `lm.evals.prompts.describe`
 
@@ -45,17 +52,14 @@ class Variant(NamedTuple):
         self, labels: Sequence[str], decode: Callable[[list[int]], str]
     ) -> dict[str, dict[str, list[str]]]:
         """Label -> word -> the texts of its tokens after the first prompt."""
-        tree = self.trees[0]
         tokens: dict[str, dict[str, list[str]]] = {label: {} for label in labels}
-        for word, queries in zip(self.words, tree.continuation_queries):
-            ids = tree.query_targets[queries].tolist()
+        for word, ids in zip(self.words, self.questions[0].continuations):
             tokens[labels[word.label]][word.text] = [decode([i]) for i in ids]
         return tokens
 
     def first_tokens(self) -> list[int]:
         """The id of each word's first token after the first prompt."""
-        tree = self.trees[0]
-        return [int(tree.query_targets[queries[0]]) for queries in tree.continuation_queries]
+        return [ids[0] for ids in self.questions[0].continuations]
 
 
 class PromptSet(NamedTuple):
@@ -64,7 +68,7 @@ class PromptSet(NamedTuple):
     name: str  # the eval's, for files and messages
     labels: list[str]
     example_names: list[str]
-    questions: list[list[str]]  # for each template, the text of each example without what is before
+    texts: list[list[str]]  # for each template, the text of each example without what is before
     gold: np.ndarray  # [n], index of the right label
     variants: list[Variant]
     calibration_gold: np.ndarray  # index of the right label of each calibration example
@@ -79,7 +83,7 @@ class PromptSet(NamedTuple):
         """Yields the first `count` prompts of each variant, as the model sees them."""
         for variant in self.variants:
             for i in range(min(count, len(self.gold))):
-                ids = list(variant.trees[i].prompt)
+                ids = variant.questions[i].prompt.ids.tolist()
                 right = [word.text for word in variant.words if word.label == self.gold[i]]
                 title = f"{self.example_names[i]}, {len(ids)} tokens, {variant.num_cut[i]} cut off"
                 if variant.name:
@@ -98,37 +102,38 @@ class VariantLogprobs(NamedTuple):
 def score_prompts(predict_fns: PredictFns, params, prompt_set: PromptSet) -> list[VariantLogprobs]:
     """The model's log-probabilities for each variant."""
     # All variants in one call: what their prompts share is computed once.
-    trees: list[Tree] = []
+    questions: list[Question] = []
     for variant in prompt_set.variants:
-        trees += variant.trees
-        for prior_trees in variant.prior_trees.values():
-            trees += prior_trees
-        trees += variant.calibration_trees
-    outputs = iter(predict_fns.tree_logprobs(params, trees))
+        questions += variant.questions
+        for prior_questions in variant.prior_questions.values():
+            questions += prior_questions
+        questions += variant.calibration_questions
+    answers = iter(predict_fns.logprobs(params, questions))
 
-    # Taken off again in the order of `trees`.
+    # Taken off again in the order of `questions`.
     variant_logprobs = []
     for variant in prompt_set.variants:
-        examples = _next_logprobs(outputs, variant.trees, variant.words)
+        words = variant.words
+        examples = _next_logprobs(answers, len(variant.questions), words)
         priors = {}
-        for prior, prior_trees in variant.prior_trees.items():
-            priors[prior] = _next_logprobs(outputs, prior_trees, variant.words)
+        for prior, prior_questions in variant.prior_questions.items():
+            priors[prior] = _next_logprobs(answers, len(prior_questions), words)
         calibration_logprobs = None
-        if variant.calibration_trees:
-            calibration_logprobs = _next_logprobs(outputs, variant.calibration_trees, variant.words)
+        if variant.calibration_questions:
+            num_questions = len(variant.calibration_questions)
+            calibration_logprobs = _next_logprobs(answers, num_questions, words)
         variant_logprobs.append(VariantLogprobs(examples, priors, calibration_logprobs))
     return variant_logprobs
 
 
 def _next_logprobs(
-    outputs: Iterator, trees: Sequence[Tree], words: Sequence[LabelWord]
+    answers: Iterator[Sequence[Answer]], num_questions: int, words: Sequence[LabelWord]
 ) -> WordLogprobs:
-    """Takes the log-probabilities of these trees off the model's outputs."""
-    word_paths = []
-    for tree in trees:
-        logprobs, _ = next(outputs)
-        word_paths.append([logprobs[queries] for queries in tree.continuation_queries])
-    return pad_word_logprobs(word_paths, words)
+    """Takes the log-probabilities of so many questions off the model's answers."""
+    word_logprobs = []
+    for word_answers in itertools.islice(answers, num_questions):
+        word_logprobs.append([answer.logprobs for answer in word_answers])
+    return pad_word_logprobs(word_logprobs, words)
 
 
 def results(
@@ -217,7 +222,7 @@ LABEL_METRICS = (
 def metric_names(prompt_set: PromptSet, *, batch_prior: bool = True) -> list[str]:
     """What `results` yields by which models are compared."""
     names = [*LABEL_METRICS, "label_mass"]
-    corrections = list(prompt_set.variants[0].prior_trees) + ["batch"] * batch_prior
+    corrections = list(prompt_set.variants[0].prior_questions) + ["batch"] * batch_prior
     for correction in corrections:
         names += [f"{metric}_{correction}" for metric in ("accuracy", "nll", "ece")]
     if len(prompt_set.calibration_gold):
@@ -440,7 +445,7 @@ def prediction_lines(
         if details:
             line |= details[i]
         # Of each template, and of each variant.
-        line["prompts"] = [texts[i] for texts in prompt_set.questions]
+        line["prompts"] = [texts[i] for texts in prompt_set.texts]
         line["cut"] = [variant.num_cut[i] for variant in prompt_set.variants]
         lines.append(line)
     return lines

@@ -100,6 +100,10 @@ class LinearVerbalizer:
         self._init = init
         self._l2 = l2
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        return ("states", "head_rows") if self._init == "label_words" else ("states",)
+
     metrics = (*label_results.LABEL_METRICS, "train_accuracy")
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
@@ -132,8 +136,8 @@ class LinearVerbalizer:
     def _states(self, params) -> tuple[np.ndarray, np.ndarray, float]:
         """(states to train on [n, D], states to evaluate [n, D], what both were divided by)."""
         variant = self._prompt_set.variants[0]
-        trees = [*variant.calibration_trees, *variant.trees]
-        states = self._predict_fns.states(params, [tree.prompt for tree in trees])
+        questions = [*variant.calibration_questions, *variant.questions]
+        states = self._predict_fns.states(params, [question.prompt for question in questions])
         states = states.astype(np.float64)
         if not np.isfinite(states).all():
             raise ValueError(
@@ -143,7 +147,7 @@ class LinearVerbalizer:
 
         # The scale comes from the training states alone, and makes penalties comparable between
         # models.
-        num_train = len(variant.calibration_trees)
+        num_train = len(variant.calibration_questions)
         scale = np.sqrt(np.mean(states[:num_train] ** 2))
         states /= scale
         return states[:num_train], states[num_train:], scale

@@ -36,6 +36,7 @@ class Perplexity:
       ValueError: a stride below 0 or above the row; max_documents below 0.
     """
 
+    asks = ("token_logprobs",)
     metrics = ("bits_per_byte", "perplexity", "loss", "word_perplexity")
 
     def __init__(

@@ -4,22 +4,22 @@
 entry with a `split` gets `documents` too. A float is a metric, an `Artifact` is a file of the run
 directory. An evaluator sees neither the model nor the trainer, only `PredictFns`:
 
+  logprobs(params, questions)       for each `Question`, for each of its continuations an `Answer`
   token_logprobs(params, rows)      f32 [rows, T]: the log-probability of each target
-  tree_logprobs(params, trees)      for each tree f32 [Q], bool [Q]: the log-probability of each
-                                    query's target, and whether no token is likelier
   states(params, prompts)           f32 [prompts, D]: the state that the head sees after each prompt
   head_rows(params, ids)            f32 [ids, D]: what the head multiplies a state with for each id
   make_generator(params, sampling)  a Generator (lm/decoding/generator.py), which continues prompts
+
+A model may lack some of them. How it answers is its own matter: see lm/evals/causal_answers.py.
 
 Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly
 once, whatever the batch size, the mesh and the number of hosts. Batches are filled up with padding,
 whose results are dropped. All hosts get all results.
 """
 
-import collections
 import dataclasses
-import functools
 import json
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +30,6 @@ from jax.sharding import Mesh
 from lm import sharding
 from lm.data import batch as batch_contract
 from lm.data.loader import evaluation_batches
-from lm.evals.tree import MergedTree, Tree, build_tree, merge_trees
 
 
 class Artifact(NamedTuple):
@@ -70,23 +69,61 @@ class Evaluator(Protocol):
     It may have an attribute `about`: a dict that describes its data beside the results
     (fingerprint, examples, citation; `words`, see `Variant.word_tokens`; `prompts`, see
     `lm.evals.prompts.describe`; `corrections`, names). A method `shown_prompts(count)`, which
-    yields the first prompts as `ShownPrompt`s. And an attribute
-    `metrics`: the names of what it yields by which models are compared (`lm.reports.metrics`); of
-    one without, no metric can be config.checkpoint.best.
+    yields the first prompts as `ShownPrompt`s. An attribute `metrics`: the names of what it yields
+    by which models are compared (`lm.reports.metrics`); of one without, no metric can be
+    config.checkpoint.best. And an attribute `asks`: the names of the `PredictFns` that it calls. A
+    model that lacks one is refused as soon as the evaluator is built; without the attribute, when
+    it is called.
     """
 
     def run(self, params: Any) -> Iterator[tuple[str, float | Artifact]]: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFns:
-    """What `lm.build` makes of a model for `PredictFns`: pure functions, not compiled yet."""
+class Prompt(NamedTuple):
+    """What a model reads before it is asked."""
 
-    token_logprobs: Callable  # see lm.step.make_token_logprobs
-    tree_logprobs: Callable  # see lm.step.make_tree_logprobs
-    tree_states: Callable  # see lm.step.make_tree_states
-    head_rows: Callable  # see lm.step.make_head_rows
-    make_generator: Callable  # (params, Sampling) -> Generator
+    ids: Sequence[int] | np.ndarray  # [T]
+    # for models that read more than tokens, by name; a model refuses those that it doesn't know
+    arrays: Mapping[str, np.ndarray] = types.MappingProxyType({})
+
+
+class Question(NamedTuple):
+    """How likely is each of these continuations of a prompt?"""
+
+    prompt: Prompt
+    continuations: Sequence[Sequence[int]]  # ids, none empty
+
+
+class Answer(NamedTuple):
+    """What a model says of a continuation, given the prompt, token by token."""
+
+    logprobs: np.ndarray  # [tokens] f32, of each token after those before it
+    is_best: np.ndarray  # [tokens] bool: no other id is likelier there
+
+
+class Limits(NamedTuple):
+    """What goes through the model at once."""
+
+    batch_size: int  # rows of a batch; where rows are shorter, about as many tokens
+    length: int  # tokens of a row
+    check_stop: Callable[[], None]  # called before each batch; may raise
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledFns:
+    """The functions of a model on a mesh, compiled. `lm.build` makes them once for all evaluators.
+    None: the model can't do that.
+
+    The functions of questions and prompts are how this kind of model answers; a causal model's are
+    those of `lm.evals.causal_answers.CausalAnswers`.
+    """
+
+    mesh: Mesh
+    token_logprobs: Callable | None = None  # see lm.step.make_token_logprobs
+    logprobs: Callable | None = None  # (params, questions, limits) -> [[Answer]]
+    states: Callable | None = None  # (params, prompts, limits) -> [prompts, D]
+    head_rows: Callable | None = None  # see lm.step.make_head_rows
+    make_generator: Callable | None = None  # (params, Sampling) -> Generator
 
 
 # XLA may leave out roundings to bf16 between operations that it fuses, and what it fuses depends on
@@ -95,204 +132,91 @@ class ModelFns:
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
+def compiled(function: Callable, mesh: Mesh) -> Callable:
+    """A pure function of a model under jit, as evaluators need it."""
+    # Results are replicated: every host gets all of them.
+    replicated = sharding.replicated(mesh)
+    return jax.jit(function, out_shardings=replicated, compiler_options=COMPILER_OPTIONS)
+
+
 def never_stop() -> None:
     """A `check_stop` for evaluations that run to their end."""
 
 
 class PredictFns:
-    """The compiled functions of one model on one mesh.
+    """What one evaluator asks of a model. It compiles nothing itself.
 
     Args:
-      batch_size: rows of a batch of `token_logprobs`; trees go in batches of about as many tokens.
-      length: tokens of a row.
-      check_stop: called before each batch; may raise, to end an evaluation early.
+      batch_size, length, check_stop: see `Limits`. An evaluation ends early where `check_stop`
+        raises.
+      asked_by: the evaluator, for messages.
     """
 
     def __init__(
         self,
-        mesh: Mesh,
-        model_fns: ModelFns,
+        compiled_fns: CompiledFns,
         *,
         batch_size: int,
         length: int,
         check_stop: Callable[[], None] = never_stop,
+        asked_by: str = "an evaluator",
     ):
         self.batch_size = batch_size
         self.length = length
         self.check_stop = check_stop
-        self.make_generator = model_fns.make_generator
-        self._mesh = mesh
+        self._compiled_fns = compiled_fns
+        self._limits = Limits(batch_size, length, check_stop)
+        self._asked_by = asked_by
 
-        # Results are replicated: every host gets all of them.
-        replicated = sharding.replicated(mesh)
-        compiled = functools.partial(
-            jax.jit, out_shardings=replicated, compiler_options=COMPILER_OPTIONS
-        )
-        self._token_logprobs = compiled(model_fns.token_logprobs)
-        self._tree_logprobs = compiled(model_fns.tree_logprobs)
-        self._tree_states = compiled(model_fns.tree_states)
-        self._head_rows = jax.jit(model_fns.head_rows, out_shardings=replicated)
+    def require(self, names: Iterable[str], asked_by: str = "") -> None:
+        """Raises ValueError where the model lacks one of these functions, by their names here.
+
+        Args:
+          asked_by: who asks for them, if not the evaluator.
+        """
+        functions = vars(self._compiled_fns).items()
+        available = [name for name, value in functions if name != "mesh" and value is not None]
+        missing = [name for name in names if name not in available]
+        if missing:
+            raise ValueError(
+                f"this model has no {', '.join(missing)}, which {asked_by or self._asked_by} asks "
+                f"for; it has {available}"
+            )
+
+    def _function(self, name: str) -> Callable:
+        self.require([name])
+        return getattr(self._compiled_fns, name)
+
+    def logprobs(self, params, questions: Sequence[Question]) -> list[list[Answer]]:
+        """For each question, in order, the answer to each of its continuations."""
+        return self._function("logprobs")(params, questions, self._limits)
 
     def token_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
         """[rows, T] f32, the log-probability of each target."""
+        token_logprobs = self._function("token_logprobs")
         if not rows:
             return np.zeros((0, self.length), np.float32)
 
-        shardings = dict.fromkeys(batch_contract.ARRAYS, sharding.batch_sharding(self._mesh))
+        layout = sharding.batch_sharding(self._compiled_fns.mesh)
+        shardings = dict.fromkeys(batch_contract.ARRAYS, layout)
         padding = batch_contract.empty_row(self.length)
         outputs = []
         for batch in evaluation_batches(rows, self.batch_size, shardings, padding):
             self.check_stop()
-            outputs.append(self._token_logprobs(params, batch))
+            outputs.append(token_logprobs(params, batch))
 
         # Fetched only now: the devices don't wait for the host between batches.
         logprobs = np.concatenate([np.asarray(output) for output in outputs])
         return logprobs[: len(rows)]
 
-    def tree_logprobs(self, params, trees: Sequence[Tree]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each tree, in order: [Q] f32, the log-probability of each query's target, and [Q]
-        bool, whether no other token is likelier.
-        """
-        return self._run_on_trees(self._tree_logprobs, params, trees)
-
-    def states(self, params, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    def states(self, params, prompts: Sequence[Prompt]) -> np.ndarray:
         """[prompts, D] f32, the state that the head sees after each prompt."""
-        # A tree with a single query, whose target doesn't matter.
-        trees = [build_tree(prompt, [[0]]) for prompt in prompts]
-        states = self._run_on_trees(self._tree_states, params, trees)
-        return np.concatenate(states)
+        return self._function("states")(params, prompts, self._limits)
 
     def head_rows(self, params, ids: Sequence[int]) -> np.ndarray:
         """[ids, D] f32, what the head multiplies a state with for each id."""
-        return np.asarray(self._head_rows(params, np.asarray(ids, np.int32)))
+        return np.asarray(self._function("head_rows")(params, np.asarray(ids, np.int32)))
 
-    def _run_on_trees(self, function: Callable, params, trees: Sequence[Tree]) -> list:
-        """What a compiled function of trees returns for the queries of each tree, in the trees'
-        order. Trees that begin alike share a row of the batch.
-        """
-        results: list = [None] * len(trees)
-        running = None  # the rows and the output of the batch before
-        for rows, shape in self._tree_batches(merge_trees(trees, self.length)):
-            self.check_stop()
-            arrays = _pack([row.tree for row in rows], shape)
-            output = function(params, *jax.tree.map(self._put_rows, arrays))
-
-            # Read one batch late: the device works on this one meanwhile.
-            if running is not None:
-                _split_by_tree(*running, results)
-            running = rows, output
-
-        if running is not None:
-            _split_by_tree(*running, results)
-        return results
-
-    def _tree_batches(
-        self, rows: Sequence[MergedTree]
-    ) -> Iterator[tuple[Sequence[MergedTree], "_TreeBatchShape"]]:
-        """Yields rows that go through the model together, and the shape of their batch.
-
-        A batch holds rows of about the same length, and about as many tokens as one of
-        `token_logprobs`. There are only a few shapes, so that little is padding and few programs
-        are compiled.
-        """
-        rows_by_length = collections.defaultdict(list)
-        for row in rows:
-            rows_by_length[_padded_size(len(row.tree.tokens))].append(row)
-
-        num_parts = sharding.batch_parts(self._mesh)
-        # What needs most memory comes first.
-        for length, group in sorted(rows_by_length.items(), reverse=True):
-            # Batches of the same length are as equal as they can be, each a multiple of the parts
-            # that the mesh splits a batch into.
-            most_rows = max(self.batch_size * self.length // length, 1)
-            num_batches = _divide_up(len(group), most_rows)
-            num_rows = _divide_up(_divide_up(len(group), num_batches), num_parts) * num_parts
-
-            most_parents = max(len(np.unique(row.tree.query_parents)) for row in group)
-            most_queries = max(len(row.tree.query_targets) for row in group)
-            shape = _TreeBatchShape(
-                rows=num_rows,
-                length=length,
-                parents=_padded_size(most_parents, 1),
-                queries=_padded_size(most_queries, 1),
-            )
-            for start in range(0, len(group), num_rows):
-                yield group[start : start + num_rows], shape
-
-    def _put_rows(self, x: np.ndarray) -> jax.Array:
-        """A host array [B, ...] on the mesh, its rows distributed."""
-        layout = jax.sharding.NamedSharding(self._mesh, sharding.spec(("batch", None), self._mesh))
-        return jax.make_array_from_callback(x.shape, layout, x.__getitem__)
-
-
-class _TreeBatchShape(NamedTuple):
-    rows: int
-    length: int  # tokens of a row
-    parents: int  # tokens of a row after which something is asked for
-    queries: int  # of a row
-
-
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _padded_size(size: int, least: int = 32) -> int:
-    """The next of the sizes that are compiled: eight to each doubling, none below `least`."""
-    power_of_two = 1 << (size - 1).bit_length()  # the one at or above `size`
-    step = max(power_of_two // 16, least // 8, 1)
-    return max(_divide_up(size, step) * step, least)
-
-
-def _pack(
-    trees: Sequence[Tree], shape: _TreeBatchShape
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Trees as the arguments of `lm.step.make_tree_logprobs` behind `params`, one tree a row.
-
-    Returns:
-      The batch; parents_BP, the indices of the tokens in each row after which something is asked
-      for; parent_of_BQ, the column of parents_BP that each query is about. All are filled up with
-      zeros.
-    """
-    by_token = (shape.rows, shape.length)
-    by_query = (shape.rows, shape.queries)
-    batch = {
-        "tokens": np.zeros(by_token, np.int32),
-        "positions": np.zeros(by_token, np.int32),
-        "segments": np.zeros(by_token, np.int32),
-        "until": np.zeros(by_token, np.int32),
-        "targets": np.zeros(by_query, np.int32),
-    }
-    parents_BP = np.zeros((shape.rows, shape.parents), np.int32)
-    parent_of_BQ = np.zeros(by_query, np.int32)
-
-    for row, tree in enumerate(trees):
-        num_tokens = len(tree.tokens)
-        batch["tokens"][row, :num_tokens] = tree.tokens
-        batch["positions"][row, :num_tokens] = tree.positions
-        batch["segments"][row, :num_tokens] = 1  # 0 is padding
-        batch["until"][row, :num_tokens] = tree.until
-
-        # Queries with the same parent share its logits, which are computed once.
-        parents, parent_of = np.unique(tree.query_parents, return_inverse=True)
-        parents_BP[row, : len(parents)] = parents
-        parent_of_BQ[row, : len(parent_of)] = parent_of
-        batch["targets"][row, : len(parent_of)] = tree.query_targets
-    return batch, parents_BP, parent_of_BQ
-
-
-def _split_by_tree(rows: Sequence[MergedTree], output, results: list) -> None:
-    """Puts the part of a batch's output that is each tree's into `results`.
-
-    Args:
-      output: arrays [B, Q, ...].
-      results: one entry for each tree, by its number.
-    """
-    arrays = jax.device_get(output)
-    for row_number, row in enumerate(rows):
-        for tree_number, queries in row.members:
-            results[tree_number] = _select(arrays, row_number, queries)
-
-
-def _select(arrays, row: int, queries: slice):
-    """The queries of one row of each array [B, Q, ...]."""
-    return jax.tree.map(lambda x: x[row, queries], arrays)
+    def make_generator(self, params, sampling) -> Any:
+        """A `lm.decoding.generator.Generator`, which continues prompts."""
+        return self._function("make_generator")(params, sampling)

@@ -3,6 +3,7 @@ continuations there are, and so is whatever the continuations share.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,26 @@ class Tree(NamedTuple):
         return self.tokens[: self.query_parents.min() + 1].tolist()
 
 
+def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
+    """The tree of a prompt and its continuations, all of them token ids and none empty.
+    Continuations that begin alike share a branch.
+    """
+    assert len(prompt) and all(map(len, continuations))
+    branches = _build_branches(tuple(map(tuple, continuations)))
+    length = len(prompt)
+
+    # The branches stand behind the prompt, all of which is above them.
+    total = length + len(branches.tokens)
+    return Tree(
+        tokens=_concatenate([prompt, branches.tokens]),
+        positions=_concatenate([np.arange(length), branches.positions + length]),
+        until=_concatenate([np.full(length, total), branches.until + length]),
+        query_parents=branches.query_parents + length,
+        query_targets=branches.query_targets,
+        continuation_queries=branches.continuation_queries,
+    )
+
+
 @dataclasses.dataclass
 class _Node:
     """A token of the continuation that is being added to a tree."""
@@ -49,14 +70,15 @@ class _Node:
     index: int | None = None  # in the row; None while no token comes after it
 
 
-def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Tree:
-    """The tree of a prompt and its continuations, all of them token ids and none empty.
-    Continuations that begin alike share a branch.
+# The label words are the same tokens after most prompts.
+@functools.lru_cache(maxsize=64)
+def _build_branches(continuations: tuple[tuple[int, ...], ...]) -> Tree:
+    """The tree of continuations without a prompt: places and positions count from the prompt's end,
+    and -1 is its last token.
     """
-    assert len(prompt) and all(map(len, continuations))
-    tokens = list(prompt)
-    positions = list(range(len(prompt)))
-    until = [0] * len(prompt)
+    tokens: list[int] = []
+    positions: list[int] = []
+    until: list[int] = []
     query_parents: list[int] = []
     query_targets: list[int] = []
     continuation_queries: list[list[int]] = [[] for _ in continuations]
@@ -64,7 +86,7 @@ def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) ->
 
     # In sorted order the tree is walked depth first, so that a subtree is a contiguous part of the
     # row and `until` can describe it. A beginning comes before what it begins.
-    for number in sorted(range(len(continuations)), key=lambda i: tuple(continuations[i])):
+    for number in sorted(range(len(continuations)), key=continuations.__getitem__):
         ids = continuations[number]
         shared = common_length(ids, [node.token for node in path])
         _end_subtrees(path[shared:], until, len(tokens))
@@ -72,7 +94,7 @@ def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) ->
 
         for token in ids[shared:]:
             # Only now that a token follows it does the one before have to be read.
-            parent_index = _put_last_into_row(path, len(prompt), tokens, positions, until)
+            parent_index = _put_last_into_row(path, tokens, positions, until)
             path.append(_Node(token, query=len(query_targets)))
             query_parents.append(parent_index)
             query_targets.append(token)
@@ -80,8 +102,6 @@ def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) ->
         continuation_queries[number] = [node.query for node in path]
 
     _end_subtrees(path, until, len(tokens))
-    until[: len(prompt)] = [len(tokens)] * len(prompt)
-
     return Tree(
         tokens=np.asarray(tokens, np.int32),
         positions=np.asarray(positions, np.int32),
@@ -93,25 +113,21 @@ def build_tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) ->
 
 
 def _put_last_into_row(
-    path: Sequence[_Node],
-    prompt_length: int,
-    tokens: list[int],
-    positions: list[int],
-    until: list[int],
+    path: Sequence[_Node], tokens: list[int], positions: list[int], until: list[int]
 ) -> int:
     """Puts the last node of a path into the row, if it is not there yet.
 
     Returns:
-      Its index; for an empty path that of the prompt's last token.
+      Its index; for an empty path -1, that of the prompt's last token.
     """
     if not path:
-        return prompt_length - 1
+        return -1
 
     node = path[-1]
     if node.index is None:
         node.index = len(tokens)
         tokens.append(node.token)
-        positions.append(prompt_length + len(path) - 1)
+        positions.append(len(path) - 1)
         until.append(0)
     return node.index
 

@@ -2,6 +2,7 @@
 local tasks.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -17,14 +18,14 @@ from etils import epath
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm import build, step
+from lm import build
 from lm import config as config_lib
 from lm import evaluate as evaluate_lib
 from lm.data import pack
 from lm.data import tokenizer as tokenizers
 from lm.decoding.generator import Generator
-from lm.evals import choice, classification, entries, harness, predict
-from lm.evals.predict import ModelFns, PredictFns
+from lm.evals import causal_answers, choice, classification, entries, harness
+from lm.evals.predict import PredictFns
 from lm.hf import directory as hf
 from lm.objectives import causal
 from lm.reports import comparison, tables
@@ -206,14 +207,9 @@ def load_ours(directory, batch_size, sizes):
             vocab_size=tokenizer.vocab_size,
         )
 
-    functions = ModelFns(
-        token_logprobs=step.make_token_logprobs(model.graphdef, causal.token_logprobs),
-        tree_logprobs=step.make_tree_logprobs(model.graphdef),
-        tree_states=step.make_tree_states(model.graphdef),
-        head_rows=step.make_head_rows(model.graphdef),
-        make_generator=make_generator,
-    )
-    fns = PredictFns(model.mesh, functions, batch_size=batch_size, length=LENGTH)
+    eval_fns = build.make_eval_fns(model.graphdef, causal, model.mesh)
+    eval_fns = dataclasses.replace(eval_fns, make_generator=make_generator)
+    fns = PredictFns(eval_fns, batch_size=batch_size, length=LENGTH)
     return harness.HarnessModel(fns, params, tokenizer), model.mesh
 
 
@@ -408,14 +404,14 @@ def test_many_continuations_of_one_context(checkpoint, monkeypatch):
     """BLiMP's thousands all follow nothing: they don't become one row."""
     model, mesh = load_ours(checkpoint, 4, dict(fsdp=1))
     rows = []
-    merge_trees = predict.merge_trees
+    merge_trees = causal_answers.merge_trees
 
     def record_rows(trees, max_tokens):
         merged = merge_trees(trees, max_tokens)
         rows.extend(merged)
         return merged
 
-    monkeypatch.setattr(predict, "merge_trees", record_rows)
+    monkeypatch.setattr(causal_answers, "merge_trees", record_rows)
     # 100 continuations of 5 tokens: more than one row of 64 tokens holds.
     requests = []
     for i in range(100):
