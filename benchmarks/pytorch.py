@@ -141,7 +141,7 @@ class LmContender:
             ids = make_batch(self.case, step).astype(np.int32)
             arrays = dict(self.constant_arrays, tokens=ids[:, :-1], targets=ids[:, 1:])
             batch = self.jax.device_put(arrays, self.layout)
-            self.state, metrics = self.train_step(self.state, batch)
+            self.state, metrics = self.train_step(self.state, batch, {})
             losses.append(metrics["loss"])
 
         # Fetched at the end, so that no step waits for the host.

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import collectives, files, optim, sharding, startup, step
+from lm import checkpoint, collectives, files, optim, sharding, startup, step
 from lm import config as config_lib
 from lm.data import batch as batch_contract
 from lm.data import pack, roles
@@ -36,6 +36,7 @@ from lm.evals import entries
 from lm.evals.causal_answers import CausalAnswers
 from lm.evals.predict import CompiledFns, Evaluator, PredictFns, compiled, never_stop
 from lm.hf import directory as hf
+from lm.models.transformer import EXECUTION_FIELDS
 from lm.nn.attention import KERNEL_PLATFORMS
 
 LONGEST_RUN = 2**31 - 1  # steps
@@ -273,13 +274,46 @@ def abstract_model(
     return AbstractModel(model_config, graphdef, jax.tree.map(lay_out, params, layouts), mesh)
 
 
+def other_model(
+    config: ConfigDict, name: str, devices: Sequence[jax.Device], vocab_size: int
+) -> AbstractModel:
+    """The model config.models.NAME, without its weights: what its `init_from` says it is, on the
+    run's mesh.
+
+    Raises:
+      ValueError: there is nothing at `init_from`; see `abstract_model`.
+    """
+    entry = config.models[name]
+    directory = epath.Path(files.expand(entry.init_from))
+    other = config.copy_and_resolve_references().unlock()
+    if hf.is_checkpoint(directory):
+        hf_checkpoint = hf.Checkpoint(directory)
+        other.model.update(hf_checkpoint.fields | {"heads": ""})
+        other.model.param_dtype = hf_checkpoint.dtype()
+    elif checkpoint.steps(directory / "checkpoints"):
+        with checkpoint.open_run(directory) as saved:
+            checkpoint.check_meta(saved.meta, str(directory))
+            fields = config_lib.stored_model(saved.meta, str(directory), config.model.type)
+        # How it is executed is the run's to say.
+        for field in EXECUTION_FIELDS:
+            if field in config.model and field != "param_dtype":
+                fields[field] = config.model[field]
+        other.model = ConfigDict(fields)
+    else:
+        raise ValueError(
+            f"config.models.{name}.init_from = {entry.init_from!r} has no checkpoint; wanted a "
+            "run directory, with checkpoints/ in it, or the directory of a Hugging Face checkpoint"
+        )
+    return abstract_model(other, devices, vocab_size)
+
+
 class Objective(NamedTuple):
     """What config.objective says, see docs/design.md.
 
     Attributes:
       arrays: those of a batch, from the loader.
       prepared: those that `prepare` adds.
-      prepare: (batch, model) -> the arrays of `prepared`; None: there are none.
+      prepare: (batch, model, **others) -> the arrays of `prepared`; None: there are none.
       make_transform: tokenizer -> a function (row, numpy Generator) -> row; None: rows stay as
         they are.
     """
@@ -345,9 +379,11 @@ class Program:
     objective: Objective
     optimizer: optim.Optimizer
     abstract_state: step.TrainState  # ShapeDtypeStructs with shardings
+    others: dict[str, AbstractModel]  # of config.models
     make_params: Callable  # jitted: key -> parameters
     init_state: Callable  # jitted: parameters -> TrainState, donates them
-    train_step: Callable  # jitted: (state, batch) -> (state, metrics), donates the state
+    # jitted: (state, batch, parameters of `others`) -> (state, metrics), donates the state
+    train_step: Callable
     eval_params: Callable  # jitted: (params, opt_state) -> parameters to evaluate
     eval_fns: CompiledFns  # what evaluators ask of the model, but for generation
 
@@ -392,17 +428,24 @@ def program(
     axes = sharding.logical_axes(abstract)
     optimizer = optim.make_optimizer(c.optimizer, axes, total_steps)
     objective = make_objective(c)
+    others = {}
+    for name in c.models:
+        others[name] = other_model(c, name, devices, vocab_size)
+    other_params = {name: other.params for name, other in others.items()}
 
     # The train step, and where its state lies.
     train_step = step.make_train_step(
         graphdef,
-        objective.loss,
+        step.LossFns(
+            objective.loss,
+            objective.prepare,
+            {name: other.graphdef for name, other in others.items()},
+        ),
         optimizer,
-        prepare=objective.prepare,
         seed=c.seed,
         accumulation=c.train.accumulation,
         nonfinite=c.train.nonfinite,
-        wrap_gradient=_gradient_wrapper(c, mesh, axes, objective),
+        wrap_gradient=_gradient_wrapper(c, mesh, axes, objective, other_params),
     )
     abstract_state = step.abstract_state(nnx.to_pure_dict(abstract), axes, optimizer, mesh)
     if hasattr(model_config, "check_mesh"):
@@ -425,12 +468,13 @@ def program(
         flops_per_token=functools.partial(model_module(c).flops_per_token, model_config),
         optimizer=optimizer,
         abstract_state=abstract_state,
+        others=others,
         # Under jit one seed gives the same bits on every mesh.
         make_params=jax.jit(make_params, out_shardings=shardings.params),
         init_state=jax.jit(init_state, out_shardings=shardings, donate_argnums=0),
         train_step=jax.jit(
             train_step,
-            in_shardings=(shardings, None),
+            in_shardings=(shardings, None, jax.tree.map(lambda x: x.sharding, other_params)),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
             compiler_options=startup.compiler_options(devices[0]),
@@ -477,7 +521,7 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def _gradient_wrapper(
-    config: ConfigDict, mesh: Mesh, axes: dict, objective: Objective
+    config: ConfigDict, mesh: Mesh, axes: dict, objective: Objective, other_params: dict
 ) -> Callable | None:
     """Returns the wrapper that makes the gradient manual (config.train.fsdp = "by_hand"), or None,
     which leaves FSDP's collectives to GSPMD ("partitioner").
@@ -504,6 +548,7 @@ def _gradient_wrapper(
         mesh=mesh,
         axes=axes,
         batch_dims={name: array.dims for name, array in arrays.items()},
+        other_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, other_params),
         reduce_dtype=c.grad_reduce_dtype,
         joint_gather=c.fsdp_gather == "joint",
     )

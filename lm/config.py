@@ -291,6 +291,14 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True)
+class OtherModel:
+    """The keys of config.models.NAME: a model that the objective asks and that isn't trained."""
+
+    # a run directory, or the directory of a Hugging Face checkpoint; it decides the model
+    init_from: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """The keys of no group."""
 
@@ -332,6 +340,8 @@ def default() -> ConfigDict:
     c.model = ConfigDict(dict(type=MODEL) | dataclasses.asdict(ModelFields()))
     # name -> an entry (lm/evals/entries.py)
     c.evals = ConfigDict()
+    # name -> the keys of OtherModel
+    c.models = ConfigDict()
     return c
 
 
@@ -351,11 +361,13 @@ def check(config: ConfigDict) -> None:
       ValueError: a key that is missing or unknown, or whose value has another type or lies outside
         its range; all of them are named, with what is wanted.
     """
-    top = {name: value for name, value in config.items() if name not in GROUPS and name != "evals"}
+    named = ("evals", "models")
+    top = {k: value for k, value in config.items() if k not in GROUPS and k not in named}
     problems = _problems("config", Run, top)
     for name, group in GROUPS.items():
         problems += _problems_of_group(f"config.{name}", group, config.get(name))
     problems += _problems_of_evals(config.get("evals"))
+    problems += _problems_of_models(config.get("models"))
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -446,6 +458,22 @@ def _problems_of_evals(evals) -> list[str]:
         common = {field.name for field in dataclasses.fields(Eval)}
         values = {key: value for key, value in entry.items() if key in common}
         problems += _problems(f"config.evals.{name}", Eval, values)
+    return problems
+
+
+def _problems_of_models(models) -> list[str]:
+    if not isinstance(models, (ConfigDict, dict)):
+        return [f"config.models = {models!r}; wanted models by name, each with init_from"]
+
+    problems = []
+    for name, entry in models.items():
+        where = f"config.models.{name}"
+        if not name.isidentifier() or not isinstance(entry, (ConfigDict, dict)):
+            problems.append(f"{where} = {entry!r}; wanted a name and the keys of OtherModel")
+            continue
+        problems += _problems(where, OtherModel, dict(entry.items()))
+        if not entry.get("init_from"):
+            problems.append(f"{where}.init_from is empty; wanted where its weights are")
     return problems
 
 

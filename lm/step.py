@@ -3,7 +3,8 @@
 They can be traced, compiled ahead of time, and donated.
 """
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -86,30 +87,42 @@ def _layout_of(path: str, shape: tuple[int, ...], by_path: dict) -> NamedShardin
     return None
 
 
+class LossFns(NamedTuple):
+    """What a step computes of a batch, besides the gradient.
+
+    Attributes:
+      loss: `loss(model, batch, keys_B, **others) -> (loss_sum, count, {name: (sum, count)})`.
+      prepare: `prepare(batch, model, **others) -> more arrays [B, ...]`, computed without a
+        gradient from the whole batch before it is dealt; None: there are none.
+      other_graphdefs: of the other models, by name.
+    """
+
+    loss: Callable
+    prepare: Callable | None = None
+    other_graphdefs: Mapping[str, Any] = types.MappingProxyType({})
+
+
 def make_train_step(
     graphdef,
-    loss: Callable,
+    loss_fns: LossFns,
     optimizer: Optimizer,
     *,
     seed: int,
     accumulation: int,
     nonfinite: str,
-    prepare: Callable | None = None,
     wrap_gradient: Callable | None = None,
 ) -> Callable:
-    """Returns `train_step(state, batch) -> (state, metrics)`.
+    """Returns `train_step(state, batch, others) -> (state, metrics)`; `others` are the parameters
+    of the other models by name, which stay as they are.
 
     Args:
       graphdef: from `nnx.split(model, nnx.Param)`.
-      loss: `loss(model, batch, keys_B) -> (loss_sum, count, {name: (sum, count)})`.
       seed: of every random number in the step, folded with its purpose and the step; those of the
         loss with the row's place in the batch too.
       accumulation: number of microbatches that the batch's rows are dealt into; the gradient is
         that of the whole batch.
       nonfinite: "halt" stops at the first non-finite loss, gradient or update, "skip" leaves that
         update out and goes on.
-      prepare: `prepare(batch, model) -> more arrays [B, ...]`, computed without a gradient from the
-        whole batch before it is dealt; None: there are none.
       wrap_gradient: makes the gradient of a microbatch manual, with FSDP's collectives written out
         (`lm.collectives.shard_map_gradient`); None leaves it to GSPMD.
 
@@ -119,16 +132,19 @@ def make_train_step(
     """
     assert nonfinite in ("halt", "skip"), nonfinite
     root = jax.random.key(seed)
-    gradient = make_gradient(graphdef, loss)
+    gradient = make_gradient(graphdef, loss_fns)
     if wrap_gradient:
         gradient = wrap_gradient(gradient)
 
-    def train_step(state: TrainState, batch):
+    def train_step(state: TrainState, batch, others=types.MappingProxyType({})):
+        others = dict(others)
         loss_key = jax.random.fold_in(jax.random.fold_in(root, LOSS), state.step)
         rounding_key = jax.random.fold_in(jax.random.fold_in(root, ROUNDING), state.step)
 
-        if prepare is not None:
-            prepared = prepare(batch, nnx.merge(graphdef, state.params))
+        if loss_fns.prepare is not None:
+            other_models = merge_each(loss_fns.other_graphdefs, others)
+            model = nnx.merge(graphdef, state.params)
+            prepared = loss_fns.prepare(batch, model, **other_models)
             batch = batch | jax.lax.stop_gradient(prepared)
 
         # A key for each row: what is drawn for it depends on no other row.
@@ -137,7 +153,7 @@ def make_train_step(
 
         # The gradient of the mean loss, from sums.
         grads, count, terms = accumulate_gradient(
-            gradient, state.params, batch, keys_B, accumulation
+            gradient, state.params, batch, keys_B, others, accumulation
         )
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
         params, opt_state, scalars = optimizer.update(
@@ -174,14 +190,21 @@ def make_train_step(
     return train_step
 
 
-def make_gradient(graphdef, loss: Callable) -> Callable:
-    """Returns `gradient(params, batch, keys_B) -> (grads, count, terms)`: sums over a
+def merge_each(graphdefs: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The models of these parameters, by name."""
+    return {name: nnx.merge(graphdef, params[name]) for name, graphdef in graphdefs.items()}
+
+
+def make_gradient(graphdef, loss_fns: LossFns) -> Callable:
+    """Returns `gradient(params, batch, keys_B, others) -> (grads, count, terms)`: sums over a
     microbatch.
     """
 
-    def gradient(params, batch, keys_B):
+    def gradient(params, batch, keys_B, others):
         def loss_sum(params):
-            value, count, terms = loss(nnx.merge(graphdef, params), batch, keys_B)
+            model = nnx.merge(graphdef, params)
+            other_models = merge_each(loss_fns.other_graphdefs, others)
+            value, count, terms = loss_fns.loss(model, batch, keys_B, **other_models)
             return value, (count, terms)
 
         grads, (count, terms) = jax.grad(loss_sum, has_aux=True)(params)
@@ -190,13 +213,13 @@ def make_gradient(graphdef, loss: Callable) -> Callable:
     return gradient
 
 
-def accumulate_gradient(gradient: Callable, params, batch, keys_B, accumulation: int):
+def accumulate_gradient(gradient: Callable, params, batch, keys_B, others, accumulation: int):
     """The sums of `gradient` over the microbatches of a batch; gradients in f32."""
     # Differentiates with respect to f32 copies: gradients stay f32 through `scatter_grad`, and are
     # accumulated in f32.
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     if accumulation == 1:
-        return gradient(params, batch, keys_B)
+        return gradient(params, batch, keys_B, others)
 
     # Rows are dealt, not cut into blocks: every device keeps a share of each microbatch.
     def deal(x):
@@ -205,11 +228,11 @@ def accumulate_gradient(gradient: Callable, params, batch, keys_B, accumulation:
 
     microbatches = jax.tree.map(deal, (batch, keys_B))
     first = jax.tree.map(lambda x: x[0], microbatches)
-    shapes = jax.eval_shape(gradient, params, *first)
+    shapes = jax.eval_shape(gradient, params, *first, others)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def body(total, microbatch):
-        sums = gradient(params, *microbatch)
+        sums = gradient(params, *microbatch, others)
         return jax.tree.map(jnp.add, total, sums), None
 
     return jax.lax.scan(body, zeros, microbatches)[0]

@@ -84,7 +84,7 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             streams_before = run.streams
             batch, batch_hash = run.next_batch()
             profile.before(run.step + 1)
-            run.state, metrics = train_step(run.state, batch)
+            run.state, metrics = train_step(run.state, batch, run.others)
             run.step += 1
             epochs = run.loader.epochs_begun()
             run.pending.append(PendingStep(run.step, metrics, batch_hash, streams_before, epochs))
@@ -178,6 +178,7 @@ class Run:
         self.evals: dict = {"step": -1, "names": [], "values": {}}
         self.saved_evals: dict | None = None  # as in the newest checkpoint
 
+        self.others = weights.load_others(self.experiment)
         newest = self.checkpointer.latest()
         if newest is None:
             self._begin()

@@ -5,6 +5,7 @@ config.init_resize draws rows for new tokens.
 import functools
 import logging
 from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,26 @@ def load_weights(
         fields = config_lib.stored_model(saved.meta, str(source), experiment.config.model.type)
         num_rows = fields["vocab_size"] or saved_tokenizer.vocab_size
         return _load_resized(experiment, load, num_rows, saved_tokenizer, source), saved.step
+
+
+def load_others(experiment: build.Experiment) -> dict[str, Any]:
+    """Returns the parameters of config.models by name. They are in no checkpoint of the run.
+
+    Raises:
+      ValueError: another tokenizer's model.
+    """
+    return {name: _load_other(experiment, name) for name in experiment.program.others}
+
+
+def _load_other(experiment: build.Experiment, name: str):
+    source = epath.Path(files.expand(experiment.config.models[name].init_from))
+    abstract_params = experiment.program.others[name].params
+    logging.info("the model %r from %s", name, source)
+    if hf.is_checkpoint(source):
+        return hf.Checkpoint(source).load(abstract_params, hf.progress_line(str(source)))
+    with checkpoint.open_run(source) as saved:
+        check_tokenizer(experiment, saved.meta, source)
+        return saved.restore_params(abstract_params, averaged=True)
 
 
 def _load_with_heads(

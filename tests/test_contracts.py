@@ -25,12 +25,18 @@ EXECUTIONS = {
 }
 
 
-def configure(tiny, name, **overrides):
+def configure(tiny, folder, name):
+    """The configuration of an objective; its reference model is trained first."""
     objective, changes = OBJECTIVES[name]
     config = tiny.copy_and_resolve_references().unlock()
+    if name == "weighted":
+        reference = config.copy_and_resolve_references()
+        reference.update_from_flattened_dict({"model.num_layers": 1, "train.length": "3 steps"})
+        run_training(reference, folder / "reference")
+        config.models.reference = ConfigDict({"init_from": str(folder / "reference")})
     config.objective = ConfigDict(objective)
     config.model.param_dtype = "float32"
-    config.update_from_flattened_dict(changes | overrides)
+    config.update_from_flattened_dict(changes)
     return config
 
 
@@ -38,7 +44,7 @@ def configure(tiny, name, **overrides):
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_objectives_are_the_same_on_every_mesh(tiny, tmp_path, name, execution):
     sizes, fsdp, accumulation = EXECUTIONS[execution]
-    config = configure(tiny, name)
+    config = configure(tiny, tmp_path, name)
     wanted = run_training(config, tmp_path / "one")
 
     config.mesh.update(sizes)
@@ -50,14 +56,14 @@ def test_objectives_are_the_same_on_every_mesh(tiny, tmp_path, name, execution):
     assert wanted["train/loss"] < lines[0]["train/loss"]  # it learns
     for line, other in zip(lines, others, strict=True):
         assert line["train/batch_hash"] == other["train/batch_hash"]
-        for key in ("train/loss", "train/class_loss", "train/grad_norm"):
+        for key in ("train/loss", "train/class_loss", "train/reference_loss", "train/grad_norm"):
             if key in line:
                 assert other[key] == pytest.approx(line[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_objectives_resume_bit_equal(tiny, tmp_path, monkeypatch, name):
-    config = configure(tiny, name)
+    config = configure(tiny, tmp_path, name)
     run_training(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         terminate_at(patch, build.Program, "batch_shardings", 1)  # before the first step
@@ -107,6 +113,26 @@ def test_transforms_are_a_function_of_the_row():
     restored.set_state({"rows_transformed": 2, "stream": 2})
     assert [next(restored), next(restored)] == rows[2:]
     assert len({random for _, random in rows} | {next(make(1))[1], next(make(0, 1))[1]}) == 6
+
+
+def test_a_reference_stays_what_it_is(tiny, tmp_path):
+    """Its loss on a batch is the same in the first step, whatever is trained, and where it is from
+    is checked before.
+    """
+    config = configure(tiny, tmp_path, "weighted")
+    run_training(config, tmp_path / "run")
+    config.seed = 3
+    config.data.streams = 8
+    run_training(config, tmp_path / "other")
+    firsts = [read_metrics(tmp_path / name)[0] for name in ("run", "other")]
+    assert firsts[0]["train/reference_loss"] < firsts[0]["train/loss"]
+
+    config.models.reference.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="config.models.reference.init_from = .* has no checkpo"):
+        run_training(config, tmp_path / "third")
+    config.models.reference.init_from = ""
+    with pytest.raises(ValueError, match="config.models.reference.init_from is empty"):
+        run_training(config, tmp_path / "third")
 
 
 # --- a loader that samples ---

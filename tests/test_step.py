@@ -76,7 +76,12 @@ def compile_step(loss, accumulation, nonfinite, changes):
     c.update(dict(changes))
     optimizer = optim.make_optimizer(c, axes, 100)
     train_step = step.make_train_step(
-        graphdef, loss, optimizer, seed=0, accumulation=accumulation, nonfinite=nonfinite
+        graphdef,
+        step.LossFns(loss),
+        optimizer,
+        seed=0,
+        accumulation=accumulation,
+        nonfinite=nonfinite,
     )
 
     # The step donates its state, so each needs arrays of its own.

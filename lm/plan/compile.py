@@ -196,7 +196,7 @@ def _train_job(config: ConfigDict, program: build.Program) -> _Job:
     batch = program.abstract_batch(config.data.batch_size)
     return _Job(
         program.train_step,
-        (program.abstract_state, batch),
+        (program.abstract_state, batch, {n: o.params for n, o in program.others.items()}),
         _model_flops(program, config.data.batch_size, config.data.length),
     )
 
