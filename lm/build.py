@@ -762,11 +762,12 @@ def log_summary(experiment: Experiment) -> None:
     """Logs what is about to run, in a few lines."""
     e, c = experiment, experiment.config
     p = e.program
-    count = sum(param.size for param in jax.tree.leaves(p.abstract_state.params))
+    leaves = jax.tree.leaves(p.abstract_state.params)
+    count = sum(param.size for param in leaves)
     logging.info(
         "model: %.2fM parameters (%s), computing in %s; mesh %s",
         count / 1e6,
-        c.model.param_dtype,
+        ", ".join(sorted({str(param.dtype) for param in leaves})),
         jnp.dtype(p.model_config.compute_dtype),
         {axis: n for axis, n in p.mesh.shape.items() if n > 1} or "one device",
     )

@@ -4,12 +4,17 @@ the same on every mesh and with accumulation, and bit-equal after a stop.
 
 import random
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 from lm import build, stopping
 from lm.data import pack
+from lm.decoding.sampling import Sampling, row_keys
+from lm.evals import entries
 from tests.helpers import assert_same_run, read_metrics, run_training, saved_steps, terminate_at
 from tests.toys import sampling
 
@@ -163,3 +168,57 @@ def test_checkpoints_off_the_boundaries(tiny, tmp_path, key, value):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=f"config.{key}: a checkpoint can't be saved after"):
         run_training(config, tmp_path / "run")
+
+
+# --- a model whose cache is a state ---
+
+
+def configure_recurrent(tiny):
+    config = tiny.copy_and_resolve_references().unlock()
+    config.model = ConfigDict(
+        {"type": "tests.toys.recurrent", "vocab_size": 0, "compute_dtype": "", "embed_dim": 32}
+    )
+    config.optimizer.learning_rate = 1e-2
+    return config
+
+
+def test_a_recurrent_model_is_the_same_on_every_mesh(tiny, tmp_path):
+    config = configure_recurrent(tiny)
+    config.train.length = "12 steps"
+    run_training(config, tmp_path / "one")
+    lines = read_metrics(tmp_path / "one")
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.5
+
+    for fsdp in ("by_hand", "partitioner"):
+        config.mesh.update(dict(data=2, fsdp=2, fsdp2=2))
+        config.train.update(dict(fsdp=fsdp, accumulation=1 if fsdp == "by_hand" else 4))
+        if fsdp == "partitioner":
+            config.mesh.update(dict(data=2, fsdp=1, fsdp2=1))
+        run_training(config, tmp_path / fsdp, devices=8 if fsdp == "by_hand" else 2)
+        for line, other in zip(lines, read_metrics(tmp_path / fsdp), strict=True):
+            assert other["train/loss"] == pytest.approx(line["train/loss"], rel=1e-4)
+
+
+def test_a_recurrent_model_decodes(tiny, tmp_path):
+    """Greedy text token by token is the best next token of the whole so far, each time."""
+    config = configure_recurrent(tiny)
+    config.evals.samples = entries.samples(("ab", "cde ab"), every=0, max_new_tokens=8)
+    config.evals.text = entries.perplexity(every=0, batch_size=8)
+    run_training(config, tmp_path / "run")
+    assert "⟫" in (tmp_path / "run" / "samples.md").read_text()
+
+    e = build.build(config, jax.devices()[:1])
+    with jax.set_mesh(e.program.mesh):
+        params = e.program.make_params(jax.random.key(0))
+        generator = e.eval_fns().make_generator(params, Sampling(temperature=0.0))
+        prompts = [[256, 97, 98], [256, 99]]
+        (first, second) = generator.generate(prompts, 6, row_keys([0, 1]))
+        model = nnx.merge(e.program.graphdef, params)
+        for prompt, continuation in zip(prompts, (first, second)):
+            ids = list(prompt)
+            for token in continuation:
+                arrays = np.array([ids, range(len(ids)), [1] * len(ids)], np.int32)[:, None]
+                logits = model.logits(model(*arrays).hidden)[0, -1]
+                assert int(jnp.argmax(logits[:258])) == token
+                ids.append(token)
+    assert first
