@@ -123,6 +123,7 @@ class LmContender:
         self.case = case
         self.state = program.init_state(params)
         self.train_step = program.train_step
+        self.fixed = program.abstract_fixed  # empty
         # A row is one document without padding.
         shape = (case.rows, case.length)
         positions = np.arange(case.length, dtype=np.int32)
@@ -141,7 +142,7 @@ class LmContender:
             ids = make_batch(self.case, step).astype(np.int32)
             arrays = dict(self.constant_arrays, tokens=ids[:, :-1], targets=ids[:, 1:])
             batch = self.jax.device_put(arrays, self.layout)
-            self.state, metrics = self.train_step(self.state, batch, {})
+            self.state, metrics = self.train_step(self.state, batch, self.fixed)
             losses.append(metrics["loss"])
 
         # Fetched at the end, so that no step waits for the host.

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import checkpoint, collectives, files, optim, sharding, startup, step
+from lm import checkpoint, collectives, files, optim, sharding, startup, step, trained
 from lm import config as config_lib
 from lm.data import batch as batch_contract
 from lm.data import pack, roles
@@ -268,10 +268,15 @@ def abstract_model(
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     layouts = sharding.shardings(params, sharding.logical_axes(abstract), mesh)
 
-    def lay_out(param, layout):
-        return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=layout)
+    return AbstractModel(model_config, graphdef, jax.tree.map(_lay_out, params, layouts), mesh)
 
-    return AbstractModel(model_config, graphdef, jax.tree.map(lay_out, params, layouts), mesh)
+
+def _lay_out(param, layout):
+    return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=layout)
+
+
+def _layout(leaf):
+    return leaf.sharding
 
 
 def other_model(
@@ -378,13 +383,17 @@ class Program:
     flops_per_token: Callable  # (length, causal=True) -> model FLOPs
     objective: Objective
     optimizer: optim.Optimizer
-    abstract_state: step.TrainState  # ShapeDtypeStructs with shardings
-    others: dict[str, AbstractModel]  # of config.models
+    # ShapeDtypeStructs with shardings: all parameters of the model; the state, with those that are
+    # trained; and what is fixed
+    abstract_params: dict
+    abstract_state: step.TrainState
+    abstract_fixed: step.Fixed
+    is_trained: Callable  # path of a parameter -> bool
     make_params: Callable  # jitted: key -> parameters
-    init_state: Callable  # jitted: parameters -> TrainState, donates them
-    # jitted: (state, batch, parameters of `others`) -> (state, metrics), donates the state
+    init_state: Callable  # jitted: trained parameters -> TrainState, donates them
+    # jitted: (state, batch, fixed) -> (state, metrics), donates the state
     train_step: Callable
-    eval_params: Callable  # jitted: (params, opt_state) -> parameters to evaluate
+    eval_params: Callable  # jitted: (trained parameters, opt_state) -> those to evaluate
     eval_fns: CompiledFns  # what evaluators ask of the model, but for generation
 
     def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -425,32 +434,31 @@ def program(
             f"{model_config.context_length}"
         )
     graphdef, abstract = _abstract(make_model)
-    axes = sharding.logical_axes(abstract)
-    optimizer = optim.make_optimizer(c.optimizer, axes, total_steps)
+    params = _divide(c, abstract, mesh)
+    optimizer = optim.make_optimizer(c.optimizer, params.trained_axes, total_steps)
     objective = make_objective(c)
-    others = {}
+
+    # Other models that the objective asks.
+    graphdefs, other_params = {}, {}
     for name in c.models:
-        others[name] = other_model(c, name, devices, vocab_size)
-    other_params = {name: other.params for name, other in others.items()}
+        other = other_model(c, name, devices, vocab_size)
+        graphdefs[name], other_params[name] = other.graphdef, other.params
+    abstract_fixed = step.Fixed(params.frozen, other_params)
 
     # The train step, and where its state lies.
     train_step = step.make_train_step(
         graphdef,
-        step.LossFns(
-            objective.loss,
-            objective.prepare,
-            {name: other.graphdef for name, other in others.items()},
-        ),
+        step.LossFns(objective.loss, objective.prepare, graphdefs),
         optimizer,
         seed=c.seed,
         accumulation=c.train.accumulation,
         nonfinite=c.train.nonfinite,
-        wrap_gradient=_gradient_wrapper(c, mesh, axes, objective, other_params),
+        wrap_gradient=_gradient_wrapper(c, mesh, params.trained_axes, objective, abstract_fixed),
     )
-    abstract_state = step.abstract_state(nnx.to_pure_dict(abstract), axes, optimizer, mesh)
+    abstract_state = step.abstract_state(params.trained, params.trained_axes, optimizer, mesh)
     if hasattr(model_config, "check_mesh"):
         model_config.check_mesh(mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    shardings = jax.tree.map(_layout, abstract_state)
 
     def make_params(key):
         return nnx.to_pure_dict(nnx.split(make_model(key), nnx.Param)[1])
@@ -467,14 +475,16 @@ def program(
         objective=objective,
         flops_per_token=functools.partial(model_module(c).flops_per_token, model_config),
         optimizer=optimizer,
+        abstract_params=params.whole,
         abstract_state=abstract_state,
-        others=others,
+        abstract_fixed=abstract_fixed,
+        is_trained=params.is_trained,
         # Under jit one seed gives the same bits on every mesh.
-        make_params=jax.jit(make_params, out_shardings=shardings.params),
+        make_params=jax.jit(make_params, out_shardings=jax.tree.map(_layout, params.whole)),
         init_state=jax.jit(init_state, out_shardings=shardings, donate_argnums=0),
         train_step=jax.jit(
             train_step,
-            in_shardings=(shardings, None, jax.tree.map(lambda x: x.sharding, other_params)),
+            in_shardings=(shardings, None, jax.tree.map(_layout, abstract_fixed)),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
             compiler_options=startup.compiler_options(devices[0]),
@@ -482,6 +492,39 @@ def program(
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params),
         eval_fns=make_eval_fns(graphdef, objective, mesh),
     )
+
+
+class _Parameters(NamedTuple):
+    """A model's parameters as ShapeDtypeStructs with shardings: all, and the two parts of them."""
+
+    whole: dict
+    trained: dict
+    frozen: dict
+    trained_axes: dict  # logical axes
+    is_trained: Callable  # path -> bool
+
+
+def _divide(config: ConfigDict, abstract, mesh: Mesh) -> _Parameters:
+    """Divides the parameters by config.train.trained.
+
+    Raises:
+      ValueError: patterns without a meaning, or nothing that frozen parameters come from; see
+        `lm.sharding.shardings`.
+    """
+    axes = sharding.logical_axes(abstract)
+    patterns = config.train.trained
+    is_trained = trained.parse(patterns, trained.paths_of(axes))
+    params = nnx.to_pure_dict(abstract)
+    whole = jax.tree.map(_lay_out, params, sharding.shardings(params, axes, mesh))
+
+    trained_part, frozen_part = trained.split(whole, is_trained)
+    if frozen_part and not config.init_from:
+        raise ValueError(
+            f"config.train.trained = {patterns!r} keeps parameters as config.init_from has them, "
+            "which is empty"
+        )
+    trained_axes, _ = trained.split(axes, is_trained)
+    return _Parameters(whole, trained_part, frozen_part, trained_axes, is_trained)
 
 
 def make_eval_fns(graphdef, objective, mesh: Mesh) -> CompiledFns:
@@ -521,7 +564,7 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def _gradient_wrapper(
-    config: ConfigDict, mesh: Mesh, axes: dict, objective: Objective, other_params: dict
+    config: ConfigDict, mesh: Mesh, axes: dict, objective: Objective, abstract_fixed: step.Fixed
 ) -> Callable | None:
     """Returns the wrapper that makes the gradient manual (config.train.fsdp = "by_hand"), or None,
     which leaves FSDP's collectives to GSPMD ("partitioner").
@@ -548,7 +591,7 @@ def _gradient_wrapper(
         mesh=mesh,
         axes=axes,
         batch_dims={name: array.dims for name, array in arrays.items()},
-        other_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, other_params),
+        fixed_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_fixed),
         reduce_dtype=c.grad_reduce_dtype,
         joint_gather=c.fsdp_gather == "joint",
     )
@@ -670,8 +713,8 @@ def build(
     """
     c = config
     config_lib.check(c)
-    if c.init_new_heads and not c.init_from:
-        raise ValueError("config.init_new_heads needs config.init_from: a fresh model has all new")
+    if c.init_new and not c.init_from:
+        raise ValueError("config.init_new needs config.init_from: all of a fresh model is new")
     for name, entry in c.evals.items():
         entries.check(name, entry.to_dict())
     if c.init_resize and not c.init_from:
@@ -748,7 +791,7 @@ def _check_memory(program: Program) -> None:
     """
     if program.devices[0].platform != "cpu":
         return
-    leaves = jax.tree.leaves(program.abstract_state)
+    leaves = jax.tree.leaves((program.abstract_state, program.abstract_fixed))
     wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if wanted > memory * jax.process_count():
@@ -762,7 +805,8 @@ def log_summary(experiment: Experiment) -> None:
     """Logs what is about to run, in a few lines."""
     e, c = experiment, experiment.config
     p = e.program
-    leaves = jax.tree.leaves(p.abstract_state.params)
+    leaves = jax.tree.leaves(p.abstract_params)
+    num_trained = sum(param.size for param in jax.tree.leaves(p.abstract_state.params))
     count = sum(param.size for param in leaves)
     logging.info(
         "model: %.2fM parameters (%s), computing in %s; mesh %s",
@@ -771,6 +815,8 @@ def log_summary(experiment: Experiment) -> None:
         jnp.dtype(p.model_config.compute_dtype),
         {axis: n for axis, n in p.mesh.shape.items() if n > 1} or "one device",
     )
+    if num_trained < count:
+        logging.info("%.2fM of them are trained", num_trained / 1e6)
     logging.info(
         "data: %s, %d training documents, fingerprint %s; tokenizer %s, %d ids",
         c.data.source,

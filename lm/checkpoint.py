@@ -444,11 +444,10 @@ class SavedCheckpoint:
         self.meta = _restore_meta(manager, step)
         self._manager = manager
 
-    def heads(self) -> set[str]:
-        """Returns the names of the model's heads beside the vocabulary's."""
+    def paths(self) -> set[str]:
+        """Returns the paths of the model's parameters: "embed/table"."""
         stored = self._manager.item_metadata(self.step).state.tree
-        prefix = "params/heads/"
-        return {path.split("/")[2] for path in stored if path.startswith(prefix)}
+        return {path.removeprefix("params/") for path in stored if path.startswith("params/")}
 
     def restore_params(self, abstract_params, *, averaged: bool):
         """Returns the model's parameters.
@@ -461,6 +460,13 @@ class SavedCheckpoint:
           ValueError: other parameters, shapes or dtypes than the checkpoint's.
         """
         stored = self._manager.item_metadata(self.step).state.tree
+        missing = sorted({f"params/{p}" for p in flatten(abstract_params)} - stored.keys())
+        if "frozen" in self.meta and missing:
+            raise ValueError(
+                f"{self._manager.directory} has trained parameters only (config.train.trained), "
+                f"not {missing[:3]}; --mode=eval with the run's configuration takes the others "
+                f"from {self.meta['frozen']['init_from']!r}"
+            )
         self._check_size(abstract_params)
         has_average = any(path.startswith("opt_state/ema/") for path in stored)
         if not (averaged and has_average):

@@ -44,11 +44,11 @@ def shard_map_gradient(
     mesh: Mesh,
     axes,
     batch_dims,
-    other_specs,
+    fixed_specs,
     reduce_dtype,
     joint_gather: bool,
 ) -> Callable:
-    """Wraps `gradient(params, batch, keys_B, others) -> (grads, count, terms)` into a shard_map.
+    """Wraps `gradient(params, batch, keys_B, fixed) -> (grads, count, terms)` into a shard_map.
 
     Each device computes it from its own rows, with FSDP's collectives written out. GSPMD reduces
     gradients over all axes of a torus by an all-reduce on TPUs, which moves twice the bytes. One
@@ -59,7 +59,7 @@ def shard_map_gradient(
         by `scatter_grad`.
       axes: the parameters' logical axes.
       batch_dims: name of a batch's array -> the dims of a row, see `lm.data.batch.Array`.
-      other_specs: how the parameters of the other models are split.
+      fixed_specs: how what the gradient reads besides is split.
       reduce_dtype: of the gradients on the wire.
       joint_gather: gathers over fsdp and fsdp2 at once. A two-dimensional torus does that at full
         speed, and overlapped. On a three-dimensional one the compiler makes it an all-reduce, which
@@ -70,13 +70,13 @@ def shard_map_gradient(
     )
     split_axes = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
-    def local(params, batch, keys_B, others):
-        grads, *sums = gradient(params, batch, keys_B, others)
+    def local(params, batch, keys_B, fixed):
+        grads, *sums = gradient(params, batch, keys_B, fixed)
         if split_axes:
             sums = jax.tree.map(lambda x: jax.lax.psum(x, split_axes), sums)
         return grads, *sums
 
-    def wrapped(params, batch, keys_B, others):
+    def wrapped(params, batch, keys_B, fixed):
         settings = ManualFsdp(jnp.dtype(reduce_dtype), joint_gather)
         token = _MANUAL_FSDP.set(settings)
         try:
@@ -84,10 +84,10 @@ def shard_map_gradient(
             return jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(specs, rows, batch_sharding(mesh, ()).spec, other_specs),
+                in_specs=(specs, rows, batch_sharding(mesh, ()).spec, fixed_specs),
                 out_specs=(specs, PartitionSpec(), PartitionSpec()),
                 check_vma=False,
-            )(params, batch, keys_B, others)
+            )(params, batch, keys_B, fixed)
         finally:
             _MANUAL_FSDP.reset(token)
 

@@ -247,6 +247,9 @@ class Train:
     # "N steps", "N tokens" (positions of the batches) or "X epochs" (each has every document once)
     length: str = "1000 steps"
     accumulation: int = integer(1, least=1, most=2**20)  # microbatches a step
+    # Patterns of the parameters that are trained, with commas between them; those behind a "!" are
+    # not: "*,!embed/*". The others stay as init_from has them, and are in no checkpoint.
+    trained: str = "*"
     # FSDP's collectives: partitioner (auto, by GSPMD) | by_hand (manual, by shard_map; faster on
     # TPU pods)
     fsdp: str = one_of("partitioner", "by_hand")
@@ -310,8 +313,9 @@ class Run:
     # directory of a Hugging Face checkpoint, which also decides config.model (but for its execution
     # and param_dtype) and, if tokenizer.path is "", the tokenizer.
     init_from: str = ""
-    # heads that init_from doesn't have are drawn at random; False: that is an error
-    init_new_heads: bool = False
+    # Patterns, with commas between them, of parameters that are drawn at random where init_from
+    # has none: "heads/*". Others that it lacks are an error.
+    init_new: str = ""
     # Whether the tokenizer may have ids that init_from's lacks, behind all of its own: tables of
     # the vocabulary keep their rows, and those of the new ids are drawn.
     init_resize: bool = False

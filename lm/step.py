@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import sharding
+from lm import sharding, trained
 from lm.nn import masks
 from lm.optim import Optimizer
 
@@ -87,6 +87,21 @@ def _layout_of(path: str, shape: tuple[int, ...], by_path: dict) -> NamedShardin
     return None
 
 
+class Fixed(NamedTuple):
+    """What a step reads and doesn't change.
+
+    Attributes:
+      frozen: the parameters that aren't trained, see `lm.trained`.
+      others: the parameters of other models, by name.
+    """
+
+    frozen: Mapping[str, Any]
+    others: Mapping[str, Any]
+
+
+NOTHING_FIXED = Fixed({}, {})
+
+
 class LossFns(NamedTuple):
     """What a step computes of a batch, besides the gradient.
 
@@ -112,8 +127,7 @@ def make_train_step(
     nonfinite: str,
     wrap_gradient: Callable | None = None,
 ) -> Callable:
-    """Returns `train_step(state, batch, others) -> (state, metrics)`; `others` are the parameters
-    of the other models by name, which stay as they are.
+    """Returns `train_step(state, batch, fixed) -> (state, metrics)`; `fixed` is a `Fixed`.
 
     Args:
       graphdef: from `nnx.split(model, nnx.Param)`.
@@ -136,14 +150,13 @@ def make_train_step(
     if wrap_gradient:
         gradient = wrap_gradient(gradient)
 
-    def train_step(state: TrainState, batch, others=types.MappingProxyType({})):
-        others = dict(others)
+    def train_step(state: TrainState, batch, fixed: Fixed = NOTHING_FIXED):
         loss_key = jax.random.fold_in(jax.random.fold_in(root, LOSS), state.step)
         rounding_key = jax.random.fold_in(jax.random.fold_in(root, ROUNDING), state.step)
 
         if loss_fns.prepare is not None:
-            other_models = merge_each(loss_fns.other_graphdefs, others)
-            model = nnx.merge(graphdef, state.params)
+            other_models = merge_each(loss_fns.other_graphdefs, fixed.others)
+            model = nnx.merge(graphdef, trained.merge(state.params, fixed.frozen))
             prepared = loss_fns.prepare(batch, model, **other_models)
             batch = batch | jax.lax.stop_gradient(prepared)
 
@@ -153,7 +166,7 @@ def make_train_step(
 
         # The gradient of the mean loss, from sums.
         grads, count, terms = accumulate_gradient(
-            gradient, state.params, batch, keys_B, others, accumulation
+            gradient, state.params, batch, keys_B, fixed, accumulation
         )
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
         params, opt_state, scalars = optimizer.update(
@@ -196,14 +209,14 @@ def merge_each(graphdefs: Mapping[str, Any], params: Mapping[str, Any]) -> dict[
 
 
 def make_gradient(graphdef, loss_fns: LossFns) -> Callable:
-    """Returns `gradient(params, batch, keys_B, others) -> (grads, count, terms)`: sums over a
+    """Returns `gradient(params, batch, keys_B, fixed) -> (grads, count, terms)`: sums over a
     microbatch.
     """
 
-    def gradient(params, batch, keys_B, others):
+    def gradient(params, batch, keys_B, fixed):
         def loss_sum(params):
-            model = nnx.merge(graphdef, params)
-            other_models = merge_each(loss_fns.other_graphdefs, others)
+            model = nnx.merge(graphdef, trained.merge(params, fixed.frozen))
+            other_models = merge_each(loss_fns.other_graphdefs, fixed.others)
             value, count, terms = loss_fns.loss(model, batch, keys_B, **other_models)
             return value, (count, terms)
 
@@ -213,13 +226,13 @@ def make_gradient(graphdef, loss_fns: LossFns) -> Callable:
     return gradient
 
 
-def accumulate_gradient(gradient: Callable, params, batch, keys_B, others, accumulation: int):
+def accumulate_gradient(gradient: Callable, params, batch, keys_B, fixed, accumulation: int):
     """The sums of `gradient` over the microbatches of a batch; gradients in f32."""
     # Differentiates with respect to f32 copies: gradients stay f32 through `scatter_grad`, and are
     # accumulated in f32.
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     if accumulation == 1:
-        return gradient(params, batch, keys_B, others)
+        return gradient(params, batch, keys_B, fixed)
 
     # Rows are dealt, not cut into blocks: every device keeps a share of each microbatch.
     def deal(x):
@@ -228,11 +241,11 @@ def accumulate_gradient(gradient: Callable, params, batch, keys_B, others, accum
 
     microbatches = jax.tree.map(deal, (batch, keys_B))
     first = jax.tree.map(lambda x: x[0], microbatches)
-    shapes = jax.eval_shape(gradient, params, *first, others)
+    shapes = jax.eval_shape(gradient, params, *first, fixed)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def body(total, microbatch):
-        sums = gradient(params, *microbatch, others)
+        sums = gradient(params, *microbatch, fixed)
         return jax.tree.map(jnp.add, total, sums), None
 
     return jax.lax.scan(body, zeros, microbatches)[0]

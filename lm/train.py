@@ -14,8 +14,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, claim, evaluate, files, stopping, telemetry, weights
+from lm import build, checkpoint, claim, evaluate, files, stopping, telemetry, trained, weights
 from lm import config as config_lib
+from lm import step as step_lib
 from lm.reports import metrics as metrics_lib
 
 
@@ -84,7 +85,7 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             streams_before = run.streams
             batch, batch_hash = run.next_batch()
             profile.before(run.step + 1)
-            run.state, metrics = train_step(run.state, batch, run.others)
+            run.state, metrics = train_step(run.state, batch, run.fixed)
             run.step += 1
             epochs = run.loader.epochs_begun()
             run.pending.append(PendingStep(run.step, metrics, batch_hash, streams_before, epochs))
@@ -170,6 +171,7 @@ class Run:
         closing.callback(self.loader.close)
         self._check_boundaries()
         self._stop_asked = False
+        self._frozen_meta: dict | None = None  # what a checkpoint says of the frozen parameters
 
         # What was measured.
         self.pending: collections.deque[PendingStep] = collections.deque()
@@ -178,7 +180,7 @@ class Run:
         self.evals: dict = {"step": -1, "names": [], "values": {}}
         self.saved_evals: dict | None = None  # as in the newest checkpoint
 
-        self.others = weights.load_others(self.experiment)
+        self.fixed = step_lib.Fixed({}, weights.load_others(self.experiment))
         newest = self.checkpointer.latest()
         if newest is None:
             self._begin()
@@ -190,8 +192,11 @@ class Run:
             self._write_config_and_tokenizer(config_file)
 
         self.progress = telemetry.Progress(self.total_steps, self.step)
-        program, data = self.experiment.program, config.data
-        self.timer = telemetry.Timer(
+        self.timer = self._make_timer()
+
+    def _make_timer(self) -> telemetry.Timer:
+        program, data = self.experiment.program, self.config.data
+        return telemetry.Timer(
             program.devices,
             flops_per_token=program.flops_per_token(data.length),
             full_flops_per_token=program.flops_per_token(data.length, causal=False),
@@ -223,7 +228,9 @@ class Run:
             logging.info("weights from %s, step %d", c.init_from, step)
         else:
             params = program.make_params(jax.random.key(c.seed))
-        self.state = program.init_state(params)
+        trained_params, frozen = trained.split(params, program.is_trained)
+        self.state = program.init_state(trained_params)
+        self._fix(frozen)
         self.streams = self.loader.state()
 
     def _resume(self, step: int) -> None:
@@ -247,6 +254,8 @@ class Run:
             )
 
         self.state = self.checkpointer.restore(step, e.program.abstract_state)
+        if "frozen" in meta:
+            self._fix(weights.load_frozen(e, meta["frozen"], str(self.workdir)))
         # A state that was saved halted tries again: with train.nonfinite="skip", or mended data, it
         # goes on.
         not_halted = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
@@ -258,6 +267,13 @@ class Run:
         self.evals = meta["evals"]
         self.saved_evals = copy.deepcopy(self.evals)
         logging.info("going on from step %d", step)
+
+    def _fix(self, frozen: dict) -> None:
+        """Keeps the parameters that aren't trained."""
+        self.fixed = self.fixed._replace(frozen=frozen)
+        self._frozen_meta = None
+        if frozen:
+            self._frozen_meta = weights.describe_frozen(self.config, frozen)
 
     def _write_config_and_tokenizer(self, config_file: epath.Path) -> None:
         files.write_whole(config_file, json.dumps(self.config.to_dict(), indent=2) + "\n")
@@ -274,7 +290,8 @@ class Run:
         """The next batch and its hash. Counts the time in which the devices wait for it."""
         began = time.monotonic()
         idle_before = not self.pending
-        batch, batch_hash = self.loader.next(self.state.params)
+        params = trained.merge(self.state.params, self.fixed.frozen)
+        batch, batch_hash = self.loader.next(params)
         self.streams = self.loader.state()
         if idle_before or self.pending[-1].metrics["grad_norm"].is_ready():
             self.timer.waited_for_data(time.monotonic() - began)
@@ -394,6 +411,7 @@ class Run:
         if self.evals["step"] != step:
             self.evals = {"step": step, "names": [], "values": {}}
         params = self.experiment.program.eval_params(self.state.params, self.state.opt_state)
+        params = trained.merge(params, self.fixed.frozen)
         for name in names:
             began = time.monotonic()
             evaluator = self.evaluators[name]
@@ -417,6 +435,8 @@ class Run:
             "evals": self.evals,
             "tokenizer": checkpoint.tokenizer_to_meta(e.tokenizer),
         }
+        if self._frozen_meta:
+            meta["frozen"] = self._frozen_meta
         self.writer.flush()
         metrics = self.evals["values"] if self.evals["step"] == step else {}
         # A copy: Orbax writes later, and the run goes on changing its dicts.

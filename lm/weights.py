@@ -2,6 +2,7 @@
 config.init_resize draws rows for new tokens.
 """
 
+import fnmatch
 import functools
 import logging
 from collections.abc import Callable, Collection
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, files
+from lm import build, checkpoint, files, trained
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import Tokenizer
@@ -33,15 +34,15 @@ def load_weights(
 
     Raises:
       ValueError: there is none, or it is another model's, or another tokenizer's (with
-        config.init_resize, one whose ids the experiment's doesn't have); or it has no head that the
-        model has, unless config.init_new_heads wants that.
+        config.init_resize, one whose ids the experiment's doesn't have); or it lacks parameters
+        that config.init_new doesn't name.
     """
-    abstract_params = experiment.program.abstract_state.params
+    abstract_params = experiment.program.abstract_params
     resizes = experiment.config.init_resize
     if hf.is_checkpoint(source):
         hf_checkpoint = hf.Checkpoint(source)
         read = functools.partial(hf_checkpoint.load, progress=hf.progress_line(str(source)))
-        load = functools.partial(_load_with_heads, experiment, read, (), source)
+        load = functools.partial(_load_with_new, experiment, read, None, source)
         if not resizes:
             return load(abstract_params), 0
         num_rows = hf_checkpoint.fields["vocab_size"]
@@ -50,7 +51,9 @@ def load_weights(
     with checkpoint.open_run(source, step) as saved:
         checkpoint.check_meta(saved.meta, str(source))
         read = functools.partial(saved.restore_params, averaged=averaged)
-        load = functools.partial(_load_with_heads, experiment, read, saved.heads(), source)
+        load = functools.partial(_load_with_new, experiment, read, saved.paths(), source)
+        if "frozen" in saved.meta:
+            return _load_with_frozen(experiment, saved, averaged, source), saved.step
         if not resizes:
             check_tokenizer(experiment, saved.meta, source, RESIZE_ADVICE)
             return load(abstract_params), saved.step
@@ -60,18 +63,69 @@ def load_weights(
         return _load_resized(experiment, load, num_rows, saved_tokenizer, source), saved.step
 
 
+def describe_frozen(config: ConfigDict, frozen: dict) -> dict[str, str]:
+    """What a checkpoint says of the parameters that it doesn't have."""
+    return {"init_from": config.init_from, "fingerprint": trained.fingerprint(frozen)}
+
+
+def load_frozen(experiment: build.Experiment, meta: dict, where: str) -> dict:
+    """Returns the parameters that aren't trained, from config.init_from.
+
+    Args:
+      meta: what `describe_frozen` said of them.
+      where: what errors call the checkpoint.
+
+    Raises:
+      ValueError: they are others than those that the checkpoint was trained with.
+    """
+    config = experiment.config
+    source = epath.Path(files.expand(config.init_from))
+    params, _ = load_weights(experiment, source, averaged=False)
+    _, frozen = trained.split(params, experiment.program.is_trained)
+    found = trained.fingerprint(frozen)
+    if found != meta["fingerprint"]:
+        raise ValueError(
+            f"{where} was trained on frozen parameters with the fingerprint {meta['fingerprint']}, "
+            f"from {meta['init_from']!r}; config.init_from = {config.init_from!r} gives {found}"
+        )
+    return frozen
+
+
+def _load_with_frozen(
+    experiment: build.Experiment,
+    saved: checkpoint.SavedCheckpoint,
+    averaged: bool,
+    source: epath.Path,
+) -> dict:
+    """The parameters of a run that trains a part of them: the rest is in config.init_from.
+
+    Raises:
+      ValueError: the configuration doesn't say where the rest is, or says it otherwise.
+    """
+    config = experiment.config
+    if not config.init_from or epath.Path(files.expand(config.init_from)) == source:
+        raise ValueError(
+            f"{source} has trained parameters only (config.train.trained); the others are in "
+            f"{saved.meta['frozen']['init_from']!r}, which config.init_from should name"
+        )
+    check_tokenizer(experiment, saved.meta, source)
+    abstract_trained = experiment.program.abstract_state.params
+    params = saved.restore_params(abstract_trained, averaged=averaged)
+    return trained.merge(params, load_frozen(experiment, saved.meta["frozen"], str(source)))
+
+
 def load_others(experiment: build.Experiment) -> dict[str, Any]:
     """Returns the parameters of config.models by name. They are in no checkpoint of the run.
 
     Raises:
       ValueError: another tokenizer's model.
     """
-    return {name: _load_other(experiment, name) for name in experiment.program.others}
+    return {name: _load_other(experiment, name) for name in experiment.config.models}
 
 
 def _load_other(experiment: build.Experiment, name: str):
     source = epath.Path(files.expand(experiment.config.models[name].init_from))
-    abstract_params = experiment.program.others[name].params
+    abstract_params = experiment.program.abstract_fixed.others[name]
     logging.info("the model %r from %s", name, source)
     if hf.is_checkpoint(source):
         return hf.Checkpoint(source).load(abstract_params, hf.progress_line(str(source)))
@@ -80,51 +134,63 @@ def _load_other(experiment: build.Experiment, name: str):
         return saved.restore_params(abstract_params, averaged=True)
 
 
-def _load_with_heads(
+def _load_with_new(
     experiment: build.Experiment,
     read: Callable,
-    stored: Collection[str],
+    stored: Collection[str] | None,
     source: epath.Path,
     abstract_params: dict,
 ) -> dict:
-    """The parameters, with fresh heads where `source` has none.
+    """The parameters, those of config.init_new that `source` doesn't have as in a fresh model.
 
     Args:
       read: abstract parameters -> parameters.
-      stored: the names of the heads that are at `source`.
+      stored: the paths of the parameters at `source`; None: all that no fresh ones are wanted for.
 
     Raises:
-      ValueError: heads that aren't there, and that the configuration doesn't want to be drawn.
+      ValueError: other parameters that aren't there.
     """
-    heads = abstract_params.get("heads", {})
-    new = [name for name in heads if name not in stored]
-    if not new:
-        return read(abstract_params)
-    if not experiment.config.init_new_heads:
+    patterns = experiment.config.init_new.split(",")
+
+    def is_wanted(path: str) -> bool:
+        return any(fnmatch.fnmatchcase(path, pattern.strip()) for pattern in patterns)
+
+    def is_stored(path: str) -> bool:
+        return not is_wanted(path) if stored is None else path in stored
+
+    paths = trained.paths_of(abstract_params)
+    missing = [path for path in paths if not is_stored(path) and not is_wanted(path)]
+    # No family of Hugging Face's has them.
+    if stored is None:
+        missing = [path for path in paths if path.startswith("heads/") and is_stored(path)]
+    if missing:
         raise ValueError(
-            f"{source} has no heads {new} (config.model.heads = "
-            f"{experiment.config.model.heads!r}); config.init_new_heads = True draws them at random"
+            f"{source} has no {missing[:5]}; config.init_new = 'heads/*' (patterns with commas "
+            "between them) draws such parameters at random"
         )
 
-    abstract_stored = {name: value for name, value in abstract_params.items() if name != "heads"}
-    if kept := {name: head for name, head in heads.items() if name in stored}:
-        abstract_stored["heads"] = kept
+    abstract_stored, abstract_new = trained.split(abstract_params, is_stored)
     params = read(abstract_stored)
+    if not abstract_new:
+        return params
+    logging.info("drawn at random: %s", ", ".join(trained.paths_of(abstract_new)))
 
-    logging.info("heads drawn at random: %s", ", ".join(new))
-    make_params = experiment.program.make_params
-    fresh = jax.jit(lambda key: make_params(key)["heads"])(jax.random.key(experiment.config.seed))
-    drawn = {name: fresh[name] for name in new}
-    return params | {"heads": params.get("heads", {}) | drawn}
+    def draw(key):
+        return trained.split(experiment.program.make_params(key), is_stored)[1]
+
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract_new)
+    fresh = jax.jit(draw, out_shardings=layouts)(jax.random.key(experiment.config.seed))
+    return trained.merge(params, fresh)
 
 
 def source_of(config: ConfigDict, workdir: epath.Path) -> epath.Path:
-    """Where the weights to be looked at lie: config.init_from, or else the run directory.
+    """Where the weights to be looked at lie: the run directory if it has checkpoints, or else
+    config.init_from.
 
     Raises:
       ValueError: there are none at config.init_from.
     """
-    if not config.init_from:
+    if not config.init_from or checkpoint.steps(workdir / "checkpoints"):
         return workdir
     source = epath.Path(files.expand(config.init_from))
     if not (hf.is_checkpoint(source) or checkpoint.steps(source / "checkpoints")):
@@ -173,7 +239,7 @@ def _load_resized(
         ids.
     """
     program = experiment.program
-    abstract_params = program.abstract_state.params
+    abstract_params = program.abstract_params
     _check_extends(experiment.tokenizer, source_tokenizer, where)
     num_kept = min(source_tokenizer.vocab_size, num_rows)
     num_new = experiment.tokenizer.vocab_size - num_kept
@@ -235,7 +301,7 @@ def _vocabulary_tables(experiment: build.Experiment):
     def is_larger(leaf, larger_leaf):
         return leaf.shape != larger_leaf.shape
 
-    return jax.tree.map(is_larger, program.abstract_state.params, larger_params)
+    return jax.tree.map(is_larger, program.abstract_params, larger_params)
 
 
 def _check_extends(new: Tokenizer, old: Tokenizer, where: epath.Path) -> None:

@@ -8,14 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lm import build, stopping
+from lm import build, evaluate, generate, sharding, stopping, trained
 from lm.data import pack
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import entries
-from tests.helpers import assert_same_run, read_metrics, run_training, saved_steps, terminate_at
+from tests.helpers import (
+    assert_same_run,
+    read_checkpoint,
+    read_metrics,
+    run_training,
+    saved_steps,
+    terminate_at,
+)
 from tests.toys import sampling
 
 OBJECTIVES = {
@@ -222,3 +230,129 @@ def test_a_recurrent_model_decodes(tiny, tmp_path):
                 assert int(jnp.argmax(logits[:258])) == token
                 ids.append(token)
     assert first
+
+
+# --- a part of the parameters ---
+
+
+def configure_adapter(tiny, folder):
+    """An adapter on a base that was trained without it."""
+    base = tiny.copy_and_resolve_references().unlock()
+    run_training(base, folder / "base")
+    config = base.copy_and_resolve_references()
+    config.model.type = "tests.toys.adapter"
+    config.init_from = str(folder / "base")
+    config.init_new = config.train.trained = "down,up"
+    config.optimizer.learning_rate = 1e-2
+    config.evals.text = entries.perplexity(every=3, batch_size=8)
+    return config
+
+
+def test_what_is_frozen_is_in_no_checkpoint(tiny, tmp_path):
+    """Nor is it changed: the state has the adapter alone, and evals have both."""
+    config = configure_adapter(tiny, tmp_path)
+    run_training(config, tmp_path / "run")
+    state, meta = read_checkpoint(tmp_path / "run", 6)
+    paths = [path for path in state if "embed" in path or "layers" in path]
+    assert not paths
+    assert {path for path in state if path.startswith("params/")} == {"params/down", "params/up"}
+    assert meta["frozen"]["init_from"] == str(tmp_path / "base")
+
+    lines = read_metrics(tmp_path / "run")
+    losses = [line["eval/text/loss"] for line in lines if "eval/text/loss" in line]
+    assert losses[1] < losses[0]
+    one = evaluate.evaluate(config, epath.Path(tmp_path / "run"), jax.devices()[:1])
+    assert one["eval/text/loss"] == losses[1]
+
+    # Without the base there is no model, and another base is noticed.
+    with pytest.raises(ValueError, match="has trained parameters only .* --mode=eval"):
+        generate.load(
+            epath.Path(tmp_path / "run"),
+            jax.devices()[:1],
+            Sampling(),
+            model_type="tests.toys.adapter",
+        )
+    other = tiny.copy_and_resolve_references().unlock()
+    other.seed = 5
+    run_training(other, tmp_path / "other")
+    config.init_from = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="frozen parameters with the fingerprint"):
+        evaluate.evaluate(config, epath.Path(tmp_path / "run"), jax.devices()[:1])
+
+
+def test_an_adapter_is_the_same_on_every_mesh_and_resumes(tiny, tmp_path, monkeypatch):
+    config = configure_adapter(tiny, tmp_path)
+    config.model.param_dtype = "bfloat16"
+    run_training(config, tmp_path / "one")
+    stop_in_step(config, tmp_path / "stopped", monkeypatch, 4)
+    run_training(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "one", 6)
+
+    lines = read_metrics(tmp_path / "one")
+    for name, (sizes, fsdp, accumulation) in EXECUTIONS.items():
+        config.mesh.update(dict(data=1, fsdp=1, fsdp2=1, tensor=1, sequence=1) | sizes)
+        config.train.update(dict(fsdp=fsdp, accumulation=accumulation))
+        devices = int(np.prod(list(sizes.values()), dtype=int))
+        run_training(config, tmp_path / name, devices=devices)
+        for line, other in zip(lines, read_metrics(tmp_path / name), strict=True):
+            for key in ("train/loss", "train/grad_norm"):
+                if key in line:
+                    assert other[key] == pytest.approx(line[key], rel=1e-3), (name, key)
+
+
+def test_only_what_is_trained_is_differentiated(tiny, tmp_path):
+    """The base's weight gradients are gone from the program, and its moments from the state."""
+    config = configure_adapter(tiny, tmp_path)
+    config.optimizer.ema_decay = 0.9
+
+    def measure():
+        program = build.build(config, jax.devices()[:1]).program
+        batch = program.abstract_batch(config.data.batch_size)
+        with jax.set_mesh(program.mesh):
+            lowered = program.train_step.lower(
+                program.abstract_state, batch, program.abstract_fixed
+            )
+        size = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state))
+        return lowered.cost_analysis()["flops"], size
+
+    adapter_flops, adapter_size = measure()
+    config.train.trained = "*"
+    flops, size = measure()
+    assert adapter_size < 0.02 * size
+    assert adapter_flops < 0.8 * flops
+
+
+@pytest.mark.parametrize(
+    "patterns, message",
+    [
+        ("nothing/*", "'nothing/\\*' matches no parameter; there are .*'embed/table'"),
+        ("*,!*", "leaves nothing to train"),
+        ("up", "keeps parameters as config.init_from has them, which is empty"),
+    ],
+)
+def test_patterns_of_what_is_trained(tiny, patterns, message):
+    config = tiny.copy_and_resolve_references().unlock()
+    config.model.type = "tests.toys.adapter"
+    config.train.trained = patterns
+    with pytest.raises(ValueError, match=message):
+        build.build(config, jax.devices()[:1])
+
+
+def test_the_last_pattern_counts():
+    tree = dict(embed=dict(table=1), layers=dict(up=2, down=3), norm=4)
+    is_trained = trained.parse("*,!layers/*,layers/up", trained.paths_of(tree))
+    kept, frozen = trained.split(tree, is_trained)
+    assert kept == dict(embed=dict(table=1), layers=dict(up=2), norm=4)
+    assert frozen == dict(layers=dict(down=3))
+    assert trained.merge(kept, frozen) == tree
+
+
+def test_fingerprints_of_parameters():
+    """Of the bits and their places, on any mesh."""
+    x = jax.random.normal(jax.random.key(0), (8, 4)).astype(jnp.bfloat16)
+    mesh = sharding.make_mesh(dict(fsdp=4), jax.devices()[:4])
+    layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    wanted = trained.fingerprint({"a": x})
+    assert trained.fingerprint({"a": jax.device_put(x, layout)}) == wanted
+    others = [{"b": x}, {"a": x[::-1]}, {"a": x.at[3, 2].add(0.1)}, {"a": x.reshape(4, 8)}]
+    assert len({wanted, *map(trained.fingerprint, others)}) == 5

@@ -107,7 +107,7 @@ def train(tiny, sizes, params, *, steps, overrides, accumulation=1):
         state = e.program.init_state(jax.device_put(params, layouts))
         for step in range(steps):
             batch = jax.device_put(uneven_batch(step), sharding.batch_sharding(e.program.mesh))
-            state, metrics = e.program.train_step(state, batch, {})
+            state, metrics = e.program.train_step(state, batch, e.program.abstract_fixed)
             total, count = metrics["loss"]
             losses.append(float(total) / float(count))
             if step == 0:

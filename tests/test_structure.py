@@ -34,6 +34,7 @@ RANKS = {
     "lm/nn/": 3,
     "lm/models/": 4,
     "lm/objectives/": 5,
+    "lm/trained.py": 1,
     "lm/optim.py": 5,
     "lm/step.py": 5,
     "lm/decoding/": 5,

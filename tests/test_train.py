@@ -382,11 +382,11 @@ def test_init_from_a_model_without_the_head(finished, tmp_path):
     config.model.heads = "classes:3"
     with config.unlocked():
         config.evals = {}
-    message = r"has no heads \['classes'\] .*config.init_new_heads = True"
+    message = r"has no \['heads/classes/weight'\]; config.init_new = 'heads/\*'"
     with pytest.raises(ValueError, match=message):
         run_training(config, tmp_path / "new")
 
-    config.init_new_heads = True
+    config.init_new = "heads/*"
     run_training(config, tmp_path / "new")
     source_state, _ = read_checkpoint(source, 6)
     state, _ = read_checkpoint(tmp_path / "new", 3)
@@ -397,7 +397,7 @@ def test_init_from_a_model_without_the_head(finished, tmp_path):
             assert state[path] == source_state[path], path
 
     # A source that has it gives it.
-    config.update_from_flattened_dict({"init_from": str(tmp_path / "new"), "init_new_heads": False})
+    config.update_from_flattened_dict({"init_from": str(tmp_path / "new"), "init_new": ""})
     run_training(config, tmp_path / "next")
     next_state, _ = read_checkpoint(tmp_path / "next", 3)
     path = "params/heads/classes/weight"

@@ -196,7 +196,7 @@ def _train_job(config: ConfigDict, program: build.Program) -> _Job:
     batch = program.abstract_batch(config.data.batch_size)
     return _Job(
         program.train_step,
-        (program.abstract_state, batch, {n: o.params for n, o in program.others.items()}),
+        (program.abstract_state, batch, program.abstract_fixed),
         _model_flops(program, config.data.batch_size, config.data.length),
     )
 
@@ -206,7 +206,7 @@ def _eval_job(config: ConfigDict, program: build.Program) -> _Job:
     batch = program.abstract_batch(config.data.batch_size)
     return _Job(
         jax.jit(token_logprobs),
-        (program.abstract_state.params, batch),
+        (program.abstract_params, batch),
         _model_flops(program, config.data.batch_size, config.data.length, 1 / 3),
     )
 
@@ -230,7 +230,7 @@ def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
     lengths_B = _abstract_ids(program, rows)
     return _Job(
         jax.jit(run),
-        (program.abstract_state.params, prompts_BT, lengths_B),
+        (program.abstract_params, prompts_BT, lengths_B),
         _model_flops(program, rows, length, 1 / 3),
     )
 
@@ -238,7 +238,7 @@ def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
 def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
     """A decode step of a row a chip, with a cache of config.data.length positions."""
     rows = len(program.devices)
-    params = program.abstract_state.params
+    params = program.abstract_params
 
     def init_cache(params):
         return nnx.merge(program.graphdef, params).init_cache(rows, config.data.length)
@@ -396,7 +396,7 @@ def plan(
     # The learning rate's schedule needs a length; where that hangs on the corpus, any will do.
     total_steps = _total_steps(config)
     program = build.program(config, devices, config.model.vocab_size, total_steps or 10**6)
-    params = program.abstract_state.params
+    params = program.abstract_params
     report = {
         "topology": topology,
         "slices": slices,
