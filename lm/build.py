@@ -330,6 +330,11 @@ class Objective(NamedTuple):
     prepare: Callable | None
     make_transform: Callable | None
 
+    def loss_fns(self, others: Mapping[str, AbstractModel]) -> step.LossFns:
+        """What a step computes, with the other models by name."""
+        graphdefs = {name: other.graphdef for name, other in others.items()}
+        return step.LossFns(self.loss, self.prepare, graphdefs)
+
 
 def make_objective(config: ConfigDict) -> Objective:
     """The objective of config.objective.
@@ -438,17 +443,14 @@ def program(
     optimizer = optim.make_optimizer(c.optimizer, params.trained_axes, total_steps)
     objective = make_objective(c)
 
-    # Other models that the objective asks.
-    graphdefs, other_params = {}, {}
-    for name in c.models:
-        other = other_model(c, name, devices, vocab_size)
-        graphdefs[name], other_params[name] = other.graphdef, other.params
+    others = {name: other_model(c, name, devices, vocab_size) for name in c.models}
+    other_params = {name: other.params for name, other in others.items()}
     abstract_fixed = step.Fixed(params.frozen, other_params)
 
     # The train step, and where its state lies.
     train_step = step.make_train_step(
         graphdef,
-        step.LossFns(objective.loss, objective.prepare, graphdefs),
+        objective.loss_fns(others),
         optimizer,
         seed=c.seed,
         accumulation=c.train.accumulation,
