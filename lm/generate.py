@@ -147,7 +147,7 @@ def _abstract_model(
         config.model.attention = "xla"
 
     if mesh is None:
-        mesh = dict(tensor=math.gcd(len(devices), config.model.num_kv_heads), fsdp=-1)
+        mesh = dict(tensor=math.gcd(len(devices), config.model.get("num_kv_heads", 1)), fsdp=-1)
     config.mesh.update(mesh)
     return build.abstract_model(config, devices, tokenizer.vocab_size)
 

@@ -220,14 +220,20 @@ def test_a_recurrent_model_decodes(tiny, tmp_path):
         params = e.program.make_params(jax.random.key(0))
         generator = e.eval_fns().make_generator(params, Sampling(temperature=0.0))
         prompts = [[256, 97, 98], [256, 99]]
-        (first, second) = generator.generate(prompts, 6, row_keys([0, 1]))
+        scored = list(generator.stream_scored(prompts, 6, row_keys([0, 1])))
+        first, second = np.array([token_B for token_B, _ in scored]).T.tolist()
+        logprobs_BT = np.array([logprob_B for _, logprob_B in scored]).T
         model = nnx.merge(e.program.graphdef, params)
-        for prompt, continuation in zip(prompts, (first, second)):
+        for prompt, continuation, logprobs_T in zip(prompts, (first, second), logprobs_BT):
             ids = list(prompt)
-            for token in continuation:
+            for token, logprob in zip(continuation, logprobs_T):
+                if token < 0:
+                    break  # the row has ended
                 arrays = np.array([ids, range(len(ids)), [1] * len(ids)], np.int32)[:, None]
                 logits = model.logits(model(*arrays).hidden)[0, -1]
                 assert int(jnp.argmax(logits[:258])) == token
+                wanted = jax.nn.log_softmax(logits[:258])[token]
+                assert logprob == pytest.approx(float(wanted), abs=1e-4)
                 ids.append(token)
     assert first
 

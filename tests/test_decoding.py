@@ -190,9 +190,10 @@ def generate(positions="rope", *, key=0, prompts=PROMPTS, eos_id=-1, sampling=GR
         )
 
         def step(state, _):
-            return generation_step(
+            state, tokens, _ = generation_step(
                 graphdef, params, state, sampling=sampling, stop_ids=(eos_id,), vocab_size=VOCAB
             )
+            return state, tokens
 
         return jax.lax.scan(step, state, length=MAX_NEW_TOKENS)[1].T
 
@@ -391,6 +392,24 @@ def test_rows_end_at_any_stop_token_and_the_stream_with_the_last():
         # The stop token is streamed too.
         padding = [-1] * (max(ends) - end)
         assert [step[row] for step in steps] == free[row][: end + 1] + padding
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.7, top_k=5)])
+def test_log_probabilities_of_what_is_drawn(sampling):
+    """The model's own, before temperature and filters."""
+    graphdef, params = make_model("rope", context_length=64)
+    generator = make_generator(sampling=sampling)
+    scored = list(generator.stream_scored(UNEQUAL_PROMPTS, 4, row_keys([0, 1, 2])))
+
+    for row, prompt in enumerate(UNEQUAL_PROMPTS):
+        ids = prompt + [int(token_B[row]) for token_B, _ in scored]
+        model = nnx.merge(graphdef, params)
+        arrays = np.array([ids, range(len(ids)), [1] * len(ids)], np.int32)[:, None]
+        logits = model.logits(model(*arrays).hidden)[0, :, :VOCAB]
+        places = np.arange(len(prompt), len(ids))
+        wanted = jax.nn.log_softmax(logits)[places - 1, np.array(ids)[places]]
+        got = [float(logprob_B[row]) for _, logprob_B in scored]
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_of_a_bucket_share_one_compilation():

@@ -15,63 +15,38 @@ from jax.sharding import Mesh
 
 from lm import sharding
 from lm.decoding.sampling import Sampling, sample
-from lm.nn.attention import Cache
 
 
 def prefill(
     model, prompts_BT: jax.Array, lengths_B: jax.Array, cache_length: int, copies: int = 1
-) -> tuple[jax.Array, Cache]:
-    """Runs the model on whole prompts.
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Runs the model on whole prompts, see `lm.models.cached.CachedDecoding.prefill`.
 
     Args:
-      prompts_BT: ids, padded on the right. Nothing attends to the padding, and none of it gets into
-        the cache.
-      lengths_B: the prompts' lengths, without padding.
       cache_length: positions that the cache has room for.
       copies: how often each row is repeated in what is returned; more than 1 needs a model whose
         layers are not stacked.
 
     Returns:
-      (logits [B * copies, V] of the token after each prompt, the cache filled with the prompts).
+      (logits [B * copies, V] of the token after each prompt, the cache, the token's positions).
     """
-    positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
-    segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-
-    output = model(
-        prompts_BT,
-        positions_BT,
-        segments_BT,
-        cache=model.init_cache(prompts_BT.shape[0], cache_length),
-    )
-
+    cache = model.init_cache(prompts_BT.shape[0], cache_length)
+    decoded = model.prefill(prompts_BT, lengths_B, cache)
     # The head runs on the last position only: logits of all would be [B, T, V].
-    last_BD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    logits_BV = model.logits(_repeat_rows(last_BD, copies))
-    cache = jax.tree.map(functools.partial(_repeat_rows, copies=copies), output.cache)
-    return logits_BV, cache
+    decoded = jax.tree.map(functools.partial(_repeat_rows, copies=copies), decoded)
+    return model.logits(decoded.hidden_BD), decoded.cache, decoded.position_B
 
 
 def decode_step(
-    model, token_B: jax.Array, position_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Runs the model on one token a row.
-
-    Args:
-      token_B: ids of the tokens.
-      position_B: their positions.
-      cache: keys and values of the positions before.
+    model, token_B: jax.Array, position_B: jax.Array, cache
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Runs the model on one token a row, see `lm.models.cached.CachedDecoding.decode_step`.
 
     Returns:
-      (logits [B, V] of the token after them, the cache with them in it).
+      (logits [B, V] of the token after them, the cache with them in it, that token's positions).
     """
-    output = model(
-        token_B[:, None],
-        position_B[:, None],
-        jnp.ones((token_B.shape[0], 1), jnp.int32),
-        cache=cache,
-        decode=True,
-    )
-    return model.logits(output.hidden[:, 0]), output.cache
+    decoded = model.decode_step(token_B, position_B, cache)
+    return model.logits(decoded.hidden_BD), decoded.cache, decoded.position_B
 
 
 def _repeat_rows(x: jax.Array, copies: int) -> jax.Array:
@@ -82,7 +57,7 @@ class DecodeState(NamedTuple):
     """Rows that are being continued, just before their next token is chosen."""
 
     logits_BV: jax.Array  # of the next token
-    cache: Cache
+    cache: Any  # the model's own
     position_B: jax.Array  # of the next token
     done_B: jax.Array  # True once a stop token was chosen
     # True for the tokens of the prompt and those chosen; None without a repetition penalty
@@ -110,7 +85,7 @@ def prefill_state(
     """
     keys_B = jax.random.wrap_key_data(key_data)
     model = nnx.merge(graphdef, params)
-    logits_BV, cache = prefill(model, prompts_BT, lengths_B, cache_length, copies)
+    logits_BV, cache, position_B = prefill(model, prompts_BT, lengths_B, cache_length, copies)
 
     prompts_BT = _repeat_rows(prompts_BT, copies)
     lengths_B = _repeat_rows(lengths_B, copies)
@@ -123,7 +98,7 @@ def prefill_state(
     return DecodeState(
         logits_BV=logits_BV,
         cache=cache,
-        position_B=lengths_B,
+        position_B=position_B,
         done_B=jnp.zeros(lengths_B.shape, bool),
         seen_BV=seen_BV,
         keys_B=keys_B,
@@ -152,7 +127,7 @@ def generation_step(
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     vocab_size: int,
-) -> tuple[DecodeState, jax.Array]:
+) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Chooses the next token of each row, and runs the model on it.
 
     Args:
@@ -161,7 +136,8 @@ def generation_step(
       stop_ids: a row is done with any of them, and gets the first of them from then on.
 
     Returns:
-      (the state one token further, the tokens [B]).
+      (the state one token further, the tokens [B], their log-probabilities [B] f32). These are the
+      model's own, whatever the sampling makes of them.
     """
     # A draw depends on the row's key and on how many came before it, on nothing else.
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.num_chosen)
@@ -170,6 +146,9 @@ def generation_step(
     )
 
     token_B = jnp.where(state.done_B, stop_ids[0], token_B)
+    logprobs_BV = jax.nn.log_softmax(state.logits_BV[:, :vocab_size])
+    logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
+
     done_B = state.done_B | jnp.any(token_B[:, None] == jnp.asarray(stop_ids)[None], axis=1)
     seen_BV = state.seen_BV
     if seen_BV is not None:
@@ -177,17 +156,17 @@ def generation_step(
 
     # Rows that are done are computed like the others: shapes can't change under jit.
     model = nnx.merge(graphdef, params)
-    logits_BV, cache = decode_step(model, token_B, state.position_B, state.cache)
+    logits_BV, cache, position_B = decode_step(model, token_B, state.position_B, state.cache)
     new_state = DecodeState(
         logits_BV=logits_BV,
         cache=cache,
-        position_B=state.position_B + 1,
+        position_B=position_B,
         done_B=done_B,
         seen_BV=seen_BV,
         keys_B=state.keys_B,
         num_chosen=state.num_chosen + 1,
     )
-    return new_state, token_B
+    return new_state, token_B, logprob_B
 
 
 class _Graph:
@@ -234,7 +213,7 @@ def _compiled(
         ),
         donate_argnums=1,
         # Tokens are replicated: every process reads all of them.
-        out_shardings=(None, sharding.replicated(mesh)),
+        out_shardings=(None, sharding.replicated(mesh), sharding.replicated(mesh)),
     )
     return prefill_fn, step_fn
 
@@ -307,16 +286,25 @@ class Generator:
         Raises:
           ValueError: see `check`.
         """
+        for token_B, _ in self.stream_scored(prompts, max_new_tokens, keys_B):
+            yield token_B
+
+    def stream_scored(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keys_B: jax.Array
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `stream`, with the model's log-probability of each token: yields (ids [B], [B] f32).
+        After a row's stop token they have no meaning.
+        """
         self.check(prompts, max_new_tokens)
         state = self._prefill_prompts(prompts, max_new_tokens, keys_B)
 
         ended_B = np.zeros(len(prompts), bool)
-        for device_token_B in self._decode(state, max_new_tokens):
+        for device_arrays in self._decode(state, max_new_tokens):
             # Copies of a row come after all rows, and there are some for a single row only.
-            token_B = np.asarray(device_token_B)[: len(prompts)]
+            token_B, logprob_B = (np.asarray(x)[: len(prompts)] for x in device_arrays)
             token_B = np.where(ended_B, -1, token_B)
             ended_B |= np.isin(token_B, self._stop_ids)
-            yield token_B
+            yield token_B, logprob_B
             if ended_B.all():
                 return
 
@@ -351,18 +339,20 @@ class Generator:
                 copies=copies_of_a_row(len(prompts), self._config, self._mesh),
             )
 
-    def _decode(self, state: DecodeState, max_new_tokens: int) -> Iterator[jax.Array]:
-        """Yields the tokens [B] of each step once the next step is dispatched: while the host reads
-        them, the device works on.
+    def _decode(
+        self, state: DecodeState, max_new_tokens: int
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Yields the tokens of each step and their log-probabilities, both [B], once the next step
+        is dispatched: while the host reads them, the device works on.
         """
-        waiting_B = None
+        waiting = None
         for _ in range(max_new_tokens):
             with jax.set_mesh(self._mesh):
-                state, token_B = self._step(self._params, state)
-            if waiting_B is not None:
-                yield waiting_B
-            waiting_B = token_B
-        yield waiting_B
+                state, *arrays = self._step(self._params, state)
+            if waiting is not None:
+                yield waiting
+            waiting = tuple(arrays)
+        yield waiting
 
     def _replicate(self, array: np.ndarray) -> jax.Array:
         """The array on all devices of the mesh, those of other processes too."""

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lm import config as config_lib
 from lm.collectives import gather_sequence
+from lm.models.cached import CachedDecoding
 from lm.nn import masks
 from lm.nn.attention import SPLASH, SPLASH_KINDS, Attention, Cache
 from lm.nn.layers import MLP, NORMS, Embed, Head, dense, dropout, fold_in_each, param
@@ -304,7 +305,7 @@ def _stream(x_BTD: jax.Array) -> jax.Array:
     return constrain(x_BTD, "batch", "length", "act_embed")
 
 
-class Transformer(nnx.Module):
+class Transformer(CachedDecoding, nnx.Module):
     """A decoder-only Transformer.
 
     `model(tokens, positions, segments)` gives hidden states; `model.logits(hidden)` is the head, so

@@ -224,7 +224,7 @@ def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
 
     def run(params, prompts_BT, lengths_B):
         model = nnx.merge(program.graphdef, params)
-        return prefill(model, prompts_BT, lengths_B, config.data.length)
+        return prefill(model, prompts_BT, lengths_B, config.data.length)[:2]
 
     prompts_BT = _abstract_ids(program, rows, length)
     lengths_B = _abstract_ids(program, rows)
@@ -244,7 +244,7 @@ def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
         return nnx.merge(program.graphdef, params).init_cache(rows, config.data.length)
 
     def run(params, token_B, position_B, cache):
-        return decode_step(nnx.merge(program.graphdef, params), token_B, position_B, cache)
+        return decode_step(nnx.merge(program.graphdef, params), token_B, position_B, cache)[:2]
 
     spec = sharding.spec(("layers", "batch", None, "act_heads", None), program.mesh)
     layout = jax.sharding.NamedSharding(program.mesh, spec)

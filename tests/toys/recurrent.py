@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm.models.cached import CachedDecoding
 from lm.nn.layers import Embed, dense, param
 
 
@@ -26,7 +27,7 @@ class Output(NamedTuple):
     aux: dict
 
 
-class Model(nnx.Module):
+class Model(CachedDecoding, nnx.Module):
     def __init__(self, config: Config, key: jax.Array):
         c = self.config = config
         embed_key, matrix_key = jax.random.split(key)

@@ -1,0 +1,51 @@
+"""Decoding with a cache: the two steps that lm/decoding/ asks of a model.
+
+Letters: B batch (rows), T length of the padded prompts, D embed.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Decoded(NamedTuple):
+    """Where a row stands after a step.
+
+    Attributes:
+      hidden_BD: what the head takes for the next token.
+      cache: whatever the model keeps of what it has read (keys and values, a state, an encoder's
+        output). Its rows are the first dim of each array.
+      position_B: of the next token.
+    """
+
+    hidden_BD: jax.Array
+    cache: Any
+    position_B: jax.Array
+
+
+class CachedDecoding:
+    """`prefill` and `decode_step` of a model whose call takes `cache` and `decode`, and whose
+    positions count up.
+    """
+
+    def prefill(self, prompts_BT: jax.Array, lengths_B: jax.Array, cache) -> Decoded:
+        """Reads whole prompts.
+
+        Args:
+          prompts_BT: ids, padded on the right. Nothing attends to the padding, and none of it gets
+            into the cache.
+          lengths_B: the prompts' lengths, without padding.
+          cache: an empty one (`init_cache`).
+        """
+        positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
+        segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+        output = self(prompts_BT, positions_BT, segments_BT, cache=cache)
+        last_BD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        return Decoded(last_BD, output.cache, lengths_B)
+
+    def decode_step(self, token_B: jax.Array, position_B: jax.Array, cache) -> Decoded:
+        """Reads one token a row, of these positions."""
+        segments_B1 = jnp.ones((token_B.shape[0], 1), jnp.int32)
+        output = self(token_B[:, None], position_B[:, None], segments_B1, cache=cache, decode=True)
+        return Decoded(output.hidden[:, 0], output.cache, position_B + 1)
