@@ -137,6 +137,21 @@ def test_gradients_reach_exactly_what_is_visible(name):
             assert (largest_TT[query, key] > 1e-4) == (seen or query == key), (query, key)
 
 
+@pytest.mark.parametrize("name", list(VISIBLE))
+def test_what_is_visible_is_the_same_on_a_mesh(name):
+    """That splits rows into positions, and heads."""
+    graphdef, params = make()
+    arrays = [np.repeat(x, 2, axis=0) for x in (TOKENS, POSITIONS, SEGMENTS)]
+    visible = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), VISIBLE[name])
+    wanted = jax.device_get(forward(graphdef, params, *arrays, visible))
+
+    mesh = sharding.make_mesh(dict(fsdp=2, sequence=2, tensor=2), jax.devices())
+    layout = sharding.batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        got = forward(graphdef, params, *jax.device_put((*arrays, visible), layout))
+    assert_trees_close(jax.device_get(got), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_orders_that_other_kinds_are():
     model = make()
     places = np.arange(12, dtype=np.int32)[None]
