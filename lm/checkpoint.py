@@ -565,6 +565,7 @@ _MODEL_META = {
     "tokenizer.files": dict,
 }
 _RUN_META = {"streams": dict, "corpus": str, "interval": dict, "evals": dict}
+_FROZEN_META = {"frozen.init_from": str, "frozen.fingerprint": str}  # where there is "frozen"
 
 
 def check_meta(meta: dict, where: str, *, of_run: bool = False) -> None:
@@ -583,7 +584,9 @@ def check_meta(meta: dict, where: str, *, of_run: bool = False) -> None:
             f"{where} has the checkpoint of an import, not of a run: train in another --workdir "
             f"with --config.init_from={where}"
         )
-    for path, kind in (_MODEL_META | (_RUN_META if of_run else {})).items():
+    wanted = _MODEL_META | (_RUN_META if of_run else {})
+    wanted |= _FROZEN_META if "frozen" in meta else {}
+    for path, kind in wanted.items():
         value = meta
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None

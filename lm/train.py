@@ -254,8 +254,8 @@ class Run:
             )
 
         self.state = self.checkpointer.restore(step, e.program.abstract_state)
-        if "frozen" in meta:
-            self._fix(weights.load_frozen(e, meta["frozen"], str(self.workdir)))
+        if e.program.abstract_fixed.frozen:
+            self._fix(weights.load_frozen(e, meta.get("frozen", {}), str(self.workdir)))
         # A state that was saved halted tries again: with train.nonfinite="skip", or mended data, it
         # goes on.
         not_halted = jax.device_put(np.zeros((), bool), self.state.halted.sharding)

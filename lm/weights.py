@@ -83,10 +83,11 @@ def load_frozen(experiment: build.Experiment, meta: dict, where: str) -> dict:
     params, _ = load_weights(experiment, source, averaged=False)
     _, frozen = trained.split(params, experiment.program.is_trained)
     found = trained.fingerprint(frozen)
-    if found != meta["fingerprint"]:
+    if found != meta.get("fingerprint"):
         raise ValueError(
-            f"{where} was trained on frozen parameters with the fingerprint {meta['fingerprint']}, "
-            f"from {meta['init_from']!r}; config.init_from = {config.init_from!r} gives {found}"
+            f"{where} was trained on frozen parameters with the fingerprint "
+            f"{meta.get('fingerprint')}, from {meta.get('init_from')!r}; config.init_from = "
+            f"{config.init_from!r} gives {found}"
         )
     return frozen
 

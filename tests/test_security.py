@@ -122,7 +122,7 @@ def test_a_stored_model_imports_nothing(received, monkeypatch, use):
 def set_path(meta, path, value):
     *parents, last = path.split(".")
     for key in parents:
-        meta = meta[key]
+        meta = meta.setdefault(key, {})
     if value is None:
         del meta[last]
     else:
@@ -175,7 +175,13 @@ def test_a_manifest_that_is_none(received, content):
 
 @pytest.mark.parametrize(
     "path, value",
-    [("streams", []), ("corpus", 1), ("interval", [1]), ("evals", None)],
+    [
+        ("streams", []),
+        ("corpus", 1),
+        ("interval", [1]),
+        ("evals", None),
+        ("frozen.init_from", 3),
+    ],
 )
 def test_a_run_does_not_go_on_from_metadata_that_lie(received, small, path, value):
     small.train.length = "4 steps"
