@@ -26,6 +26,8 @@ from tests.helpers import (
 )
 from tests.toys import sampling
 
+pytestmark = pytest.mark.usefixtures("fast_runs")
+
 OBJECTIVES = {
     "masked": ({"type": "tests.toys.masked", "rate": 0.3}, {"model.heads": "classes:3"}),
     "weighted": ({"type": "tests.toys.weighted"}, {"model.dropout": 0.2}),
