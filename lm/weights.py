@@ -191,7 +191,10 @@ def source_of(config: ConfigDict, workdir: epath.Path) -> epath.Path:
     Raises:
       ValueError: there are none at config.init_from.
     """
-    if not config.init_from or checkpoint.steps(workdir / "checkpoints"):
+    if not config.init_from:
+        return workdir
+    if checkpoint.steps(workdir / "checkpoints"):
+        logging.info("the checkpoints of %s; config.init_from is where it began", workdir)
         return workdir
     source = epath.Path(files.expand(config.init_from))
     if not (hf.is_checkpoint(source) or checkpoint.steps(source / "checkpoints")):

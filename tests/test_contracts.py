@@ -288,6 +288,27 @@ def test_what_is_frozen_is_in_no_checkpoint(tiny, tmp_path):
         evaluate.evaluate(config, epath.Path(tmp_path / "run"), jax.devices()[:1])
 
 
+def test_an_adapter_generates(tiny, tmp_path):
+    """As a whole: the form for decoding has it too."""
+    config = configure_adapter(tiny, tmp_path)
+    e = build.build(config, jax.devices()[:1])
+    with jax.set_mesh(e.program.mesh):
+        params = e.program.make_params(jax.random.key(0))
+        params["up"] = 3 * jax.random.normal(jax.random.key(1), params["up"].shape)
+        generator = e.eval_fns().make_generator(params, Sampling(temperature=0.0))
+        scored = generator.stream_scored([[256, 97, 98]], 4, row_keys([0]))
+        ids, logprobs = [256, 97, 98], []
+        for token_B, logprob_B in scored:
+            ids.append(int(token_B[0]))
+            logprobs.append(float(logprob_B[0]))
+
+        model = nnx.merge(e.program.graphdef, params)
+        arrays = np.array([ids, range(len(ids)), [1] * len(ids)], np.int32)[:, None]
+        logits = model.logits(model(*arrays).hidden)[0, 2:-1, :258]
+    wanted = jax.nn.log_softmax(logits)[np.arange(len(logprobs)), np.array(ids[3:])]
+    np.testing.assert_allclose(logprobs, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_an_adapter_is_the_same_on_every_mesh_and_resumes(tiny, tmp_path, monkeypatch):
     config = configure_adapter(tiny, tmp_path)
     config.model.param_dtype = "bfloat16"

@@ -486,7 +486,7 @@ class Transformer(CachedDecoding, nnx.Module):
         c = self.config
         if platform != "cpu" or isinstance(self.layers, nnx.List):
             return nnx.split(self, nnx.Param)[0], params
-        abstract = nnx.eval_shape(lambda: Transformer(c, jax.random.key(0), stacked=False))
+        abstract = nnx.eval_shape(lambda: type(self)(c, jax.random.key(0), stacked=False))
         graphdef = nnx.split(abstract, nnx.Param)[0]
         layers = {i: _layer(params["layers"], i) for i in range(c.num_layers)}
         return graphdef, params | {"layers": layers}
