@@ -152,6 +152,18 @@ def test_what_is_visible_is_the_same_on_a_mesh(name):
     assert_trees_close(jax.device_get(got), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("visible", [masks.FULL, masks.by_order(np.zeros((1, 160), np.int32))])
+def test_later_blocks_are_seen(visible):
+    """In a row of more than one block of `blocked_attention`."""
+    model = make(context_length=160)
+    tokens = np.arange(160, dtype=np.int32)[None] % 13
+    arrays = (np.arange(160, dtype=np.int32)[None], np.ones((1, 160), np.int32))
+    before, _ = forward(*model, tokens, *arrays, visible)
+    tokens[0, -1] = 12
+    after, _ = forward(*model, tokens, *arrays, visible)
+    assert np.abs(before[0, 0] - after[0, 0]).max() > 1e-4
+
+
 def test_orders_that_other_kinds_are():
     model = make()
     places = np.arange(12, dtype=np.int32)[None]
