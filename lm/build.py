@@ -309,6 +309,7 @@ def other_model(
             f"config.models.{name}.init_from = {entry.init_from!r} has no checkpoint; wanted a "
             "run directory, with checkpoints/ in it, or the directory of a Hugging Face checkpoint"
         )
+    other.model.update(entry.model)
     return abstract_model(other, devices, vocab_size)
 
 
@@ -538,6 +539,7 @@ def make_eval_fns(graphdef, objective, mesh: Mesh) -> CompiledFns:
     )
     return CompiledFns(
         mesh,
+        arrays=objective.arrays,
         token_logprobs=compiled(step.make_token_logprobs(graphdef, objective.token_logprobs), mesh),
         logprobs=answers.logprobs,
         states=answers.states,

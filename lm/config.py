@@ -299,6 +299,8 @@ class OtherModel:
 
     # a run directory, or the directory of a Hugging Face checkpoint; it decides the model
     init_from: str = ""
+    # other values for fields of that model, such as attention or remat
+    model: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

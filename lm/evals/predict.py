@@ -119,6 +119,10 @@ class CompiledFns:
     """
 
     mesh: Mesh
+    # of a batch
+    arrays: Mapping[str, batch_contract.Array] = dataclasses.field(
+        default_factory=lambda: batch_contract.ARRAYS
+    )
     token_logprobs: Callable | None = None  # see lm.step.make_token_logprobs
     logprobs: Callable | None = None  # (params, questions, limits) -> [[Answer]]
     states: Callable | None = None  # (params, prompts, limits) -> [prompts, D]
@@ -175,7 +179,8 @@ class PredictFns:
           asked_by: who asks for them, if not the evaluator.
         """
         functions = vars(self._compiled_fns).items()
-        available = [name for name, value in functions if name != "mesh" and value is not None]
+        others = ("mesh", "arrays")
+        available = [n for n, value in functions if n not in others and value is not None]
         missing = [name for name in names if name not in available]
         if missing:
             raise ValueError(
@@ -192,14 +197,19 @@ class PredictFns:
         return self._function("logprobs")(params, questions, self._limits)
 
     def token_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
-        """[rows, T] f32, the log-probability of each target."""
+        """[rows, T] f32, the log-probability of each target. What the objective declares beside
+        the five arrays of a row has its padding value where a row lacks it.
+        """
         token_logprobs = self._function("token_logprobs")
         if not rows:
             return np.zeros((0, self.length), np.float32)
 
-        layout = sharding.batch_sharding(self._compiled_fns.mesh)
-        shardings = dict.fromkeys(batch_contract.ARRAYS, layout)
-        padding = batch_contract.empty_row(self.length)
+        arrays = self._compiled_fns.arrays
+        shardings = {}
+        for name, array in arrays.items():
+            shardings[name] = sharding.batch_sharding(self._compiled_fns.mesh, array.dims)
+        padding = batch_contract.empty_row(self.length, arrays)
+        rows = [padding | row for row in rows]
         outputs = []
         for batch in evaluation_batches(rows, self.batch_size, shardings, padding):
             self.check_stop()

@@ -1,13 +1,13 @@
 """A language model of one recurrent layer (Elman 1990): its cache is a state."""
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lm.models.cached import CachedDecoding
+from lm.models.transformer import Output
 from lm.nn.layers import Embed, dense, param
 
 
@@ -17,36 +17,18 @@ class Config:
     compute_dtype: str
     context_length: int = 32
     embed_dim: int = 32
-    param_dtype: str = "float32"
     shortest_row: int = 16
-
-
-class Output(NamedTuple):
-    hidden: jax.Array
-    cache: Any
-    aux: dict
 
 
 class Model(CachedDecoding, nnx.Module):
     def __init__(self, config: Config, key: jax.Array):
-        c = self.config = config
+        self.config, dim = config, config.embed_dim
         embed_key, matrix_key = jax.random.split(key)
-        options = dict(std=0.3, dtype=c.param_dtype)
-        self.embed = Embed(
-            embed_key,
-            c.vocab_size,
-            c.embed_dim,
-            axis="vocab",
-            compute_dtype=c.compute_dtype,
-            **options,
-        )
-        shape = (c.embed_dim, c.embed_dim)
-        self.matrix = param(matrix_key, shape, ("embed", "mlp"), **options)
+        table = dict(axis="vocab", std=0.3, dtype="float32", compute_dtype=config.compute_dtype)
+        self.embed = Embed(embed_key, config.vocab_size, dim, **table)
+        self.matrix = param(matrix_key, (dim, dim), ("embed", "mlp"), "float32", std=0.3)
 
-    def __call__(
-        self, tokens_BT, positions_BT, segments_BT, *, cache=None, decode=False, keys_B=None
-    ):
-        x_BTD = self.embed(tokens_BT)
+    def __call__(self, tokens_BT, positions_BT, segments_BT, *, cache=None, decode=False, **_):
         state_BD = cache if decode else self.init_cache(len(tokens_BT), 0)
 
         def step(state_BD, inputs):
@@ -56,7 +38,7 @@ class Model(CachedDecoding, nnx.Module):
             new_BD = jnp.where(segment_B[:, None] > 0, jnp.tanh(mixed_BD + x_BD), state_BD)
             return new_BD, new_BD
 
-        inputs = (x_BTD.swapaxes(0, 1), positions_BT.T, segments_BT.T)
+        inputs = (self.embed(tokens_BT).swapaxes(0, 1), positions_BT.T, segments_BT.T)
         state_BD, hidden_TBD = jax.lax.scan(step, state_BD, inputs)
         return Output(hidden_TBD.swapaxes(0, 1), state_BD, {})
 
