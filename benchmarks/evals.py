@@ -55,7 +55,6 @@ from lm.evals import causal_answers, classification, entries, harness, label_res
 from lm.evals.predict import PredictFns
 from lm.evals.scores import calibration
 from lm.hf import directory as hf
-from lm.objectives import causal
 
 SIZES = dict(
     num_hidden_layers=8,
@@ -193,7 +192,7 @@ def load_model(directory: Path) -> Model:
     model = build.abstract_model(config, jax.devices()[:1], tokenizer.vocab_size)
 
     fns = PredictFns(
-        build.make_eval_fns(model.graphdef, causal, model.mesh),
+        build.make_eval_fns(model.graphdef, build.make_objective(config), model.mesh),
         batch_size=BATCH_SIZE,
         length=SIZES["max_position_embeddings"],
     )

@@ -530,7 +530,7 @@ def _divide(config: ConfigDict, abstract, mesh: Mesh) -> _Parameters:
     return _Parameters(whole, trained_part, frozen_part, trained_axes, is_trained)
 
 
-def make_eval_fns(graphdef, objective, mesh: Mesh) -> CompiledFns:
+def make_eval_fns(graphdef, objective: Objective, mesh: Mesh) -> CompiledFns:
     """What evaluators may ask of a model. All models here are causal: another kind gets another
     object in the place of `CausalAnswers`.
     """

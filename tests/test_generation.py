@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from lm import build, sharding
+from lm import config as config_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import ByteTokenizer
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
 from lm.evals import entries, generation
 from lm.evals.predict import Artifact, PredictFns, Prompt, Question
-from lm.objectives import causal
 from tests.helpers import model_config, random_model
 
 LENGTH = 24
@@ -51,7 +51,8 @@ def model_fns():
     """PredictFns of the small Transformer, compiled once."""
     _, graphdef, _ = model()
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    fns = build.make_eval_fns(graphdef, causal, mesh)
+    objective = build.make_objective(config_lib.default())
+    fns = build.make_eval_fns(graphdef, objective, mesh)
     fns = dataclasses.replace(fns, make_generator=make_generator)
     return PredictFns(fns, batch_size=2, length=LENGTH)
 

@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from lm import build, sharding
+from lm import config as config_lib
 from lm.evals import causal_answers
 from lm.evals.predict import PredictFns, Prompt, Question
 from lm.evals.tree import build_tree, merge_trees
-from lm.objectives import causal
 from tests.helpers import model_config, random_model
 
 CONTINUATIONS = [[5], [7, 8, 9], [7, 8], [7, 2], [5, 5, 5, 5], [7, 8, 9], [11, 3]]
@@ -122,7 +122,8 @@ def get_mesh(sizes):
 
 
 def make_fns(graphdef, sizes, batch_size):
-    eval_fns = build.make_eval_fns(graphdef, causal, get_mesh(sizes))
+    objective = build.make_objective(config_lib.default())
+    eval_fns = build.make_eval_fns(graphdef, objective, get_mesh(sizes))
     return PredictFns(eval_fns, batch_size=batch_size, length=48)
 
 

@@ -27,7 +27,6 @@ from lm.decoding.generator import Generator
 from lm.evals import causal_answers, choice, classification, entries, harness
 from lm.evals.predict import PredictFns
 from lm.hf import directory as hf
-from lm.objectives import causal
 from lm.reports import comparison, tables
 from tests.parity import references
 from tests.parity.test_convert import write_tokenizer
@@ -207,7 +206,7 @@ def load_ours(directory, batch_size, sizes):
             vocab_size=tokenizer.vocab_size,
         )
 
-    eval_fns = build.make_eval_fns(model.graphdef, causal, model.mesh)
+    eval_fns = build.make_eval_fns(model.graphdef, build.make_objective(config), model.mesh)
     eval_fns = dataclasses.replace(eval_fns, make_generator=make_generator)
     fns = PredictFns(eval_fns, batch_size=batch_size, length=LENGTH)
     return harness.HarnessModel(fns, params, tokenizer), model.mesh
