@@ -2,7 +2,12 @@
 the same on every mesh and with accumulation, and bit-equal after a stop.
 """
 
+import json
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +22,8 @@ from lm.data import pack
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import entries
 from tests.helpers import (
+    CONFIG_FILE,
+    ROOT,
     assert_same_run,
     read_checkpoint,
     read_metrics,
@@ -210,12 +217,14 @@ def test_a_recurrent_model_is_the_same_on_every_mesh(tiny, tmp_path):
     lines = read_metrics(tmp_path / "one")
     assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.5
 
-    for fsdp in ("by_hand", "partitioner"):
-        config.mesh.update(dict(data=2, fsdp=2, fsdp2=2))
-        config.train.update(dict(fsdp=fsdp, accumulation=1 if fsdp == "by_hand" else 4))
-        if fsdp == "partitioner":
-            config.mesh.update(dict(data=2, fsdp=1, fsdp2=1))
-        run_training(config, tmp_path / fsdp, devices=8 if fsdp == "by_hand" else 2)
+    meshes = {
+        "by_hand": (dict(data=2, fsdp=2, fsdp2=2), 1),
+        "partitioner": (dict(data=1, fsdp=2, fsdp2=1, sequence=4), 4),
+    }
+    for fsdp, (sizes, accumulation) in meshes.items():
+        config.mesh.update(sizes)
+        config.train.update(dict(fsdp=fsdp, accumulation=accumulation))
+        run_training(config, tmp_path / fsdp, devices=8)
         for line, other in zip(lines, read_metrics(tmp_path / fsdp), strict=True):
             assert other["train/loss"] == pytest.approx(line["train/loss"], rel=1e-4)
 
@@ -404,3 +413,50 @@ def test_fingerprints_of_parameters():
     assert trained.fingerprint({"a": jax.device_put(x, layout)}) == wanted
     others = [{"b": x}, {"a": x[::-1]}, {"a": x.at[3, 2].add(0.1)}, {"a": x.reshape(4, 8)}]
     assert len({wanted, *map(trained.fingerprint, others)}) == 5
+
+
+# --- the command, killed ---
+
+
+def run_command(config_file, run):
+    command = ["-m", "lm.main", f"--config={config_file}", f"--workdir={run}"]
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def run_to_the_end(config_file, run):
+    process = run_command(config_file, run)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["masked", "weighted", "adapter", "sampling", "recurrent"])
+def test_a_killed_command_goes_on_bit_equal(tiny, tmp_path, name):
+    """SIGKILL, on 8 devices, with the collectives written out."""
+    if name in OBJECTIVES:
+        config = configure(tiny, tmp_path, name)
+    elif name == "adapter":
+        config = configure_adapter(tiny, tmp_path)
+    else:
+        config = configure_recurrent(tiny) if name == "recurrent" else tiny.unlock()
+    if name == "sampling":
+        config.data.loader = "tests.toys.sampling.SamplingLoader"
+    config.mesh.update(dict(data=2, fsdp=2, fsdp2=2))
+    config.train.update(dict(fsdp="by_hand", length="24 steps"))
+    config.checkpoint.every = 4
+    for entry in config.evals.values():
+        entry.every = 12
+    config_file = tmp_path / "config.py"
+    config_file.write_text(CONFIG_FILE.format(text=json.dumps(config.to_dict())))
+
+    run_to_the_end(config_file, tmp_path / "whole")
+    process = run_command(config_file, tmp_path / "run")
+    while process.poll() is None and max(saved_steps(tmp_path / "run"), default=0) < 4:
+        time.sleep(0.02)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()[-2000:]
+    run_to_the_end(config_file, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 24)
