@@ -279,6 +279,21 @@ def _layout(leaf):
     return leaf.sharding
 
 
+def checkpoint_directory(path: str, key: str) -> epath.Path:
+    """The directory that the configuration's `key` names by `path`.
+
+    Raises:
+      ValueError: there is no checkpoint of a run in it, and none of Hugging Face's.
+    """
+    directory = epath.Path(files.expand(path))
+    if not (hf.is_checkpoint(directory) or checkpoint.steps(directory / "checkpoints")):
+        raise ValueError(
+            f"{key} = {path!r} has no checkpoint; wanted a run directory, with checkpoints/ in it, "
+            "or the directory of a Hugging Face checkpoint"
+        )
+    return directory
+
+
 def other_model(
     config: ConfigDict, name: str, devices: Sequence[jax.Device], vocab_size: int
 ) -> AbstractModel:
@@ -289,26 +304,22 @@ def other_model(
       ValueError: there is nothing at `init_from`; see `abstract_model`.
     """
     entry = config.models[name]
-    directory = epath.Path(files.expand(entry.init_from))
-    other = config.copy_and_resolve_references().unlock()
+    directory = checkpoint_directory(entry.init_from, f"config.models.{name}.init_from")
     if hf.is_checkpoint(directory):
         hf_checkpoint = hf.Checkpoint(directory)
-        other.model.update(hf_checkpoint.fields | {"heads": ""})
-        other.model.param_dtype = hf_checkpoint.dtype()
-    elif checkpoint.steps(directory / "checkpoints"):
+        fields = config_lib.default().model.to_dict() | hf_checkpoint.fields
+        fields["param_dtype"] = hf_checkpoint.dtype()
+    else:
         with checkpoint.open_run(directory) as saved:
             checkpoint.check_meta(saved.meta, str(directory))
             fields = config_lib.stored_model(saved.meta, str(directory), config.model.type)
-        # How it is executed is the run's to say.
-        for field in EXECUTION_FIELDS:
-            if field in config.model and field != "param_dtype":
-                fields[field] = config.model[field]
-        other.model = ConfigDict(fields)
-    else:
-        raise ValueError(
-            f"config.models.{name}.init_from = {entry.init_from!r} has no checkpoint; wanted a "
-            "run directory, with checkpoints/ in it, or the directory of a Hugging Face checkpoint"
-        )
+
+    # How it is executed is the run's to say.
+    for field in EXECUTION_FIELDS:
+        if field in config.model and field != "param_dtype":
+            fields[field] = config.model[field]
+    other = config.copy_and_resolve_references().unlock()
+    other.model = ConfigDict(fields)
     other.model.update(entry.model)
     return abstract_model(other, devices, vocab_size)
 

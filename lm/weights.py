@@ -196,13 +196,7 @@ def source_of(config: ConfigDict, workdir: epath.Path) -> epath.Path:
     if checkpoint.steps(workdir / "checkpoints"):
         logging.info("the checkpoints of %s; config.init_from is where it began", workdir)
         return workdir
-    source = epath.Path(files.expand(config.init_from))
-    if not (hf.is_checkpoint(source) or checkpoint.steps(source / "checkpoints")):
-        raise ValueError(
-            f"config.init_from = {config.init_from!r} has no checkpoint; wanted a run directory, "
-            "with checkpoints/ in it, or the directory of a Hugging Face checkpoint"
-        )
-    return source
+    return build.checkpoint_directory(config.init_from, "config.init_from")
 
 
 def check_tokenizer(

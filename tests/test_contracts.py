@@ -17,7 +17,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lm import build, evaluate, generate, sharding, stopping, trained
+from lm import build, convert, evaluate, generate, sharding, stopping, trained
 from lm.data import pack
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import entries
@@ -460,3 +460,15 @@ def test_a_killed_command_goes_on_bit_equal(tiny, tmp_path, name):
     assert process.returncode == -signal.SIGKILL, errors.decode()[-2000:]
     run_to_the_end(config_file, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole", 16)
+
+
+def test_a_reference_is_the_model_that_its_files_say(tiny, tmp_path):
+    """A Hugging Face directory's is a Transformer, whatever the run trains."""
+    config = configure_adapter(tiny, tmp_path)
+    base = epath.Path(tmp_path / "base")
+    convert.export_checkpoint(base, tmp_path / "hf", jax.devices()[:1])
+    config.models.reference = ConfigDict({"init_from": str(tmp_path / "hf"), "model": {}})
+    program = build.build(config, jax.devices()[:1]).program
+    assert "up" in program.abstract_params
+    reference = program.abstract_fixed.others["reference"]
+    assert not {"up", "down"} & reference.keys()

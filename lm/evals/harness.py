@@ -253,9 +253,6 @@ class _NoModel(HarnessModel):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         return [(0.0, False)] * len(requests)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        return [0.0] * len(requests)
-
     def generate_until(self, requests, disable_tqdm=False):
         return [""] * len(requests)
 

@@ -163,7 +163,7 @@ class Attention(nnx.Module):
         )
 
         def drop(probs_BKGTS, start):
-            batch, _, _, queries, num_keys = probs_BKGTS.shape
+            *_, queries, num_keys = probs_BKGTS.shape
             keys = keys_BNT[:, :, start : start + queries].reshape(-1)
 
             # Drawn for the whole row, so that blocks don't matter.
