@@ -629,6 +629,16 @@ class Experiment:
     def config(self) -> ConfigDict:
         return self.program.config
 
+    def size(self) -> dict[str, int | float]:
+        """How large the run is: its parameters, a step's tokens, and a step's model FLOPs."""
+        data = self.config.data
+        tokens_per_step = data.batch_size * data.length
+        return {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.program.abstract_params)),
+            "tokens_per_step": tokens_per_step,
+            "flops_per_step": self.program.flops_per_token(data.length) * tokens_per_step,
+        }
+
     def make_loader(self) -> Loader:
         """The training batches."""
         c = self.config.data

@@ -28,6 +28,8 @@ from lm import files, stopping
 NAME = "CLAIM.json"
 BEAT_SECONDS = 10.0  # between heartbeats
 STALE_SECONDS = 60.0  # a heartbeat that stands still for so long is nobody's
+# The variable of the environment by which a process passes a claim on to one that it starts.
+PASSED_ON = "LM_CLAIM"
 POLL_SECONDS = 1.0  # between looks at another's heartbeat
 PATIENCE_SECONDS = 20.0  # for the lock of a file system, or the answer of a bucket
 MAX_BYTES, MAX_LENGTH = 65536, 200  # of a claim that is read, and of a value in it
@@ -249,6 +251,9 @@ class Claim:
       workdir: the directory; gs:// too.
       active: False for a process that needs none: of those of a pod, one claims for all.
 
+    A process that holds a claim passes it on to one that it starts with `environment`. The claim
+    then names that one as its owner, and is released by the first.
+
     Raises:
       Taken: another process has it. If that is on another host, this takes up to STALE_SECONDS.
       OSError: the claim can't be read or written.
@@ -257,6 +262,10 @@ class Claim:
     def __init__(self, workdir: epath.Path, active: bool = True):
         self._workdir, self._active = workdir, active
         self._me = _this_process()
+        token, _, of_directory = os.environ.get(PASSED_ON, "").partition(" ")
+        self._is_passed_on = bool(token) and of_directory == str(workdir)
+        if self._is_passed_on:
+            self._me = dataclasses.replace(self._me, token=token)
         self._lost = ""
         self._mutex = threading.Lock()  # of heartbeats: the thread's, and those of `check`
         self._ended = threading.Event()
@@ -275,10 +284,17 @@ class Claim:
             return
         self._ended.set()
         self._thread.join()
+        if self._is_passed_on:
+            return
         try:
             self._update(release=True)
         except OSError as error:
             logging.warning("%s: the claim on it stays behind: %s", self._workdir, error)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for a process that is to work in the directory for this one."""
+        return {PASSED_ON: f"{self._me.token} {self._workdir}"}
 
     def check(self) -> None:
         """Raises Lost if another process has taken the directory over.
@@ -296,7 +312,12 @@ class Claim:
             found = self._place.read()
             owner = _parse(found.content)
             if owner and owner.token == self._me.token:
-                return  # the answer to the first write was lost
+                if owner.pid == self._me.pid:
+                    return
+                # Passed on to this process, for which it holds from now on, even if the first one
+                # dies.
+                self._place.swap(found, _encode(self._me))
+                continue
             if found.content is None or self._is_left(found, owner):
                 if self._place.swap(found, _encode(self._me)):
                     return

@@ -140,13 +140,7 @@ def parse(argv: list[str]) -> list[str]:
     argv = [_expanded(argument) for argument in argv]
     try:
         for choice in _flag_values("config", argv):
-            path, _, size = choice.partition(":")
-            if not os.path.exists(path):
-                raise ValueError(f"no configuration file {path!r} (run from the repository's root)")
-            get_config = runpy.run_path(path)["get_config"]
-            if size and not inspect.signature(get_config).parameters:
-                raise ValueError(f"--config={choice}: {path} has no sizes; leave out :{size}")
-            config = get_config(*([size] if size else []))
+            config = read_config(choice)
             _change_evals(config, argv)
             if error := unknown_key(argv[1:], list(config_lib.flatten(config))):
                 if "source_args." in error:
@@ -161,6 +155,21 @@ def parse(argv: list[str]) -> list[str]:
     # What config_flags raises for bad overrides.
     except (ValueError, TypeError, KeyError, AttributeError, flags.Error) as error:
         sys.exit(f"error: {error}")
+
+
+def read_config(choice: str) -> ConfigDict:
+    """The configuration that --config names: FILE, or FILE:SIZE.
+
+    Raises:
+      ValueError: no such file, or one without sizes.
+    """
+    path, _, size = choice.partition(":")
+    if not os.path.exists(path):
+        raise ValueError(f"no configuration file {path!r} (run from the repository's root)")
+    get_config = runpy.run_path(path)["get_config"]
+    if size and not inspect.signature(get_config).parameters:
+        raise ValueError(f"--config={choice}: {path} has no sizes; leave out :{size}")
+    return get_config(*([size] if size else []))
 
 
 def _expanded(argument: str) -> str:

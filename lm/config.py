@@ -561,7 +561,7 @@ def check_resumable(old: dict, new: ConfigDict, where: str) -> None:
     old, new = flatten(old), flatten(new)
     differing = []
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not _is_resumable(key):
+        if old.get(key) != new.get(key) and not is_resumable(key):
             there, now = old.get(key, "absent"), new.get(key, "absent")
             differing.append(f"  {key}: {there!r} there, {now!r} now")
 
@@ -573,7 +573,7 @@ def check_resumable(old: dict, new: ConfigDict, where: str) -> None:
         )
 
 
-def _is_resumable(key: str) -> bool:
+def is_resumable(key: str) -> bool:
     """Whether a run may change this key, or the group that it is in."""
     return any(key == name or key.startswith(name + ".") for name in RESUMABLE)
 

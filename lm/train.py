@@ -14,7 +14,18 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, claim, evaluate, files, stopping, telemetry, trained, weights
+from lm import (
+    build,
+    checkpoint,
+    claim,
+    evaluate,
+    files,
+    startup,
+    stopping,
+    telemetry,
+    trained,
+    weights,
+)
 from lm import config as config_lib
 from lm import step as step_lib
 from lm.reports import metrics as metrics_lib
@@ -52,6 +63,8 @@ def train(
         try:
             with jax.set_mesh(run.experiment.program.mesh):
                 _loop(run, profile)
+            if jax.process_index() == 0:
+                run.write_summary(finished=True)
         except claim.Lost:
             closing.pop_all()  # closing would write over the new owner's files
             raise
@@ -188,8 +201,9 @@ class Run:
             self._resume(newest)
         self.writer = telemetry.Writer(workdir, self.step)
         closing.callback(self.writer.close)
-        if jax.process_index() == 0:
+        if first_process:
             self._write_config_and_tokenizer(config_file)
+            self.write_summary(finished=False)
 
         self.progress = telemetry.Progress(self.total_steps, self.step)
         self.timer = self._make_timer()
@@ -202,6 +216,18 @@ class Run:
             full_flops_per_token=program.flops_per_token(data.length, causal=False),
             batch_tokens=data.batch_size * data.length,
         )
+
+    def write_summary(self, *, finished: bool) -> None:
+        """Writes run.json, by which others know how large this run is, and whether it has come to
+        its end.
+        """
+        summary = self.experiment.size() | {
+            "length": self.config.train.length,
+            "total_steps": self.total_steps,
+            "finished": finished,
+            "versions": startup.versions(self.experiment.program.devices),
+        }
+        files.write_whole(self.workdir / "run.json", json.dumps(summary, indent=2) + "\n")
 
     def _check_boundaries(self) -> None:
         """Raises ValueError for steps that save, or end the run, off the loader's boundaries."""
@@ -326,6 +352,7 @@ class Run:
         line = {f"train/{name}": value for name, value in means.items()}
         line["train/targets"] = self.sums.get("loss", (0.0, 0.0))[1]
         line["train/epochs"] = pending.epochs
+        line["train/flops"] = self.experiment.size()["flops_per_step"] * pending.step
         line["train/learning_rate"] = float(values["learning_rate"])
         line["train/skipped_steps"] = int(values["skipped_steps"])
         line["train/batch_hash"] = pending.batch_hash

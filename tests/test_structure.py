@@ -51,6 +51,7 @@ RANKS = {
     "lm/generate.py": 10,
     "lm/suggest.py": 10,
     "lm/main.py": 11,
+    "lm/sweep/": 12,
 }
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lm/**/*.py"))
 

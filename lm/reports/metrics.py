@@ -63,12 +63,17 @@ def is_higher_better(metric: str) -> bool | None:
     return False if name in LOWER else None
 
 
-def check_best(best: str, metrics_of_evals: dict[str, Sequence[str] | None]) -> bool:
-    """Returns whether the highest value of config.checkpoint.best is the best one.
+def check_best(
+    best: str,
+    metrics_of_evals: dict[str, Sequence[str] | None],
+    key: str = "config.checkpoint.best",
+) -> bool:
+    """Returns whether the highest value of a metric is the best one.
 
     Args:
       best: "eval/NAME/METRIC".
       metrics_of_evals: NAME -> the metrics that it yields; None: they are known when it has run.
+      key: what names the metric, for messages.
 
     Raises:
       ValueError: no such eval, or none of its metrics by which models are compared.
@@ -84,10 +89,8 @@ def check_best(best: str, metrics_of_evals: dict[str, Sequence[str] | None]) -> 
         comparable = [m for m in metrics or () if is_higher_better(m) is not None]
         valid = f"valid: {comparable}" if metrics is not None else "wanted one such as acc,none"
         raise ValueError(
-            f"config.checkpoint.best = {best!r}: {metric!r} is no metric of config.evals.{name} "
-            f"by which checkpoints are compared; {valid}"
+            f"{key} = {best!r}: {metric!r} is no metric of config.evals.{name} "
+            f"by which models are compared; {valid}"
         )
     examples = [f"eval/{name}/{m[0]}" for name, m in metrics_of_evals.items() if m]
-    raise ValueError(
-        f"config.checkpoint.best = {best!r} is not a metric of config.evals; such as {examples}"
-    )
+    raise ValueError(f"{key} = {best!r} is not a metric of config.evals; such as {examples}")

@@ -192,12 +192,16 @@ def _baseline(metric: str, metrics: Metrics) -> str:
 
 
 def _align(rows: Sequence[Row]) -> str:
+    """Rows as lines whose columns stand below each other, values by their decimal point."""
+    width = max(len(row.value) for row in rows)
+    return align([row._replace(value=row.value.rjust(width)) for row in rows])
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
     """Rows as lines whose columns stand below each other."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-
     lines = []
     for row in rows:
         cells = [text.ljust(width) for text, width in zip(row, widths)]
-        cells[2] = row.value.rjust(widths[2])  # numbers by their decimal point
         lines.append("   ".join(cells).rstrip())
     return "\n".join(lines)

@@ -1,0 +1,404 @@
+"""What a sweep consists of: its file, its runs with their names, and sweep.json, which is written
+before anything starts.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+import lm
+from lm import claim, command_line, files
+from lm import config as config_lib
+from lm.sweep.halving import Halving
+from lm.sweep.search import Search
+
+PLAN = "sweep.json"
+MAX_NAME = 120  # characters of a run's name, without the hash
+MAX_VALUE = 40  # of a value in it
+MAX_DIFF = 1_000_000  # bytes of uncommitted changes that are kept
+PATIENCE_SECONDS = 30.0  # for another process that writes the plan
+# What may move a run's numbers.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """A run of a sweep.
+
+    Attributes:
+      name: of its directory: what it changes, and the beginning of `hash`.
+      changes: key -> value, one for each key that it changes.
+      hash: of its full configuration.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep file, read and checked.
+
+    Attributes:
+      path: of the sweep file.
+      choice: what --config is given: the sweep file, or another configuration.
+      base: that configuration.
+      halving: how the best runs are made longer; None: all are as long as they say.
+      search: what proposes further runs; None: `runs` are all there are.
+    """
+
+    path: str
+    choice: str
+    base: ConfigDict
+    runs: Sequence[PlannedRun]
+    halving: Halving | None
+    search: Search | None
+
+    def config(self, run: PlannedRun) -> ConfigDict:
+        """The full configuration of a run."""
+        return changed(self.base, run.changes)
+
+    def command(self, run: PlannedRun, workdir: epath.Path, length: str = "") -> list[str]:
+        """The command that trains a run, as arguments; `length` is another config.train.length."""
+        changes = dict(run.changes) | ({"train.length": length} if length else {})
+        flags = [f"--config={self.choice}", f"--workdir={workdir / run.name}"]
+        for key, value in changes.items():
+            flags.append(f"--config.{key}={_flag_value(key, value)}")
+        return [sys.executable, "-m", "lm.main", *flags]
+
+
+def shell(command: Sequence[str]) -> str:
+    """A command as one types it."""
+    return shlex.join(["python", *command[1:]])
+
+
+# --- the sweep file ---
+
+
+def read(path: str) -> Sweep:
+    """Reads a sweep file: Python beside the configurations.
+
+    It has get_sweep(), which gives a list of points (lm/sweep/axes.py), and get_config(), or a
+    CONFIG such as "configs/pydocs.py:micro". get_halving() and get_search() are optional.
+
+    Raises:
+      ValueError: a file that lacks something, a key that no configuration has, a value that it
+        can't have, or two equal runs.
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--sweep={path}: no such file; wanted one such as experiments/NAME/sweep.py"
+        )
+    module = runpy.run_path(path)
+    choice = module.get("CONFIG", path)
+    if choice == path and "get_config" not in module:
+        raise ValueError(f"{path} has neither get_config() nor CONFIG, the path of a configuration")
+    base = command_line.read_config(choice)
+    halving = module["get_halving"]() if "get_halving" in module else None
+    search = module["get_search"]() if "get_search" in module else None
+    if halving and search:
+        raise ValueError(f"{path} has get_halving() and get_search(); a sweep takes one of them")
+    if "get_sweep" not in module and not search:
+        raise ValueError(
+            f"{path} has no get_sweep(); wanted a function that gives a list of points"
+        )
+
+    points = module["get_sweep"]() if "get_sweep" in module else []
+    if not points and not search:
+        raise ValueError(f"{path}: get_sweep() gives no points")
+    if search:
+        search.check(base)
+    if halving:
+        halving.check(base)
+        points = [{"train.length": halving.lengths[0]} | point for point in points]
+    runs = plan_runs(base, points, where=path)
+    return Sweep(path, choice, base, runs, halving, search)
+
+
+def plan_runs(base: ConfigDict, points: Sequence[Mapping], where: str) -> list[PlannedRun]:
+    """The runs of these points.
+
+    Raises:
+      ValueError: see `read`; `where` is what messages call the sweep.
+    """
+    flat_points = []
+    for number, point in enumerate(points):
+        if not isinstance(point, Mapping):
+            raise ValueError(f"{where}: point {number} is {point!r}; wanted {{key: value}}")
+        flat_points.append(config_lib.flatten(point))
+    short = _short_keys(set().union(*flat_points) if flat_points else set())
+
+    runs: list[PlannedRun] = []
+    by_hash: dict[str, PlannedRun] = {}
+    for point in flat_points:
+        config = changed(base, point)
+        try:
+            config_lib.check(config)
+        except ValueError as error:
+            raise ValueError(f"{where}: the run of {point}: {error}") from None
+        flat = config_lib.flatten(config)
+        changes = {key: flat[key] for key in point}
+        full_hash = config_hash(config)
+        run = PlannedRun(_name(changes, short, full_hash), changes, full_hash)
+        if full_hash in by_hash:
+            raise ValueError(
+                f"{where}: two runs have one configuration: {dict(by_hash[full_hash].changes)} and "
+                f"{changes}. A run again with other random numbers is another seed"
+            )
+        by_hash[full_hash] = run
+        runs.append(run)
+    return runs
+
+
+def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A configuration with some of its values changed.
+
+    Raises:
+      ValueError: a key that it doesn't have, or a value of another type.
+    """
+    config = base.copy_and_resolve_references()
+    old_values = config_lib.flatten(config)
+    for key, value in changes.items():
+        if error := command_line.unknown_key([f"--config.{key}"], list(old_values)):
+            raise ValueError(f"the sweep changes what is no key: {error}")
+        value = value.item() if hasattr(value, "item") else value  # numpy's numbers
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            config.update_from_flattened_dict({key: value})
+        except TypeError as error:
+            raise ValueError(
+                f"the sweep sets {key} to {value!r}, which is {old_values[key]!r} in the "
+                f"configuration: {error}"
+            ) from None
+    return config.lock()
+
+
+def config_hash(config: ConfigDict) -> str:
+    """The hash of a full configuration."""
+    return files.short_hash(json.dumps(config.to_dict(), sort_keys=True).encode())
+
+
+def _short_keys(keys: set[str]) -> dict[str, str]:
+    """Key -> its last parts, as many as tell it from the other keys."""
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        for number in range(1, len(parts) + 1):
+            ending = ".".join(parts[-number:])
+            alike = [other for other in keys if f".{other}".endswith(f".{ending}")]
+            if len(alike) == 1:
+                break
+        short[key] = ending
+    return short
+
+
+def _name(changes: Mapping[str, Any], short: Mapping[str, str], full_hash: str) -> str:
+    """A name that people can read, and every file system and bucket can hold."""
+    parts = []
+    for key, value in changes.items():
+        parts.append(f"{_safe(short[key])}={_safe(_shown(value))[:MAX_VALUE]}")
+    readable = "-".join(parts)[:MAX_NAME].strip("-.") or "run"
+    return f"{readable}-{full_hash[:8]}"
+
+
+def _shown(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _safe(text: str) -> str:
+    """The text with other characters than letters, digits and a few marks replaced."""
+    return re.sub(r"[^A-Za-z0-9._+=]+", "_", text)
+
+
+def _flag_value(key: str, value) -> str:
+    """A value as a flag of lm.main takes it."""
+    if isinstance(value, str):
+        # A backslash would begin an escape there.
+        is_text = key.rpartition(".")[2] in command_line.TEXT_KEYS
+        return value.replace("\\", "\\\\") if is_text else value
+    return repr(tuple(value)) if isinstance(value, list) else repr(value)
+
+
+# --- sweep.json ---
+
+
+def describe(sweep: Sweep) -> dict[str, Any]:
+    """What sweep.json says of a sweep, and of the code that runs it."""
+    code = Path(lm.__file__).parent
+    sources = sorted(path for path in code.rglob("*") if path.suffix in (".py", ".toml"))
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    diff = _git("diff", "HEAD")
+    axes = dict.fromkeys(key for run in sweep.runs for key in run.changes)
+    return {
+        "sweep": _place(sweep.path),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "commit": _git("rev-parse", "HEAD").strip(),
+        "diff": diff[:MAX_DIFF],
+        "code": files.short_hash_of_parts(path.read_bytes() for path in sources),
+        "versions": versions | {"python": sys.version.split()[0]},
+        "config": sweep.base.to_dict(),
+        "axes": list(axes),
+        "halving": dataclasses.asdict(sweep.halving) if sweep.halving else None,
+        "search": sweep.search.describe() if sweep.search else None,
+        "runs": [dataclasses.asdict(run) for run in sweep.runs],
+    }
+
+
+def _place(path: str) -> str:
+    """The folder and the name of a sweep file, by which it is known on any machine."""
+    return "/".join(Path(path).resolve().parts[-2:])
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the code; "" where there is no repository."""
+    folder = Path(lm.__file__).parents[1]
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+
+
+def settle(sweep: Sweep, workdir: epath.Path, *, accept: bool) -> list[PlannedRun]:
+    """Writes sweep.json if there is none, and holds the sweep against it otherwise.
+
+    Args:
+      accept: a plan, code or versions that have changed replace what sweep.json says.
+
+    Returns:
+      The runs, those that were there before under their old names.
+
+    Raises:
+      ValueError: the directory is another sweep's, or what changed isn't accepted; the message
+        lists it.
+    """
+    new = describe(sweep)
+    path = workdir / PLAN
+    old = files.read_json(path) if path.exists() else None
+    if old is None or differences(old, new):
+        with claimed(workdir):
+            # Another worker may have written it meanwhile.
+            old = files.read_json(path) if path.exists() else None
+            if old is not None and old.get("sweep") != new["sweep"]:
+                raise ValueError(
+                    f"{workdir} is the directory of the sweep {old.get('sweep')!r}, not of "
+                    f"{new['sweep']!r}; take another --workdir"
+                )
+            changes = differences(old, new) if old else []
+            if changes and not accept:
+                lines = "\n".join(f"  {line}" for line in changes)
+                raise ValueError(
+                    f"{path} says otherwise than {sweep.path} and the code now:\n{lines}\n"
+                    "--accept goes on with what there is now (runs that are done stay, others "
+                    "may differ from them); or take another --workdir"
+                )
+            if old is None or changes:
+                if old:
+                    _keep_names(old, new)
+                    _add_history(old, new)
+                files.write_whole(path, json.dumps(new, indent=1) + "\n")
+    return stored_runs(workdir)
+
+
+def stored_runs(workdir: epath.Path) -> list[PlannedRun]:
+    """The runs of sweep.json."""
+    return [PlannedRun(**run) for run in files.read_json(workdir / PLAN)["runs"]]
+
+
+def add_run(
+    sweep: Sweep, workdir: epath.Path, finished: Sequence[tuple[Mapping, float]]
+) -> PlannedRun | None:
+    """Adds the run that the search proposes; None if another worker has added the last one.
+
+    Args:
+      finished: (changes, value of the metric) of each run that has one.
+    """
+    with claimed(workdir):
+        stored = files.read_json(workdir / PLAN)
+        if len(stored["runs"]) >= sweep.search.number:
+            return None
+        taken = [run["changes"] for run in stored["runs"]]
+        changes = sweep.search.propose(sweep.base, finished, taken)
+        [run] = plan_runs(sweep.base, [changes], where="search")
+        stored["runs"].append(dataclasses.asdict(run))
+        stored["axes"] = list(dict.fromkeys([*stored["axes"], *run.changes]))
+        files.write_whole(workdir / PLAN, json.dumps(stored, indent=1) + "\n")
+        return run
+
+
+@contextlib.contextmanager
+def claimed(workdir: epath.Path) -> Iterator[None]:
+    """Holds the claim on a sweep's directory; waits for a process that has it for a moment."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with contextlib.ExitStack() as closing:
+        while True:
+            try:
+                closing.enter_context(claim.Claim(workdir))
+                break
+            except claim.Taken:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+    """What a new description of a sweep adds, removes and changes, a line each."""
+    lines = []
+    old_runs = {json.dumps(run["changes"], sort_keys=True): run for run in old["runs"]}
+    new_runs = {json.dumps(run["changes"], sort_keys=True): run for run in new["runs"]}
+    # What a search has added belongs to its plan.
+    searched = new["search"] is not None and old["search"] == new["search"]
+    for key, run in new_runs.items():
+        if key not in old_runs:
+            lines.append(f"adds {run['name']}")
+        elif run["hash"] != old_runs[key]["hash"]:
+            lines.append(f"changes {old_runs[key]['name']}, which becomes {run['name']}")
+    for key, run in old_runs.items():
+        if key not in new_runs and not searched:
+            lines.append(f"removes {run['name']} (its directory stays)")
+
+    old_config, new_config = config_lib.flatten(old["config"]), config_lib.flatten(new["config"])
+    for key in sorted(old_config.keys() | new_config.keys()):
+        before, now = old_config.get(key, "absent"), new_config.get(key, "absent")
+        if before != now:
+            lines.append(f"changes {key} of all runs: {before!r} there, {now!r} now")
+    for key in ("halving", "search"):
+        if old[key] != json.loads(json.dumps(new[key])):
+            lines.append(f"changes {key}: {old[key]} there, {new[key]} now")
+    if old["code"] != new["code"]:
+        lines.append(f"other code: commit {old['commit'][:12]} there, {new['commit'][:12]} now")
+    for name in old["versions"].keys() | new["versions"].keys():
+        before, now = old["versions"].get(name), new["versions"].get(name)
+        if before != now:
+            lines.append(f"another {name}: {before} there, {now} now")
+    return lines
+
+
+def _keep_names(old: Mapping, new: dict) -> None:
+    """Gives runs that were planned before the names that their directories have."""
+    names = {run["hash"]: run["name"] for run in old["runs"]}
+    for run in new["runs"]:
+        run["name"] = names.get(run["hash"], run["name"])
+
+
+def _add_history(old: Mapping, new: dict) -> None:
+    """Remembers what the earlier runs were made with."""
+    kept = {key: old[key] for key in ("written", "commit", "code", "versions")}
+    new["earlier"] = [*old.get("earlier", []), kept]

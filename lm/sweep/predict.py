@@ -1,0 +1,235 @@
+"""What the runs of a sweep will take, before they start: parameters, tokens, FLOPs, memory, hours.
+
+Time is measured: some runs are trained for a few steps in a directory that is thrown away, with the
+evals and checkpoints that they have. For a pod it is modelled, see `lm.plan`.
+"""
+
+import json
+import math
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from lm import build, files, startup
+from lm.plan import compile as plan_compile
+from lm.reports import tables
+from lm.sweep import plan
+
+STEPS = 20  # between the evals of a calibration, which has two of each
+CALIBRATIONS = 4  # runs that are timed; others lie between them
+
+
+class Prediction(NamedTuple):
+    """What a run takes.
+
+    Attributes:
+      seconds: in all; None: unknown.
+      memory: of a chip, in words; "" where it isn't known.
+    """
+
+    parameters: int
+    tokens: float
+    flops: float
+    seconds: float | None = None
+    memory: str = ""
+
+
+def predict(
+    sweep: plan.Sweep, runs: Sequence[plan.PlannedRun], say: Callable[[str], None]
+) -> dict[str, Prediction]:
+    """Predicts each run on this machine's devices, those of a halving to the end of its first
+    round.
+
+    Raises:
+      ValueError: a run that can't be built.
+    """
+    devices = startup.start(sweep.base.platform)
+    sizes, predictions = {}, {}
+    for number, run in enumerate(runs):
+        say(f"building {number + 1} of {len(runs)}: {run.name}")
+        config = build.apply_hf_config(sweep.config(run))
+        experiment = build.build(config, devices)
+        size = experiment.size() | {"total_steps": experiment.total_steps}
+        sizes[run.name] = size
+        predictions[run.name] = _without_time(size)
+
+    # Runs of one size and the same evals take the same time a step.
+    by_cost: dict[tuple, list[plan.PlannedRun]] = {}
+    for run in runs:
+        evals = json.dumps(sweep.config(run).evals.to_dict(), sort_keys=True)
+        key = (sizes[run.name]["flops_per_step"], sizes[run.name]["parameters"], evals)
+        by_cost.setdefault(key, []).append(run)
+    keys = sorted(by_cost)
+    chosen = sorted(set(np.linspace(0, len(keys) - 1, min(CALIBRATIONS, len(keys))).astype(int)))
+    timings = []
+    for number, index in enumerate(chosen):
+        run = by_cost[keys[index]][0]
+        say(f"calibration {number + 1} of {len(chosen)}: {run.name}")
+        timings.append((keys[index][0], calibrate(sweep, run)))
+
+    for run in runs:
+        seconds = _seconds(sweep.config(run), sizes[run.name], timings)
+        predictions[run.name] = predictions[run.name]._replace(seconds=seconds)
+    return predictions
+
+
+def _without_time(size: dict) -> Prediction:
+    steps = size["total_steps"]
+    return Prediction(
+        size["parameters"], steps * size["tokens_per_step"], steps * size["flops_per_step"]
+    )
+
+
+class Timing(NamedTuple):
+    """What a calibration measured, in seconds.
+
+    Attributes:
+      once: the start, with compilation, and what evals and the last checkpoint take once.
+      step: each step.
+      evals: name -> an eval that isn't the first.
+      checkpoint: each.
+    """
+
+    once: float
+    step: float
+    evals: dict[str, float]
+    checkpoint: float
+
+
+def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
+    """Trains a run for 2 * STEPS steps, with each of its evals as often as it says so, once or
+    twice.
+
+    Raises:
+      ValueError: it fails; the message ends with what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="lm-calibration-") as folder:
+        command = sweep.command(run, epath.Path(folder), f"{2 * STEPS} steps")
+        config = sweep.config(run)
+        for name, entry in config.evals.items():
+            if entry.every:
+                command.append(f"--config.evals.{name}.every={STEPS}")
+        if config.checkpoint.every:
+            command.append(f"--config.checkpoint.every={STEPS}")
+        command.append(f"--config.train.log_every={STEPS // 4}")
+        began = time.monotonic()
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        wall = time.monotonic() - began
+        if done.returncode:
+            last = done.stdout.decode(errors="replace").strip().splitlines()[-1:]
+            raise ValueError(f"the calibration of {run.name} failed: {' '.join(last)}")
+        lines = files.read_jsonl_log(epath.Path(folder) / run.name / "metrics.jsonl")
+
+    speeds = [
+        line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line
+    ]
+    step = (
+        float(np.mean([1 / speed for speed in speeds]))
+        * config.data.batch_size
+        * config.data.length
+    )
+    evals: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith("eval/") and key.endswith("/seconds"):
+                evals.setdefault(key.split("/")[1], []).append(value)
+    repeated = {name: seconds[-1] for name, seconds in evals.items() if len(seconds) > 1}
+    checkpoints = [
+        line["train/seconds_checkpoints"] for line in lines if "train/seconds_checkpoints" in line
+    ]
+    checkpoint = checkpoints[-1] if config.checkpoint.every and checkpoints else 0.0
+
+    once = wall - (2 * STEPS - 1) * step - sum(repeated.values()) - checkpoint
+    return Timing(max(once, 0.0), step, repeated, checkpoint)
+
+
+def _seconds(config: ConfigDict, size: dict, timings: Sequence[tuple[float, Timing]]) -> float:
+    """The seconds of a run, from the calibrations of runs that are larger and smaller."""
+    flops = [flops for flops, _ in timings]
+    step = np.interp(size["flops_per_step"], flops, [timing.step for _, timing in timings])
+    once = np.interp(size["flops_per_step"], flops, [timing.once for _, timing in timings])
+    nearest = min(timings, key=lambda item: abs(item[0] - size["flops_per_step"]))[1]
+
+    steps = size["total_steps"]
+    seconds = once + (steps - 1) * step
+    for name, entry in config.evals.items():
+        if entry.every:
+            seconds += (steps // entry.every - (steps % entry.every == 0)) * nearest.evals.get(
+                name, 0
+            )
+    if config.checkpoint.every:
+        seconds += (steps // config.checkpoint.every) * nearest.checkpoint
+    return float(seconds)
+
+
+def predict_pod(
+    sweep: plan.Sweep,
+    runs: Sequence[plan.PlannedRun],
+    topology: str,
+    slices: int,
+    say: Callable[[str], None],
+) -> dict[str, Prediction]:
+    """Predicts each run on a pod, by compiling its train step for it.
+
+    Raises:
+      ValueError: a run that can't be compiled for it.
+    """
+    predictions = {}
+    reports: dict[str, dict] = {}
+    for run in runs:
+        config = sweep.config(run)
+        with config.unlocked():
+            config.seed = 0  # a program is the same for all seeds
+        key = plan.config_hash(config)
+        if key not in reports:
+            reports[key] = _compile(config, topology, slices, say)
+        predictions[run.name] = _of_report(reports[key], config)
+    return predictions
+
+
+def _compile(config: ConfigDict, topology: str, slices: int, say: Callable[[str], None]) -> dict:
+    """The report of `lm.plan`; of a run that doesn't fit {"does_not_fit": why}."""
+    try:
+        return plan_compile.plan(config, topology, slices, progress=say)
+    except plan_compile.DoesNotFit as error:
+        return {"does_not_fit": str(error).splitlines()[0]}
+
+
+def _of_report(report: dict, config: ConfigDict) -> Prediction:
+    if "does_not_fit" in report:
+        return Prediction(0, 0.0, 0.0, memory=report["does_not_fit"])
+    train = report["train"]
+    memory = f"{train['memory_gib']:.1f} of {train['limit_gib']:.1f} GiB"
+    if "tokens" not in report:
+        # Steps of epochs are known where the corpus is.
+        return Prediction(report["parameters"], math.nan, math.nan, memory=memory)
+    steps = report["tokens"] / (config.data.batch_size * config.data.length)
+    flops = train["model_tflops"] * 1e12 * report["chips"] * steps
+    seconds = report["days"]["calibrated"] * 86400
+    return Prediction(report["parameters"], report["tokens"], flops, seconds, memory)
+
+
+def table(runs: Sequence[plan.PlannedRun], predictions: dict[str, Prediction], workers: int) -> str:
+    """Predictions as text, a line each, and their sum."""
+    rows = [("run", "parameters", "tokens", "FLOPs", "hours", "memory")]
+    for run in runs:
+        p = predictions[run.name]
+        hours = "?" if p.seconds is None else f"{p.seconds / 3600:.3g}"
+        rows.append(
+            (run.name, f"{p.parameters:,}", f"{p.tokens:.4g}", f"{p.flops:.4g}", hours, p.memory)
+        )
+    known = [p.seconds for p in predictions.values() if p.seconds is not None]
+    flops = sum(p.flops for p in predictions.values())
+    text = tables.align(rows)
+    if known:
+        hours = sum(known) / 3600
+        text += f"\n\n{len(runs)} runs, {flops:.4g} FLOPs; {hours:.3g} hours one after the other"
+        if workers > 1:
+            text += f". {workers} workers share this machine: {hours / workers:.3g} hours at best"
+    return text
