@@ -68,6 +68,20 @@ def steps(directory: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
+def newest_meta(directory: epath.Path) -> tuple[int, dict]:
+    """The step and the meta of the newest checkpoint in a directory, not held against its manifest:
+    to be shown. (0, {}) without checkpoints, or where Orbax keeps it elsewhere.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    existing = steps(directory)
+    path = directory / str(max(existing, default=0)) / "meta" / "metadata"
+    if not existing or not path.exists():
+        return 0, {}
+    return existing[-1], files.read_json(path)
+
+
 def problems(directory: epath.Path) -> list[str]:
     """Returns what is wrong with a finished checkpoint; [] if it is intact.
 

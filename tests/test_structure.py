@@ -49,6 +49,7 @@ RANKS = {
     "lm/train.py": 10,
     "lm/convert.py": 10,
     "lm/generate.py": 10,
+    "lm/report.py": 10,
     "lm/suggest.py": 10,
     "lm/main.py": 11,
     "lm/sweep/": 12,

@@ -212,32 +212,49 @@ def compare_runs(workdir: epath.Path, other: epath.Path) -> dict[str, dict]:
 
     comparisons: dict[str, dict] = {}
     for name in names:
-        step, path = newest[name]
-        step_other, path_other = newest_other[name]
-        differences = _differences(name, path, path_other)
-        first = _read_lines(path)
-        second = _read_lines(path_other)
         # A single eval that is too small is an error, see `compare`.
-        if len(first) < MIN_EXAMPLES and len(names) > 1:
-            logging.warning(
-                "%s has %d examples, too few to compare (%d)", name, len(first), MIN_EXAMPLES
-            )
-            continue
-
-        result = compare(first, second, name)
-        if any(key.endswith("_difference") for key in result):
-            comparisons[name] = {"step": step, "step_other": step_other} | result
-            if differences:
-                comparisons[name]["differences"] = differences
-        else:
-            # BLEU, for instance, is of a corpus.
-            logging.warning("%s has no score of single examples: there is nothing to pair", name)
+        result = compare_eval(name, newest[name], newest_other[name], is_alone=len(names) == 1)
+        if result:
+            comparisons[name] = result
 
     # With many evals some differ by chance: their p-values are corrected for that.
-    p_values = [_main_p(result) for result in comparisons.values()]
+    p_values = [main_p(result) for result in comparisons.values()]
     for result, p in zip(comparisons.values(), statistics.holm(p_values)):
         result["p_holm"] = p
     return comparisons
+
+
+def compare_eval(
+    name: str, newest: tuple[int, epath.Path], other: tuple[int, epath.Path], *, is_alone: bool
+) -> dict:
+    """Compares the predictions of an eval in two runs, each given by its step and its file.
+
+    Args:
+      is_alone: too few examples are an error, not a warning.
+
+    Returns:
+      See `compare_runs`, without p_holm; {} where there is nothing to pair.
+
+    Raises:
+      ValueError: the predictions are of other records; see `compare`.
+    """
+    (step, path), (step_other, path_other) = newest, other
+    differences = _differences(name, path, path_other)
+    first = _read_lines(path)
+    second = _read_lines(path_other)
+    if len(first) < MIN_EXAMPLES and not is_alone:
+        logging.warning(
+            "%s has %d examples, too few to compare (%d)", name, len(first), MIN_EXAMPLES
+        )
+        return {}
+
+    result = compare(first, second, name)
+    if not any(key.endswith("_difference") for key in result):
+        # BLEU, for instance, is of a corpus.
+        logging.warning("%s has no score of single examples: there is nothing to pair", name)
+        return {}
+    result = {"step": step, "step_other": step_other} | result
+    return result | ({"differences": differences} if differences else {})
 
 
 def _differences(name: str, path: epath.Path, path_other: epath.Path) -> dict[str, list]:
@@ -247,7 +264,7 @@ def _differences(name: str, path: epath.Path, path_other: epath.Path) -> dict[st
     Raises:
       ValueError: the predictions are of other records.
     """
-    about, about_other = _read_about(path), _read_about(path_other)
+    about, about_other = read_about(path), read_about(path_other)
     if not about or not about_other:
         logging.warning(
             "%s: predictions without %s don't say which records and prompts they are of; they are "
@@ -277,7 +294,7 @@ def _differences(name: str, path: epath.Path, path_other: epath.Path) -> dict[st
     return differences
 
 
-def _read_about(path: epath.Path) -> dict:
+def read_about(path: epath.Path) -> dict:
     """What stands beside a file of predictions; {} for runs of before there was such a file."""
     about = path.parent / about_path(path.name)
     return files.read_json(about) if about.exists() else {}
@@ -303,7 +320,7 @@ def _read_lines(path: epath.Path) -> list[dict]:
     return [record for _, record in files.read_jsonl(path)]
 
 
-def _main_p(result: Mapping[str, float]) -> float:
+def main_p(result: Mapping[str, float]) -> float:
     """The p-value that stands for an eval: McNemar's, or the first score's."""
     if "mcnemar_p" in result:
         return result["mcnemar_p"]

@@ -87,13 +87,13 @@ def _metric_lines(metrics: Metrics) -> list[str]:
     lines = ["| | | 95% interval |", "|---|---|---|"]
     for key, value in metrics.items():
         # The bounds of an interval stand beside its metric.
-        if not _is_bound(key, metrics):
+        if not is_bound(key, metrics):
             name = escape.inline(key)
             lines.append(f"| {name} | {cell(value)} | {_given_interval(key, metrics)} |")
     return lines
 
 
-def _is_bound(key: str, metrics: Metrics) -> bool:
+def is_bound(key: str, metrics: Metrics) -> bool:
     """Whether a key is METRIC_low or METRIC_high of another one."""
     return key.endswith(INTERVAL_SUFFIXES) and key.rpartition("_")[0] in metrics
 
@@ -136,7 +136,7 @@ def headline(values: Metrics) -> str:
 
     rows = []
     for name, metrics in evals.items():
-        for number, metric in enumerate(_main_metrics(metrics)):
+        for number, metric in enumerate(main_metrics(metrics)):
             row = Row(
                 eval=name if number == 0 else "",
                 metric=metric,
@@ -151,7 +151,7 @@ def headline(values: Metrics) -> str:
     return _align([Row("eval", "metric", "value", "95% interval", "baseline"), *rows])
 
 
-def _main_metrics(metrics: Metrics) -> list[str]:
+def main_metrics(metrics: Metrics) -> list[str]:
     """The one or two metrics that stand for an eval; [] if it has side metrics only."""
     for known_by, preferred in metrics_lib.HEADLINES.items():
         if known_by in metrics:
@@ -162,7 +162,7 @@ def _main_metrics(metrics: Metrics) -> list[str]:
     scores = []
     for key in metrics:
         is_side = STANDARD_ERROR in key or key in metrics_lib.SIDE_METRICS
-        if not is_side and not _is_bound(key, metrics):
+        if not is_side and not is_bound(key, metrics):
             scores.append(key)
     return scores[:ROWS_OF_AN_EVAL]
 
