@@ -77,7 +77,11 @@ def main(argv: list[str]) -> int:
     states = state.read(sweep, runs, workdir)
     print(escape.printable(table(runs, states)))
     if _REPORT.value:
-        print(f"\nwritten to {report.write(workdir)}")
+        path = workdir / "report.html"
+        failures = {name: known.why for name, known in states.items() if known.why}
+        stored = files.read_json(workdir / plan.PLAN)
+        files.write_whole(path, report.sweep_page(workdir, stored, failures=failures))
+        print(f"\nwritten to {path}")
     if not is_over:
         print("\nstopped; what runs had done is saved. The same command goes on", file=sys.stderr)
     return int(any(known.status == state.FAILED_STATUS for known in states.values()))

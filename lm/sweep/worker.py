@@ -10,13 +10,14 @@ import contextlib
 import glob
 import json
 import os
+import random
 import signal
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from etils import epath
 
@@ -61,7 +62,7 @@ class Workers:
     ):
         self._sweep, self._workdir, self._say = sweep, workdir, say
         self._stop = threading.Event()
-        self._children: dict[str, subprocess.Popen] = {}
+        self._children: dict[int, subprocess.Popen] = {}  # by their worker
         self._stops: collections.Counter = collections.Counter()
         self._mutex = threading.Lock()
         self._errors: list[BaseException] = []
@@ -110,7 +111,7 @@ class Workers:
                 # Each worker begins elsewhere, so that they seldom want the same run.
                 start = number * len(left) // of
                 left = left[start:] + left[:start]
-                if not self._take_one(left, states, share):
+                if not self._take_one(left, states, number, share):
                     self._stop.wait(POLL_SECONDS)
         except Exception as error:
             self._errors.append(error)
@@ -132,21 +133,34 @@ class Workers:
         if added:
             self._say(f"proposed: {added.name}")
 
-    def _take_one(self, runs, states, share: Share) -> bool:
+    def _take_one(self, runs, states, worker: int, share: Share) -> bool:
         """Trains the first of the runs that can be had; False if others have all of them."""
-        free = [run for run in runs if states[run.name].status == state.WAITING]
-        # Then one that is claimed: whoever has it may be gone.
-        claimed = [run for run in runs if run not in free][:1]
-        for run in free + claimed:
-            if self._stop.is_set():
-                return True
-            with contextlib.suppress(claim.Taken):
-                with claim.Claim(self._workdir / run.name) as held:
-                    self._train(run, held, share)
-                return True
-        return False
+        for run in runs:
+            is_free = states[run.name].status == state.WAITING
+            # A look at what was free a moment ago costs less than a claim that is refused.
+            if is_free and not (self._workdir / run.name / claim.NAME).exists():
+                if self._try(run, worker, share):
+                    return True
 
-    def _train(self, run: plan.PlannedRun, held: claim.Claim, share: Share) -> None:
+        # Whoever has one that is claimed may be gone.
+        claimed = [run for run in runs if states[run.name].status == state.RUNNING]
+        return bool(claimed) and self._try(random.choice(claimed), worker, share)
+
+    def _try(self, run: plan.PlannedRun, worker: int, share: Share) -> bool:
+        """Trains a run; False if another worker has it."""
+        try:
+            with claim.Claim(self._workdir / run.name) as held:
+                self._train(run, held, worker, share)
+        except claim.Taken:
+            return False
+        except claim.Lost as lost:
+            self._say(f"lost: {lost}")
+        finally:
+            # The claim is released: nothing of it is left to wait for.
+            self._children.pop(worker, None)
+        return True
+
+    def _train(self, run: plan.PlannedRun, held: claim.Claim, worker: int, share: Share) -> None:
         """Trains a claimed run, unless another worker has done so meanwhile."""
         directory = self._workdir / run.name
         runs = plan.stored_runs(self._workdir)
@@ -160,26 +174,29 @@ class Workers:
             with self._mutex:
                 if self._stop.is_set():
                     return
-                child = subprocess.Popen(
-                    command,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=os.environ | share.environment | held.environment,
-                    # Ctrl-C is this process's to pass on, once.
-                    start_new_session=True,
-                )
-                self._children[run.name] = child
-                with contextlib.suppress(ProcessLookupError):  # it may have ended
-                    if share.cores:
-                        os.sched_setaffinity(child.pid, share.cores)
+                child = self._start(command, log, share, held.environment)
+                self._children[worker] = child
             code = child.wait()
-        try:
-            held.check()
-            self._note_end(run, code, now.length, time.monotonic() - began)
-        finally:
-            with self._mutex:
-                del self._children[run.name]
+        held.check()
+        self._note_end(run, code, now.length, time.monotonic() - began)
+
+    def _start(
+        self, command: Sequence[str], log: BinaryIO, share: Share, environment: Mapping[str, str]
+    ) -> subprocess.Popen:
+        """Starts the process of a run."""
+        child = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | share.environment | environment,
+            # Ctrl-C is this process's to pass on, once.
+            start_new_session=True,
+        )
+        with contextlib.suppress(ProcessLookupError):  # it may have ended
+            if share.cores:
+                os.sched_setaffinity(child.pid, share.cores)
+        return child
 
     def _note_end(self, run: plan.PlannedRun, code: int, length: str, seconds: float) -> None:
         """Says how a run ended; writes it down if it failed."""
