@@ -74,7 +74,7 @@ def predict(
         timings.append((keys[index][0], calibrate(sweep, run)))
 
     for run in runs:
-        seconds = _seconds(sweep.config(run), sizes[run.name], timings)
+        seconds = predicted_seconds(sweep.config(run), sizes[run.name], timings)
         predictions[run.name] = predictions[run.name]._replace(seconds=seconds)
     return predictions
 
@@ -149,7 +149,9 @@ def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
     return Timing(max(once, 0.0), step, repeated, checkpoint)
 
 
-def _seconds(config: ConfigDict, size: dict, timings: Sequence[tuple[float, Timing]]) -> float:
+def predicted_seconds(
+    config: ConfigDict, size: dict, timings: Sequence[tuple[float, Timing]]
+) -> float:
     """The seconds of a run, from the calibrations of runs that are larger and smaller."""
     flops = [flops for flops, _ in timings]
     step = np.interp(size["flops_per_step"], flops, [timing.step for _, timing in timings])
