@@ -442,6 +442,7 @@ def program(
     c = config
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
     _check_batches(c, mesh)
+    _check_simulated(c, devices)
 
     # The model, its optimizer and its loss.
     model_config, make_model = make_model_fn(c, vocab_size, devices[0].platform)
@@ -575,6 +576,22 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
     if chunk and length % chunk:
         raise ValueError(
             f"config.objective.chunk = {chunk} must divide config.data.length = {length}"
+        )
+
+
+def _check_simulated(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
+    """Raises ValueError for what devices that a CPU simulates can't do in a fixed order.
+
+    Where a loop draws random numbers and has collectives, XLA takes the collectives of its devices
+    as they come: they wait for each other for ever, or mix up their values.
+    """
+    c = config.model
+    draws = c.get("dropout", 0) or c.get("attention_dropout", 0)
+    is_simulated = devices[0].platform == "cpu" and len(devices) > 1
+    if draws and is_simulated and c.get("scan_unroll", 0) < c.get("num_layers", 0):
+        raise ValueError(
+            f"dropout on {len(devices)} devices that a CPU simulates needs layers without a loop: "
+            f"config.model.scan_unroll = {c.num_layers}"
         )
 
 

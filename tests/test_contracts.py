@@ -62,6 +62,7 @@ def configure(tiny, folder, name):
     config.model.param_dtype = "float32"
     config.evals.text = entries.perplexity(every=3, batch_size=8)
     config.update_from_flattened_dict(changes)
+    config.model.scan_unroll = config.model.num_layers  # see build._check_simulated
     return config
 
 

@@ -258,6 +258,10 @@ def test_dropout_is_the_same_on_every_mesh(tiny, sizes, fsdp, accumulation):
         "model.attention_dropout": 0.2,
     }
     execution = {"train.fsdp": fsdp, "model.remat": "full"}
+    if sizes:
+        with pytest.raises(ValueError, match="config.model.scan_unroll = 2"):
+            experiment(tiny, sizes, model | execution)
+    execution["model.scan_unroll"] = 2
     assert_trains_alike(
         tiny, sizes, steps=3, model=model, execution=execution, accumulation=accumulation
     )
