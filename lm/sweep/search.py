@@ -38,7 +38,7 @@ class Search:
             import optuna  # noqa: F401
         except ImportError:
             raise ValueError(
-                "get_search() needs Optuna: pip install -c constraints.txt -e '.[search]'"
+                "get_search() needs Optuna: pip install -c constraints.txt -e '.[sweep]'"
             ) from None
 
     def describe(self) -> dict:
