@@ -189,6 +189,7 @@ class Run:
         closing.callback(self.loader.close)
         self._check_boundaries()
         self._stop_asked = False
+        self._has_looked = False  # since this start
         self._frozen_meta: dict | None = None  # what a checkpoint says of the frozen parameters
 
         # What was measured.
@@ -321,14 +322,22 @@ class Run:
         return batch, batch_hash
 
     def look(self, batch: dict[str, jax.Array]) -> dict[str, tuple[float, float]]:
-        """What a look inside the step of this batch gives, if one is due; else {}."""
+        """What a look inside the step of this batch gives, if one is due; else {}.
+
+        The first step of each start is looked into too: what a look can't do, or has no memory for,
+        shows there, and not after hours.
+        """
         every = self.config.train.look_every
-        if not every or (self.step + 1) % every:
+        is_due = bool(every) and (self.step + 1) % every == 0
+        is_first = bool(every) and not self._has_looked
+        if not (is_due or is_first):
             return {}
+        self._has_looked = True
         jax.block_until_ready(self.state)  # the step before has its own time
         with self.timer.paused("looking"):
             values = self.experiment.program.look(self.state, batch, self.fixed)
-            return looking.terms(jax.device_get(values))
+            terms = looking.terms(jax.device_get(values))
+        return terms if is_due else {}
 
     def check_replicas_if_due(self) -> None:
         """Raises replicas.ReplicasDiffer."""
