@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import checkpoint, collectives, files, optim, sharding, startup, step, trained
+from lm import checkpoint, collectives, files, looking, optim, sharding, startup, step, trained
 from lm import config as config_lib
 from lm.data import batch as batch_contract
 from lm.data import pack, roles
@@ -410,6 +410,7 @@ class Program:
     init_state: Callable  # jitted: trained parameters -> TrainState, donates them
     # jitted: (state, batch, fixed) -> (state, metrics), donates the state
     train_step: Callable
+    look: Callable  # jitted: the same arguments -> see `lm.looking.make_look`; donates nothing
     eval_params: Callable  # jitted: (trained parameters, opt_state) -> those to evaluate
     eval_fns: CompiledFns  # what evaluators ask of the model, but for generation
 
@@ -446,11 +447,7 @@ def program(
 
     # The model, its optimizer and its loss.
     model_config, make_model = make_model_fn(c, vocab_size, devices[0].platform)
-    if model_config.context_length < c.data.length:
-        raise ValueError(
-            f"config.data.length = {c.data.length} is above config.model.context_length = "
-            f"{model_config.context_length}"
-        )
+    _check_model(model_config, c.data.length, mesh)
     graphdef, abstract = _abstract(make_model)
     params = _divide(c, abstract, mesh)
     optimizer = optim.make_optimizer(c.optimizer, params.trained_axes, total_steps)
@@ -461,19 +458,23 @@ def program(
     abstract_fixed = step.Fixed(params.frozen, other_params)
 
     # The train step, and where its state lies.
+    wrap_gradient = _gradient_wrapper(c, mesh, params.trained_axes, objective, abstract_fixed)
+    loss_fns = objective.loss_fns(others)
+    how = dict(accumulation=c.train.accumulation, wrap_gradient=wrap_gradient)
     train_step = step.make_train_step(
-        graphdef,
-        objective.loss_fns(others),
-        optimizer,
-        seed=c.seed,
-        accumulation=c.train.accumulation,
-        nonfinite=c.train.nonfinite,
-        wrap_gradient=_gradient_wrapper(c, mesh, params.trained_axes, objective, abstract_fixed),
+        graphdef, loss_fns, optimizer, seed=c.seed, nonfinite=c.train.nonfinite, **how
     )
+    mean_gradient = step.make_mean_gradient(graphdef, looking.watched(loss_fns), **how)
+    by_position = _loss_by_position(c, mesh, graphdef, objective)
+    look = looking.make_look(mean_gradient, optimizer, params.trained_axes, by_position, c.seed)
     abstract_state = step.abstract_state(params.trained, params.trained_axes, optimizer, mesh)
-    if hasattr(model_config, "check_mesh"):
-        model_config.check_mesh(mesh)
-    shardings = jax.tree.map(_layout, abstract_state)
+    shardings, whole = jax.tree.map(_layout, abstract_state), sharding.replicated(mesh)
+
+    jit_step = functools.partial(
+        jax.jit,
+        in_shardings=(shardings, None, jax.tree.map(_layout, abstract_fixed)),
+        compiler_options=startup.compiler_options(devices[0]),
+    )
 
     def make_params(key):
         return nnx.to_pure_dict(nnx.split(make_model(key), nnx.Param)[1])
@@ -497,13 +498,8 @@ def program(
         # Under jit one seed gives the same bits on every mesh.
         make_params=jax.jit(make_params, out_shardings=jax.tree.map(_layout, params.whole)),
         init_state=jax.jit(init_state, out_shardings=shardings, donate_argnums=0),
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(shardings, None, jax.tree.map(_layout, abstract_fixed)),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-            donate_argnums=0,
-            compiler_options=startup.compiler_options(devices[0]),
-        ),
+        train_step=jit_step(train_step, out_shardings=(shardings, whole), donate_argnums=0),
+        look=jit_step(look, out_shardings=whole),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params),
         eval_fns=make_eval_fns(graphdef, objective, mesh),
     )
@@ -542,6 +538,18 @@ def _divide(config: ConfigDict, abstract, mesh: Mesh) -> _Parameters:
     return _Parameters(whole, trained_part, frozen_part, trained_axes, is_trained)
 
 
+def _loss_by_position(config: ConfigDict, mesh: Mesh, graphdef, objective: Objective) -> Callable:
+    """That of a look, in so many microbatches that no more logits exist at a time than in training,
+    or in rows, one on each device.
+    """
+    rows = config.data.batch_size // sharding.batch_parts(mesh)
+    chunks = config.data.length // (config.objective.get("chunk", 0) or config.data.length)
+    microbatches = min(rows, config.train.accumulation * chunks)
+    while rows % microbatches:
+        microbatches += 1
+    return looking.make_loss_by_position(graphdef, objective.token_logprobs, microbatches)
+
+
 def make_eval_fns(graphdef, objective: Objective, mesh: Mesh) -> CompiledFns:
     """What evaluators may ask of a model. All models here are causal: another kind gets another
     object in the place of `CausalAnswers`.
@@ -557,6 +565,17 @@ def make_eval_fns(graphdef, objective: Objective, mesh: Mesh) -> CompiledFns:
         states=answers.states,
         head_rows=compiled(step.make_head_rows(graphdef), mesh),
     )
+
+
+def _check_model(model_config, length: int, mesh: Mesh) -> None:
+    """Raises ValueError if the model can't take rows of `length` tokens, or the mesh the model."""
+    if model_config.context_length < length:
+        raise ValueError(
+            f"config.data.length = {length} is above config.model.context_length = "
+            f"{model_config.context_length}"
+        )
+    if hasattr(model_config, "check_mesh"):
+        model_config.check_mesh(mesh)
 
 
 def _check_batches(config: ConfigDict, mesh: Mesh) -> None:

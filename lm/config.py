@@ -24,6 +24,8 @@ RESUMABLE = (
     "checkpoint",
     "train.length",
     "train.log_every",
+    "train.look_every",
+    "train.check_replicas_every",
     "train.nonfinite",
     "train.fsdp",
     "train.fsdp_gather",
@@ -261,6 +263,12 @@ class Train:
     # a non-finite loss or gradient: halt (save the last good state and stop) | skip (and count)
     nonfinite: str = one_of("halt", "skip")
     log_every: int = integer(10, least=1)  # steps
+    # steps between looks inside (norms by layer, loss by position), each of which takes about a
+    # step's time; 0: none
+    look_every: int = integer(0)
+    # steps between comparisons of what several devices hold, bit for bit; checkpoints are compared
+    # too, before they are saved; 0: none
+    check_replicas_every: int = integer(0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -292,11 +292,8 @@ class Optimizer:
           than bf16 is kept (master) or reached in expectation (stochastic), the f32 sum is
           unchanged too.
         """
-        old = state["master"] if "master" in state else _f32(params)
-        with jax.numpy_dtype_promotion("standard"):  # optax adds its integer counters to floats
-            learning_rate = self.schedule(step)
-            updates, transform = self.transform.update(grads, state["transform"], old)
-        updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+        old = self.f32_weights(params, state)
+        updates, transform, learning_rate = self.updates(grads, state["transform"], old, step)
         new = jax.tree.map(jnp.add, old, updates)
         new_state = {"transform": transform}
 
@@ -328,6 +325,20 @@ class Optimizer:
             "updates_lost": lost / jnp.maximum(_count(nonzero), 1.0),
         }
         return new_params, new_state, metrics
+
+    def updates(self, grads, transform_state, weights, step: jax.Array):
+        """What a step adds to f32 `weights`: (updates, the transform's new state, the learning
+        rate). The other arguments are those of `update`.
+        """
+        with jax.numpy_dtype_promotion("standard"):  # optax adds its integer counters to floats
+            learning_rate = self.schedule(step)
+            updates, transform_state = self.transform.update(grads, transform_state, weights)
+        updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+        return updates, transform_state, learning_rate
+
+    def f32_weights(self, params, state: dict):
+        """The f32 weights that an update is added to."""
+        return state["master"] if "master" in state else _f32(params)
 
     def eval_params(self, params, state: dict):
         """The parameters to evaluate: the moving average where there is one, in the parameters'

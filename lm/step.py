@@ -146,29 +146,15 @@ def make_train_step(
     """
     assert nonfinite in ("halt", "skip"), nonfinite
     root = jax.random.key(seed)
-    gradient = make_gradient(graphdef, loss_fns)
-    if wrap_gradient:
-        gradient = wrap_gradient(gradient)
+    mean_gradient = make_mean_gradient(
+        graphdef, loss_fns, accumulation=accumulation, wrap_gradient=wrap_gradient
+    )
 
     def train_step(state: TrainState, batch, fixed: Fixed = NOTHING_FIXED):
-        loss_key = jax.random.fold_in(jax.random.fold_in(root, LOSS), state.step)
-        rounding_key = jax.random.fold_in(jax.random.fold_in(root, ROUNDING), state.step)
+        loss_key = step_key(root, LOSS, state.step)
+        rounding_key = step_key(root, ROUNDING, state.step)
 
-        if loss_fns.prepare is not None:
-            other_models = merge_each(loss_fns.other_graphdefs, fixed.others)
-            model = nnx.merge(graphdef, trained.merge(state.params, fixed.frozen))
-            prepared = loss_fns.prepare(batch, model, **other_models)
-            batch = batch | jax.lax.stop_gradient(prepared)
-
-        # A key for each row: what is drawn for it depends on no other row.
-        rows_B = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(loss_key, rows_B)
-
-        # The gradient of the mean loss, from sums.
-        grads, count, terms = accumulate_gradient(
-            gradient, state.params, batch, keys_B, fixed, accumulation
-        )
-        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
+        grads, count, terms = mean_gradient(state.params, batch, loss_key, fixed)
         params, opt_state, scalars = optimizer.update(
             grads, state.opt_state, state.params, state.step, rounding_key
         )
@@ -203,6 +189,44 @@ def make_train_step(
     return train_step
 
 
+def step_key(root: jax.Array, purpose: int, step: jax.Array) -> jax.Array:
+    """The key of a purpose (`LOSS`, `ROUNDING`) in a step."""
+    return jax.random.fold_in(jax.random.fold_in(root, purpose), step)
+
+
+def make_mean_gradient(
+    graphdef, loss_fns: LossFns, *, accumulation: int, wrap_gradient: Callable | None
+) -> Callable:
+    """Returns `mean_gradient(params, batch, loss_key, fixed) -> (grads, count, terms)`: the f32
+    gradient of the mean loss over a whole batch, and the sums behind it.
+
+    The arguments are those of `make_train_step`.
+    """
+    gradient = make_gradient(graphdef, loss_fns)
+    if wrap_gradient:
+        gradient = wrap_gradient(gradient)
+
+    def mean_gradient(params, batch, loss_key, fixed: Fixed):
+        if loss_fns.prepare is not None:
+            other_models = merge_each(loss_fns.other_graphdefs, fixed.others)
+            model = nnx.merge(graphdef, trained.merge(params, fixed.frozen))
+            prepared = loss_fns.prepare(batch, model, **other_models)
+            batch = batch | jax.lax.stop_gradient(prepared)
+
+        # A key for each row: what is drawn for it depends on no other row.
+        rows_B = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(loss_key, rows_B)
+
+        # The gradient of the mean loss, from sums.
+        grads, count, terms = accumulate_gradient(
+            gradient, params, batch, keys_B, fixed, accumulation
+        )
+        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
+        return grads, count, terms
+
+    return mean_gradient
+
+
 def merge_each(graphdefs: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """The models of these parameters, by name."""
     return {name: nnx.merge(graphdef, params[name]) for name, graphdef in graphdefs.items()}
@@ -234,12 +258,7 @@ def accumulate_gradient(gradient: Callable, params, batch, keys_B, fixed, accumu
     if accumulation == 1:
         return gradient(params, batch, keys_B, fixed)
 
-    # Rows are dealt, not cut into blocks: every device keeps a share of each microbatch.
-    def deal(x):
-        rows = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
-        return rows.swapaxes(0, 1)
-
-    microbatches = jax.tree.map(deal, (batch, keys_B))
+    microbatches = deal((batch, keys_B), accumulation)
     first = jax.tree.map(lambda x: x[0], microbatches)
     shapes = jax.eval_shape(gradient, params, *first, fixed)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -249,6 +268,19 @@ def accumulate_gradient(gradient: Callable, params, batch, keys_B, fixed, accumu
         return jax.tree.map(jnp.add, total, sums), None
 
     return jax.lax.scan(body, zeros, microbatches)[0]
+
+
+def deal(batch, number: int):
+    """Arrays [B, ...] as `number` microbatches, [number, B / number, ...].
+
+    Rows are dealt, not cut into blocks: every device keeps a share of each microbatch.
+    """
+
+    def deal_array(x):
+        rows = x.reshape(x.shape[0] // number, number, *x.shape[1:])
+        return rows.swapaxes(0, 1)
+
+    return jax.tree.map(deal_array, batch)
 
 
 def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:

@@ -140,7 +140,8 @@ class Timer:
 
     Tokens/s and MFU are of the steps since the last line, evals and checkpoints left out. Goodput
     is the share of the time since the start that was not lost: to the first step, with its
-    compilation, to waiting for data while the devices are idle, to evals, to checkpoints.
+    compilation, to waiting for data while the devices are idle, to evals, to checkpoints, to
+    looking inside (where that is on).
 
     Args:
       flops_per_token: the model's, causal attention counted half.
@@ -190,7 +191,7 @@ class Timer:
             yield
         finally:
             self._paused_seconds += time.monotonic() - began
-            self._lost[what] += time.monotonic() - began
+            self._lost[what] = self._lost.get(what, 0.0) + time.monotonic() - began
 
     def waited_for_data(self, seconds: float) -> None:
         """Counts time in which the devices waited for a batch; tokens/s includes it too."""

@@ -20,6 +20,8 @@ from lm import (
     claim,
     evaluate,
     files,
+    looking,
+    replicas,
     startup,
     stopping,
     telemetry,
@@ -53,6 +55,7 @@ def train(
     Raises:
       ValueError: what can't work, before anything is computed or overwritten.
       NonFinite: with train.nonfinite="halt".
+      replicas.ReplicasDiffer: with train.check_replicas_every.
       stopping.Stopped: after a signal; everything is saved.
       ProcessLost: with several processes, when one is gone.
     """
@@ -98,15 +101,19 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             streams_before = run.streams
             batch, batch_hash = run.next_batch()
             profile.before(run.step + 1)
+            looked = run.look(batch)
             run.state, metrics = train_step(run.state, batch, run.fixed)
             run.step += 1
             epochs = run.loader.epochs_begun()
-            run.pending.append(PendingStep(run.step, metrics, batch_hash, streams_before, epochs))
+            run.pending.append(
+                PendingStep(run.step, metrics, looked, batch_hash, streams_before, epochs)
+            )
             run.timer.mark_first_step(run.state)
             profile.after(run.step, run.state)
 
             # The metrics of the step before: the devices work on this one meanwhile.
             run.read_metrics(leave=1)
+            run.check_replicas_if_due()
             run.do_what_is_due()
     except stopping.Stopped:
         run.read_metrics()
@@ -125,6 +132,7 @@ class PendingStep(NamedTuple):
 
     step: int
     metrics: dict  # on the devices
+    looked: dict  # name -> (sum, count), see `lm.looking.terms`
     batch_hash: str
     streams_before: dict  # stream states before its batch
     epochs: float  # that have begun with its batch
@@ -184,6 +192,7 @@ class Run:
         closing.callback(self.loader.close)
         self._check_boundaries()
         self._stop_asked = False
+        self._has_looked = False  # since this start
         self._frozen_meta: dict | None = None  # what a checkpoint says of the frozen parameters
 
         # What was measured.
@@ -205,6 +214,11 @@ class Run:
             self._write_config_and_tokenizer(config_file)
             self.write_summary(finished=False)
 
+        self._replicas = None
+        if config.train.check_replicas_every:
+            program = self.experiment.program
+            arrays = dict(state=program.abstract_state, fixed=program.abstract_fixed)
+            self._replicas = replicas.Replicas(program.mesh, arrays)
         self.progress = telemetry.Progress(self.total_steps, self.step)
         self.timer = self._make_timer()
 
@@ -323,6 +337,43 @@ class Run:
             self.timer.waited_for_data(time.monotonic() - began)
         return batch, batch_hash
 
+    def look(self, batch: dict[str, jax.Array]) -> dict[str, tuple[float, float]]:
+        """What a look inside the step of this batch gives, if one is due; else {}.
+
+        The first step of each start is looked into too: what a look can't do, or has no memory for,
+        shows there, and not after hours.
+        """
+        every = self.config.train.look_every
+        is_due = bool(every) and (self.step + 1) % every == 0
+        is_first = bool(every) and not self._has_looked
+        if not (is_due or is_first):
+            return {}
+        self._has_looked = True
+        jax.block_until_ready(self.state)  # the step before has its own time
+        with self.timer.paused("looking"):
+            values = self.experiment.program.look(self.state, batch, self.fixed)
+            terms = looking.terms(jax.device_get(values))
+        return terms if is_due else {}
+
+    def check_replicas_if_due(self) -> None:
+        """Raises replicas.ReplicasDiffer."""
+        every = self.config.train.check_replicas_every
+        if every and self.step % every == 0:
+            self._check_replicas(self.step)
+
+    def _check_replicas(self, step: int) -> None:
+        """Compares what several devices hold, if config.train asks for it; `step` is for the
+        message.
+
+        Raises:
+          replicas.ReplicasDiffer: they differ.
+        """
+        if self._replicas is None:
+            return
+        jax.block_until_ready(self.state)
+        with self.timer.paused("looking"):
+            self._replicas.check(dict(state=self.state, fixed=self.fixed), step)
+
     def read_metrics(self, leave: int = 0) -> None:
         """Reads the metrics of all but the newest `leave` steps dispatched.
 
@@ -338,6 +389,7 @@ class Run:
                 self._halt(pending, values)
 
             terms = {name: value for name, value in values.items() if isinstance(value, tuple)}
+            terms |= pending.looked
             for name in ("grad_norm", "update_norm", "updates_lost"):
                 terms[name] = (float(values[name]), 1.0)
             # A skipped step may not be finite, and must not spoil the means of the others.
@@ -451,8 +503,13 @@ class Run:
         return self.evals["values"]
 
     def save(self, step: int, streams: dict) -> None:
-        """Starts a checkpoint of `step`; `streams` are the stream states before the next batch."""
+        """Starts a checkpoint of `step`; `streams` are the stream states before the next batch.
+
+        Raises:
+          replicas.ReplicasDiffer: with train.check_replicas_every.
+        """
         self.claim.check()
+        self._check_replicas(step)
         e = self.experiment
         meta = {
             "config": self.config.to_dict(),

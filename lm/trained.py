@@ -99,12 +99,25 @@ def _sums(params) -> tuple[list[jax.Array], list[jax.Array]]:
     """For each parameter two sums of its bits modulo 2^32, the second one by place."""
     plain, by_place = [], []
     for leaf in jax.tree.leaves(params):
-        width = jnp.dtype(leaf.dtype).itemsize * 8
-        bits = jax.lax.bitcast_convert_type(leaf, np.dtype(f"uint{width}")).astype(jnp.uint32)
-        places = jnp.zeros(leaf.shape, jnp.uint32)
-        for dim in range(leaf.ndim):
-            iota = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim)
-            places = places * jnp.uint32(1_000_003) + iota
-        plain.append(jnp.sum(bits, dtype=jnp.uint32))
-        by_place.append(jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32))
+        plain_sum, place_sum = bit_sums(leaf)
+        plain.append(plain_sum)
+        by_place.append(place_sum)
     return plain, by_place
+
+
+def bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two sums of an array's bits modulo 2^32, the second one by place.
+
+    Two arrays that differ in one element, however little, differ in both: a place counts an odd
+    number of times.
+    """
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    width = jnp.dtype(x.dtype).itemsize * 8
+    bits = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{width}")).astype(jnp.uint32)
+    places = jnp.zeros(x.shape, jnp.uint32)
+    for dim in range(x.ndim):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+        places = places * jnp.uint32(1_000_003) + iota
+    plain = jnp.sum(bits, dtype=jnp.uint32)
+    return plain, jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)

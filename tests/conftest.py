@@ -98,6 +98,8 @@ _FREE_KEYS = (
     "data.source",
     "data.cache_dir",
     "train.log_every",
+    "train.look_every",
+    "train.check_replicas_every",
     "init_from",
 )
 _PICTURES = [

@@ -4,6 +4,7 @@ simulated devices in all.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -166,6 +167,8 @@ def assert_close(run, reference):
 
 
 def test_two_processes_are_one(config, tmp_path):
+    """Looks and comparisons of replicas too."""
+    config.train.update(dict(look_every=4, check_replicas_every=4))
     run_training(config, tmp_path / "one", devices=8)
     codes, outputs = Hosts(2, config, tmp_path / "two").wait()
     assert codes == [0, 0], outputs
@@ -174,6 +177,42 @@ def test_two_processes_are_one(config, tmp_path):
     # There was something to be put in order.
     answers = read_jsonl(tmp_path / "two" / "predictions" / "answers-8.jsonl")
     assert len({line["text"] for line in answers}) > 1
+
+
+# A data source whose import makes a bit of a parameter flip on the sixth device, after step 5.
+FLIPPING_SOURCE = """
+import jax
+from lm import train
+from lm.data.sources import jsonl
+from tests.test_replicas import flip, flip_bit
+
+check = train.Run.check_replicas_if_due
+
+def flip_and_check(run):
+    if run.step == 5:
+        embed = run.state.params["embed"]
+        embed["table"] = flip(embed["table"], jax.devices()[5].id, flip_bit())
+    check(run)
+
+train.Run.check_replicas_if_due = flip_and_check
+"""
+
+
+@pytest.mark.slow
+def test_a_bit_flips_in_one(config, tmp_path, monkeypatch):
+    """All processes end, all name the device and its process, and nothing of it is saved."""
+    (tmp_path / "flipping_source.py").write_text(FLIPPING_SOURCE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config.mesh.update(dict(data=8, fsdp=1))
+    config.train.check_replicas_every = 2
+    run = tmp_path / "run"
+    codes, outputs = Hosts(2, config, run, "--config.data.source=flipping_source.jsonl").wait()
+    assert codes == [1, 1], outputs
+    for output in outputs:
+        assert re.search(
+            r"error: after step 6 .*embed/table on device \d+ \(process 1\)\. ", output
+        ), output
+    assert saved_steps(run) == [4]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lm import config as config_lib
 from lm.collectives import gather_sequence
 from lm.models.cached import CachedDecoding
-from lm.nn import masks
+from lm.nn import masks, watch
 from lm.nn.attention import SPLASH, SPLASH_KINDS, Attention, Cache
 from lm.nn.layers import MLP, NORMS, Embed, Head, dense, dropout, fold_in_each, param
 from lm.nn.masks import Mask, Visible
@@ -31,6 +31,7 @@ HEADS = {"scalar": 1, "classes": None, "token_labels": None}
 REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down")
 # "none" saves all else too, see `remat_policy`.
 REMAT = {"none": REMAT_NAMES, "full": (), "dots": REMAT_NAMES}
+ACTIVATIONS = "activations"  # in a layer's aux: what lm.nn.watch.squares gives
 
 
 def saved_names(remat: str) -> tuple[list[str], list[str]]:
@@ -254,7 +255,9 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD, positions_BT, mask: Mask, valid_BT, cache=None, *, decode=False, keys_B=None
     ):
-        """Returns (x_BTD, cache, aux). The arguments are those of `Attention` and `MoE`."""
+        """Returns (x_BTD, cache, aux). The arguments are those of `Attention` and `MoE`; aux has
+        `ACTIVATIONS` besides that of `MoE`.
+        """
         probs_keys, attention_keys, mlp_keys = _keys_of_sites(keys_B, 3)
 
         def attend(x_BTD):
@@ -273,18 +276,21 @@ class Block(nnx.Module):
             attended_BTD, cache = attend(x_BTD)
             x_BTD = _stream(self.attention_norm(x_BTD + attended_BTD))
             out_BTD, aux = mlp(x_BTD)
-            return _stream(self.mlp_norm(x_BTD + out_BTD)), cache, aux
-
-        attended_BTD, cache = attend(self.attention_norm(x_BTD))
+            x_BTD = _stream(self.mlp_norm(x_BTD + out_BTD))
         # As in GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745, section 2.1): attention and MLP
         # read the same input.
-        if self.residual == "parallel":
+        elif self.residual == "parallel":
+            attended_BTD, cache = attend(self.attention_norm(x_BTD))
             out_BTD, aux = mlp(self.mlp_norm(x_BTD))
-            return _stream(x_BTD + attended_BTD + out_BTD), cache, aux
+            x_BTD = _stream(x_BTD + attended_BTD + out_BTD)
+        else:
+            attended_BTD, cache = attend(self.attention_norm(x_BTD))
+            x_BTD = _stream(x_BTD + attended_BTD)
+            out_BTD, aux = mlp(self.mlp_norm(x_BTD))
+            x_BTD = _stream(x_BTD + out_BTD)
 
-        x_BTD = _stream(x_BTD + attended_BTD)
-        out_BTD, aux = mlp(self.mlp_norm(x_BTD))
-        return _stream(x_BTD + out_BTD), cache, aux
+        activations = dict(attention=attended_BTD, mlp=out_BTD, residual=x_BTD)
+        return x_BTD, cache, aux | {ACTIVATIONS: watch.squares(valid_BT, activations)}
 
     def _mlp(self, x_BTD, valid_BT):
         if isinstance(self.mlp, MoE):
@@ -408,7 +414,11 @@ class Transformer(CachedDecoding, nnx.Module):
         valid_BT = segments_BT > 0
         mask = self._mask(positions_BT, segments_BT, visible, cache, decode)
         run = self._loop_layers if isinstance(self.layers, nnx.List) else self._scan_layers
+        seen = watch.squares(valid_BT, {"embed": x_BTD})
         x_BTD, cache, aux = run(x_BTD, cache, (positions_BT, mask, valid_BT), decode, layer_keys)
+        for name, sums_L in aux.pop(ACTIVATIONS).items():
+            seen[f"layers/*/{name}"] = sums_L
+        watch.report(self, seen)
 
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
