@@ -214,11 +214,7 @@ class Run:
             self._write_config_and_tokenizer(config_file)
             self.write_summary(finished=False)
 
-        self._replicas = None
-        if config.train.check_replicas_every:
-            program = self.experiment.program
-            arrays = dict(state=program.abstract_state, fixed=program.abstract_fixed)
-            self._replicas = replicas.Replicas(program.mesh, arrays)
+        self._replicas = self._make_replicas()
         self.progress = telemetry.Progress(self.total_steps, self.step)
         self.timer = self._make_timer()
 
@@ -230,6 +226,14 @@ class Run:
             full_flops_per_token=program.flops_per_token(data.length, causal=False),
             batch_tokens=data.batch_size * data.length,
         )
+
+    def _make_replicas(self) -> replicas.Replicas | None:
+        """What compares replicas; None: nothing does."""
+        if not self.config.train.check_replicas_every:
+            return None
+        program = self.experiment.program
+        arrays = dict(state=program.abstract_state, fixed=program.abstract_fixed)
+        return replicas.Replicas(program.mesh, arrays)
 
     def write_summary(self, *, finished: bool) -> None:
         """Writes run.json, by which others know how large this run is, and whether it has come to

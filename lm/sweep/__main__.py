@@ -49,25 +49,31 @@ def say(line: str) -> None:
 def main(argv: list[str]) -> int:
     command_line.no_arguments(argv)
     sweep = plan.read(files.expand(_SWEEP.value))
+
     if _DRY_RUN.value:
         workdir = epath.Path(files.expand(_WORKDIR.value or "RUNS"))
         for run in sweep.runs:
             print(plan.shell(sweep.command(run, workdir)))
         return 0
+
     if _PLAN.value:
         print_plan(sweep)
         return 0
+
     if not _WORKDIR.value:
         raise ValueError("--workdir is missing: the directory that is to hold the runs")
 
     workdir = epath.Path(files.expand(_WORKDIR.value))
+
     if _REPORT.value:
         runs = plan.stored_runs(workdir)
     else:
         shares = worker.deal_devices(_WORKERS.value)
         runs = plan.settle(sweep, workdir, accept=_ACCEPT.value)
+
     for name in state.check_directories(sweep, runs, workdir):
         logging.warning("%s is a run that the sweep doesn't have", workdir / name)
+
     if _RETRY.value:
         for run in runs:
             (workdir / run.name / state.FAILED).unlink(missing_ok=True)
@@ -76,12 +82,14 @@ def main(argv: list[str]) -> int:
     runs = plan.stored_runs(workdir)
     states = state.read(sweep, runs, workdir)
     print(escape.printable(table(runs, states)))
+
     if _REPORT.value:
         path = workdir / "report.html"
         failures = {name: known.why for name, known in states.items() if known.why}
         stored = files.read_json(workdir / plan.PLAN)
         files.write_whole(path, report.sweep_page(workdir, stored, failures=failures))
         print(f"\nwritten to {path}")
+
     if not is_over:
         print("\nstopped; what runs had done is saved. The same command goes on", file=sys.stderr)
     return int(any(known.status == state.FAILED_STATUS for known in states.values()))

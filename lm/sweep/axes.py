@@ -53,6 +53,7 @@ def product(*sweeps: Sequence[Point]) -> list[Point]:
             if both := sorted(joined.keys() & point.keys()):
                 raise ValueError(f"two factors of a product change {', '.join(both)}")
             joined |= point
+
         points.append(joined)
     return points
 
@@ -111,6 +112,7 @@ def random(
         for key, axis in axes.items():
             is_drawn = isinstance(axis, (Uniform, LogUniform))
             point[key] = axis.draw(rng) if is_drawn else axis[int(rng.integers(len(axis)))]
+
         points.append(point)
     return points
 
@@ -118,6 +120,7 @@ def random(
 def _values(key: str, axis: Sequence) -> list:
     if isinstance(axis, (str, bytes)) or not hasattr(axis, "__len__"):
         raise ValueError(f"the axis {key} is {axis!r}; wanted a list of its values")
+
     if not len(axis):
         raise ValueError(f"the axis {key} has no values")
     return list(axis)

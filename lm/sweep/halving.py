@@ -34,6 +34,7 @@ class Halving:
     def check(self, base: ConfigDict) -> None:
         """Raises ValueError for rounds that don't grow, or a metric that has no better side."""
         amounts = [config_lib.parse_length(length) for length in self.lengths]
+
         units = {unit for _, unit in amounts}
         numbers = [amount for amount, _ in amounts]
         growing = all(one < other for one, other in zip(numbers, numbers[1:]))
@@ -42,8 +43,10 @@ class Halving:
                 f"halving: lengths = {self.lengths}; wanted two or more, growing, all in steps or "
                 "all in tokens"
             )
+
         if not 0 < self.keep < 1:
             raise ValueError(f"halving: keep = {self.keep}; wanted a share between 0 and 1")
+
         higher_is_better(self.metric, base, "halving: metric")
 
     def survivors(self, settings: Mapping[str, str], values: Mapping[str, float]) -> list[str]:
@@ -57,10 +60,12 @@ class Halving:
         by_setting: dict[str, list[float]] = {}
         for run, setting in settings.items():
             by_setting.setdefault(setting, []).append(values.get(run, math.nan))
+
         means = {setting: float(np.mean(scores)) for setting, scores in by_setting.items()}
 
         sign = -1 if metrics_lib.is_higher_better(self.metric) else 1
         whole = [setting for setting, mean in means.items() if math.isfinite(mean)]
+
         ranked = sorted(whole, key=lambda setting: sign * means[setting])
         best = ranked[: max(1, math.ceil(self.keep * len(means)))]
         return [run for run, setting in settings.items() if setting in best]

@@ -103,15 +103,18 @@ def read(path: str) -> Sweep:
         raise ValueError(
             f"--sweep={path}: no such file; wanted one such as experiments/NAME/sweep.py"
         )
+
     module = runpy.run_path(path)
     choice = module.get("CONFIG", path)
     if choice == path and "get_config" not in module:
         raise ValueError(f"{path} has neither get_config() nor CONFIG, the path of a configuration")
+
     base = command_line.read_config(choice)
     halving = module["get_halving"]() if "get_halving" in module else None
     search = module["get_search"]() if "get_search" in module else None
     if halving and search:
         raise ValueError(f"{path} has get_halving() and get_search(); a sweep takes one of them")
+
     if "get_sweep" not in module and not search:
         raise ValueError(
             f"{path} has no get_sweep(); wanted a function that gives a list of points"
@@ -120,11 +123,13 @@ def read(path: str) -> Sweep:
     points = module["get_sweep"]() if "get_sweep" in module else []
     if not points and not search:
         raise ValueError(f"{path}: get_sweep() gives no points")
+
     if search:
         search.check(base)
     if halving:
         halving.check(base)
         points = [{"train.length": halving.lengths[0]} | point for point in points]
+
     runs = plan_runs(base, points, where=path)
     return Sweep(path, choice, base, runs, halving, search)
 
@@ -140,6 +145,7 @@ def plan_runs(base: ConfigDict, points: Sequence[Mapping], where: str) -> list[P
         if not isinstance(point, Mapping):
             raise ValueError(f"{where}: point {number} is {point!r}; wanted {{key: value}}")
         flat_points.append(config_lib.flatten(point))
+
     short = _short_keys(set().union(*flat_points) if flat_points else set())
 
     runs: list[PlannedRun] = []
@@ -152,6 +158,7 @@ def plan_runs(base: ConfigDict, points: Sequence[Mapping], where: str) -> list[P
             raise ValueError(f"{where}: the run of {point}: {error}") from None
         flat = config_lib.flatten(config)
         changes = {key: flat[key] for key in point}
+
         full_hash = config_hash(config)
         run = PlannedRun(_name(changes, short, full_hash), changes, full_hash)
         if full_hash in by_hash:
@@ -159,6 +166,7 @@ def plan_runs(base: ConfigDict, points: Sequence[Mapping], where: str) -> list[P
                 f"{where}: two runs have one configuration: {dict(by_hash[full_hash].changes)} and "
                 f"{changes}. A run again with other random numbers is another seed"
             )
+
         by_hash[full_hash] = run
         runs.append(run)
     return runs
@@ -175,6 +183,7 @@ def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     for key, value in changes.items():
         if error := command_line.unknown_key([f"--config.{key}"], list(old_values)):
             raise ValueError(f"the sweep changes what is no key: {error}")
+
         value = value.item() if hasattr(value, "item") else value  # numpy's numbers
         value = tuple(value) if isinstance(value, list) else value
         try:
@@ -211,6 +220,7 @@ def _name(changes: Mapping[str, Any], short: Mapping[str, str], full_hash: str) 
     parts = []
     for key, value in changes.items():
         parts.append(f"{_safe(short[key])}={_safe(_shown(value))[:MAX_VALUE]}")
+
     readable = "-".join(parts)[:MAX_NAME].strip("-.") or "run"
     return f"{readable}-{full_hash[:8]}"
 
@@ -242,8 +252,10 @@ def describe(sweep: Sweep) -> dict[str, Any]:
     """What sweep.json says of a sweep, and of the code that runs it."""
     code = Path(lm.__file__).parent
     sources = sorted(path for path in code.rglob("*") if path.suffix in (".py", ".toml"))
+
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     diff = _git("diff", "HEAD")
+
     axes = dict.fromkeys(key for run in sweep.runs for key in run.changes)
     return {
         "sweep": _place(sweep.path),
@@ -300,6 +312,7 @@ def settle(sweep: Sweep, workdir: epath.Path, *, accept: bool) -> list[PlannedRu
                     f"{workdir} is the directory of the sweep {old.get('sweep')!r}, not of "
                     f"{new['sweep']!r}; take another --workdir"
                 )
+
             changes = differences(old, new) if old else []
             if changes and not accept:
                 lines = "\n".join(f"  {line}" for line in changes)
@@ -308,6 +321,7 @@ def settle(sweep: Sweep, workdir: epath.Path, *, accept: bool) -> list[PlannedRu
                     "--accept goes on with what there is now (runs that are done stay, others "
                     "may differ from them); or take another --workdir"
                 )
+
             if old is None or changes:
                 if old:
                     _keep_names(old, new)
@@ -317,8 +331,26 @@ def settle(sweep: Sweep, workdir: epath.Path, *, accept: bool) -> list[PlannedRu
 
 
 def stored_runs(workdir: epath.Path) -> list[PlannedRun]:
-    """The runs of sweep.json."""
-    return [PlannedRun(**run) for run in files.read_json(workdir / PLAN)["runs"]]
+    """The runs of sweep.json.
+
+    Raises:
+      ValueError: there is none, or it isn't one of this module's.
+    """
+    path = workdir / PLAN
+    if not path.exists():
+        raise ValueError(f"{workdir} has no {PLAN}: no sweep was started there")
+
+    runs = []
+    for entry in files.read_json(path).get("runs", []):
+        try:
+            run = PlannedRun(**entry)
+        except TypeError:
+            raise ValueError(
+                f"{path}: a run is {entry!r:.80}; wanted name, changes, hash"
+            ) from None
+        files.check_name(run.name, str(path))
+        runs.append(run)
+    return runs
 
 
 def add_run(
@@ -333,9 +365,11 @@ def add_run(
         stored = files.read_json(workdir / PLAN)
         if len(stored["runs"]) >= sweep.search.number:
             return None
+
         taken = [run["changes"] for run in stored["runs"]]
         changes = sweep.search.propose(sweep.base, finished, taken)
         [run] = plan_runs(sweep.base, [changes], where="search")
+
         stored["runs"].append(dataclasses.asdict(run))
         stored["axes"] = list(dict.fromkeys([*stored["axes"], *run.changes]))
         files.write_whole(workdir / PLAN, json.dumps(stored, indent=1) + "\n")
@@ -363,6 +397,7 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
     lines = []
     old_runs = {json.dumps(run["changes"], sort_keys=True): run for run in old["runs"]}
     new_runs = {json.dumps(run["changes"], sort_keys=True): run for run in new["runs"]}
+
     # What a search has added belongs to its plan.
     searched = new["search"] is not None and old["search"] == new["search"]
     for key, run in new_runs.items():
@@ -379,9 +414,11 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
         before, now = old_config.get(key, "absent"), new_config.get(key, "absent")
         if before != now:
             lines.append(f"changes {key} of all runs: {before!r} there, {now!r} now")
+
     for key in ("halving", "search"):
         if old[key] != json.loads(json.dumps(new[key])):
             lines.append(f"changes {key}: {old[key]} there, {new[key]} now")
+
     if old["code"] != new["code"]:
         lines.append(f"other code: commit {old['commit'][:12]} there, {new['commit'][:12]} now")
     for name in old["versions"].keys() | new["versions"].keys():

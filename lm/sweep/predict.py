@@ -56,6 +56,7 @@ def predict(
         config = build.apply_hf_config(sweep.config(run))
         experiment = build.build(config, devices)
         size = experiment.size() | {"total_steps": experiment.total_steps}
+
         sizes[run.name] = size
         predictions[run.name] = _without_time(size)
 
@@ -65,8 +66,10 @@ def predict(
         evals = json.dumps(sweep.config(run).evals.to_dict(), sort_keys=True)
         key = (sizes[run.name]["flops_per_step"], sizes[run.name]["parameters"], evals)
         by_cost.setdefault(key, []).append(run)
+
     keys = sorted(by_cost)
     chosen = sorted(set(np.linspace(0, len(keys) - 1, min(CALIBRATIONS, len(keys))).astype(int)))
+
     timings = []
     for number, index in enumerate(chosen):
         run = by_cost[keys[index]][0]
@@ -118,12 +121,15 @@ def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
         if config.checkpoint.every:
             command.append(f"--config.checkpoint.every={STEPS}")
         command.append(f"--config.train.log_every={STEPS // 4}")
+
         began = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         wall = time.monotonic() - began
+
         if done.returncode:
             last = done.stdout.decode(errors="replace").strip().splitlines()[-1:]
             raise ValueError(f"the calibration of {run.name} failed: {' '.join(last)}")
+
         lines = files.read_jsonl_log(epath.Path(folder) / run.name / "metrics.jsonl")
 
     speeds = [
@@ -134,12 +140,14 @@ def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
         * config.data.batch_size
         * config.data.length
     )
+
     evals: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line.items():
             if key.startswith("eval/") and key.endswith("/seconds"):
                 evals.setdefault(key.split("/")[1], []).append(value)
     repeated = {name: seconds[-1] for name, seconds in evals.items() if len(seconds) > 1}
+
     checkpoints = [
         line["train/seconds_checkpoints"] for line in lines if "train/seconds_checkpoints" in line
     ]
@@ -156,6 +164,7 @@ def predicted_seconds(
     flops = [flops for flops, _ in timings]
     step = np.interp(size["flops_per_step"], flops, [timing.step for _, timing in timings])
     once = np.interp(size["flops_per_step"], flops, [timing.once for _, timing in timings])
+
     nearest = min(timings, key=lambda item: abs(item[0] - size["flops_per_step"]))[1]
 
     steps = size["total_steps"]
@@ -188,6 +197,7 @@ def predict_pod(
         config = sweep.config(run)
         with config.unlocked():
             config.seed = 0  # a program is the same for all seeds
+
         key = plan.config_hash(config)
         if key not in reports:
             reports[key] = _compile(config, topology, slices, say)
@@ -211,6 +221,7 @@ def _of_report(report: dict, config: ConfigDict) -> Prediction:
     if "tokens" not in report:
         # Steps of epochs are known where the corpus is.
         return Prediction(report["parameters"], math.nan, math.nan, memory=memory)
+
     steps = report["tokens"] / (config.data.batch_size * config.data.length)
     flops = train["model_tflops"] * 1e12 * report["chips"] * steps
     seconds = report["days"]["calibrated"] * 86400
@@ -226,6 +237,7 @@ def table(runs: Sequence[plan.PlannedRun], predictions: dict[str, Prediction], w
         rows.append(
             (run.name, f"{p.parameters:,}", f"{p.tokens:.4g}", f"{p.flops:.4g}", hours, p.memory)
         )
+
     known = [p.seconds for p in predictions.values() if p.seconds is not None]
     flops = sum(p.flops for p in predictions.values())
     text = tables.align(rows)

@@ -62,10 +62,12 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         highest = halving.higher_is_better(self.metric, base, "search: metric")
+
         make_sampler = self.sampler or (lambda seed: optuna.samplers.TPESampler(seed=seed))
         study = optuna.create_study(
             direction="maximize" if highest else "minimize", sampler=make_sampler(len(taken))
         )
+
         space = dict(self.space)
         for changes, value in finished:
             params = {key: changes[key] for key in space if key in changes}

@@ -60,6 +60,7 @@ def check_directories(sweep: plan.Sweep, runs: Sequence[plan.PlannedRun], workdi
                 config = sweep.config(planned[directory.name])
                 config_lib.check_resumable(found, config, str(directory))
             continue
+
         missing = [name for name in same if not (workdir / name).exists()]
         if missing:
             raise ValueError(
@@ -99,6 +100,7 @@ def _read_run(directory: epath.Path, length: str) -> State:
         summary = files.read_json(directory / "run.json")
         step = summary.get("total_steps", 0) if summary.get("finished") else 0
         finished_length = summary.get("length", "") if summary.get("finished") else ""
+
     if finished_length == length:
         return State(DONE, step=step)
     if (directory / FAILED).exists():
@@ -112,6 +114,7 @@ def read_why(directory: epath.Path) -> str:
     """The last line of what a failed run printed that says something."""
     failure = files.read_json(directory / FAILED)
     said = [line for line in failure.get("lines", []) if isinstance(line, str) and line.strip()]
+
     errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
     if not errors and failure.get("code") == -signal.SIGKILL:
         return "killed by signal 9, as the system does where memory runs out"
@@ -146,6 +149,7 @@ def _read_halving(
             states[run.name] = state._replace(length=length)
             if state.status == DONE:
                 values[run.name] = metric_at(workdir / run.name, rule.metric, state.step)
+
         if any(states[run.name].status in (WAITING, RUNNING) for run in going_on):
             return states
         if number + 1 == len(rule.lengths):
@@ -157,6 +161,7 @@ def _read_halving(
         for run in going_on:
             if run.name not in names and states[run.name].status == DONE:
                 states[run.name] = states[run.name]._replace(status=OUT)
+
         going_on = [run for run in going_on if run.name in names]
     return states
 
@@ -164,6 +169,7 @@ def _read_halving(
 def _read_round(sweep, run: plan.PlannedRun, directory: epath.Path, length: str) -> State:
     """The state of a run in a round. One that is longer already has been through it."""
     config = sweep.config(run)
+
     steps = halving.steps_of(length, config.data.batch_size * config.data.length)
     state = _read_run(directory, length)
     if state.status != DONE and metric_at(directory, sweep.halving.metric, steps) is not None:

@@ -81,8 +81,10 @@ class Workers:
         """
         for thread in self._threads:
             thread.start()
+
         while any(thread.is_alive() for thread in self._threads) and not self._stop.is_set():
             time.sleep(0.05)
+
         # What runs saves and ends; then so do we.
         while self._children:
             time.sleep(0.05)
@@ -105,9 +107,11 @@ class Workers:
                 if self._wants_more(runs, states):
                     self._propose(runs)
                     continue
+
                 left = [run for run in runs if states[run.name].status in OPEN]
                 if not left:
                     return
+
                 # Each worker begins elsewhere, so that they seldom want the same run.
                 start = number * len(left) // of
                 left = left[start:] + left[:start]
@@ -168,6 +172,7 @@ class Workers:
         if now.status not in OPEN:
             return
         self._say(f"begins: {run.name}" + (f" at step {now.step}" if now.step else ""))
+
         began = time.monotonic()
         command = self._sweep.command(run, self._workdir, now.length)
         with _log(directory) as log:
@@ -177,6 +182,7 @@ class Workers:
                 child = self._start(command, log, share, held.environment)
                 self._children[worker] = child
             code = child.wait()
+
         held.check()
         self._note_end(run, code, now.length, time.monotonic() - began)
 
@@ -184,6 +190,7 @@ class Workers:
         self, command: Sequence[str], log: BinaryIO, share: Share, environment: Mapping[str, str]
     ) -> subprocess.Popen:
         """Starts the process of a run."""
+
         child = subprocess.Popen(
             command,
             stdout=log,
@@ -193,6 +200,7 @@ class Workers:
             # Ctrl-C is this process's to pass on, once.
             start_new_session=True,
         )
+
         with contextlib.suppress(ProcessLookupError):  # it may have ended
             if share.cores:
                 os.sched_setaffinity(child.pid, share.cores)
@@ -205,6 +213,7 @@ class Workers:
         if state.has_reached(directory, length):
             self._say(f"done: {run.name} in {seconds:.0f} s")
             return
+
         self._stops[run.name] += 1
         if code in PREEMPTED and self._stops[run.name] < MAX_STOPS:
             self._say(f"stopped: {run.name}; it goes on")
@@ -213,6 +222,7 @@ class Workers:
         lines = state.last_lines(directory, LAST_LINES)
         failure = {"code": code, "lines": lines, "length": length}
         files.write_whole(directory / state.FAILED, json.dumps(failure, indent=1) + "\n")
+
         why = state.read_why(directory)
         self._say(f"failed: {run.name} with code {code}: {why}")
 
@@ -228,6 +238,7 @@ def _log(directory: epath.Path):
         ) as file:
             yield file
         return
+
     with tempfile.TemporaryFile() as file:
         yield file
         file.seek(0)
@@ -242,6 +253,7 @@ def deal_devices(number: int) -> list[Share]:
     """
     gpus = _gpus()
     chips = sorted(glob.glob("/dev/accel[0-9]*")) or sorted(glob.glob("/dev/vfio/[0-9]*"))
+
     if number == 1:
         return [Share({})]
     if chips:
@@ -251,9 +263,11 @@ def deal_devices(number: int) -> list[Share]:
                 f"--workers={number} of {len(chips)} TPU chips would have {size} each; wanted "
                 f"{sorted(_BOUNDS)}"
             )
+
         bounds = {"TPU_CHIPS_PER_PROCESS_BOUNDS": _BOUNDS[size], "TPU_PROCESS_BOUNDS": "1,1,1"}
         parts = _parts(range(len(chips)), size)[:number]
         return [Share({"TPU_VISIBLE_CHIPS": _commas(part)} | bounds) for part in parts]
+
     if gpus:
         size = _share_size(number, len(gpus), "GPUs")
         parts = _parts(gpus, size)[:number]
