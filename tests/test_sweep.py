@@ -116,13 +116,22 @@ def test_a_run_is_named_after_what_it_changes_and_the_hash_of_its_configuration(
 
 def test_names_are_safe_and_tell_keys_apart(tmp_path):
     points = """[{"data.length": 64, "train.length": "5 steps"},
+                 {"data.length": 64, "train.length": "6 steps"},
                  {"init_from": "../a b/*?<é>\\n" + 99 * "x", "model": {"num_layers": 2}}]"""
-    first, second = write_sweep(tmp_path / "toy" / "sweep.py", points).runs
+    first, _, second = write_sweep(tmp_path / "toy" / "sweep.py", points).runs
     assert first.name.startswith("data.length=64-train.length=5_steps-")
     assert second.name.startswith("init_from=.._a_b_")
     assert set(second.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-_=")
     assert len(second.name) <= plan.MAX_NAME + 9
     assert second.changes["model.num_layers"] == 2
+
+
+def test_names_leave_out_what_follows_from_other_keys(tmp_path):
+    points = """axes.product(axes.zipped({"model.num_layers": [1, 2], "model.scan_unroll": [1, 2],
+                                       "train.length": ["5 steps"] * 2}), axes.seeds(2))"""
+    runs = write_sweep(tmp_path / "toy" / "sweep.py", points).runs
+    assert runs[3].name.startswith("num_layers=2-seed=1-")
+    assert runs[3].changes["model.scan_unroll"] == 2 and runs[3].name.count("=") == 2
 
 
 def test_values_come_in_the_types_of_the_configuration(tmp_path):

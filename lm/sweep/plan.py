@@ -140,35 +140,33 @@ def plan_runs(base: ConfigDict, points: Sequence[Mapping], where: str) -> list[P
     Raises:
       ValueError: see `read`; `where` is what messages call the sweep.
     """
-    flat_points = []
+    all_changes: list[dict] = []
+    hashes: dict[str, dict] = {}
     for number, point in enumerate(points):
         if not isinstance(point, Mapping):
             raise ValueError(f"{where}: point {number} is {point!r}; wanted {{key: value}}")
-        flat_points.append(config_lib.flatten(point))
-
-    short = _short_keys(set().union(*flat_points) if flat_points else set())
-
-    runs: list[PlannedRun] = []
-    by_hash: dict[str, PlannedRun] = {}
-    for point in flat_points:
-        config = changed(base, point)
+        asked = config_lib.flatten(point)
+        config = changed(base, asked)
         try:
             config_lib.check(config)
         except ValueError as error:
-            raise ValueError(f"{where}: the run of {point}: {error}") from None
+            raise ValueError(f"{where}: the run of {asked}: {error}") from None
+
         flat = config_lib.flatten(config)
-        changes = {key: flat[key] for key in point}
-
+        changes = {key: flat[key] for key in asked}
         full_hash = config_hash(config)
-        run = PlannedRun(_name(changes, short, full_hash), changes, full_hash)
-        if full_hash in by_hash:
+        if full_hash in hashes:
             raise ValueError(
-                f"{where}: two runs have one configuration: {dict(by_hash[full_hash].changes)} and "
-                f"{changes}. A run again with other random numbers is another seed"
+                f"{where}: two runs have one configuration: {hashes[full_hash]} and {changes}. A "
+                "run again with other random numbers is another seed"
             )
+        hashes[full_hash] = changes
+        all_changes.append(changes)
 
-        by_hash[full_hash] = run
-        runs.append(run)
+    short = _short_keys(_telling_keys(all_changes))
+    runs = []
+    for full_hash, changes in hashes.items():
+        runs.append(PlannedRun(_name(changes, short, full_hash), changes, full_hash))
     return runs
 
 
@@ -201,7 +199,21 @@ def config_hash(config: ConfigDict) -> str:
     return files.short_hash(json.dumps(config.to_dict(), sort_keys=True).encode())
 
 
-def _short_keys(keys: set[str]) -> dict[str, str]:
+def _telling_keys(all_changes: Sequence[Mapping]) -> list[str]:
+    """The keys that tell runs apart, without those that follow from keys before them."""
+    keys = dict.fromkeys(key for changes in all_changes for key in changes)
+    telling: list[str] = []
+    for key in keys:
+        values: dict[str, set[str]] = {}
+        for changes in all_changes:
+            others = repr([changes.get(other) for other in telling])
+            values.setdefault(others, set()).add(repr(changes.get(key)))
+        if any(len(different) > 1 for different in values.values()):
+            telling.append(key)
+    return telling or list(keys)
+
+
+def _short_keys(keys: Sequence[str]) -> dict[str, str]:
     """Key -> its last parts, as many as tell it from the other keys."""
     short = {}
     for key in keys:
@@ -219,8 +231,8 @@ def _name(changes: Mapping[str, Any], short: Mapping[str, str], full_hash: str) 
     """A name that people can read, and every file system and bucket can hold."""
     parts = []
     for key, value in changes.items():
-        parts.append(f"{_safe(short[key])}={_safe(_shown(value))[:MAX_VALUE]}")
-
+        if key in short:
+            parts.append(f"{_safe(short[key])}={_safe(_shown(value))[:MAX_VALUE]}")
     readable = "-".join(parts)[:MAX_NAME].strip("-.") or "run"
     return f"{readable}-{full_hash[:8]}"
 
