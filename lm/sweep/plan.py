@@ -163,10 +163,12 @@ def plan_runs(base: ConfigDict, points: Sequence[Mapping], where: str) -> list[P
         hashes[full_hash] = changes
         all_changes.append(changes)
 
-    short = _short_keys(_telling_keys(all_changes))
+    telling = _telling_keys(all_changes)
     runs = []
     for full_hash, changes in hashes.items():
-        runs.append(PlannedRun(_name(changes, short, full_hash), changes, full_hash))
+        shown = {key: value for key, value in changes.items() if key in telling} or changes
+        short = _short_keys({*telling, *shown})
+        runs.append(PlannedRun(_name(shown, short, full_hash), changes, full_hash))
     return runs
 
 
@@ -210,10 +212,10 @@ def _telling_keys(all_changes: Sequence[Mapping]) -> list[str]:
             values.setdefault(others, set()).add(repr(changes.get(key)))
         if any(len(different) > 1 for different in values.values()):
             telling.append(key)
-    return telling or list(keys)
+    return telling
 
 
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+def _short_keys(keys: set[str]) -> dict[str, str]:
     """Key -> its last parts, as many as tell it from the other keys."""
     short = {}
     for key in keys:
@@ -231,8 +233,7 @@ def _name(changes: Mapping[str, Any], short: Mapping[str, str], full_hash: str) 
     """A name that people can read, and every file system and bucket can hold."""
     parts = []
     for key, value in changes.items():
-        if key in short:
-            parts.append(f"{_safe(short[key])}={_safe(_shown(value))[:MAX_VALUE]}")
+        parts.append(f"{_safe(short[key])}={_safe(_shown(value))[:MAX_VALUE]}")
     readable = "-".join(parts)[:MAX_NAME].strip("-.") or "run"
     return f"{readable}-{full_hash[:8]}"
 
