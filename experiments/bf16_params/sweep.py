@@ -1,6 +1,6 @@
 """Do bf16 parameters train as well as f32 ones? README.md beside this file has the answer.
 
-    python -m lm.sweep --sweep=experiments/bf16_params/sweep.py --workdir=runs/bf16_params
+python -m lm.sweep --sweep=experiments/bf16_params/sweep.py --workdir=runs/bf16_params
 """
 
 from configs import pydocs

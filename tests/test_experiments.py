@@ -1,0 +1,75 @@
+"""The studies: their sweeps are what they say, and what they compute is right on made-up runs."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from lm.sweep import plan
+from tests.helpers import ROOT
+
+SWEEPS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/sweep.py"))
+
+
+def module(path):
+    spec = importlib.util.spec_from_file_location("experiment", ROOT / path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize("path", SWEEPS)
+def test_sweeps_of_studies_can_be_planned(path):
+    assert len(plan.read(path).runs) >= 3
+
+
+def test_budgets_are_spent():
+    """Each run of the scaling study takes the FLOPs of its budget, to half a step."""
+    study = module("experiments/scaling_law/sweep.py")
+    sweep = plan.read("experiments/scaling_law/sweep.py")
+    budgets = study.BUDGETS | study.HELD_OUT
+    found = {budget: 0 for budget in budgets}
+    for run in sweep.runs:
+        config = sweep.config(run)
+        step = study.flops_of_a_step(config)
+        flops = step * int(config.train.length.split()[0])
+        [budget] = [budget for budget in budgets if abs(budget - flops) <= step / 2]
+        found[budget] += 1
+    assert found == {budget: 3 * len(sizes) for budget, sizes in budgets.items()}
+
+
+@pytest.fixture
+def made_up():
+    """Runs that follow a law of known constants, with a little noise."""
+    fit = module("experiments/scaling_law/fit.py")
+    law = np.array([np.log(30.0), np.log(60.0), np.log(1.5), 0.4, 0.35])
+    rng = np.random.default_rng(0)
+    rows = []
+    for budget in (3e11, 1e12, 3e12, 1e13, 1e14):
+        for n in np.sqrt(budget / 6) / 20 * np.array([0.3, 0.6, 1, 2, 4]):
+            d = budget / (6 * n)
+            for _ in range(3):
+                loss = np.exp(fit.log_loss(law, np.array([n]), np.array([d])))[0]
+                rows.append((n, d, budget, loss * np.exp(rng.normal(0, 1e-3)), budget))
+    return fit, law, dict(zip(("N", "D", "C", "L", "budget"), np.array(rows).T))
+
+
+def test_a_known_law_is_found_again(made_up):
+    fit, law, runs = made_up
+    seen = fit.select(runs, runs["budget"] < 1e14)
+    found = fit.fit_law(seen, starts=fit.STARTS[::7])
+    # What a fit from few budgets knows is the loss, and the exponents to a tenth or so.
+    np.testing.assert_allclose(found[3:], law[3:], atol=0.08)
+    held_out = fit.select(runs, runs["budget"] == 1e14)
+    predicted = np.exp(fit.log_loss(found, held_out["N"], held_out["D"]))
+    np.testing.assert_allclose(predicted, held_out["L"], rtol=0.02)
+
+
+def test_the_best_sizes_of_budgets_grow_as_the_law_says(made_up):
+    fit, law, runs = made_up
+    exponent, _ = fit.size_law(runs)
+    assert exponent == pytest.approx(law[4] / (law[3] + law[4]), abs=0.03)
+    for budget, (n, loss) in fit.best_sizes(runs).items():
+        of_budget = fit.select(runs, runs["budget"] == budget)
+        assert of_budget["N"].min() < n < of_budget["N"].max()
+        assert loss == pytest.approx(of_budget["L"].min(), rel=0.02)
