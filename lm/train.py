@@ -210,11 +210,7 @@ class Run:
         if jax.process_index() == 0:
             self._write_config_and_tokenizer(config_file)
 
-        self._replicas = None
-        if config.train.check_replicas_every:
-            program = self.experiment.program
-            arrays = dict(state=program.abstract_state, fixed=program.abstract_fixed)
-            self._replicas = replicas.Replicas(program.mesh, arrays)
+        self._replicas = self._make_replicas()
         self.progress = telemetry.Progress(self.total_steps, self.step)
         self.timer = self._make_timer()
 
@@ -226,6 +222,14 @@ class Run:
             full_flops_per_token=program.flops_per_token(data.length, causal=False),
             batch_tokens=data.batch_size * data.length,
         )
+
+    def _make_replicas(self) -> replicas.Replicas | None:
+        """What compares devices; None where the configuration doesn't ask for it."""
+        if not self.config.train.check_replicas_every:
+            return None
+        program = self.experiment.program
+        arrays = dict(state=program.abstract_state, fixed=program.abstract_fixed)
+        return replicas.Replicas(program.mesh, arrays)
 
     def _check_boundaries(self) -> None:
         """Raises ValueError for steps that save, or end the run, off the loader's boundaries."""

@@ -296,7 +296,7 @@ def test_a_run_with_looks_is_the_run_without(fast_runs, run_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_run_looks_on(fast_runs, run_config, tmp_path, monkeypatch):
-    """Bit-equal, looks too; or with none that is due from there on, and it trains as it would have."""
+    """Bit-equal, looks too; with none that is due from there on, it trains as it would have."""
     run_config.train.update(dict(look_every=2, check_replicas_every=2, accumulation=2))
     run_training(run_config, tmp_path / "on", devices=4)
     for change in ({}, dict(look_every=100, check_replicas_every=0)):

@@ -167,8 +167,6 @@ def assert_close(run, reference):
 
 
 def test_two_processes_are_one(config, tmp_path):
-    """Looks and comparisons of replicas too."""
-    config.train.update(dict(look_every=4, check_replicas_every=4))
     run_training(config, tmp_path / "one", devices=8)
     codes, outputs = Hosts(2, config, tmp_path / "two").wait()
     assert codes == [0, 0], outputs
@@ -218,8 +216,9 @@ def test_a_bit_flips_in_one(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_other_numbers_of_processes(config, slow_data, tmp_path):
     """Two processes, one of which is preempted (all stop, and save), then four of them: as one
-    process that never stopped.
+    process that never stopped, looks and comparisons of replicas too.
     """
+    config.train.update(dict(look_every=4, check_replicas_every=4))
     # Evals take most of the time, and samples are not compared.
     with config.unlocked():
         del config.evals["samples"]
