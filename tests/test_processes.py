@@ -216,9 +216,8 @@ def test_a_bit_flips_in_one(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_other_numbers_of_processes(config, slow_data, tmp_path):
     """Two processes, one of which is preempted (all stop, and save), then four of them: as one
-    process that never stopped, looks and comparisons of replicas too.
+    process that never stopped.
     """
-    config.train.update(dict(look_every=4, check_replicas_every=4))
     # Evals take most of the time, and samples are not compared.
     with config.unlocked():
         del config.evals["samples"]
