@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from lm import build, looking, step, stopping, trained
 from lm.data import loader
@@ -22,6 +21,7 @@ from tests.helpers import (
     terminate_at,
 )
 from tests.test_sharding import devices_for, uneven_batch
+from tests.toys import weighted
 
 MODELS = {
     "dense": {"model.bias": "qkv,out,mlp"},
@@ -241,6 +241,22 @@ def test_only_the_watched_model_says_something(residual):
     assert watch.squares(tokens > 0, {"hidden": output.hidden}) == {}
 
 
+@pytest.mark.slow
+def test_a_loss_with_a_prepared_batch_and_a_reference():
+    """Only the trained model's activations are there, those of all microbatches."""
+    config = model_config(context_length=32)
+    graphdef, params = random_model(config)
+    loss_fns = step.LossFns(weighted.make_loss(), weighted.make_prepare(), {"reference": graphdef})
+    mean_gradient = step.make_mean_gradient(
+        graphdef, looking.watched(loss_fns), accumulation=2, wrap_gradient=None
+    )
+    batch = uneven_batch(0, rows=4)
+    fixed = step.Fixed({}, {"reference": params})
+    _, _, said = jax.jit(mean_gradient)(params, batch, jax.random.key(0), fixed)
+    number = (batch["segments"] > 0).sum() * config.embed_dim
+    np.testing.assert_array_equal(said["layers/*/residual"][1], [number, number])
+
+
 def test_the_names_of_many_layers():
     """Numbers as wide as the last one, so that names sort."""
     groups = {"layers/*/mlp": np.arange(101.0), "embed": np.float32(7)}
@@ -329,17 +345,3 @@ def test_the_train_step_does_not_know_of_looks(small):
             lowered = p.train_step.lower(p.abstract_state, batch, p.abstract_fixed)
         texts.add(lowered.as_text())
     assert len(texts) == 1
-
-
-@pytest.mark.slow
-def test_an_objective_with_a_reference(fast_runs, small, tmp_path):
-    """Looks work where the loss prepares its batch and asks another model."""
-    run_training(small, tmp_path / "reference")
-    small.objective = ConfigDict({"type": "tests.toys.weighted"})
-    reference = {"init_from": str(tmp_path / "reference"), "model": {}}
-    small.models.reference = ConfigDict(reference)
-    small.train.update(dict(look_every=3, accumulation=2))
-    run_training(small, tmp_path / "run")
-    lines = [x for x in read_metrics(tmp_path / "run") if "train/grad_norm/embed" in x]
-    assert [line["step"] for line in lines] == [3, 6]
-    assert all("train/activation_rms/layers/00/mlp" in line for line in lines)

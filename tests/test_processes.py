@@ -167,8 +167,6 @@ def assert_close(run, reference):
 
 
 def test_two_processes_are_one(config, tmp_path):
-    """Looks and comparisons of replicas too."""
-    config.train.update(dict(look_every=4, check_replicas_every=4))
     run_training(config, tmp_path / "one", devices=8)
     codes, outputs = Hosts(2, config, tmp_path / "two").wait()
     assert codes == [0, 0], outputs
