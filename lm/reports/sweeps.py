@@ -328,8 +328,11 @@ def _tests_of_pair(first: SweepRun, second: SweepRun) -> tuple[list[Test], list[
             continue
         try:
             result = comparison.compare_eval(name, newest[name], newest_other[name], is_alone=True)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
         except run_sections.DAMAGED as error:
-            reasons.append(f"{name}: {error}")
+            reasons.append(f"{name}: its predictions are damaged: {error!r}")
             continue
         if result:
             tests.append(_test(first, name, result))
