@@ -245,7 +245,7 @@ def data_and_versions(
     facts: dict[str, dict[str, str]] = {}
     for run in runs:
         config = runs_lib.flat_config(run)
-        facts[run.name] = {"directory": str(run.path)} | dict(notes.get(run.name, {}))
+        facts[run.name] = dict(notes.get(run.name, {}))
         for key in ("data.source", "data.split", "data.length", "data.batch_size", "train.length"):
             if key in config:
                 facts[run.name][key] = config[key]

@@ -534,6 +534,16 @@ def _axes_section(axes: Sequence[str], sweep_runs: Sequence[SweepRun], metric: s
     return Section("Which axis matters", [*parts, page.Table(columns, rows)])
 
 
+def _verdict(test: Test) -> str:
+    """What a test says of a run beside that of the best setting; "" if it isn't significant."""
+    if test.p_holm >= LEVEL:
+        return ""
+    is_higher = metrics_lib.is_higher_better(test.score)
+    if is_higher is None or test.difference == 0:
+        return "significant"
+    return f"significantly {'better' if is_higher == (test.difference > 0) else 'worse'}"
+
+
 def _tests_section(sweep_runs: Sequence[SweepRun], best: str | None, metric: str) -> Section:
     """Which differences from the best setting are significant."""
     heading = "Differences from the best setting"
@@ -544,8 +554,7 @@ def _tests_section(sweep_runs: Sequence[SweepRun], best: str | None, metric: str
     tests, not_compared = paired_tests(sweep_runs, best)
     rows = []
     for test in tests:
-        is_significant = test.p_holm < LEVEL
-        said = Cell("significant" if is_significant else "", mark="good" if is_significant else "")
+        said = Cell(_verdict(test), mark="differs" if _verdict(test) else "")
         interval = f"{test.low:+.4f} to {test.high:+.4f}"
         difference = Cell(f"{test.difference:+.4f} ({interval})", test.difference)
         p = [Cell(f"{value:.3g}", value) for value in (test.p, test.p_holm)]
