@@ -239,16 +239,14 @@ def test_what_can_not_be_compared_is_said(sweep):
     (path / names[2] / "predictions" / f"{EVAL}-40.jsonl").write_text(
         jsonl([line | {"distribution": None} for line in report_runs.predictions()])
     )
-    _, sweep_runs = read_sweep(path)
+    _, sweep_runs = read_sweep(path, failures={names[8]: "exit 1"})
 
     tests, not_compared = sweeps.paired_tests(
         list(sweep_runs.values()), "optimizer.learning_rate=0.2"
     )
 
-    assert [(test.setting, test.seed) for test in tests] == [
-        ("optimizer.learning_rate=0.3", 0),
-        ("optimizer.learning_rate=0.3", 2),
-    ]
+    # A run that failed is in no test, whatever predictions it left.
+    assert [(test.setting, test.seed) for test in tests] == [("optimizer.learning_rate=0.3", 0)]
     assert not_compared[0] == f"{names[0]}: no eval has predictions"
     assert not_compared[1] == f"{names[1]}: the best setting has no run with its seed"
     assert not_compared[2].startswith(f"{names[2]}: {EVAL}: its predictions are damaged: TypeError")
@@ -305,6 +303,16 @@ def test_lengths_that_were_planned_are_no_other_steps(tmp_path):
         write_run(tmp_path / entry["name"], steps=20, changes=entry["changes"])
     _, sweep_runs = read_sweep(tmp_path)
     assert not any(sweep_run.aside for sweep_run in sweep_runs.values())
+
+
+def test_runs_count_at_the_step_that_is_asked_for(tmp_path):
+    plan = write_sweep(tmp_path, {"seed": [0, 1, 2]}, lambda changes: 0.5)
+    shutil.rmtree(tmp_path / "seed-1")
+    write_run(tmp_path / "seed-1", steps=80)
+    _, sweep_runs = read_sweep(tmp_path)
+    assert [name for name, sweep_run in sweep_runs.items() if sweep_run.aside] == ["seed-1"]
+    html = report.sweep_page(epath.Path(tmp_path), plan, step=80)
+    assert html.count("other steps: 40, others 80") == 4  # a text, and what it sorts by
 
 
 def test_run_directories_that_the_plan_lacks_are_named(sweep):
@@ -511,6 +519,15 @@ def test_curves_share_the_points_of_a_page(monkeypatch):
     assert "more than 200 points are thinned (the longest has 2,000)" in html
     # Without curves a page is small.
     assert len(page.render("t", [page.Section("s", [page.Text("x")])])) < 30_000
+
+
+def test_rows_that_a_table_has_no_room_for(monkeypatch):
+    monkeypatch.setattr(page, "MAX_CELLS", 40)
+    table = page.Table(["a", "b"], [[f"row {i}.", i] for i in range(30)], "Rows.")
+    html = page.render("t", [page.Section("s", [table])])
+    assert "Rows. The first 20 of 30 rows." in html
+    assert "row 19." in html
+    assert "row 20." not in html
 
 
 # The command.

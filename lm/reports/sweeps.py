@@ -138,18 +138,25 @@ def _few_names(runs: Sequence[runs_lib.Run]) -> str:
 # --- which runs count ---
 
 
-def set_aside(sweep_runs: Sequence[SweepRun], metric: str, failures: Mapping[str, str]) -> None:
+def set_aside(
+    sweep_runs: Sequence[SweepRun],
+    metric: str,
+    failures: Mapping[str, str],
+    step: int | None = None,
+) -> None:
     """Says of each run why it can't be held against the others, and what else is odd about it.
 
     Args:
       failures: run -> how it failed.
+      step: at which runs that count have ended; None: where most of those have that should have
+        the same steps.
     """
     for sweep_run in sweep_runs:
         sweep_run.aside = _own_reasons(sweep_run.run, metric, failures)
 
     # What most of the runs that are whole have.
     whole = [sweep_run for sweep_run in sweep_runs if not sweep_run.aside]
-    _mark_other_steps(whole)
+    _mark_other_steps(whole, step)
     _mark_other_records(whole, metric)
     _mark_other_evals(whole)
 
@@ -170,14 +177,16 @@ def _own_reasons(run: runs_lib.Run, metric: str, failures: Mapping[str, str]) ->
     return reasons
 
 
-def _mark_other_steps(sweep_runs: Sequence[SweepRun]) -> None:
-    """Sets aside runs with other steps than most of those that should have the same."""
+def _mark_other_steps(sweep_runs: Sequence[SweepRun], step: int | None) -> None:
+    """Sets aside runs with other steps than `step`, or than most of those that should have the
+    same.
+    """
     groups: dict[str, list[SweepRun]] = {}
     for sweep_run in sweep_runs:
         lengths = json.dumps([sweep_run.changes.get(key) for key in LENGTHS])
         groups.setdefault(lengths, []).append(sweep_run)
     for group in groups.values():
-        usual = _most_common([sweep_run.run.step for sweep_run in group])
+        usual = step or _most_common([sweep_run.run.step for sweep_run in group])
         for sweep_run in group:
             if sweep_run.run.step != usual:
                 sweep_run.aside.append(f"other steps: {sweep_run.run.step:,}, others {usual:,}")
@@ -420,17 +429,19 @@ def sections(
     axes: Sequence[str],
     sweep_runs: Sequence[SweepRun],
     metric: str,
+    *,
     failures: Mapping[str, str],
+    step: int | None = None,
     unplanned: Sequence[str] = (),
 ) -> list[Section]:
     """What is said of a sweep before its runs side by side.
 
     Args:
       metric: the main one.
-      failures: run -> how it failed.
+      failures, step: see `set_aside`.
       unplanned: run directories that the plan doesn't name.
     """
-    set_aside(sweep_runs, metric, failures)
+    set_aside(sweep_runs, metric, failures, step)
     means = means_of_settings(sweep_runs, metric)
     best = best_setting(means, metric)
     return [
@@ -446,7 +457,7 @@ def _runs_section(
 ) -> Section:
     """A row for each run, with its changes and its main metrics."""
     headlines = runs_lib.headlines([sweep_run.run for sweep_run in sweep_runs])
-    names = list(dict.fromkeys([metric, *headlines]))
+    names = list(dict.fromkeys([metric, *headlines]))[: run_sections.MAX_COLUMNS]
     rows: list[list] = []
     for sweep_run in sweep_runs:
         values = sweep_run.run.last_values
