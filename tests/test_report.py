@@ -261,7 +261,7 @@ def test_what_is_set_aside_is_in_no_mean(sweep):
     half = report_runs.lines(40)[:20]
     (path / names[2] / "metrics.jsonl").write_text(jsonl(half))
     shutil.rmtree(path / names[3])
-    write_run(path / names[3], steps=20, accuracy=0.99)
+    write_run(path / names[3], steps=20, changes=plan["runs"][3]["changes"])
     about = path / names[4] / "predictions" / f"{EVAL}-about-40.json"
     about.write_text(json.dumps({"fingerprint": "another"}))
     lines = report_runs.lines(40)
@@ -305,10 +305,22 @@ def test_lengths_that_were_planned_are_no_other_steps(tmp_path):
     assert not any(sweep_run.aside for sweep_run in sweep_runs.values())
 
 
+def test_directories_that_changed_places_are_set_aside(sweep):
+    path, plan = sweep
+    first, second = (entry["name"] for entry in plan["runs"][:2])
+    (path / first).rename(path / "x")
+    (path / second).rename(path / first)
+    (path / "x").rename(path / second)
+    _, sweep_runs = read_sweep(path)
+    assert sweep_runs[first].aside == ["its config.json has seed=1, the plan 0"]
+    assert sweep_runs[second].aside == ["its config.json has seed=0, the plan 1"]
+    assert sum(bool(sweep_run.aside) for sweep_run in sweep_runs.values()) == 2
+
+
 def test_runs_count_at_the_step_that_is_asked_for(tmp_path):
     plan = write_sweep(tmp_path, {"seed": [0, 1, 2]}, lambda changes: 0.5)
     shutil.rmtree(tmp_path / "seed-1")
-    write_run(tmp_path / "seed-1", steps=80)
+    write_run(tmp_path / "seed-1", steps=80, changes={"seed": 1})
     _, sweep_runs = read_sweep(tmp_path)
     assert [name for name, sweep_run in sweep_runs.items() if sweep_run.aside] == ["seed-1"]
     html = report.sweep_page(epath.Path(tmp_path), plan, step=80)
@@ -319,7 +331,7 @@ def test_run_directories_that_the_plan_lacks_are_named(sweep):
     path, plan = sweep
     (path / plan["runs"][0]["name"]).rename(path / "by-hand")
     html = report.sweep_page(epath.Path(path), plan)
-    assert "doesn&#39;t name: by-hand" in html
+    assert "doesn&#39;t name: by-hand." in html
     assert "not begun" in html
 
 
@@ -327,7 +339,8 @@ def test_which_metric_is_the_main_one(sweep):
     path, _ = sweep
     _, sweep_runs = read_sweep(path)
     all_runs = [sweep_run.run for sweep_run in sweep_runs.values()]
-    assert sweeps.main_metric(all_runs) == ACCURACY  # config.checkpoint.best
+    all_runs[0].config["checkpoint"]["best"] = "eval/validation/bits_per_byte"
+    assert sweeps.main_metric(all_runs) == "eval/validation/bits_per_byte"
     assert sweeps.main_metric(all_runs, "train/loss") == "train/loss"
     for run in all_runs:
         run.config["checkpoint"]["best"] = ""

@@ -223,7 +223,7 @@ def test_figures_on_demand(visit):
     drawn(tab)
     assert tab.locator("[data-drawn]").count() == 1
     tab.get_by_text("1 more figures").click()
-    tab.wait_for_function("document.querySelectorAll('[data-drawn]').length === 2")
+    tab.locator("[data-drawn]").nth(1).wait_for()
 
 
 # Text of others.
@@ -358,5 +358,5 @@ def test_fifty_runs_of_two_thousand_lines(visit, tmp_path, fast_runs):
     for figure in tab.locator(".figure").all():
         figure.scroll_into_view_if_needed()
     count = tab.locator(".figure").count()
-    tab.wait_for_function(f"document.querySelectorAll('[data-drawn]').length === {count}")
     assert count == 10
+    tab.locator("[data-drawn]").nth(count - 1).wait_for()

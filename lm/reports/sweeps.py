@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from lm import config as config_lib
 from lm import files
 from lm.evals.scores import statistics
 from lm.reports import comparison, page, run_sections
@@ -152,7 +153,7 @@ def set_aside(
         the same steps.
     """
     for sweep_run in sweep_runs:
-        sweep_run.aside = _own_reasons(sweep_run.run, metric, failures)
+        sweep_run.aside = _own_reasons(sweep_run, metric, failures)
 
     # What most of the runs that are whole have.
     whole = [sweep_run for sweep_run in sweep_runs if not sweep_run.aside]
@@ -161,8 +162,9 @@ def set_aside(
     _mark_other_evals(whole)
 
 
-def _own_reasons(run: runs_lib.Run, metric: str, failures: Mapping[str, str]) -> list[str]:
-    reasons = []
+def _own_reasons(sweep_run: SweepRun, metric: str, failures: Mapping[str, str]) -> list[str]:
+    run = sweep_run.run
+    reasons = _other_changes(sweep_run)
     if run.name in failures:
         reasons.append(f"failed: {failures[run.name]}")
     if not runs_lib.is_whole(run):
@@ -174,6 +176,19 @@ def _own_reasons(run: runs_lib.Run, metric: str, failures: Mapping[str, str]) ->
         reasons.append(f"no {metric}")
     elif not math.isfinite(values[metric]):
         reasons.append(f"{metric} is {values[metric]}")
+    return reasons
+
+
+def _other_changes(sweep_run: SweepRun) -> list[str]:
+    """Where the run's configuration is not what the plan says, as in a directory that was renamed
+    by hand. A run may have been lengthened.
+    """
+    flat = config_lib.flatten(sweep_run.run.config)
+    reasons = []
+    for key, value in sweep_run.changes.items():
+        if key in flat and key != "train.length" and flat[key] != value:
+            there = in_words({key: flat[key]})
+            reasons.append(f"its config.json has {there}, the plan {json.dumps(value)}")
     return reasons
 
 
