@@ -73,7 +73,6 @@ def sweep_page(
         package is missing.
     """
     page.check_installed()
-    files.check_tree(workdir)
     axes, sweep_runs = sweeps.read(workdir, plan, str(workdir / SWEEP))
     runs = [sweep_run.run for sweep_run in sweep_runs]
     main_metric = sweeps.main_metric(runs, metric)

@@ -21,7 +21,7 @@ from lm.evals import entries
 from lm.evals.scores import statistics
 from lm.reports import comparison, page, runs, sweeps
 from tests import report_runs
-from tests.helpers import VERBALIZER, run_training
+from tests.helpers import ROOT, VERBALIZER, run_training
 from tests.report_runs import EVAL, jsonl, write_run, write_sweep
 
 ACCURACY = f"eval/{EVAL}/accuracy"
@@ -443,7 +443,12 @@ def test_links_and_large_files_are_not_read(tmp_path, monkeypatch):
         read(tmp_path / "run")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "metrics.jsonl").symlink_to("/etc/passwd")
-    with pytest.raises(ValueError, match="is a link"):
+    with pytest.raises(ValueError, match="metrics.jsonl is a link"):
+        read(tmp_path / "linked")
+    (tmp_path / "linked" / "metrics.jsonl").unlink()
+    (tmp_path / "linked" / "predictions").mkdir()
+    (tmp_path / "linked" / "predictions" / "x-1.jsonl").symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="x-1.jsonl is a link"):
         read(tmp_path / "linked")
 
 
@@ -603,13 +608,14 @@ def test_cards_of_pods():
     from lm.plan import cards
 
     name = "llama3_1b-v5e-4x4"
-    config = cards.load_config("configs/pods.py", name).to_dict()
+    pods = str(ROOT / "configs" / "pods.py")
+    config = cards.load_config(pods, name).to_dict()
     assert report.card_of(config) == name
     config["train"]["length"] = "7 steps"
     assert report.card_of(config) == name
     config["model"]["remat"] = "none"
     assert report.card_of(config) == ""
-    run = runs.Run("mine", epath.Path("x"), config=cards.load_config("configs/pods.py", name))
+    run = runs.Run("mine", epath.Path("x"), config=cards.load_config(pods, name))
     run.config = run.config.to_dict()
     (card,) = report._cards_section([run]).parts
     assert "parameters on 16 chips" in card.text
