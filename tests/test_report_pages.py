@@ -288,6 +288,7 @@ def test_the_policy_stops_what_escaping_missed(visit, server):
     missed = (
         "<script>window.hacked = 1</script><p onclick='window.hacked = 1'>press</p>"
         f"<img src='{address}/x.png'><link rel=stylesheet href='{address}/x.css'>"
+        f"<iframe src='{address}/x.html'></iframe>"
     )
     tab = visit(one_section(page.Text("HERE")).replace("HERE", missed))
     tab.get_by_text("press").click()
@@ -295,7 +296,7 @@ def test_the_policy_stops_what_escaping_missed(visit, server):
     assert tab.evaluate("typeof window.hacked") == "undefined"
     assert not asked
     refused = [message for message in visit.wrong if "Content Security Policy" in message]
-    assert len(refused) == 4
+    assert len(refused) == 5
     visit.wrong.clear()
 
 
