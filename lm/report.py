@@ -56,6 +56,7 @@ def sweep_page(
     *,
     metric: str = "",
     failures: Mapping[str, str] | None = None,
+    step: int | None = None,
 ) -> str:
     """The page of a sweep as HTML.
 
@@ -64,18 +65,21 @@ def sweep_page(
       metric: by which the runs are held against each other; "": config.checkpoint.best, or the
         first one that stands for an eval.
       failures: run -> how it failed, where that is known.
+      step: runs that end at another one are set aside, as after successive halving all but the
+        longest; None: those that end elsewhere than most.
 
     Raises:
       ValueError: the plan is no such plan; no run has the metric, or any; a file is damaged; a
         package is missing.
     """
     page.check_installed()
-    files.check_tree(workdir)
     axes, sweep_runs = sweeps.read(workdir, plan, str(workdir / SWEEP))
     runs = [sweep_run.run for sweep_run in sweep_runs]
     main_metric = sweeps.main_metric(runs, metric)
     unplanned = sweeps.strangers(workdir, sweep_runs)
-    sections = sweeps.sections(axes, sweep_runs, main_metric, failures or {}, unplanned)
+    sections = sweeps.sections(
+        axes, sweep_runs, main_metric, failures=failures or {}, step=step, unplanned=unplanned
+    )
 
     # Runs of the best setting come first: texts and pictures are of the first runs only.
     best = sweeps.best_setting(sweeps.means_of_settings(sweep_runs, main_metric), main_metric)

@@ -22,6 +22,7 @@ from lm import escape
 # these bounds.
 MAX_POINTS = 240_000
 MIN_POINTS_OF_A_CURVE, MAX_POINTS_OF_A_CURVE = 24, 900
+MAX_CELLS = 20_000  # of a table; the rows behind them are left out
 MAX_TEXT = 20_000  # characters of a `Preformatted`, or of a cell; the rest is left out
 HERE = Path(__file__).parent
 
@@ -220,6 +221,25 @@ def _sortable(value: float | str) -> str:
     return shown(value) if isinstance(value, str) else f"={float(value)!r}"
 
 
+class _Fitted(NamedTuple):
+    """The rows of a table that a page has room for."""
+
+    rows: list[list[Cell]]
+    title: str
+
+
+def _fitted(table: Table) -> _Fitted:
+    """A table's cells as they are shown, and its title, which says if rows are left out."""
+    most = max(MAX_CELLS // max(len(table.columns), 1), 1)
+    rows = []
+    for row in table.rows[:most]:
+        rows.append([_cell(value) for value in row])
+    title = table.title
+    if len(table.rows) > most:
+        title = f"{title} The first {most:,} of {len(table.rows):,} rows.".strip()
+    return _Fitted(rows, title)
+
+
 SHORT = 32  # characters of a text that stays on a line
 
 
@@ -269,7 +289,7 @@ def render(title: str, sections: Sequence[Section], about: str = "") -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(kind=_kind, cell=_cell, classes=_classes, shown=shown)
+    environment.filters.update(kind=_kind, fitted=_fitted, classes=_classes, shown=shown)
     environment.filters.update(base64=_base64)
     environment.globals.update(drawn=lambda curves: _drawn(curves, most))
 

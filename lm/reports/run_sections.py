@@ -4,7 +4,7 @@ labels, and where the time went.
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from lm.reports.runs import Run
 
 # Drawn first; the other metrics are there on demand.
 MAIN_CURVES = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second")
-MAX_FIGURES, MAX_METRICS = 150, 1000
+MAX_FIGURES = 150
+MAX_COLUMNS = 24  # main metrics beside each run
 # What of each run is shown as text or picture, for so many runs.
 MAX_RUNS_IN_DETAIL = 8
 MAX_PICTURES, MAX_LABELS = 16, 150
@@ -83,7 +84,7 @@ def _load_predictions(runs: Sequence[Run]) -> tuple[Loaded, list[str]]:
 
 def overview(runs: Sequence[Run]) -> Section:
     """A row for each run: how far it came, and its main metrics."""
-    metric_names = runs_lib.headlines(runs)
+    metric_names = runs_lib.headlines(runs)[:MAX_COLUMNS]
     rows = []
     for run in runs:
         state = runs_lib.state(run)
@@ -186,10 +187,8 @@ def metrics(runs: Sequence[Run]) -> Section:
     parts: list[page.Part] = []
     if rows:
         title = "The last value of each metric; its 95% interval where there is one."
-        if len(rows) > MAX_METRICS:
-            title += f" The first {MAX_METRICS:,} of {len(rows):,} metrics."
         columns = ["metric", *(run.name for run in runs)]
-        parts.append(page.Table(columns, rows[:MAX_METRICS], title))
+        parts.append(page.Table(columns, rows, title))
     return Section("Final metrics", parts)
 
 
@@ -245,7 +244,7 @@ def data_and_versions(
     facts: dict[str, dict[str, str]] = {}
     for run in runs:
         config = runs_lib.flat_config(run)
-        facts[run.name] = {"directory": str(run.path)} | dict(notes.get(run.name, {}))
+        facts[run.name] = dict(notes.get(run.name, {}))
         for key in ("data.source", "data.split", "data.length", "data.batch_size", "train.length"):
             if key in config:
                 facts[run.name][key] = config[key]
@@ -378,7 +377,7 @@ def labels(loaded: Loaded) -> Section:
             if found:
                 distributions[run_name] = found
         if distributions:
-            parts.append(_label_table(name, distributions))
+            parts.append(label_table(name, distributions))
 
         for run_name, (P, y, names) in distributions.items():
             title = f"{name}, {run_name}"
@@ -390,9 +389,9 @@ def labels(loaded: Loaded) -> Section:
     return Section("Labels", parts)
 
 
-def _label_table(name: str, distributions: Mapping[str, tuple]) -> page.Table:
+def label_table(name: str, distributions: Mapping[str, tuple]) -> page.Table:
     """The shares of each label among the right ones, the predicted ones, and in the mean
-    distribution.
+    distribution, of the `label_distributions` of each run.
     """
     rows = []
     for run_name, (P, y, names) in distributions.items():
@@ -408,11 +407,13 @@ def _label_table(name: str, distributions: Mapping[str, tuple]) -> page.Table:
 def _label_pictures(
     title: str, P: np.ndarray, y: np.ndarray, names: list[str]
 ) -> list[page.Picture]:
-    matrix = statistics.confusion(statistics.prediction_shares(P), y)
-    accuracy = np.mean(statistics.credit(P, y))
-    draw: dict[str, Callable[[], bytes]] = {
-        "confusion": lambda: pictures.plot_confusion(matrix, names, f"accuracy {accuracy:.1%}"),
-        "reliability and labels": lambda: pictures.plot_reliability(P, y, names, "all"),
-    }
+    """The confusion matrix, and the reliability diagram with the shares of the labels."""
     logging.info("drawing %s", title)
-    return [page.Picture(f"{title}: {what}", picture()) for what, picture in draw.items()]
+    matrix = statistics.confusion(statistics.prediction_shares(P), y)
+    accuracy = float(np.mean(statistics.credit(P, y)))
+    confusion = pictures.plot_confusion(matrix, names, f"accuracy {accuracy:.1%}")
+    reliability = pictures.plot_reliability(P, y, names, "confidence")
+    return [
+        page.Picture(f"{title}: confusion", confusion),
+        page.Picture(f"{title}: reliability, labels", reliability),
+    ]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -74,7 +75,8 @@ def read(path: epath.Path, name: str) -> Run:
     run = Run(name, path)
     if not path.exists():
         return run
-    files.check_tree(path)
+    # Not its checkpoints: a run that goes on replaces them meanwhile.
+    files.check_tree(path / "predictions")
     if (path / "config.json").exists():
         run.config = files.read_json(_sized(path / "config.json"))
     lines = []
@@ -99,7 +101,9 @@ def read(path: epath.Path, name: str) -> Run:
 
 
 def _sized(path: epath.Path) -> epath.Path:
-    """Returns the path of a file that is small enough to be read whole."""
+    """Returns the path of a file that is no link, and small enough to be read whole."""
+    if "://" not in str(path) and os.path.islink(path):
+        raise ValueError(f"{path} is a link; a run directory has folders and plain files only")
     size = path.stat().length
     if size > MAX_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are read")

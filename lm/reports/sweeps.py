@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from lm import config as config_lib
 from lm import files
 from lm.evals.scores import statistics
 from lm.reports import comparison, page, run_sections
@@ -138,24 +139,32 @@ def _few_names(runs: Sequence[runs_lib.Run]) -> str:
 # --- which runs count ---
 
 
-def set_aside(sweep_runs: Sequence[SweepRun], metric: str, failures: Mapping[str, str]) -> None:
+def set_aside(
+    sweep_runs: Sequence[SweepRun],
+    metric: str,
+    failures: Mapping[str, str],
+    step: int | None = None,
+) -> None:
     """Says of each run why it can't be held against the others, and what else is odd about it.
 
     Args:
       failures: run -> how it failed.
+      step: at which runs that count have ended; None: where most of those have that should have
+        the same steps.
     """
     for sweep_run in sweep_runs:
-        sweep_run.aside = _own_reasons(sweep_run.run, metric, failures)
+        sweep_run.aside = _own_reasons(sweep_run, metric, failures)
 
     # What most of the runs that are whole have.
     whole = [sweep_run for sweep_run in sweep_runs if not sweep_run.aside]
-    _mark_other_steps(whole)
+    _mark_other_steps(whole, step)
     _mark_other_records(whole, metric)
     _mark_other_evals(whole)
 
 
-def _own_reasons(run: runs_lib.Run, metric: str, failures: Mapping[str, str]) -> list[str]:
-    reasons = []
+def _own_reasons(sweep_run: SweepRun, metric: str, failures: Mapping[str, str]) -> list[str]:
+    run = sweep_run.run
+    reasons = _other_changes(sweep_run)
     if run.name in failures:
         reasons.append(f"failed: {failures[run.name]}")
     if not runs_lib.is_whole(run):
@@ -170,14 +179,29 @@ def _own_reasons(run: runs_lib.Run, metric: str, failures: Mapping[str, str]) ->
     return reasons
 
 
-def _mark_other_steps(sweep_runs: Sequence[SweepRun]) -> None:
-    """Sets aside runs with other steps than most of those that should have the same."""
+def _other_changes(sweep_run: SweepRun) -> list[str]:
+    """Where the run's configuration is not what the plan says, as in a directory that was renamed
+    by hand. A run may have been lengthened.
+    """
+    flat = config_lib.flatten(sweep_run.run.config)
+    reasons = []
+    for key, value in sweep_run.changes.items():
+        if key in flat and key != "train.length" and flat[key] != value:
+            there = in_words({key: flat[key]})
+            reasons.append(f"its config.json has {there}, the plan {json.dumps(value)}")
+    return reasons
+
+
+def _mark_other_steps(sweep_runs: Sequence[SweepRun], step: int | None) -> None:
+    """Sets aside runs with other steps than `step`, or than most of those that should have the
+    same.
+    """
     groups: dict[str, list[SweepRun]] = {}
     for sweep_run in sweep_runs:
         lengths = json.dumps([sweep_run.changes.get(key) for key in LENGTHS])
         groups.setdefault(lengths, []).append(sweep_run)
     for group in groups.values():
-        usual = _most_common([sweep_run.run.step for sweep_run in group])
+        usual = step or _most_common([sweep_run.run.step for sweep_run in group])
         for sweep_run in group:
             if sweep_run.run.step != usual:
                 sweep_run.aside.append(f"other steps: {sweep_run.run.step:,}, others {usual:,}")
@@ -328,8 +352,11 @@ def _tests_of_pair(first: SweepRun, second: SweepRun) -> tuple[list[Test], list[
             continue
         try:
             result = comparison.compare_eval(name, newest[name], newest_other[name], is_alone=True)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
         except run_sections.DAMAGED as error:
-            reasons.append(f"{name}: {error}")
+            reasons.append(f"{name}: its predictions are damaged: {error!r}")
             continue
         if result:
             tests.append(_test(first, name, result))
@@ -417,17 +444,19 @@ def sections(
     axes: Sequence[str],
     sweep_runs: Sequence[SweepRun],
     metric: str,
+    *,
     failures: Mapping[str, str],
+    step: int | None = None,
     unplanned: Sequence[str] = (),
 ) -> list[Section]:
     """What is said of a sweep before its runs side by side.
 
     Args:
       metric: the main one.
-      failures: run -> how it failed.
+      failures, step: see `set_aside`.
       unplanned: run directories that the plan doesn't name.
     """
-    set_aside(sweep_runs, metric, failures)
+    set_aside(sweep_runs, metric, failures, step)
     means = means_of_settings(sweep_runs, metric)
     best = best_setting(means, metric)
     return [
@@ -443,7 +472,7 @@ def _runs_section(
 ) -> Section:
     """A row for each run, with its changes and its main metrics."""
     headlines = runs_lib.headlines([sweep_run.run for sweep_run in sweep_runs])
-    names = list(dict.fromkeys([metric, *headlines]))
+    names = list(dict.fromkeys([metric, *headlines]))[: run_sections.MAX_COLUMNS]
     rows: list[list] = []
     for sweep_run in sweep_runs:
         values = sweep_run.run.last_values
@@ -531,6 +560,16 @@ def _axes_section(axes: Sequence[str], sweep_runs: Sequence[SweepRun], metric: s
     return Section("Which axis matters", [*parts, page.Table(columns, rows)])
 
 
+def _verdict(test: Test) -> str:
+    """What a test says of a run beside that of the best setting; "" if it isn't significant."""
+    if test.p_holm >= LEVEL:
+        return ""
+    is_higher = metrics_lib.is_higher_better(test.score)
+    if is_higher is None or test.difference == 0:
+        return "significant"
+    return f"significantly {'better' if is_higher == (test.difference > 0) else 'worse'}"
+
+
 def _tests_section(sweep_runs: Sequence[SweepRun], best: str | None, metric: str) -> Section:
     """Which differences from the best setting are significant."""
     heading = "Differences from the best setting"
@@ -541,8 +580,7 @@ def _tests_section(sweep_runs: Sequence[SweepRun], best: str | None, metric: str
     tests, not_compared = paired_tests(sweep_runs, best)
     rows = []
     for test in tests:
-        is_significant = test.p_holm < LEVEL
-        said = Cell("significant" if is_significant else "", mark="good" if is_significant else "")
+        said = Cell(_verdict(test), mark="differs" if _verdict(test) else "")
         interval = f"{test.low:+.4f} to {test.high:+.4f}"
         difference = Cell(f"{test.difference:+.4f} ({interval})", test.difference)
         p = [Cell(f"{value:.3g}", value) for value in (test.p, test.p_holm)]
