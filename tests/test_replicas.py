@@ -105,7 +105,9 @@ def test_any_bit_on_any_device(name):
 
 
 @pytest.mark.parametrize(
-    "change", [put(-0.0, 0), other_nan, put(np.float32(1e-45), 0), swap], ids=str
+    "change",
+    [put(-0.0, 0), other_nan, put(np.float32(1e-45), 0), swap],
+    ids=["minus zero", "another NaN", "a denormal", "two swapped"],
 )
 def test_bits_are_compared_and_not_values(change):
     """-0 for 0, another NaN, a denormal number, two elements that changed places."""
