@@ -393,6 +393,9 @@ def test_how_far_runs_came(tmp_path):
     assert runs.state(read(tmp_path / "whole")).startswith("unfinished: at step 13 without topic")
     (tmp_path / "whole" / "metrics.jsonl").write_text(jsonl(lines))
     assert runs.state(read(tmp_path / "whole")) == runs.FINISHED
+    # How many steps they are, run.json knows.
+    (tmp_path / "whole" / "run.json").write_text('{"total_steps": 70}')
+    assert runs.state(read(tmp_path / "whole")).startswith("unfinished: step 40 of 70")
 
 
 def test_tokens_are_steps():
@@ -556,6 +559,7 @@ def run_command(monkeypatch, *workdirs, out="", metric=""):
     for flag, value in values.items():
         monkeypatch.setattr(report, flag, types.SimpleNamespace(value=value), raising=False)
     monkeypatch.setattr(report.command_line.startup, "leave", lambda status: None)
+    monkeypatch.setattr(report.command_line.logging, "basicConfig", lambda **kwargs: None)
     return report.main(["lm.report"])
 
 

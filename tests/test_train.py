@@ -90,6 +90,7 @@ def test_run_directory_is_complete(small, tmp_path):
     pictures = {"curves.png", "confusion-labels.png", "reliability-labels.png"}
     assert {p.name for p in run.iterdir()} == pictures | {
         "config.json",
+        "run.json",
         "metrics.jsonl",
         "samples.md",
         "predictions",
@@ -98,6 +99,9 @@ def test_run_directory_is_complete(small, tmp_path):
         "tensorboard",
     }
     assert json.loads((run / "config.json").read_text()) == json.loads(json.dumps(small.to_dict()))
+    summary = json.loads((run / "run.json").read_text())
+    assert summary["finished"] and summary["total_steps"] == 6
+    assert returned["train/flops"] == 6 * summary["flops_per_step"]
     for name in pictures:
         assert (run / name).read_bytes().startswith(PNG)
     assert tokenizers.load(run / "tokenizer").fingerprint == "bytes-1"

@@ -248,6 +248,7 @@ def data_and_versions(
         for key in ("data.source", "data.split", "data.length", "data.batch_size", "train.length"):
             if key in config:
                 facts[run.name][key] = config[key]
+        facts[run.name] |= _facts_of_size(run.size)
         for evaluation in run.evaluations[-1:]:
             facts[run.name] |= _facts_of_evaluation(evaluation)
 
@@ -257,6 +258,18 @@ def data_and_versions(
                 if key in predictions.about:
                     facts[run_name][f"eval {name}: {key}"] = str(predictions.about[key])
     return Section("Data and versions", side_by_side("", facts))
+
+
+def _facts_of_size(size: Mapping) -> dict[str, str]:
+    """What run.json says."""
+    facts = {}
+    for key in ("parameters", "total_steps", "tokens_per_step", "flops_per_step"):
+        if runs_lib.is_number(size.get(key)):
+            facts[key.replace("_", " ")] = f"{size[key]:,}"
+    versions = size.get("versions")
+    for key, version in versions.items() if isinstance(versions, dict) else ():
+        facts[f"trained with {key}"] = str(version)
+    return facts
 
 
 def _facts_of_evaluation(evaluation: Mapping) -> dict[str, str]:

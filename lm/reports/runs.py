@@ -29,6 +29,7 @@ class Run:
         order of the steps; numbers alone are metrics.
       evals: eval -> the last step at which it ran.
       evaluations: eval-STEP.json, by their steps.
+      size: run.json: parameters, steps in all, versions, ...; {} without it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Run:
     curves: dict[str, tuple[list[int], list[float]]] = dataclasses.field(default_factory=dict)
     evals: dict[str, int] = dataclasses.field(default_factory=dict)
     evaluations: list[dict] = dataclasses.field(default_factory=list)
+    size: dict = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def step(self) -> int:
@@ -79,6 +81,8 @@ def read(path: epath.Path, name: str) -> Run:
     files.check_tree(path / "predictions")
     if (path / "config.json").exists():
         run.config = files.read_json(_sized(path / "config.json"))
+    if (path / "run.json").exists():
+        run.size = files.read_json(_sized(path / "run.json"))
     lines = []
     if (path / "metrics.jsonl").exists():
         lines = files.read_jsonl_log(_sized(path / "metrics.jsonl"))
@@ -166,8 +170,8 @@ FINISHED, EVALUATED = "finished", "evaluated"
 def state(run: Run) -> str:
     """How far a run came, in words; `FINISHED` or `EVALUATED` if it is whole.
 
-    A run whose length is in epochs is finished when all its evals have run at its last step, which
-    they do at the end.
+    The steps of a run whose length is in epochs stand in run.json. Without it such a run is
+    finished when all its evals have run at its last step, which they do at the end.
     """
     if not run.path.exists():
         return "not begun"
@@ -176,7 +180,8 @@ def state(run: Run) -> str:
     if "train/loss" not in run.curves:
         return EVALUATED
 
-    planned = planned_steps(run.config)
+    planned = planned_steps(run.config) or run.size.get("total_steps")
+    planned = planned if isinstance(planned, int) else None
     evals = run.config.get("evals")
     missing = []
     for name in evals if isinstance(evals, dict) else ():

@@ -86,8 +86,11 @@ def main(argv: list[str]) -> int:
     if _REPORT.value:
         path = workdir / "report.html"
         failures = {name: known.why for name, known in states.items() if known.why}
+        # Of a halving the runs of its longest round count.
+        step = max(known.step for known in states.values()) if sweep.halving else None
         stored = files.read_json(workdir / plan.PLAN)
-        files.write_whole(path, report.sweep_page(workdir, stored, failures=failures))
+        page = report.sweep_page(workdir, stored, failures=failures, step=step)
+        files.write_whole(path, page)
         print(f"\nwritten to {path}")
 
     if not is_over:
