@@ -261,6 +261,30 @@ def test_two_sweeps_in_one_directory_are_refused(sweep, tmp_path):
             settle(other, tmp_path / "runs", accept)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stored: stored.pop("versions"),
+        lambda stored: stored.update(runs={}),
+        lambda stored: stored["runs"].append("x"),
+        lambda stored: stored["runs"][0].pop("hash"),
+        lambda stored: stored["runs"][0].update(name="../elsewhere"),
+        lambda stored: stored["runs"][0].update(changes=5),
+    ],
+    ids=["no versions", "runs", "a run", "no hash", "a path", "changes"],
+)
+def test_a_plan_that_somebody_else_wrote_is_an_error(sweep, tmp_path, change):
+    settle(sweep, tmp_path / "runs")
+    path = tmp_path / "runs" / plan.PLAN
+    stored = json.loads(path.read_text())
+    change(stored)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="sweep.json"):
+        settle(sweep, tmp_path / "runs", accept=True)
+    with pytest.raises(ValueError, match="sweep.json"):
+        plan.stored_runs(epath.Path(tmp_path / "runs"))
+
+
 def finish(directory, config, **metrics):
     """What a run that is done leaves."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -701,6 +725,10 @@ def test_a_search_proposes_runs_until_there_are_enough(tmp_path, monkeypatch):
         assert len(runs) == len(workers.started) == 25
         # What the search added is no change of the plan, and nothing is left to do.
         assert plan.settle(sweep, workdir, accept=False) == runs
+        with monkeypatch.context() as changed:
+            changed.setattr(files, "short_hash_of_parts", lambda parts: "other code")
+            assert plan.settle(sweep, workdir, accept=True) == runs
+        plan.settle(sweep, workdir, accept=True)
         found.append([dict(run.changes) for run in runs])
     assert found[0] == found[1]
 
@@ -761,8 +789,8 @@ def test_evals_and_checkpoints_cost_what_they_cost_each_time():
         (3e9, predict.Timing(9.0, 0.3, {"validation": 4.0}, 6.0)),
     ]
     size = {"flops_per_step": 1e9, "total_steps": 100}
-    # Ten evals, the first of which is in `once`; four checkpoints.
-    wanted = 5.0 + 99 * 0.1 + 9 * 3.0 + 4 * 2.0
+    # Of ten evals the first is in `once`, of four checkpoints the last.
+    wanted = 5.0 + 99 * 0.1 + 9 * 3.0 + 3 * 2.0
     assert predict.predicted_seconds(config, size, timings) == pytest.approx(wanted)
     size = {"flops_per_step": 1.5e9, "total_steps": 5}
     assert predict.predicted_seconds(config, size, timings) == pytest.approx(6.0 + 4 * 0.15)

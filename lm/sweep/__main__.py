@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         failures = {name: known.why for name, known in states.items() if known.why}
         # Of a halving the runs of its longest round count.
         step = max(known.step for known in states.values()) if sweep.halving else None
-        stored = files.read_json(workdir / plan.PLAN)
+        stored = plan.read_plan(workdir)
         page = report.sweep_page(workdir, stored, failures=failures, step=step)
         files.write_whole(path, page)
         print(f"\nwritten to {path}")

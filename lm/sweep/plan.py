@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import re
 import runpy
 import shlex
@@ -315,55 +316,78 @@ def settle(sweep: Sweep, workdir: epath.Path, *, accept: bool) -> list[PlannedRu
     """
     new = describe(sweep)
     path = workdir / PLAN
-    old = files.read_json(path) if path.exists() else None
-    if old is None or differences(old, new):
+    if not path.exists() or differences(read_plan(workdir), new):
         with claimed(workdir):
             # Another worker may have written it meanwhile.
-            old = files.read_json(path) if path.exists() else None
-            if old is not None and old.get("sweep") != new["sweep"]:
-                raise ValueError(
-                    f"{workdir} is the directory of the sweep {old.get('sweep')!r}, not of "
-                    f"{new['sweep']!r}; take another --workdir"
-                )
-
-            changes = differences(old, new) if old else []
-            if changes and not accept:
-                lines = "\n".join(f"  {line}" for line in changes)
-                raise ValueError(
-                    f"{path} says otherwise than {sweep.path} and the code now:\n{lines}\n"
-                    "--accept goes on with what there is now (runs that are done stay, others "
-                    "may differ from them); or take another --workdir"
-                )
-
-            if old is None or changes:
-                if old:
-                    _keep_names(old, new)
-                    _add_history(old, new)
+            if not path.exists():
+                files.write_whole(path, json.dumps(new, indent=1) + "\n")
+            elif changes := _accepted_changes(read_plan(workdir), new, workdir, accept=accept):
+                logging.warning("accepted: %s", "; ".join(changes))
+                old = read_plan(workdir)
+                _keep_runs(old, new)
+                _add_history(old, new)
                 files.write_whole(path, json.dumps(new, indent=1) + "\n")
     return stored_runs(workdir)
+
+
+def _accepted_changes(
+    old: Mapping, new: Mapping, workdir: epath.Path, *, accept: bool
+) -> list[str]:
+    """What the new description changes. Raises ValueError unless that is accepted."""
+    if old.get("sweep") != new["sweep"]:
+        raise ValueError(
+            f"{workdir} is the directory of the sweep {old.get('sweep')!r}, not of "
+            f"{new['sweep']!r}; take another --workdir"
+        )
+    changes = differences(old, new)
+    if changes and not accept:
+        lines = "\n".join(f"  {line}" for line in changes)
+        raise ValueError(
+            f"{workdir / PLAN} says otherwise than the sweep file and the code now:\n{lines}\n"
+            "--accept goes on with what there is now (runs that are done stay, others may differ "
+            "from them); or take another --workdir"
+        )
+    return changes
 
 
 def stored_runs(workdir: epath.Path) -> list[PlannedRun]:
     """The runs of sweep.json.
 
     Raises:
-      ValueError: there is none, or it isn't one of this module's.
+      ValueError: there is none, or none that this module wrote.
     """
+    return [PlannedRun(**run) for run in read_plan(workdir)["runs"]]
+
+
+def read_plan(workdir: epath.Path) -> dict[str, Any]:
+    """Reads sweep.json. Raises ValueError: there is none, or none that this module wrote."""
     path = workdir / PLAN
     if not path.exists():
         raise ValueError(f"{workdir} has no {PLAN}: no sweep was started there")
+    stored = files.read_json(path)
+    for key, kind in PLAN_KEYS.items():
+        if not isinstance(stored.get(key), kind):
+            raise ValueError(f"{path} is no plan of a sweep: {key} = {stored.get(key)!r:.80}")
+    for run in stored["runs"]:
+        keys = run.keys() if isinstance(run, dict) else ()
+        if keys != {"name", "changes", "hash"} or not isinstance(run["changes"], dict):
+            raise ValueError(f"{path}: a run is {run!r:.80}; wanted its name, changes and hash")
+        files.check_name(run["name"], str(path))
+    return stored
 
-    runs = []
-    for entry in files.read_json(path).get("runs", []):
-        try:
-            run = PlannedRun(**entry)
-        except TypeError:
-            raise ValueError(
-                f"{path}: a run is {entry!r:.80}; wanted name, changes, hash"
-            ) from None
-        files.check_name(run.name, str(path))
-        runs.append(run)
-    return runs
+
+# What sweep.json has at least, by its type.
+PLAN_KEYS = dict(
+    sweep=str,
+    commit=str,
+    code=str,
+    versions=dict,
+    config=dict,
+    axes=list,
+    halving=(dict, type(None)),
+    search=(dict, type(None)),
+    runs=list,
+)
 
 
 def add_run(
@@ -375,7 +399,7 @@ def add_run(
       finished: (changes, value of the metric) of each run that has one.
     """
     with claimed(workdir):
-        stored = files.read_json(workdir / PLAN)
+        stored = read_plan(workdir)
         if len(stored["runs"]) >= sweep.search.number:
             return None
 
@@ -441,11 +465,17 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
     return lines
 
 
-def _keep_names(old: Mapping, new: dict) -> None:
-    """Gives runs that were planned before the names that their directories have."""
+def _keep_runs(old: Mapping, new: dict) -> None:
+    """Gives runs that were planned before the names that their directories have, and keeps those
+    that a search has added.
+    """
     names = {run["hash"]: run["name"] for run in old["runs"]}
     for run in new["runs"]:
         run["name"] = names.get(run["hash"], run["name"])
+
+    if new["search"] and old["config"] == json.loads(json.dumps(new["config"])):
+        planned = {run["hash"] for run in new["runs"]}
+        new["runs"] += [run for run in old["runs"] if run["hash"] not in planned]
 
 
 def _add_history(old: Mapping, new: dict) -> None:

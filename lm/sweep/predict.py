@@ -17,12 +17,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lm import build, files, startup
+from lm import config as config_lib
 from lm.plan import compile as plan_compile
 from lm.reports import tables
 from lm.sweep import plan
 
 STEPS = 20  # between the evals of a calibration, which has two of each
-CALIBRATIONS = 4  # runs that are timed; others lie between them
+CALIBRATIONS = 6  # runs that are timed; others lie between them
 
 
 class Prediction(NamedTuple):
@@ -50,36 +51,42 @@ def predict(
       ValueError: a run that can't be built.
     """
     devices = startup.start(sweep.base.platform)
-    sizes, predictions = {}, {}
+    sizes = {}
     for number, run in enumerate(runs):
         say(f"building {number + 1} of {len(runs)}: {run.name}")
         config = build.apply_hf_config(sweep.config(run))
         experiment = build.build(config, devices)
-        size = experiment.size() | {"total_steps": experiment.total_steps}
+        sizes[run.name] = experiment.size() | {"total_steps": experiment.total_steps}
 
-        sizes[run.name] = size
-        predictions[run.name] = _without_time(size)
+    # One run for each cost, or, of many costs, some from the cheapest to the dearest.
+    by_cost = {_cost(sweep.config(run)): run for run in reversed(runs)}
+    costs = sorted(by_cost, key=lambda cost: sizes[by_cost[cost].name]["flops_per_step"])
+    chosen = np.linspace(0, len(costs) - 1, min(CALIBRATIONS, len(costs))).astype(int)
 
-    # Runs of one size and the same evals take the same time a step.
-    by_cost: dict[tuple, list[plan.PlannedRun]] = {}
-    for run in runs:
-        evals = json.dumps(sweep.config(run).evals.to_dict(), sort_keys=True)
-        key = (sizes[run.name]["flops_per_step"], sizes[run.name]["parameters"], evals)
-        by_cost.setdefault(key, []).append(run)
-
-    keys = sorted(by_cost)
-    chosen = sorted(set(np.linspace(0, len(keys) - 1, min(CALIBRATIONS, len(keys))).astype(int)))
-
-    timings = []
+    timings: dict[str, tuple[float, Timing]] = {}
     for number, index in enumerate(chosen):
-        run = by_cost[keys[index]][0]
+        run = by_cost[costs[index]]
         say(f"calibration {number + 1} of {len(chosen)}: {run.name}")
-        timings.append((keys[index][0], calibrate(sweep, run)))
+        timings[costs[index]] = (sizes[run.name]["flops_per_step"], calibrate(sweep, run))
 
+    predictions = {}
     for run in runs:
-        seconds = predicted_seconds(sweep.config(run), sizes[run.name], timings)
-        predictions[run.name] = predictions[run.name]._replace(seconds=seconds)
+        config, size = sweep.config(run), sizes[run.name]
+        known = timings.get(_cost(config))
+        seconds = predicted_seconds(config, size, [known] if known else list(timings.values()))
+        predictions[run.name] = _without_time(size)._replace(seconds=seconds)
     return predictions
+
+
+def _cost(config: ConfigDict) -> str:
+    """What runs share that take the same time a step."""
+    flat = config_lib.flatten(config)
+    free = ("seed", "init_from", "train.length", "data.source_args.")
+    for key in list(flat):
+        is_number = key.startswith("optimizer.") and isinstance(flat[key], float)
+        if is_number or key.startswith(free):
+            del flat[key]
+    return json.dumps(flat, sort_keys=True)
 
 
 def _without_time(size: dict) -> Prediction:
@@ -132,50 +139,49 @@ def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
 
         lines = files.read_jsonl_log(epath.Path(folder) / run.name / "metrics.jsonl")
 
-    speeds = [
-        line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line
-    ]
-    step = (
-        float(np.mean([1 / speed for speed in speeds]))
-        * config.data.batch_size
-        * config.data.length
-    )
+    seconds_a_token = [1 / speed for speed in _column(lines, "train/tokens_per_second")]
+    step = float(np.mean(seconds_a_token)) * config.data.batch_size * config.data.length
 
-    evals: dict[str, list[float]] = {}
-    for line in lines:
-        for key, value in line.items():
-            if key.startswith("eval/") and key.endswith("/seconds"):
-                evals.setdefault(key.split("/")[1], []).append(value)
-    repeated = {name: seconds[-1] for name, seconds in evals.items() if len(seconds) > 1}
-
-    checkpoints = [
-        line["train/seconds_checkpoints"] for line in lines if "train/seconds_checkpoints" in line
-    ]
-    checkpoint = checkpoints[-1] if config.checkpoint.every and checkpoints else 0.0
+    repeated = {}
+    for name in config.evals:
+        seconds = _column(lines, f"eval/{name}/seconds")
+        if len(seconds) > 1:
+            repeated[name] = seconds[-1]
+    # What the last line knows of is the checkpoint before it.
+    checkpoint = _column(lines, "train/seconds_checkpoints")[-1] if config.checkpoint.every else 0.0
 
     once = wall - (2 * STEPS - 1) * step - sum(repeated.values()) - checkpoint
     return Timing(max(once, 0.0), step, repeated, checkpoint)
 
 
+def _column(lines: Sequence[dict], name: str) -> list[float]:
+    """The values of a metric."""
+    return [line[name] for line in lines if name in line]
+
+
 def predicted_seconds(
     config: ConfigDict, size: dict, timings: Sequence[tuple[float, Timing]]
 ) -> float:
-    """The seconds of a run, from the calibrations of runs that are larger and smaller."""
+    """The seconds of a run.
+
+    Args:
+      size: its flops_per_step and total_steps.
+      timings: calibrations with their flops_per_step, ascending: of this run, or of cheaper and
+        dearer ones.
+    """
     flops = [flops for flops, _ in timings]
     step = np.interp(size["flops_per_step"], flops, [timing.step for _, timing in timings])
     once = np.interp(size["flops_per_step"], flops, [timing.once for _, timing in timings])
-
     nearest = min(timings, key=lambda item: abs(item[0] - size["flops_per_step"]))[1]
 
-    steps = size["total_steps"]
-    seconds = once + (steps - 1) * step
+    # The first of each eval and the last checkpoint are in what comes once.
+    before_last = size["total_steps"] - 1
+    seconds = once + before_last * step
     for name, entry in config.evals.items():
         if entry.every:
-            seconds += (steps // entry.every - (steps % entry.every == 0)) * nearest.evals.get(
-                name, 0
-            )
+            seconds += (before_last // entry.every) * nearest.evals.get(name, 0.0)
     if config.checkpoint.every:
-        seconds += (steps // config.checkpoint.every) * nearest.checkpoint
+        seconds += (before_last // config.checkpoint.every) * nearest.checkpoint
     return float(seconds)
 
 
