@@ -313,6 +313,22 @@ def test_directories_that_were_renamed_or_are_strangers(sweep, tmp_path):
         state.check_directories(sweep, runs, workdir)
 
 
+def test_a_run_that_began_from_hugging_face_is_known_again(sweep, tmp_path, monkeypatch):
+    """Its config.json has the model of the checkpoint, which the plan doesn't know."""
+
+    def apply(config):
+        applied = config.copy_and_resolve_references().unlock()
+        applied.model.num_layers = 7
+        return applied
+
+    for run in sweep.runs:
+        finish(tmp_path / run.name, apply(sweep.config(run)))
+    with pytest.raises(ValueError, match="model.num_layers: 7 there"):
+        state.check_directories(sweep, sweep.runs, epath.Path(tmp_path))
+    monkeypatch.setattr(state.build, "apply_hf_config", apply)
+    assert state.check_directories(sweep, sweep.runs, epath.Path(tmp_path)) == []
+
+
 # --- workers ---
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from lm import claim, files
+from lm import build, claim, files
 from lm import config as config_lib
 from lm.sweep import halving, plan
 
@@ -57,7 +57,8 @@ def check_directories(sweep: plan.Sweep, runs: Sequence[plan.PlannedRun], workdi
         same = by_identity.get(_identity(found), [])
         if directory.name in planned:
             if directory.name not in same:
-                config = sweep.config(planned[directory.name])
+                # A Hugging Face checkpoint decides more of it.
+                config = build.apply_hf_config(sweep.config(planned[directory.name]))
                 config_lib.check_resumable(found, config, str(directory))
             continue
 
@@ -169,7 +170,6 @@ def _read_halving(
 def _read_round(sweep, run: plan.PlannedRun, directory: epath.Path, length: str) -> State:
     """The state of a run in a round. One that is longer already has been through it."""
     config = sweep.config(run)
-
     steps = halving.steps_of(length, config.data.batch_size * config.data.length)
     state = _read_run(directory, length)
     if state.status != DONE and metric_at(directory, sweep.halving.metric, steps) is not None:
