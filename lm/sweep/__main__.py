@@ -101,9 +101,9 @@ def main(argv: list[str]) -> int:
 def print_plan(sweep: plan.Sweep) -> None:
     """Prints what each run takes."""
     if _TOPOLOGY.value:
-        predictions = predict.predict_pod(sweep, sweep.runs, _TOPOLOGY.value, _SLICES.value, say)
+        predictions = predict.predict_pod(sweep, _TOPOLOGY.value, _SLICES.value, say)
     else:
-        predictions = predict.predict(sweep, sweep.runs, say)
+        predictions = predict.predict(sweep, say)
     print(predict.table(sweep.runs, predictions, _WORKERS.value))
 
 

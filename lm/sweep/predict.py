@@ -4,8 +4,10 @@ Time is measured: some runs are trained for a few steps in a directory that is t
 evals and checkpoints that they have. For a pod it is modelled, see `lm.plan`.
 """
 
+import concurrent.futures
 import json
 import math
+import multiprocessing
 import subprocess
 import tempfile
 import time
@@ -41,22 +43,16 @@ class Prediction(NamedTuple):
     memory: str = ""
 
 
-def predict(
-    sweep: plan.Sweep, runs: Sequence[plan.PlannedRun], say: Callable[[str], None]
-) -> dict[str, Prediction]:
+def predict(sweep: plan.Sweep, say: Callable[[str], None]) -> dict[str, Prediction]:
     """Predicts each run on this machine's devices, those of a halving to the end of its first
     round.
 
     Raises:
-      ValueError: a run that can't be built.
+      ValueError: a run that can't be built, or trained.
     """
-    devices = startup.start(sweep.base.platform)
-    sizes = {}
-    for number, run in enumerate(runs):
-        say(f"building {number + 1} of {len(runs)}: {run.name}")
-        config = build.apply_hf_config(sweep.config(run))
-        experiment = build.build(config, devices)
-        sizes[run.name] = experiment.size() | {"total_steps": experiment.total_steps}
+    runs = sweep.runs
+    say(f"building {len(runs)} runs")
+    sizes = _in_a_process(read_sizes, sweep.path)
 
     # One run for each cost, or, of many costs, some from the cheapest to the dearest.
     by_cost = {_cost(sweep.config(run)): run for run in reversed(runs)}
@@ -76,6 +72,24 @@ def predict(
         seconds = predicted_seconds(config, size, [known] if known else list(timings.values()))
         predictions[run.name] = _without_time(size)._replace(seconds=seconds)
     return predictions
+
+
+def _in_a_process(function: Callable, *arguments):
+    """Calls a function in a process that ends with it, and leaves the devices to the next ones."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def read_sizes(path: str) -> dict[str, dict]:
+    """Run -> `lm.build.Experiment.size`, and total_steps, of the runs of a sweep file."""
+    sweep = plan.read(path)
+    devices = startup.start(sweep.base.platform)
+    sizes = {}
+    for run in sweep.runs:
+        experiment = build.build(build.apply_hf_config(sweep.config(run)), devices)
+        sizes[run.name] = experiment.size() | {"total_steps": experiment.total_steps}
+    return sizes
 
 
 def _cost(config: ConfigDict) -> str:
@@ -186,11 +200,7 @@ def predicted_seconds(
 
 
 def predict_pod(
-    sweep: plan.Sweep,
-    runs: Sequence[plan.PlannedRun],
-    topology: str,
-    slices: int,
-    say: Callable[[str], None],
+    sweep: plan.Sweep, topology: str, slices: int, say: Callable[[str], None]
 ) -> dict[str, Prediction]:
     """Predicts each run on a pod, by compiling its train step for it.
 
@@ -199,7 +209,7 @@ def predict_pod(
     """
     predictions = {}
     reports: dict[str, dict] = {}
-    for run in runs:
+    for run in sweep.runs:
         config = sweep.config(run)
         with config.unlocked():
             config.seed = 0  # a program is the same for all seeds
