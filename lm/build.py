@@ -454,8 +454,7 @@ def program(
     objective = make_objective(c)
 
     others = {name: other_model(c, name, devices, vocab_size) for name in c.models}
-    other_params = {name: other.params for name, other in others.items()}
-    abstract_fixed = step.Fixed(params.frozen, other_params)
+    abstract_fixed = step.Fixed(params.frozen, {name: others[name].params for name in others})
 
     # The train step, and where its state lies.
     wrap_gradient = _gradient_wrapper(c, mesh, params.trained_axes, objective, abstract_fixed)
@@ -464,9 +463,9 @@ def program(
     train_step = step.make_train_step(
         graphdef, loss_fns, optimizer, seed=c.seed, nonfinite=c.train.nonfinite, **how
     )
-    mean_gradient = step.make_mean_gradient(graphdef, looking.watched(loss_fns), **how)
+    watched_gradient = step.make_mean_gradient(graphdef, looking.watched(loss_fns), **how)
     by_position = _loss_by_position(c, mesh, graphdef, objective)
-    look = looking.make_look(mean_gradient, optimizer, params.trained_axes, by_position, c.seed)
+    look = looking.make_look(watched_gradient, optimizer, params.trained_axes, by_position, c.seed)
     abstract_state = step.abstract_state(params.trained, params.trained_axes, optimizer, mesh)
     shardings, whole = jax.tree.map(_layout, abstract_state), sharding.replicated(mesh)
 
@@ -665,6 +664,7 @@ class Experiment:
     def config(self) -> ConfigDict:
         return self.program.config
 
+    @functools.cached_property
     def size(self) -> dict[str, int | float]:
         """How large the run is: its parameters, a step's tokens, and a step's model FLOPs."""
         data = self.config.data
@@ -868,7 +868,7 @@ def log_summary(experiment: Experiment) -> None:
     p = e.program
     leaves = jax.tree.leaves(p.abstract_params)
     num_trained = sum(param.size for param in jax.tree.leaves(p.abstract_state.params))
-    count = sum(param.size for param in leaves)
+    count = e.size["parameters"]
     logging.info(
         "model: %.2fM parameters (%s), computing in %s; mesh %s",
         count / 1e6,
@@ -886,7 +886,7 @@ def log_summary(experiment: Experiment) -> None:
         e.tokenizer.fingerprint,
         e.tokenizer.vocab_size,
     )
-    tokens = e.total_steps * c.data.batch_size * c.data.length
+    tokens = e.total_steps * e.size["tokens_per_step"]
     logging.info(
         "length: %s = %d steps of %d x %d = %.2fM tokens",
         c.train.length,

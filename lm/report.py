@@ -18,7 +18,6 @@ from lm import config as config_lib
 from lm.reports import page, run_sections, sweeps
 from lm.reports import runs as runs_lib
 
-SWEEP = "sweep.json"
 CARDS = epath.Path(__file__).parent.parent / "configs" / "cards"
 # What a compile card is about, and what in it is not.
 COMPILED = ("model.", "optimizer.", "mesh.", "train.", "objective.", "data.batch_size")
@@ -73,10 +72,10 @@ def sweep_page(
         package is missing.
     """
     page.check_installed()
-    axes, sweep_runs = sweeps.read(workdir, plan, str(workdir / SWEEP))
+    axes, sweep_runs = sweeps.read(workdir, plan, str(workdir / sweeps.PLAN))
     runs = [sweep_run.run for sweep_run in sweep_runs]
     main_metric = sweeps.main_metric(runs, metric)
-    unplanned = sweeps.strangers(workdir, sweep_runs)
+    unplanned = sweeps.strangers(workdir, [run.name for run in runs])
     sections = sweeps.sections(
         axes, sweep_runs, main_metric, failures=failures or {}, step=step, unplanned=unplanned
     )
@@ -105,7 +104,7 @@ def _check_run(workdir: epath.Path) -> None:
     """Raises ValueError for what is no run directory."""
     if not workdir.exists():
         raise ValueError(f"there is no directory {workdir}; wanted that of a run")
-    if (workdir / SWEEP).exists():
+    if (workdir / sweeps.PLAN).exists():
         raise ValueError(f"{workdir} is a sweep, whose page is its own: give it alone")
     of_runs = ("config.json", "metrics.jsonl", "eval-*.json")
     if not any(list(workdir.glob(pattern)) for pattern in of_runs):
@@ -193,8 +192,8 @@ def main(argv: list[str]) -> None:
     command_line.no_arguments(argv)
     workdirs = [epath.Path(files.expand(path)) for path in _WORKDIR.value]
     out = epath.Path(files.expand(_OUT.value)) if _OUT.value else workdirs[0] / "report.html"
-    if len(workdirs) == 1 and (workdirs[0] / SWEEP).exists():
-        plan = files.read_json(workdirs[0] / SWEEP)
+    if len(workdirs) == 1 and (workdirs[0] / sweeps.PLAN).exists():
+        plan = files.read_json(workdirs[0] / sweeps.PLAN)
         html = sweep_page(workdirs[0], plan, metric=_METRIC.value)
     elif _METRIC.value:
         raise ValueError(f"--metric={_METRIC.value} is for a sweep; these are runs")
@@ -204,6 +203,7 @@ def main(argv: list[str]) -> None:
     print(f"{out}, {len(html.encode()) / 1e6:.1f} MB")
 
 
+# Flags of this command alone: lm.sweep, which has a --workdir of its own, imports this file.
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_multi_string(
         "workdir", None, "Run directory, or that of a sweep; repeated for runs side by side."

@@ -239,7 +239,7 @@ class Run:
         """Writes run.json, by which others know how large this run is, and whether it has come to
         its end.
         """
-        summary = self.experiment.size() | {
+        summary = self.experiment.size | {
             "length": self.config.train.length,
             "total_steps": self.total_steps,
             "finished": finished,
@@ -408,7 +408,7 @@ class Run:
         line = {f"train/{name}": value for name, value in means.items()}
         line["train/targets"] = self.sums.get("loss", (0.0, 0.0))[1]
         line["train/epochs"] = pending.epochs
-        line["train/flops"] = self.experiment.size()["flops_per_step"] * pending.step
+        line["train/flops"] = self.experiment.size["flops_per_step"] * pending.step
         line["train/learning_rate"] = float(values["learning_rate"])
         line["train/skipped_steps"] = int(values["skipped_steps"])
         line["train/batch_hash"] = pending.batch_hash

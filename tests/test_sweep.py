@@ -19,8 +19,9 @@ from etils import epath
 from etils.epath import backend
 from ml_collections import config_flags
 
-from lm import claim, command_line, files
+from lm import claim, command_line, files, optim
 from lm import config as config_lib
+from lm.reports import sweeps
 from lm.sweep import axes, plan, predict, state, worker
 from tests import test_files
 from tests.helpers import ROOT, assert_same_run, run_training
@@ -204,13 +205,13 @@ def settle(sweep, workdir, accept=False):
 
 def test_the_plan_is_written_before_anything_starts_and_found_again(sweep, tmp_path):
     assert settle(sweep, tmp_path / "runs") == sweep.runs
-    stored = json.loads((tmp_path / "runs" / plan.PLAN).read_text())
+    stored = json.loads((tmp_path / "runs" / sweeps.PLAN).read_text())
     assert stored["axes"] == ["optimizer.learning_rate", "seed"]
     assert stored["config"] == json.loads(sweep.base.to_json())
     assert stored["versions"]["jax"] and stored["code"] and "commit" in stored
-    before = (tmp_path / "runs" / plan.PLAN).read_bytes()
+    before = (tmp_path / "runs" / sweeps.PLAN).read_bytes()
     assert settle(sweep, tmp_path / "runs") == sweep.runs
-    assert (tmp_path / "runs" / plan.PLAN).read_bytes() == before
+    assert (tmp_path / "runs" / sweeps.PLAN).read_bytes() == before
     assert not (tmp_path / "runs" / claim.NAME).exists()
 
 
@@ -230,7 +231,7 @@ def test_a_changed_sweep_says_what_it_changes_and_is_accepted(sweep, tmp_path):
     # A run with the same configuration as before keeps its directory, whatever it would be called.
     runs = settle(changed, tmp_path / "runs", accept=True)
     assert runs[0].name == sweep.runs[2].name != changed.runs[0].name
-    stored = json.loads((tmp_path / "runs" / plan.PLAN).read_text())
+    stored = json.loads((tmp_path / "runs" / sweeps.PLAN).read_text())
     assert len(stored["earlier"]) == 1
     assert settle(changed, tmp_path / "runs") == runs
 
@@ -275,7 +276,7 @@ def test_two_sweeps_in_one_directory_are_refused(sweep, tmp_path):
 )
 def test_a_plan_that_somebody_else_wrote_is_an_error(sweep, tmp_path, change):
     settle(sweep, tmp_path / "runs")
-    path = tmp_path / "runs" / plan.PLAN
+    path = tmp_path / "runs" / sweeps.PLAN
     stored = json.loads(path.read_text())
     change(stored)
     path.write_text(json.dumps(stored))
@@ -811,6 +812,27 @@ def test_evals_and_checkpoints_cost_what_they_cost_each_time():
     assert predict.predicted_seconds(config, size, timings) == pytest.approx(wanted)
     size = {"flops_per_step": 1.5e9, "total_steps": 5}
     assert predict.predicted_seconds(config, size, timings) == pytest.approx(6.0 + 4 * 0.15)
+
+
+def test_a_calibration_has_a_schedule_that_fits_its_length(tmp_path, monkeypatch):
+    points = """[{"optimizer.schedule": "wsd", "optimizer.warmup_steps": 50,
+                  "optimizer.decay_steps": 500}]"""
+    sweep = write_sweep(tmp_path / "toy" / "sweep.py", points)
+    asked = []
+
+    def fail(command, **kwargs):
+        asked.extend(command)
+        return subprocess.CompletedProcess(command, 1, b"error: no")
+
+    monkeypatch.setattr(predict.subprocess, "run", fail)
+    with pytest.raises(ValueError, match="calibration of .* failed: error: no"):
+        predict.calibrate(sweep, sweep.runs[0])
+    # The last of two flags counts.
+    flags_given = dict(arg.split("=", 1) for arg in asked if arg.startswith("--config.optimizer"))
+    steps = {}
+    for key in ("warmup_steps", "decay_steps"):
+        steps[key] = int(flags_given[f"--config.optimizer.{key}"])
+    optim.make_schedule("wsd", peak=1.0, total_steps=2 * predict.STEPS, final=0.0, **steps)
 
 
 # --- the whole command ---

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from lm.reports import metrics as metrics_lib
 from lm.reports import runs as runs_lib
 from lm.reports.page import Cell, Section, Text
 
+PLAN = "sweep.json"  # in the directory of a sweep
 SEED = "seed"
 # Changes of these change how many steps a run has.
 LENGTHS = ("train.length", "data.batch_size", "data.length")
@@ -51,8 +52,12 @@ class SweepRun:
 
     @property
     def setting(self) -> str:
-        """The changes but for the seed, in words."""
-        return in_words({key: value for key, value in self.changes.items() if key != SEED})
+        return setting_of(self.changes)
+
+
+def setting_of(changes: Mapping[str, Any]) -> str:
+    """What a run changes but for its seed, in words."""
+    return in_words({key: value for key, value in changes.items() if key != SEED})
 
 
 def in_words(changes: Mapping[str, Any]) -> str:
@@ -94,9 +99,9 @@ def read(workdir: epath.Path, plan: Mapping, where: str) -> tuple[list[str], lis
     return list(axes), all_runs
 
 
-def strangers(workdir: epath.Path, sweep_runs: Sequence[SweepRun]) -> list[str]:
-    """Run directories in the sweep's that its plan doesn't name."""
-    names = {sweep_run.run.name for sweep_run in sweep_runs}
+def strangers(workdir: epath.Path, names: Iterable[str]) -> list[str]:
+    """Run directories in the sweep's that aren't among the `names` of its plan."""
+    names = set(names)
     found = []
     for path in workdir.iterdir():
         if path.name not in names and (path / "config.json").exists():

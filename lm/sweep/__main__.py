@@ -64,13 +64,11 @@ def main(argv: list[str]) -> int:
         raise ValueError("--workdir is missing: the directory that is to hold the runs")
 
     workdir = epath.Path(files.expand(_WORKDIR.value))
-
+    shares = worker.deal_devices(_WORKERS.value)
     if _REPORT.value:
         runs = plan.stored_runs(workdir)
     else:
-        shares = worker.deal_devices(_WORKERS.value)
         runs = plan.settle(sweep, workdir, accept=_ACCEPT.value)
-
     for name in state.check_directories(sweep, runs, workdir):
         logging.warning("%s is a run that the sweep doesn't have", workdir / name)
 
@@ -78,7 +76,7 @@ def main(argv: list[str]) -> int:
         for run in runs:
             (workdir / run.name / state.FAILED).unlink(missing_ok=True)
 
-    is_over = True if _REPORT.value else work(sweep, workdir, shares)
+    is_over = _REPORT.value or work(sweep, workdir, shares)
     runs = plan.stored_runs(workdir)
     states = state.read(sweep, runs, workdir)
     print(escape.printable(table(runs, states)))

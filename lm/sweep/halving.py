@@ -85,11 +85,6 @@ def steps_of(length: str, tokens_per_step: int) -> int:
     return config_lib.total_steps(length, batch_tokens=tokens_per_step, steps_of_epochs=None)
 
 
-def setting_of(changes: Mapping) -> str:
-    """What a run changes, but for its seed."""
-    return repr(sorted((key, repr(value)) for key, value in changes.items() if key != "seed"))
-
-
 def at_step(lines: Sequence[Mapping], metric: str, step: int) -> float | None:
     """A metric's value at a step of metrics.jsonl; None if there is none."""
     for line in lines:

@@ -23,10 +23,10 @@ from ml_collections import ConfigDict
 import lm
 from lm import claim, command_line, files
 from lm import config as config_lib
+from lm.reports import sweeps
 from lm.sweep.halving import Halving
 from lm.sweep.search import Search
 
-PLAN = "sweep.json"
 MAX_NAME = 120  # characters of a run's name, without the hash
 MAX_VALUE = 40  # of a value in it
 MAX_DIFF = 1_000_000  # bytes of uncommitted changes that are kept
@@ -315,17 +315,17 @@ def settle(sweep: Sweep, workdir: epath.Path, *, accept: bool) -> list[PlannedRu
         lists it.
     """
     new = describe(sweep)
-    path = workdir / PLAN
+    path = workdir / sweeps.PLAN
     if not path.exists() or differences(read_plan(workdir), new):
         with claimed(workdir):
             # Another worker may have written it meanwhile.
-            if not path.exists():
-                files.write_whole(path, json.dumps(new, indent=1) + "\n")
-            elif changes := _accepted_changes(read_plan(workdir), new, workdir, accept=accept):
+            old = read_plan(workdir) if path.exists() else None
+            changes = _accepted_changes(old, new, workdir, accept=accept) if old else []
+            if old and changes:
                 logging.warning("accepted: %s", "; ".join(changes))
-                old = read_plan(workdir)
                 _keep_runs(old, new)
                 _add_history(old, new)
+            if changes or not old:
                 files.write_whole(path, json.dumps(new, indent=1) + "\n")
     return stored_runs(workdir)
 
@@ -343,7 +343,8 @@ def _accepted_changes(
     if changes and not accept:
         lines = "\n".join(f"  {line}" for line in changes)
         raise ValueError(
-            f"{workdir / PLAN} says otherwise than the sweep file and the code now:\n{lines}\n"
+            f"{workdir / sweeps.PLAN} says otherwise than the sweep file and the code now:\n"
+            f"{lines}\n"
             "--accept goes on with what there is now (runs that are done stay, others may differ "
             "from them); or take another --workdir"
         )
@@ -361,9 +362,9 @@ def stored_runs(workdir: epath.Path) -> list[PlannedRun]:
 
 def read_plan(workdir: epath.Path) -> dict[str, Any]:
     """Reads sweep.json. Raises ValueError: there is none, or none that this module wrote."""
-    path = workdir / PLAN
+    path = workdir / sweeps.PLAN
     if not path.exists():
-        raise ValueError(f"{workdir} has no {PLAN}: no sweep was started there")
+        raise ValueError(f"{workdir} has no {sweeps.PLAN}: no sweep was started there")
     stored = files.read_json(path)
     for key, kind in PLAN_KEYS.items():
         if not isinstance(stored.get(key), kind):
@@ -379,6 +380,7 @@ def read_plan(workdir: epath.Path) -> dict[str, Any]:
 # What sweep.json has at least, by its type.
 PLAN_KEYS = dict(
     sweep=str,
+    written=str,
     commit=str,
     code=str,
     versions=dict,
@@ -409,7 +411,7 @@ def add_run(
 
         stored["runs"].append(dataclasses.asdict(run))
         stored["axes"] = list(dict.fromkeys([*stored["axes"], *run.changes]))
-        files.write_whole(workdir / PLAN, json.dumps(stored, indent=1) + "\n")
+        files.write_whole(workdir / sweeps.PLAN, json.dumps(stored, indent=1) + "\n")
         return run
 
 
@@ -458,7 +460,7 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
 
     if old["code"] != new["code"]:
         lines.append(f"other code: commit {old['commit'][:12]} there, {new['commit'][:12]} now")
-    for name in old["versions"].keys() | new["versions"].keys():
+    for name in sorted(old["versions"].keys() | new["versions"].keys()):
         before, now = old["versions"].get(name), new["versions"].get(name)
         if before != now:
             lines.append(f"another {name}: {before} there, {now} now")

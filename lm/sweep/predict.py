@@ -88,7 +88,7 @@ def read_sizes(path: str) -> dict[str, dict]:
     sizes = {}
     for run in sweep.runs:
         experiment = build.build(build.apply_hf_config(sweep.config(run)), devices)
-        sizes[run.name] = experiment.size() | {"total_steps": experiment.total_steps}
+        sizes[run.name] = experiment.size | {"total_steps": experiment.total_steps}
     return sizes
 
 
@@ -142,6 +142,9 @@ def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
         if config.checkpoint.every:
             command.append(f"--config.checkpoint.every={STEPS}")
         command.append(f"--config.train.log_every={STEPS // 4}")
+        # A schedule that such a short run can have.
+        for key in ("warmup_steps", "decay_steps"):
+            command.append(f"--config.optimizer.{key}={min(config.optimizer[key], STEPS // 2)}")
 
         began = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

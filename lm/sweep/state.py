@@ -10,6 +10,7 @@ from etils import epath
 
 from lm import build, claim, files
 from lm import config as config_lib
+from lm.reports import sweeps
 from lm.sweep import halving, plan
 
 FAILED = "failed.json"  # in the directory of a run that failed
@@ -26,7 +27,7 @@ class State(NamedTuple):
     Attributes:
       status: one of the words above.
       length: the config.train.length that it is to reach next; "" for what its changes say.
-      step: of the last line of its metrics.
+      step: of the end that it has come to, of a shorter length too; 0: none.
       why: of a run that failed: its error.
     """
 
@@ -36,39 +37,37 @@ class State(NamedTuple):
     why: str = ""
 
 
-def check_directories(sweep: plan.Sweep, runs: Sequence[plan.PlannedRun], workdir: epath.Path):
+def check_directories(
+    sweep: plan.Sweep, runs: Sequence[plan.PlannedRun], workdir: epath.Path
+) -> list[str]:
     """Returns the names of directories that are no runs of the sweep.
 
     Raises:
       ValueError: one that was renamed: it has the configuration of a planned run; or the directory
         of a planned run has another configuration.
     """
-    planned = {run.name: run for run in runs}
     # Runs may differ in what a run may change on its way, such as its evals.
     by_identity: dict[str, list[str]] = {}
     for run in runs:
         by_identity.setdefault(_identity(sweep.config(run).to_dict()), []).append(run.name)
 
-    strangers = []
-    for directory in sorted(workdir.iterdir()) if workdir.exists() else ():
-        if not (directory / "config.json").exists():
-            continue
-        found = files.read_json(directory / "config.json")
-        same = by_identity.get(_identity(found), [])
-        if directory.name in planned:
-            if directory.name not in same:
-                # A Hugging Face checkpoint decides more of it.
-                config = build.apply_hf_config(sweep.config(planned[directory.name]))
-                config_lib.check_resumable(found, config, str(directory))
-            continue
+    for run in runs:
+        file = workdir / run.name / "config.json"
+        found = files.read_json(file) if file.exists() else None
+        if found is not None and run.name not in by_identity.get(_identity(found), []):
+            # A Hugging Face checkpoint decides more of it.
+            config = build.apply_hf_config(sweep.config(run))
+            config_lib.check_resumable(found, config, str(workdir / run.name))
 
-        missing = [name for name in same if not (workdir / name).exists()]
-        if missing:
-            raise ValueError(
-                f"{directory} has the configuration of the run {missing[0]}: it was renamed. "
-                "Rename it back, or remove it"
-            )
-        strangers.append(directory.name)
+    strangers = sweeps.strangers(workdir, [run.name for run in runs]) if workdir.exists() else []
+    for name in strangers:
+        found = files.read_json(workdir / name / "config.json")
+        for planned in by_identity.get(_identity(found), []):
+            if not (workdir / planned).exists():
+                raise ValueError(
+                    f"{workdir / name} has the configuration of the run {planned}: it was "
+                    "renamed. Rename it back, or remove it"
+                )
     return strangers
 
 
@@ -96,19 +95,22 @@ def read(
 
 def _read_run(directory: epath.Path, length: str) -> State:
     """The state of a run that is to reach `length`."""
-    step, finished_length = 0, ""
-    with contextlib.suppress(FileNotFoundError):
-        summary = files.read_json(directory / "run.json")
-        step = summary.get("total_steps", 0) if summary.get("finished") else 0
-        finished_length = summary.get("length", "") if summary.get("finished") else ""
-
-    if finished_length == length:
+    size = _read_size(directory)
+    step = size.get("total_steps", 0) if size.get("finished") else 0
+    if size.get("finished") and size.get("length") == length:
         return State(DONE, step=step)
     if (directory / FAILED).exists():
         return State(FAILED_STATUS, step=step, why=read_why(directory))
     if (directory / claim.NAME).exists():
         return State(RUNNING, step=step)
     return State(WAITING, step=step)
+
+
+def _read_size(directory: epath.Path) -> dict:
+    """run.json; {} of a run that hasn't begun."""
+    with contextlib.suppress(FileNotFoundError):
+        return files.read_json(directory / "run.json")
+    return {}
 
 
 def read_why(directory: epath.Path) -> str:
@@ -156,7 +158,7 @@ def _read_halving(
         if number + 1 == len(rule.lengths):
             return states
 
-        settings = {run.name: halving.setting_of(run.changes) for run in going_on}
+        settings = {run.name: sweeps.setting_of(run.changes) for run in going_on}
         known = {name: value for name, value in values.items() if value is not None}
         names = rule.survivors(settings, known)
         for run in going_on:
@@ -174,10 +176,8 @@ def _read_round(sweep, run: plan.PlannedRun, directory: epath.Path, length: str)
     state = _read_run(directory, length)
     if state.status != DONE and metric_at(directory, sweep.halving.metric, steps) is not None:
         # Evals of the last step come before its checkpoint: a kill between leaves a round undone.
-        with contextlib.suppress(FileNotFoundError):
-            summary = files.read_json(directory / "run.json")
-            if summary.get("total_steps", 0) > steps:
-                return State(DONE, step=steps)
+        if _read_size(directory).get("total_steps", 0) > steps:
+            return State(DONE, step=steps)
     return state
 
 

@@ -64,7 +64,7 @@ class Workers:
         self._stop = threading.Event()
         self._children: dict[int, subprocess.Popen] = {}  # by their worker
         self._stops: collections.Counter = collections.Counter()
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # a signal may come while one is handled
         self._errors: list[BaseException] = []
         self._threads = []
         for number, share in enumerate(shares):
@@ -167,7 +167,8 @@ class Workers:
     def _train(self, run: plan.PlannedRun, held: claim.Claim, worker: int, share: Share) -> None:
         """Trains a claimed run, unless another worker has done so meanwhile."""
         directory = self._workdir / run.name
-        runs = plan.stored_runs(self._workdir)
+        # Where there are rounds, all runs say which one it is.
+        runs = plan.stored_runs(self._workdir) if self._sweep.halving else [run]
         now = state.read(self._sweep, runs, self._workdir)[run.name]
         if now.status not in OPEN:
             return
@@ -190,7 +191,6 @@ class Workers:
         self, command: Sequence[str], log: BinaryIO, share: Share, environment: Mapping[str, str]
     ) -> subprocess.Popen:
         """Starts the process of a run."""
-
         child = subprocess.Popen(
             command,
             stdout=log,
@@ -251,11 +251,11 @@ def deal_devices(number: int) -> list[Share]:
     Raises:
       ValueError: more workers than there are of them, or chips that can't be dealt evenly.
     """
-    gpus = _gpus()
-    chips = sorted(glob.glob("/dev/accel[0-9]*")) or sorted(glob.glob("/dev/vfio/[0-9]*"))
-
     if number == 1:
         return [Share({})]
+
+    gpus = _gpus()
+    chips = sorted(glob.glob("/dev/accel[0-9]*")) or sorted(glob.glob("/dev/vfio/[0-9]*"))
     if chips:
         size = _share_size(number, len(chips), "TPU chips")
         if size not in _BOUNDS:
@@ -265,19 +265,18 @@ def deal_devices(number: int) -> list[Share]:
             )
 
         bounds = {"TPU_CHIPS_PER_PROCESS_BOUNDS": _BOUNDS[size], "TPU_PROCESS_BOUNDS": "1,1,1"}
-        parts = _parts(range(len(chips)), size)[:number]
+        parts = _parts(range(len(chips)), number)
         return [Share({"TPU_VISIBLE_CHIPS": _commas(part)} | bounds) for part in parts]
 
     if gpus:
-        size = _share_size(number, len(gpus), "GPUs")
-        parts = _parts(gpus, size)[:number]
-        return [Share({"CUDA_VISIBLE_DEVICES": _commas(part)}) for part in parts]
+        _share_size(number, len(gpus), "GPUs")
+        return [Share({"CUDA_VISIBLE_DEVICES": _commas(part)}) for part in _parts(gpus, number)]
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if number > len(cores):
         # They take turns.
         return [Share({})] * number
-    return [Share({}, part) for part in _parts(cores, len(cores) // number)][:number]
+    return [Share({}, part) for part in _parts(cores, number)]
 
 
 # Chips of one process -> how they lie, as libtpu wants to be told.
@@ -297,8 +296,10 @@ def _share_size(number: int, total: int, what: str) -> int:
     return total // number
 
 
-def _parts(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items) - size + 1, size)]
+def _parts(items: Sequence, number: int) -> list[Sequence]:
+    """So many parts of one size; what is left over is in none."""
+    size = len(items) // number
+    return [items[i * size : (i + 1) * size] for i in range(number)]
 
 
 def _commas(items: Sequence) -> str:
