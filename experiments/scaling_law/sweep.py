@@ -24,12 +24,12 @@ SIZES = {
 }
 # model FLOPs of a run -> the sizes that they are spent on
 BUDGETS = {
-    3e11: ("d32", "d64", "d96"),
-    1e12: ("d32", "d64", "d96", "d128"),
-    3e12: ("d32", "d64", "d96", "d128"),
-    1e13: ("d64", "d96", "d128", "d160"),
+    2e11: ("d32", "d64", "d96"),
+    6e11: ("d32", "d64", "d96", "d128"),
+    2e12: ("d32", "d64", "d96", "d128"),
+    6e12: ("d64", "d96", "d128", "d160"),
 }
-HELD_OUT = {4e13: ("d128", "d160", "d192")}
+HELD_OUT = {2e13: ("d192",)}
 
 
 def get_config():
@@ -37,6 +37,7 @@ def get_config():
     c.tokenizer.vocab_size = VOCAB_SIZE
     c.model.vocab_size = VOCAB_SIZE
     c.model.context_length = ROW
+    c.model.compute_dtype = "float32"  # a fifth faster than bfloat16 on CPUs
     c.data.length = ROW
     c.data.batch_size = BATCH
     c.optimizer.warmup_steps = 30
