@@ -7,6 +7,7 @@ so is a value outside of its range. Each run writes what it ran with, complete, 
 """
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,11 @@ from decimal import Decimal
 from fractions import Fraction
 
 from ml_collections import ConfigDict
+
+from lm import files
+
+# The variable of the environment by which a sweep tells a run the hash of its configuration.
+PLANNED = "LM_PLANNED_CONFIG"
 
 # What a run may change when it goes on from its checkpoints. Everything else is the experiment:
 # changing it is another run.
@@ -556,6 +562,11 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
         else:
             flat[prefix + key] = _as_json(value)
     return flat
+
+
+def content_hash(config: ConfigDict) -> str:
+    """The hash of a full configuration."""
+    return files.short_hash(json.dumps(config.to_dict(), sort_keys=True).encode())
 
 
 def _as_json(value):

@@ -4,12 +4,15 @@ Here are the flags, and what is printed at the end; the run is lm/train.py.
 """
 
 import json
+import os
 
 import jax
 from absl import app, flags
 from etils import epath
+from ml_collections import ConfigDict
 
 from lm import command_line, escape, evaluate, files, startup, train
+from lm import config as config_lib
 from lm.reports import comparison, tables
 
 _CONFIG = command_line.config_flag()
@@ -79,6 +82,17 @@ def parse_profile_steps(text: str) -> tuple[int, int] | None:
     return (int(first), int(last)) if text else None
 
 
+def check_planned(config: ConfigDict) -> None:
+    """Raises ValueError for another configuration than the sweep that started this run planned."""
+    planned = os.environ.get(config_lib.PLANNED)
+    if planned and planned != config_lib.content_hash(config):
+        raise ValueError(
+            "this is not the configuration that the sweep planned: its file, or a file that it "
+            "reads, has changed since the sweep was started. Start the sweep again: it lists what "
+            "changed"
+        )
+
+
 @command_line.command
 def main(argv: list[str]) -> None:
     command_line.no_arguments(argv)
@@ -95,6 +109,7 @@ def main(argv: list[str]) -> None:
         )
 
     config = _CONFIG.value
+    check_planned(config)
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     devices = startup.start(config.platform, processes if _COORDINATOR.value else None)
     if _MODE.value == "train":

@@ -19,7 +19,7 @@ from etils import epath
 from etils.epath import backend
 from ml_collections import config_flags
 
-from lm import claim, command_line, files, optim, report
+from lm import claim, command_line, files, main, optim, report
 from lm import config as config_lib
 from lm.reports import run_sections, sweeps
 from lm.sweep import axes, plan, predict, state, worker
@@ -109,10 +109,10 @@ def test_a_run_is_named_after_what_it_changes_and_the_hash_of_its_configuration(
     names = [run.name for run in sweep.runs]
     assert names[1].startswith("learning_rate=0.001-seed=1-")
     for run in sweep.runs:
-        assert run.name.endswith(plan.config_hash(sweep.config(run))[:8])
+        assert run.name.endswith(config_lib.content_hash(sweep.config(run))[:8])
     assert sweep.config(sweep.runs[3]).optimizer.learning_rate == 3e-3
     assert sweep.config(sweep.runs[3]).seed == 1
-    assert len({plan.config_hash(sweep.config(run)) for run in sweep.runs}) == 4
+    assert len({config_lib.content_hash(sweep.config(run)) for run in sweep.runs}) == 4
 
 
 def test_names_are_safe_and_tell_keys_apart(tmp_path):
@@ -372,10 +372,8 @@ class FakeWorkers(worker.Workers):
         self.started.append((directory.name, *(arg.partition("=")[2] for arg in lengths)))
         assert environment[claim.PASSED_ON].endswith(f" {directory}")
         [run] = [run for run in self._sweep.runs if run.name == directory.name]
-        config = self._sweep.config(run)
-        with config.unlocked():
-            for length in lengths:
-                config.train.length = length.partition("=")[2]
+        config = self._sweep.config(run, *(length.partition("=")[2] for length in lengths))
+        assert environment[config_lib.PLANNED] == config_lib.content_hash(config)
         return FakeRun(self._seconds, log, lambda: self._ends(directory, config))
 
 
@@ -520,6 +518,33 @@ def test_a_stop_ends_the_runs_under_way_and_leaves_the_others(tmp_path):
     assert not thread.is_alive() and len(workers.started) == 2
     states = state.read(sweep, sweep.runs, workdir)
     assert {known.status for known in states.values()} == {state.WAITING}
+
+
+def test_code_that_changes_while_a_sweep_is_under_way_ends_it(tmp_path, monkeypatch):
+    sweep = write_sweep(tmp_path / "toy" / "sweep.py", "axes.seeds(3)")
+    workdir = epath.Path(tmp_path / "runs")
+    plan.settle(sweep, workdir, accept=False)
+
+    def end(directory, config):
+        monkeypatch.setattr(plan, "code_hash", lambda: "another")
+        return done(directory, config)
+
+    workers = FakeWorkers(sweep, workdir, 1, end)
+    with pytest.raises(ValueError, match="files of lm have changed"):
+        workers.run()
+    assert len(workers.started) == 1
+    statuses = [known.status for known in state.read(sweep, sweep.runs, workdir).values()]
+    assert sorted(statuses) == [state.DONE, state.WAITING, state.WAITING]
+
+
+def test_a_run_that_has_another_configuration_than_planned_does_not_begin(monkeypatch):
+    config = config_lib.default()
+    main.check_planned(config)  # of no sweep
+    monkeypatch.setenv(config_lib.PLANNED, config_lib.content_hash(config))
+    main.check_planned(config)
+    config.optimizer.learning_rate *= 2
+    with pytest.raises(ValueError, match="not the configuration that the sweep planned"):
+        main.check_planned(config)
 
 
 def test_a_bucket_that_refuses_is_an_error(bucket, tmp_path, monkeypatch):  # noqa: F811

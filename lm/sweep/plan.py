@@ -69,17 +69,20 @@ class Sweep:
     halving: Halving | None
     search: Search | None
 
-    def config(self, run: PlannedRun) -> ConfigDict:
-        """The full configuration of a run."""
-        return changed(self.base, run.changes)
+    def config(self, run: PlannedRun, length: str = "") -> ConfigDict:
+        """The full configuration of a run; `length` is another config.train.length."""
+        return changed(self.base, _lengthened(run, length))
 
     def command(self, run: PlannedRun, workdir: epath.Path, length: str = "") -> list[str]:
         """The command that trains a run, as arguments; `length` is another config.train.length."""
-        changes = dict(run.changes) | ({"train.length": length} if length else {})
         flags = [f"--config={self.choice}", f"--workdir={workdir / run.name}"]
-        for key, value in changes.items():
+        for key, value in _lengthened(run, length).items():
             flags.append(f"--config.{key}={_flag_value(key, value)}")
         return [sys.executable, "-m", "lm.main", *flags]
+
+
+def _lengthened(run: PlannedRun, length: str) -> dict[str, Any]:
+    return dict(run.changes) | ({"train.length": length} if length else {})
 
 
 def shell(command: Sequence[str]) -> str:
@@ -155,7 +158,7 @@ def plan_runs(base: ConfigDict, points: Sequence[Mapping], where: str) -> list[P
 
         flat = config_lib.flatten(config)
         changes = {key: flat[key] for key in asked}
-        full_hash = config_hash(config)
+        full_hash = config_lib.content_hash(config)
         if full_hash in hashes:
             raise ValueError(
                 f"{where}: two runs have one configuration: {hashes[full_hash]} and {changes}. A "
@@ -195,11 +198,6 @@ def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
                 f"configuration: {error}"
             ) from None
     return config.lock()
-
-
-def config_hash(config: ConfigDict) -> str:
-    """The hash of a full configuration."""
-    return files.short_hash(json.dumps(config.to_dict(), sort_keys=True).encode())
 
 
 def _telling_keys(all_changes: Sequence[Mapping]) -> list[str]:
@@ -264,9 +262,6 @@ def _flag_value(key: str, value) -> str:
 
 def describe(sweep: Sweep) -> dict[str, Any]:
     """What sweep.json says of a sweep, and of the code that runs it."""
-    code = Path(lm.__file__).parent
-    sources = sorted(path for path in code.rglob("*") if path.suffix in (".py", ".toml"))
-
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     diff = _git("diff", "HEAD")
 
@@ -276,7 +271,7 @@ def describe(sweep: Sweep) -> dict[str, Any]:
         "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "commit": _git("rev-parse", "HEAD").strip(),
         "diff": diff[:MAX_DIFF],
-        "code": files.short_hash_of_parts(path.read_bytes() for path in sources),
+        "code": code_hash(),
         "versions": versions | {"python": sys.version.split()[0]},
         "config": sweep.base.to_dict(),
         "axes": list(axes),
@@ -284,6 +279,13 @@ def describe(sweep: Sweep) -> dict[str, Any]:
         "search": sweep.search.describe() if sweep.search else None,
         "runs": [dataclasses.asdict(run) for run in sweep.runs],
     }
+
+
+def code_hash() -> str:
+    """The hash of the package's own files."""
+    code = Path(lm.__file__).parent
+    sources = sorted(path for path in code.rglob("*") if path.suffix in (".py", ".toml"))
+    return files.short_hash_of_parts(path.read_bytes() for path in sources)
 
 
 def _place(path: str) -> str:

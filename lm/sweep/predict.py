@@ -217,7 +217,7 @@ def predict_pod(
         with config.unlocked():
             config.seed = 0  # a program is the same for all seeds
 
-        key = plan.config_hash(config)
+        key = config_lib.content_hash(config)
         if key not in reports:
             reports[key] = _compile(config, topology, slices, say)
         predictions[run.name] = _of_report(reports[key], config)

@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 from etils import epath
 
 from lm import claim, files
+from lm import config as config_lib
 from lm.sweep import plan, state
 
 POLL_SECONDS = 2.0  # between looks at runs that others work on
@@ -66,6 +67,7 @@ class Workers:
         self._stops: collections.Counter = collections.Counter()
         self._mutex = threading.RLock()  # a signal may come while one is handled
         self._errors: list[BaseException] = []
+        self._code = plan.code_hash()
         self._threads = []
         for number, share in enumerate(shares):
             arguments = (number, len(shares), share)
@@ -176,16 +178,27 @@ class Workers:
 
         began = time.monotonic()
         command = self._sweep.command(run, self._workdir, now.length)
+        planned = config_lib.content_hash(self._sweep.config(run, now.length))
+        environment = held.environment | {config_lib.PLANNED: planned}
         with _log(directory) as log:
             with self._mutex:
                 if self._stop.is_set():
                     return
-                child = self._start(command, log, share, held.environment)
+                self._check_code()
+                child = self._start(command, log, share, environment)
                 self._children[worker] = child
             code = child.wait()
 
         held.check()
         self._note_end(run, code, now.length, time.monotonic() - began)
+
+    def _check_code(self) -> None:
+        """Raises ValueError if a run would have other code than those before it."""
+        if plan.code_hash() != self._code:
+            raise ValueError(
+                "the files of lm have changed since this command started: further runs would not "
+                "be of one code. Start it again, with --accept if that is meant"
+            )
 
     def _start(
         self, command: Sequence[str], log: BinaryIO, share: Share, environment: Mapping[str, str]
