@@ -51,6 +51,7 @@ def ways() -> dict:
                 evals[f"{template}_{words}_{examples}"] = entries.task(
                     TASK,
                     every=EVERY,
+                    batch_size=72,  # few shapes to compile for
                     prompt=dict(templates=[text]) | prompt,
                     verbalizer=dict(words=verbalizer),
                 )
