@@ -1,6 +1,8 @@
 """The studies: their sweeps are what they say, and what they compute is right on made-up runs."""
 
 import importlib.util
+import json
+import re
 
 import numpy as np
 import pytest
@@ -73,3 +75,55 @@ def test_the_best_sizes_of_budgets_grow_as_the_law_says(made_up):
         of_budget = fit.select(runs, runs["budget"] == budget)
         assert of_budget["N"].min() < n < of_budget["N"].max()
         assert loss == pytest.approx(of_budget["L"].min(), rel=0.02)
+
+
+def write_asked_run(folder, seed, label_prompt, accuracies):
+    """A finished run with the accuracy of each way at steps 1 and 2; corrections change nothing."""
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"finished": True}))
+    corrections = ("", "_content_free", "_domain", "_pmi_dc", "_batch")
+    lines = []
+    for step in (1, 2):
+        line = {"step": step, "train/loss": 1.0}
+        for way, accuracy in accuracies.items():
+            for correction in corrections:
+                line[f"eval/{way}/accuracy{correction}"] = accuracy * step / 2
+        lines.append(json.dumps(line) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return {"name": folder.name, "changes": {"seed": seed, "data.label_prompt": label_prompt}}
+
+
+def printed(capsys):
+    """The cells of each row of the tables that were printed."""
+    lines = capsys.readouterr().out.splitlines()
+    return [re.split(" {2,}", line) for line in lines if line]
+
+
+def test_the_parts_of_a_way_of_asking_are_told_apart(tmp_path, capsys):
+    table = module("experiments/way_of_asking/table.py")
+    study = module("experiments/way_of_asking/sweep.py")
+    accuracies = {}
+    for way in study.ways():
+        accuracies[way] = 0.9 if "lower" in way else 0.3
+    runs = []
+    for seed in (0, 1):
+        for name, label_prompt in (("trained", study.TRAINED), ("plain", "")):
+            folder = tmp_path / f"{name}-{seed}"
+            runs.append(write_asked_run(folder, seed, label_prompt, accuracies))
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+
+    answers = table.read_answers(tmp_path)
+    assert len(answers) == 2 * 2 * 2 * len(study.ways()) * 5
+    table.print_steps(answers)
+    half, whole = [row for row in printed(capsys) if row[0] == "trained on one way"]
+    assert half[1:] == ["1", "15.0% ± 0.0%", "22.5% ± 0.0%", "45.0% ± 0.0%", "45.0% ± 0.0%"]
+    assert whole[-1] == "90.0% ± 0.0%"
+
+    # The label words explain everything; the shares are of the last step.
+    at_end = [answer for answer in answers if answer.step == 2]
+    table.print_shares(at_end)
+    header, trained, _ = printed(capsys)
+    shares = dict(zip(header[1:], trained[1:]))
+    assert shares.pop("words") == "100%" and set(shares.values()) == {"0%"}
+    table.plot(answers, tmp_path / "ways.png")
+    assert (tmp_path / "ways.png").exists()

@@ -2,7 +2,7 @@
 
     python experiments/scaling_law/fit.py --workdir=runs/scaling_law
 
-It prints tables in Markdown, and writes fit.png to the sweep's directory.
+It prints tables, and writes fit.png to the sweep's directory.
 """
 
 import json

@@ -51,6 +51,7 @@ def ways() -> dict:
                 evals[f"{template}_{words}_{examples}"] = entries.task(
                     TASK,
                     every=EVERY,
+                    batch_size=72,  # few shapes to compile for
                     prompt=dict(templates=[text]) | prompt,
                     verbalizer=dict(words=verbalizer),
                 )
@@ -60,7 +61,7 @@ def ways() -> dict:
 def get_config():
     c = pydocs.get_config("micro")
     c.model.num_layers = 3
-    c.model.scan_unroll = 3
+    c.model.scan_unroll = 1  # evals compile for many shapes, each in a third of the time
     c.model.embed_dim = 128
     c.model.mlp_dim = 512
     c.model.num_heads = 2

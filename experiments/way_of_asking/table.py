@@ -2,7 +2,7 @@
 
     python experiments/way_of_asking/table.py --workdir=runs/way_of_asking
 
-It prints tables in Markdown, and writes ways.png to the sweep's directory.
+It prints tables, and writes ways.png to the sweep's directory.
 """
 
 import json
@@ -121,13 +121,14 @@ def print_corrections(answers: Sequence[Answer]) -> None:
 def print_shares(answers: Sequence[Answer]) -> None:
     """How much of the variance of the accuracy each factor explains (eta squared)."""
     factors = ("template", "words", "examples", "correction", "seed")
-    rows = [("model", *factors, "together, by interactions")]
+    rows = [("model", *factors, "interactions")]
     for model in MODELS:
         of_model = [a for a in answers if a.model == model]
         levels = {factor: [getattr(a, factor) for a in of_model] for factor in factors}
         shares = axis_shares(levels, [a.accuracy for a in of_model])
         main = [shares[factor].share for factor in factors]
-        rows.append((model, *[f"{share:.0%}" for share in main], f"{1 - sum(main):.0%}"))
+        interactions = max(1 - sum(main), 0.0)
+        rows.append((model, *[f"{share:.0%}" for share in [*main, interactions]]))
     print(align(rows))
 
 
