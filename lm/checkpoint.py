@@ -65,7 +65,7 @@ def steps(directory: epath.Path) -> list[int]:
     if not directory.exists():
         return []
     # Orbax's temporary folders, and those set aside here, have names that are no numbers.
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
 def newest_meta(directory: epath.Path) -> tuple[int, dict]:
@@ -79,7 +79,7 @@ def newest_meta(directory: epath.Path) -> tuple[int, dict]:
     path = directory / str(max(existing, default=0)) / "meta" / "metadata"
     if not existing or not path.exists():
         return 0, {}
-    return existing[-1], files.read_json(path)
+    return existing[-1], files.read_json(files.check_sized(path))
 
 
 def problems(directory: epath.Path) -> list[str]:
@@ -213,7 +213,7 @@ def _set_damaged_aside(directory: epath.Path) -> None:
     # What the run has passed since is of no use to anybody.
     for aside in directory.glob("damaged-*") if jax.process_index() == 0 else ():
         step = aside.name.removeprefix("damaged-")
-        if step.isdigit() and int(step) < intact:
+        if step.isdecimal() and int(step) < intact:
             aside.rmtree()
 
 

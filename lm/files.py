@@ -85,6 +85,28 @@ def check_plain(path: epath.Path) -> None:
         raise ValueError(f"{path} is not a plain file")
 
 
+def check_no_link(path: epath.Path) -> None:
+    """Raises ValueError for a link, which may lead to anything."""
+    if "://" not in str(path) and os.path.islink(path):
+        raise ValueError(f"{path} is a link; a run directory has folders and plain files only")
+
+
+def check_sized(path: epath.Path) -> epath.Path:
+    """Returns the path of a run's file that can be read whole, to be shown.
+
+    Raises:
+      ValueError: it is a link, too large, or packed, which no run's file is.
+    """
+    check_no_link(path)
+    size = path.stat().length
+    if size > MAX_SHOWN:
+        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_SHOWN:,} are read")
+    with path.open("rb") as file:
+        if file.read(len(ZSTD)).startswith((GZIP, ZSTD)):
+            raise ValueError(f"{path} is packed; a run's files are not. Unpack it")
+    return path
+
+
 def check_tree(directory: epath.Path) -> None:
     """Checks that a run directory holds folders and plain files only, at any depth.
 
@@ -165,6 +187,12 @@ def expand(path: str, folder: str = "") -> str:
     return os.path.join(folder, os.path.expanduser(path))
 
 
+def absolute(path: str) -> str:
+    """Returns a path that a user wrote as `expand` does, from the root."""
+    expanded = expand(path)
+    return expanded if "://" in expanded else os.path.abspath(expanded)
+
+
 def find(pattern: str, names: Sequence[str] = ("*",)) -> list[str]:
     """Returns the files that a path, a folder or a glob pattern stands for, sorted.
 
@@ -206,6 +234,7 @@ def _has_name(file: str, names: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(os.path.basename(file), name) for name in names)
 
 
+MAX_SHOWN = 2**28  # bytes of a run's file that is read whole, to be shown
 MAX_FOUND = 100_000  # files and folders in a folder; a slip such as ../.. is a whole machine
 
 

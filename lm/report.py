@@ -49,35 +49,32 @@ def runs_page(workdirs: Sequence[epath.Path]) -> str:
     return page.render(title, sections)
 
 
-def sweep_page(
-    workdir: epath.Path,
-    plan: Mapping,
-    *,
-    metric: str = "",
-    failures: Mapping[str, str] | None = None,
-    step: int | None = None,
-) -> str:
+def sweep_page(workdir: epath.Path, metric: str = "") -> str:
     """The page of a sweep as HTML.
 
     Args:
-      plan: {"axes": [key, ...], "runs": [{"name": of its directory, "changes": {key: value}}]}.
+      workdir: has sweep.json: {"axes": [key, ...], "halving": {...} or null, "runs": [{"name": of
+        its directory, "changes": {key: value}}, ...]}.
       metric: by which the runs are held against each other; "": config.checkpoint.best, or the
         first one that stands for an eval.
-      failures: run -> how it failed, where that is known.
-      step: runs that end at another one are set aside, as after successive halving all but the
-        longest; None: those that end elsewhere than most.
 
     Raises:
       ValueError: the plan is no such plan; no run has the metric, or any; a file is damaged; a
         package is missing.
     """
     page.check_installed()
-    axes, sweep_runs = sweeps.read(workdir, plan, str(workdir / sweeps.PLAN))
+    path = workdir / sweeps.PLAN
+    plan = files.read_json(files.check_sized(path))
+    axes, sweep_runs = sweeps.read(workdir, plan, str(path))
     runs = [sweep_run.run for sweep_run in sweep_runs]
+    failures = sweeps.read_failures(runs)
+    # Of a halving the runs of its longest round count.
+    step = max(map(sweeps.finished_step, runs)) if plan.get("halving") else None
+
     main_metric = sweeps.main_metric(runs, metric)
     unplanned = sweeps.strangers(workdir, [run.name for run in runs])
     sections = sweeps.sections(
-        axes, sweep_runs, main_metric, failures=failures or {}, step=step, unplanned=unplanned
+        axes, sweep_runs, main_metric, failures=failures, step=step, unplanned=unplanned
     )
 
     # Runs of the best setting come first: texts and pictures are of the first runs only.
@@ -190,11 +187,10 @@ def _compiled(flat: Mapping) -> dict:
 @command_line.command
 def main(argv: list[str]) -> None:
     command_line.no_arguments(argv)
-    workdirs = [epath.Path(files.expand(path)) for path in _WORKDIR.value]
+    workdirs = [epath.Path(files.absolute(path)) for path in _WORKDIR.value]
     out = epath.Path(files.expand(_OUT.value)) if _OUT.value else workdirs[0] / "report.html"
     if len(workdirs) == 1 and (workdirs[0] / sweeps.PLAN).exists():
-        plan = files.read_json(workdirs[0] / sweeps.PLAN)
-        html = sweep_page(workdirs[0], plan, metric=_METRIC.value)
+        html = sweep_page(workdirs[0], _METRIC.value)
     elif _METRIC.value:
         raise ValueError(f"--metric={_METRIC.value} is for a sweep; these are runs")
     else:

@@ -3,6 +3,7 @@ axes, tests with Holm's correction, marks, and pages that load and run nothing o
 """
 
 import base64
+import gzip
 import hashlib
 import itertools
 import json
@@ -16,13 +17,13 @@ import pytest
 from etils import epath
 from scipy import stats
 
-from lm import report
+from lm import files, report
 from lm.evals import entries
 from lm.evals.scores import statistics
 from lm.reports import comparison, page, runs, sweeps
 from tests import report_runs
 from tests.helpers import ROOT, VERBALIZER, run_training
-from tests.report_runs import EVAL, jsonl, write_run, write_sweep
+from tests.report_runs import EVAL, LABELS, jsonl, write_run, write_sweep
 
 ACCURACY = f"eval/{EVAL}/accuracy"
 
@@ -147,6 +148,9 @@ def test_an_axis_with_another_value_in_each_run_is_not_told():
     assert shares["one"].share is None
     assert shares["pair"].share == pytest.approx(16 / 17)
     assert sweeps.axis_shares(levels, [1.0] * 4) == {}
+    assert sweeps.axis_shares({"x": "aabbcc"}, [0.7] * 6) == {}  # whose mean is another number
+    huge = sweeps.axis_shares(levels, [1.0, 1.0, 1e304, 1e304])
+    assert huge["pair"].share == pytest.approx(1)
     assert sweeps.axis_shares(levels, []) == {}
 
 
@@ -180,10 +184,11 @@ def sweep(tmp_path):
     return tmp_path, write_sweep(tmp_path, AXES, accuracy_of)
 
 
-def read_sweep(path, metric=ACCURACY, failures=()):
+def read_sweep(path, metric=ACCURACY, step=None):
     plan = json.loads((path / "sweep.json").read_text())
     axes, sweep_runs = sweeps.read(epath.Path(path), plan, "the plan")
-    sweeps.set_aside(sweep_runs, metric, dict(failures))
+    failures = sweeps.read_failures([sweep_run.run for sweep_run in sweep_runs])
+    sweeps.set_aside(sweep_runs, metric, failures, step)
     return axes, {sweep_run.run.name: sweep_run for sweep_run in sweep_runs}
 
 
@@ -239,7 +244,8 @@ def test_what_can_not_be_compared_is_said(sweep):
     (path / names[2] / "predictions" / f"{EVAL}-40.jsonl").write_text(
         jsonl([line | {"distribution": None} for line in report_runs.predictions()])
     )
-    _, sweep_runs = read_sweep(path, failures={names[8]: "exit 1"})
+    fail(path / names[8], "exit 1")
+    _, sweep_runs = read_sweep(path)
 
     tests, not_compared = sweeps.paired_tests(
         list(sweep_runs.values()), "optimizer.learning_rate=0.2"
@@ -271,7 +277,8 @@ def test_what_is_set_aside_is_in_no_mean(sweep):
     without = [line for line in report_runs.lines(40) if "eval/validation/seconds" not in line]
     (path / names[8] / "metrics.jsonl").write_text(jsonl(without))
 
-    _, sweep_runs = read_sweep(path, failures={names[7]: "exit 1: out of memory"})
+    fail(path / names[7], "exit 1: out of memory")
+    _, sweep_runs = read_sweep(path)
 
     reasons = [sweep_runs[name].aside for name in names]
     assert reasons[:5] == [
@@ -289,7 +296,7 @@ def test_what_is_set_aside_is_in_no_mean(sweep):
         "optimizer.learning_rate=0.3": sweeps.mean_interval([0.5]),
     }
     # All of it is said on the page.
-    html = report.sweep_page(epath.Path(path), plan, failures={names[7]: "exit 1: out of memory"})
+    html = report.sweep_page(epath.Path(path))
     for reason in ("not begun", "no metrics", "step 20 of 40", "other steps: 20", "out of memory"):
         assert reason in html
     assert "7 of them are in no mean" in html
@@ -317,20 +324,88 @@ def test_directories_that_changed_places_are_set_aside(sweep):
     assert sum(bool(sweep_run.aside) for sweep_run in sweep_runs.values()) == 2
 
 
-def test_runs_count_at_the_step_that_is_asked_for(tmp_path):
+def test_of_a_halving_the_longest_runs_count(tmp_path):
     plan = write_sweep(tmp_path, {"seed": [0, 1, 2]}, lambda changes: 0.5)
     shutil.rmtree(tmp_path / "seed-1")
     write_run(tmp_path / "seed-1", steps=80, changes={"seed": 1})
+    for name, steps in (("seed-0", 40), ("seed-1", 80), ("seed-2", 40)):
+        size = {"finished": True, "total_steps": steps}
+        (tmp_path / name / "run.json").write_text(json.dumps(size))
     _, sweep_runs = read_sweep(tmp_path)
     assert [name for name, sweep_run in sweep_runs.items() if sweep_run.aside] == ["seed-1"]
-    html = report.sweep_page(epath.Path(tmp_path), plan, step=80)
+    (tmp_path / "sweep.json").write_text(json.dumps(plan | {"halving": {"keep": 0.3}}))
+    html = report.sweep_page(epath.Path(tmp_path))
     assert html.count("other steps: 40, others 80") == 4  # a text, and what it sorts by
+
+
+def test_a_failure_counts_until_the_run_has_come_to_its_end(tmp_path):
+    write_sweep(tmp_path, {"seed": [0, 1]}, lambda changes: 0.5)
+    for name in ("seed-0", "seed-1"):
+        fail(tmp_path / name, "out of memory", length="40 steps")
+    size = {"finished": True, "total_steps": 40, "length": "40 steps"}
+    (tmp_path / "seed-1" / "run.json").write_text(json.dumps(size))
+    _, sweep_runs = read_sweep(tmp_path)
+    assert sweep_runs["seed-0"].aside == ["failed: out of memory"]
+    assert not sweep_runs["seed-1"].aside
+
+
+def test_runs_that_are_set_aside_do_not_say_what_is_usual(tmp_path):
+    """Three short runs of other records don't outvote the two that count."""
+    write_sweep(tmp_path, {"seed": [0, 1, 2, 3, 4]}, lambda changes: 0.5)
+    for seed in range(5):
+        folder = tmp_path / f"seed-{seed}"
+        steps = 80 if seed < 2 else 40
+        shutil.rmtree(folder)
+        write_run(folder, steps=steps, changes={"seed": seed})
+        about = folder / "predictions" / f"{EVAL}-about-{steps}.json"
+        about.write_text(json.dumps({"fingerprint": "new" if seed < 2 else "old"}))
+    _, sweep_runs = read_sweep(tmp_path, step=80)
+    aside = [bool(sweep_runs[f"seed-{seed}"].aside) for seed in range(5)]
+    assert aside == [False, False, True, True, True]
+
+
+def test_a_metric_of_another_step_is_none_of_the_run(sweep):
+    path, plan = sweep
+    name, other = plan["runs"][0]["name"], plan["runs"][1]["name"]
+    lines = report_runs.lines(40)
+    of_main = [line for line in lines if ACCURACY in line]
+    others = [line for line in lines if ACCURACY not in line]
+    (path / name / "metrics.jsonl").write_text(jsonl([*others, {"step": 40, "eval/topic/x": 1.0}]))
+    (path / name / "eval-20.json").write_text(json.dumps(of_main[0] | {"step": 20}))
+    predictions = path / other / "predictions"
+    (predictions / f"{EVAL}-40.jsonl").rename(predictions / f"{EVAL}-20.jsonl")
+
+    _, sweep_runs = read_sweep(path)
+    assert sweep_runs[name].aside == [f"{ACCURACY} is of step 20, the run of step 40"]
+    best = "optimizer.learning_rate=0.2"
+    _, not_compared = sweeps.paired_tests(list(sweep_runs.values()), best)
+    assert f"{other}: {EVAL}: predictions of steps 20 and 40" in not_compared
+
+
+def test_a_bound_of_another_step_is_no_interval(tmp_path):
+    write_run(tmp_path)
+    later = {"step": 60, ACCURACY: 0.9}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(jsonl([later]))
+    run = read(tmp_path)
+    assert runs.interval(ACCURACY, run.last_values) is None
+    assert f"{ACCURACY}_low" not in run.last_values
+
+
+def test_a_setting_is_one_in_whatever_order_its_changes_stand():
+    assert sweeps.setting_of({"b": 1, "seed": 0, "a": 2}) == sweeps.setting_of({"a": 2, "b": 1})
+
+
+def fail(folder, why, length=""):
+    """What a run leaves that failed."""
+    failure = {"code": 1, "lines": ["before", f"error: {why}"], "length": length}
+    (folder / "failed.json").write_text(json.dumps(failure))
 
 
 def test_run_directories_that_the_plan_lacks_are_named(sweep):
     path, plan = sweep
     (path / plan["runs"][0]["name"]).rename(path / "by-hand")
-    html = report.sweep_page(epath.Path(path), plan)
+    html = report.sweep_page(epath.Path(path))
     assert "doesn&#39;t name: by-hand." in html
     assert "not begun" in html
 
@@ -368,8 +443,9 @@ def test_which_metric_is_the_main_one(sweep):
     ],
 )
 def test_plans_that_are_none(plan, message, tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match=re.escape(message)):
-        report.sweep_page(epath.Path(tmp_path), plan)
+        report.sweep_page(epath.Path(tmp_path))
 
 
 # Run directories.
@@ -441,7 +517,7 @@ def test_lines_without_a_step(line, tmp_path):
 
 def test_links_and_large_files_are_not_read(tmp_path, monkeypatch):
     write_run(tmp_path / "run")
-    monkeypatch.setattr(runs, "MAX_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_SHOWN", 1000)
     with pytest.raises(ValueError, match="has .* bytes; at most 1,000 are read"):
         read(tmp_path / "run")
     (tmp_path / "linked").mkdir()
@@ -453,6 +529,59 @@ def test_links_and_large_files_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "linked" / "predictions" / "x-1.jsonl").symlink_to("/etc/passwd")
     with pytest.raises(ValueError, match="x-1.jsonl is a link"):
         read(tmp_path / "linked")
+    shutil.rmtree(tmp_path / "linked" / "predictions")
+    (tmp_path / "linked" / "predictions").symlink_to("/etc")
+    with pytest.raises(ValueError, match="predictions is a link"):
+        read(tmp_path / "linked")
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": [{"name": "l", "changes": {}}]}))
+    (tmp_path / "l").symlink_to(tmp_path / "run")
+    with pytest.raises(ValueError, match="l is a link"):
+        report.sweep_page(epath.Path(tmp_path))
+
+
+def test_packed_files_are_not_read(tmp_path):
+    write_run(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(gzip.compress(metrics.read_bytes()))
+    with pytest.raises(ValueError, match="metrics.jsonl is packed"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(distribution=dict.fromkeys(LABELS, math.nan)),
+        dict(distribution=dict.fromkeys(LABELS, 10**400)),
+        dict(distribution={}),
+    ],
+)
+def test_damaged_predictions_end_no_page(change, sweep):
+    path, plan = sweep
+    for entry in plan["runs"]:
+        lines = [line | change for line in report_runs.predictions()]
+        (path / entry["name"] / "predictions" / f"{EVAL}-40.jsonl").write_text(jsonl(lines))
+    report.sweep_page(epath.Path(path))
+    html = report.runs_page([epath.Path(path / entry["name"]) for entry in plan["runs"][:2]])
+    assert "damaged" in html or "no pictures" in html
+
+
+def test_a_configuration_that_is_nested_too_deep(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    with pytest.raises(ValueError, match="nested too deep"):
+        read(tmp_path)
+
+
+def test_types_in_a_plan_and_a_configuration_that_are_others(sweep):
+    path, plan = sweep
+    config = path / plan["runs"][0]["name"] / "config.json"
+    values = json.loads(config.read_text())
+    values["checkpoint"]["best"] = ["x"]
+    config.write_text(json.dumps(values))
+    (path / "sweep.json").write_text(json.dumps(plan | {"axes": [["seed"], 3]}))
+    axes, sweep_runs = read_sweep(path)
+    assert axes == list(AXES)
+    assert sweeps.main_metric([sweep_run.run for sweep_run in sweep_runs.values()]) == ACCURACY
 
 
 # Pages.

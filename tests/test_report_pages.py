@@ -319,8 +319,10 @@ def long_sweep(tmp_path, fast_runs, monkeypatch):
         line[f"train/{LONG}"] = 1.0
     (path / "metrics.jsonl").write_text(jsonl(lines))
     (path / "samples.md").write_text(f"<!-- lm step 40 -->\n{'x' * 500}\n")
-    failures = {plan["runs"][3]["name"]: "exit 1: " + "y" * 300}
-    return report.sweep_page(epath.Path(tmp_path / "sweep"), plan, failures=failures)
+    failure = {"code": 1, "lines": ["exit 1: " + "y" * 300]}
+    failed = tmp_path / "sweep" / plan["runs"][3]["name"] / "failed.json"
+    failed.write_text(json.dumps(failure))
+    return report.sweep_page(epath.Path(tmp_path / "sweep"))
 
 
 @pytest.mark.parametrize("width, colours", [(WIDE, "light"), (NARROW, "dark")])

@@ -473,13 +473,13 @@ def test_a_failed_run_is_told_and_stops_no_other(place, tmp_path):
     states = state.read(sweep, sweep.runs, place)
     assert states[bad].status == state.FAILED_STATUS and states[bad].why == "step 4 is not finite"
     assert [known.status for known in states.values()].count(state.DONE) == 3
-    failure = files.read_json(place / bad / state.FAILED)
+    failure = files.read_json(place / bad / sweeps.FAILED)
     assert failure["code"] == 1 and failure["lines"][0] == "step 3"
 
     # It isn't tried again, unless that is asked for.
     again = FakeWorkers(sweep, place, 2, done)
     assert again.run() and not again.started
-    (place / bad / state.FAILED).unlink()
+    (place / bad / sweeps.FAILED).unlink()
     assert again.__class__(sweep, place, 1, done).run()
     assert state.read(sweep, sweep.runs, place)[bad].status == state.DONE
 
@@ -921,4 +921,4 @@ def timeless_page(workdir):
             for name in run_sections.TIMES:
                 line.pop(name, None)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return report.sweep_page(epath.Path(workdir), files.read_json(workdir / sweeps.PLAN))
+    return report.sweep_page(epath.Path(workdir))

@@ -126,6 +126,9 @@ def print_shares(answers: Sequence[Answer]) -> None:
         of_model = [a for a in answers if a.model == model]
         levels = {factor: [getattr(a, factor) for a in of_model] for factor in factors}
         shares = axis_shares(levels, [a.accuracy for a in of_model])
+        if not shares:
+            print(f"{model}: the accuracy doesn't vary")
+            continue
         main = [shares[factor].share for factor in factors]
         interactions = max(1 - sum(main), 0.0)
         rows.append((model, *[f"{share:.0%}" for share in [*main, interactions]]))

@@ -24,7 +24,7 @@ def newest_predictions(workdir: epath.Path) -> dict[str, tuple[int, epath.Path]]
     for path in folder.iterdir():
         # NAME-STEP.jsonl; the folder holds files of other kinds too.
         name, _, step = path.name.removesuffix(".jsonl").rpartition("-")
-        if not path.name.endswith(".jsonl") or not step.isdigit():
+        if not path.name.endswith(".jsonl") or not step.isdecimal():
             continue
         if name not in newest or int(step) >= newest[name][0]:
             newest[name] = int(step), path
@@ -62,7 +62,8 @@ def compare(
       ones).
 
     Raises:
-      ValueError: not the same examples in the same order, too few of them, or other labels.
+      ValueError: not the same examples in the same order, too few of them, other labels, or
+        scores that aren't finite.
     """
     _check_pairs(first, second, name)
     n = len(first)
@@ -82,6 +83,8 @@ def compare(
     for score_name, first_score in _sample_scores(first).items():
         second_score = second_scores[score_name]
         difference = statistics.paired_bootstrap(first_score, second_score, n)
+        if not math.isfinite(difference.value):
+            raise ValueError(f"{name}: {score_name} of some examples is not finite")
         result |= {
             score_name: first_score(np.arange(n)),
             f"{score_name}_other": second_score(np.arange(n)),
@@ -297,7 +300,7 @@ def _differences(name: str, path: epath.Path, path_other: epath.Path) -> dict[st
 def read_about(path: epath.Path) -> dict:
     """What stands beside a file of predictions; {} for runs of before there was such a file."""
     about = path.parent / about_path(path.name)
-    return files.read_json(about) if about.exists() else {}
+    return files.read_json(files.check_sized(about)) if about.exists() else {}
 
 
 def _leaves(settings: Mapping, prefix: str = "") -> dict:
@@ -317,16 +320,17 @@ def _shots(about: Mapping) -> list:
 
 
 def _read_lines(path: epath.Path) -> list[dict]:
-    return [record for _, record in files.read_jsonl(path)]
+    return [record for _, record in files.read_jsonl(str(files.check_sized(path)))]
 
 
 def main_p(result: Mapping[str, float]) -> float:
     """The p-value that stands for an eval: McNemar's, or the first score's."""
     if "mcnemar_p" in result:
         return result["mcnemar_p"]
-    for key, value in result.items():
-        if key.endswith("_p"):
-            return value
+    for key in result:
+        score = key.removesuffix("_difference")
+        if key != score and f"{score}_p" in result:
+            return result[f"{score}_p"]
     return 1.0
 
 

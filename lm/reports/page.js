@@ -3,7 +3,8 @@
 (() => {
   // --- tables ---
 
-  // Numbers are written "=1.5", see lm/reports/page.py. What is empty or not a number stays last.
+  // Numbers are written "=1.5", texts "'1.5", see lm/reports/page.py. What is empty or not a number
+  // stays last.
   function compare(first, second, sign) {
     const isNumber = first.startsWith("=") && second.startsWith("=");
     if (!isNumber) {
@@ -61,7 +62,8 @@
       const ink = style.getPropertyValue("--ink").trim();
       const faint = style.getPropertyValue("--line").trim();
       const plot = Bokeh.Plotting.figure({
-        title: figure.title, height: 320, sizing_mode: "stretch_width", y_axis_type: scale,
+        // Bokeh takes what stands between two pairs of dollars for TeX.
+        title: figure.title.replaceAll("$$", "$\u200b$"), height: 320, sizing_mode: "stretch_width", y_axis_type: scale,
         tools: "pan,box_zoom,wheel_zoom,reset", toolbar_location: "above",
         background_fill_alpha: 0, border_fill_alpha: 0, outline_line_color: faint,
       });

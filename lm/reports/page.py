@@ -211,14 +211,16 @@ def _cell(value: Cell | str | float | None) -> Cell:
     if isinstance(value, (int, float)):
         return Cell(number(value), _sortable(value))
     if isinstance(value, str):
-        return Cell(shown(value), shown(value))
+        return Cell(shown(value), _sortable(value))
     sorted_by = value.text if value.value is None else value.value
     return Cell(shown(value.text), _sortable(sorted_by), value.mark)
 
 
 def _sortable(value: float | str) -> str:
-    """What the page's script sorts by: numbers are told from texts by the equals sign."""
-    return shown(value) if isinstance(value, str) else f"={float(value)!r}"
+    """What the page's script sorts by: a number behind an equals sign, a text behind a quote."""
+    if isinstance(value, str):
+        return f"'{shown(value[:MAX_SORTED])}" if value else ""
+    return f"={float(value)!r}"
 
 
 class _Fitted(NamedTuple):
@@ -240,6 +242,7 @@ def _fitted(table: Table) -> _Fitted:
     return _Fitted(rows, title)
 
 
+MAX_SORTED = 100  # characters by which texts are sorted
 SHORT = 32  # characters of a text that stays on a line
 
 

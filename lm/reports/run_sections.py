@@ -16,7 +16,7 @@ from lm.reports.runs import Run
 
 # Drawn first; the other metrics are there on demand.
 MAIN_CURVES = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second")
-MAX_FIGURES = 150
+MAX_FIRST, MAX_FIGURES = 50, 150
 MAX_COLUMNS = 24  # main metrics beside each run
 # What of each run is shown as text or picture, for so many runs.
 MAX_RUNS_IN_DETAIL = 8
@@ -32,7 +32,15 @@ TIMES = (
     "train/seconds_checkpoints",
 )
 # What a damaged file of predictions raises where it is used.
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+DAMAGED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+)
 
 
 def sections(runs: Sequence[Run], notes: Mapping[str, Mapping[str, str]]) -> list[Section]:
@@ -159,7 +167,8 @@ def curves(runs: Sequence[Run]) -> Section:
             figures[metric] = page.Figure(metric, lines)
 
     main = [*MAIN_CURVES[:1], *runs_lib.headlines(runs), *MAIN_CURVES[1:]]
-    first = [figures.pop(name) for name in dict.fromkeys(main) if name in figures]
+    drawn = [name for name in dict.fromkeys(main) if name in figures][:MAX_FIRST]
+    first = [figures.pop(name) for name in drawn]
     others = list(figures.values())
     parts: list[page.Part] = []
     if first or others:
@@ -363,6 +372,8 @@ def label_distributions(
     if "distribution" not in first or "scores" in first:
         return None
     names = list(first["distribution"])
+    if any(len(line["distribution"]) != len(names) for line in lines):
+        raise ValueError("distributions over different labels")
     P = np.zeros((len(lines), len(names)))
     y = np.zeros(len(lines), int)
     for i, line in enumerate(lines):
@@ -398,7 +409,10 @@ def labels(loaded: Loaded) -> Section:
                 parts.append(Text(f"{title}: no pictures; there are too many of them, or labels."))
                 continue
             num_pictures += 2
-            parts += _label_pictures(title, P, y, names)
+            try:
+                parts += _label_pictures(title, P, y, names)
+            except DAMAGED as error:
+                parts.append(Text(f"{title}: no pictures: {error}", "bad"))
     return Section("Labels", parts)
 
 

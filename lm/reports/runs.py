@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -13,7 +12,6 @@ from lm import config as config_lib
 from lm import files
 from lm.reports import comparison, tables
 
-MAX_BYTES = 2**28  # of a file that is read
 MAX_STEP = 2**53
 
 
@@ -47,8 +45,13 @@ class Run:
 
     @functools.cached_property
     def last_values(self) -> dict[str, float]:
-        """The last value of each metric."""
-        return {name: values[-1] for name, (_, values) in self.curves.items()}
+        """The last value of each metric, without bounds that are of another step than it is."""
+        last = {name: values[-1] for name, (_, values) in self.curves.items()}
+        for name, (steps, _) in self.curves.items():
+            for bound in (f"{name}_low", f"{name}_high"):
+                if bound in last and self.curves[bound][0][-1] != steps[-1]:
+                    del last[bound]
+        return last
 
 
 def is_number(value) -> bool:
@@ -78,17 +81,18 @@ def read(path: epath.Path, name: str) -> Run:
     if not path.exists():
         return run
     # Not its checkpoints: a run that goes on replaces them meanwhile.
+    files.check_no_link(path / "predictions")
     files.check_tree(path / "predictions")
     if (path / "config.json").exists():
-        run.config = files.read_json(_sized(path / "config.json"))
+        run.config = files.read_json(files.check_sized(path / "config.json"))
     if (path / "run.json").exists():
-        run.size = files.read_json(_sized(path / "run.json"))
+        run.size = files.read_json(files.check_sized(path / "run.json"))
     lines = []
     if (path / "metrics.jsonl").exists():
-        lines = files.read_jsonl_log(_sized(path / "metrics.jsonl"))
+        lines = files.read_jsonl_log(files.check_sized(path / "metrics.jsonl"))
     for file in path.glob("eval-*.json"):
-        if file.name.removeprefix("eval-").removesuffix(".json").isdigit():
-            run.evaluations.append(files.read_json(_sized(file)))
+        if file.name.removeprefix("eval-").removesuffix(".json").isdecimal():
+            run.evaluations.append(files.read_json(files.check_sized(file)))
     for line in (*lines, *run.evaluations):
         step = line.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MAX_STEP:
@@ -101,17 +105,11 @@ def read(path: epath.Path, name: str) -> Run:
     if not run.config and run.evaluations:
         config = run.evaluations[-1].get("config")
         run.config = config if isinstance(config, dict) else {}
+    try:
+        config_lib.flatten(run.config)
+    except RecursionError:
+        raise ValueError(f"{path}: its configuration is nested too deep") from None
     return run
-
-
-def _sized(path: epath.Path) -> epath.Path:
-    """Returns the path of a file that is no link, and small enough to be read whole."""
-    if "://" not in str(path) and os.path.islink(path):
-        raise ValueError(f"{path} is a link; a run directory has folders and plain files only")
-    size = path.stat().length
-    if size > MAX_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are read")
-    return path
 
 
 def _step(line: Mapping) -> int:
@@ -245,9 +243,9 @@ class Predictions:
 
     def __init__(self, step: int, path: epath.Path):
         self.step = step
-        self.lines = [line for _, line in files.read_jsonl(str(_sized(path)))]
+        self.lines = [line for _, line in files.read_jsonl(str(files.check_sized(path)))]
         about = path.parent / comparison.about_path(path.name)
-        self.about = files.read_json(_sized(about)) if about.exists() else {}
+        self.about = files.read_json(files.check_sized(about)) if about.exists() else {}
 
 
 def predictions(run: Run) -> dict[str, Predictions]:
@@ -261,5 +259,5 @@ def samples(run: Run) -> str:
     path = run.path / "samples.md"
     if not path.exists():
         return ""
-    text = files.read_text(str(_sized(path)))
+    text = files.read_text(str(files.check_sized(path)))
     return text.rpartition("<!-- lm step ")[2].partition("-->\n")[2]

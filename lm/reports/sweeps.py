@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import signal
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from lm.reports import runs as runs_lib
 from lm.reports.page import Cell, Section, Text
 
 PLAN = "sweep.json"  # in the directory of a sweep
+FAILED = "failed.json"  # in that of a run that failed: its exit code and its last lines
 SEED = "seed"
 # Changes of these change how many steps a run has.
 LENGTHS = ("train.length", "data.batch_size", "data.length")
@@ -56,8 +58,8 @@ class SweepRun:
 
 
 def setting_of(changes: Mapping[str, Any]) -> str:
-    """What a run changes but for its seed, in words."""
-    return in_words({key: value for key, value in changes.items() if key != SEED})
+    """What a run changes but for its seed, in words, in whatever order the changes come."""
+    return in_words({key: changes[key] for key in sorted(changes) if key != SEED})
 
 
 def in_words(changes: Mapping[str, Any]) -> str:
@@ -88,6 +90,7 @@ def read(workdir: epath.Path, plan: Mapping, where: str) -> tuple[list[str], lis
         name = files.check_name(entry.get("name"), where)
         if name in sweep_runs:
             raise ValueError(f"{where} names two runs {name!r}")
+        files.check_no_link(workdir / name)
         run = runs_lib.read(workdir / name, name)
         sweep_runs[name] = SweepRun(run, entry["changes"])
 
@@ -95,8 +98,42 @@ def read(workdir: epath.Path, plan: Mapping, where: str) -> tuple[list[str], lis
     axes = dict.fromkeys(key for run in all_runs for key in run.changes)
     named = plan.get("axes")
     if isinstance(named, list):
-        axes = dict.fromkeys([axis for axis in named if axis in axes]) | axes
+        known = [axis for axis in named if isinstance(axis, str) and axis in axes]
+        axes = dict.fromkeys(known) | axes
     return list(axes), all_runs
+
+
+def finished_step(run: runs_lib.Run) -> int:
+    """The last step of a run that has come to an end; 0: it hasn't."""
+    steps = run.size.get("total_steps") if run.size.get("finished") else 0
+    return steps if isinstance(steps, int) else 0
+
+
+def read_failures(runs: Sequence[runs_lib.Run]) -> dict[str, str]:
+    """Run -> how it failed, of those that have not come to their end after that."""
+    failures = {}
+    for run in runs:
+        path = run.path / FAILED
+        if path.exists():
+            failure = files.read_json(files.check_sized(path))
+            is_over = run.size.get("finished") and run.size.get("length") == failure.get("length")
+            if not is_over:
+                failures[run.name] = why(failure)
+    return failures
+
+
+def why(failure: Mapping) -> str:
+    """The last line of what a failed run printed that says something, of FAILED."""
+    lines = failure.get("lines")
+    said = []
+    for line in lines if isinstance(lines, list) else ():
+        if isinstance(line, str) and line.strip():
+            said.append(line)
+
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    if not errors and failure.get("code") == -signal.SIGKILL:
+        return "killed by signal 9, as the system does where memory runs out"
+    return (errors or said or ["it said nothing"])[-1]
 
 
 def strangers(workdir: epath.Path, names: Iterable[str]) -> list[str]:
@@ -128,7 +165,7 @@ def main_metric(runs: Sequence[runs_lib.Run], wanted: str = "") -> str:
     for run in runs:
         checkpoint = run.config.get("checkpoint")
         best = checkpoint.get("best") if isinstance(checkpoint, dict) else ""
-        if best and best in known:
+        if isinstance(best, str) and best in known:
             return best
     for name in runs_lib.headlines(runs):
         return name
@@ -160,11 +197,14 @@ def set_aside(
     for sweep_run in sweep_runs:
         sweep_run.aside = _own_reasons(sweep_run, metric, failures)
 
-    # What most of the runs that are whole have.
-    whole = [sweep_run for sweep_run in sweep_runs if not sweep_run.aside]
-    _mark_other_steps(whole, step)
-    _mark_other_records(whole, metric)
-    _mark_other_evals(whole)
+    # What most of the runs have that still count.
+    _mark_other_steps(_counted(sweep_runs), step)
+    _mark_other_records(_counted(sweep_runs), metric)
+    _mark_other_evals(_counted(sweep_runs))
+
+
+def _counted(sweep_runs: Sequence[SweepRun]) -> list[SweepRun]:
+    return [sweep_run for sweep_run in sweep_runs if not sweep_run.aside]
 
 
 def _own_reasons(sweep_run: SweepRun, metric: str, failures: Mapping[str, str]) -> list[str]:
@@ -181,6 +221,9 @@ def _own_reasons(sweep_run: SweepRun, metric: str, failures: Mapping[str, str]) 
         reasons.append(f"no {metric}")
     elif not math.isfinite(values[metric]):
         reasons.append(f"{metric} is {values[metric]}")
+    elif metric.startswith("eval/") and run.curves[metric][0][-1] != run.step:
+        step = run.curves[metric][0][-1]
+        reasons.append(f"{metric} is of step {step:,}, the run of step {run.step:,}")
     return reasons
 
 
@@ -355,6 +398,10 @@ def _tests_of_pair(first: SweepRun, second: SweepRun) -> tuple[list[Test], list[
         if name not in newest_other:
             reasons.append(f"{name}: no predictions of the best setting")
             continue
+        steps = (newest[name][0], newest_other[name][0])
+        if steps != (first.run.step, second.run.step):
+            reasons.append(f"{name}: predictions of steps {steps[0]:,} and {steps[1]:,}")
+            continue
         try:
             result = comparison.compare_eval(name, newest[name], newest_other[name], is_alone=True)
         except ValueError as error:
@@ -417,9 +464,11 @@ def axis_shares(levels: Mapping[str, Sequence[Hashable]], values: Sequence[float
       axis -> Share; {} where the values don't vary.
     """
     y = np.asarray(values, np.float64)
-    total = float(np.square(y - y.mean()).sum()) if len(y) else 0.0
-    if total == 0:
+    if not len(y) or y.min() == y.max():
         return {}
+    # Shares don't change with the unit: in this one no square overflows.
+    y = (y - y.min()) / (y.max() - y.min())
+    total = float(np.square(y - y.mean()).sum())
 
     shares = {}
     for axis, axis_levels in levels.items():
@@ -533,7 +582,7 @@ def _means_section(
 
 def _axes_section(axes: Sequence[str], sweep_runs: Sequence[SweepRun], metric: str) -> Section:
     """How much of the variance each axis explains."""
-    counted = [sweep_run for sweep_run in sweep_runs if not sweep_run.aside]
+    counted = _counted(sweep_runs)
     levels: dict[str, list[str]] = {}
     for axis in axes:
         levels[axis] = [json.dumps(run.changes.get(axis), sort_keys=True) for run in counted]

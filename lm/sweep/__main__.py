@@ -12,7 +12,7 @@ from absl import app, flags
 from etils import epath
 
 from lm import command_line, escape, files, report
-from lm.reports import tables
+from lm.reports import sweeps, tables
 from lm.sweep import plan, predict, state, worker
 
 _SWEEP = flags.DEFINE_string(
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     if not _WORKDIR.value:
         raise ValueError("--workdir is missing: the directory that is to hold the runs")
 
-    workdir = epath.Path(files.expand(_WORKDIR.value))
+    workdir = epath.Path(files.absolute(_WORKDIR.value))
     shares = worker.deal_devices(_WORKERS.value)
     if _REPORT.value:
         runs = plan.stored_runs(workdir)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
     if _RETRY.value:
         for run in runs:
-            (workdir / run.name / state.FAILED).unlink(missing_ok=True)
+            (workdir / run.name / sweeps.FAILED).unlink(missing_ok=True)
 
     is_over = _REPORT.value or work(sweep, workdir, shares)
     runs = plan.stored_runs(workdir)
@@ -83,12 +83,7 @@ def main(argv: list[str]) -> int:
 
     if _REPORT.value:
         path = workdir / "report.html"
-        failures = {name: known.why for name, known in states.items() if known.why}
-        # Of a halving the runs of its longest round count.
-        step = max(known.step for known in states.values()) if sweep.halving else None
-        stored = plan.read_plan(workdir)
-        page = report.sweep_page(workdir, stored, failures=failures, step=step)
-        files.write_whole(path, page)
+        files.write_whole(path, report.sweep_page(workdir))
         print(f"\nwritten to {path}")
 
     if not is_over:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ from lm import config as config_lib
 from lm.reports import sweeps
 from lm.sweep import halving, plan
 
-FAILED = "failed.json"  # in the directory of a run that failed
 LOG = "log.txt"  # what its process printed
 MAX_TAIL = 100_000  # bytes of it that are looked at
 
@@ -99,7 +97,7 @@ def _read_run(directory: epath.Path, length: str) -> State:
     step = size.get("total_steps", 0) if size.get("finished") else 0
     if size.get("finished") and size.get("length") == length:
         return State(DONE, step=step)
-    if (directory / FAILED).exists():
+    if (directory / sweeps.FAILED).exists():
         return State(FAILED_STATUS, step=step, why=read_why(directory))
     if (directory / claim.NAME).exists():
         return State(RUNNING, step=step)
@@ -115,13 +113,7 @@ def _read_size(directory: epath.Path) -> dict:
 
 def read_why(directory: epath.Path) -> str:
     """The last line of what a failed run printed that says something."""
-    failure = files.read_json(directory / FAILED)
-    said = [line for line in failure.get("lines", []) if isinstance(line, str) and line.strip()]
-
-    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    if not errors and failure.get("code") == -signal.SIGKILL:
-        return "killed by signal 9, as the system does where memory runs out"
-    return (errors or said or ["it said nothing"])[-1]
+    return sweeps.why(files.read_json(directory / sweeps.FAILED))
 
 
 def last_lines(directory: epath.Path, number: int) -> list[str]:

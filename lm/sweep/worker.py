@@ -23,6 +23,7 @@ from etils import epath
 
 from lm import claim, files
 from lm import config as config_lib
+from lm.reports import sweeps
 from lm.sweep import plan, state
 
 POLL_SECONDS = 2.0  # between looks at runs that others work on
@@ -234,7 +235,7 @@ class Workers:
 
         lines = state.last_lines(directory, LAST_LINES)
         failure = {"code": code, "lines": lines, "length": length}
-        files.write_whole(directory / state.FAILED, json.dumps(failure, indent=1) + "\n")
+        files.write_whole(directory / sweeps.FAILED, json.dumps(failure, indent=1) + "\n")
 
         why = state.read_why(directory)
         self._say(f"failed: {run.name} with code {code}: {why}")
