@@ -252,7 +252,8 @@ class Claim:
       active: False for a process that needs none: of those of a pod, one claims for all.
 
     A process that holds a claim passes it on to one that it starts with `environment`. The claim
-    then names that one as its owner, and is released by the first.
+    then names that one as its owner, goes back to the first when that one has ended, and is
+    released by the first.
 
     Raises:
       Taken: another process has it. If that is on another host, this takes up to STALE_SECONDS.
@@ -266,6 +267,7 @@ class Claim:
         self._is_passed_on = bool(token) and of_directory == str(workdir)
         if self._is_passed_on:
             self._me = dataclasses.replace(self._me, token=token)
+        self._passed_on_by: Owner | None = None
         self._lost = ""
         self._mutex = threading.Lock()  # of heartbeats: the thread's, and those of `check`
         self._ended = threading.Event()
@@ -284,10 +286,10 @@ class Claim:
             return
         self._ended.set()
         self._thread.join()
-        if self._is_passed_on:
-            return
+        if self._is_passed_on and not self._passed_on_by:
+            return  # another claim of this process holds it
         try:
-            self._update(release=True)
+            self._update(ends=True)
         except OSError as error:
             logging.warning("%s: the claim on it stays behind: %s", self._workdir, error)
 
@@ -316,6 +318,7 @@ class Claim:
                     return
                 # Passed on to this process, for which it holds from now on, even if the first one
                 # dies.
+                self._passed_on_by = owner
                 self._place.swap(found, _encode(self._me))
                 continue
             if found.content is None or self._is_left(found, owner):
@@ -367,12 +370,14 @@ class Claim:
             # The next one may do better. If not, what is saved will fail too.
             logging.warning("%s: no heartbeat: %s", self._workdir, error)
 
-    def _update(self, release: bool = False) -> None:
-        """Writes the next heartbeat, or removes the claim; finds out if it is another's."""
+    def _update(self, ends: bool = False) -> None:
+        """Writes the next heartbeat, or removes the claim, or gives it back to the process that
+        passed it on; finds out if it is another's.
+        """
         with self._mutex:
             while not self._lost:
                 found = self._place.read()
-                if release and found.content is None:
+                if ends and found.content is None:
                     return
                 owner = _parse(found.content)
                 # A claim that is gone isn't claimed again: another process may have taken it over
@@ -381,8 +386,13 @@ class Claim:
                     self._lost = self._what_happened(owner)
                     logging.error("%s", self._lost)
                     return
-                content = _encode(dataclasses.replace(owner, beat=owner.beat + 1))
-                if self._place.swap(found, None if release else content):
+                beat = owner.beat + 1
+                if ends:
+                    owner = self._passed_on_by
+                elif owner.pid != self._me.pid and not _is_alive(owner):
+                    owner = self._me  # the process that it was passed on to was killed
+                content = _encode(dataclasses.replace(owner, beat=beat)) if owner else None
+                if self._place.swap(found, content):
                     return
 
     def _what_happened(self, owner: Owner | None) -> str:

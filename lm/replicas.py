@@ -29,6 +29,21 @@ class _Array(NamedTuple):
     spec: PartitionSpec
 
 
+def _two_hashes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two hashes of an array's bits. One changed element changes both; of other changes, such as a
+    sign that is wrong everywhere, one in 2^32 is missed by either.
+
+    Each element is mixed with its place by MurmurHash3's finalizer (Appleby 2011), then summed.
+    """
+    bits, places = trained.bits_and_places(x)
+    mixed = bits + places * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    mixed ^= mixed >> 16
+    by_place = jnp.sum(mixed * (2 * places + 1), dtype=jnp.uint32)
+    return jnp.sum(mixed, dtype=jnp.uint32), by_place
+
+
 class Replicas:
     """Compares the replicas of a tree of arrays.
 
@@ -73,7 +88,7 @@ class Replicas:
         """
 
         def local(leaves):
-            hashes = jnp.stack([jnp.stack(trained.bit_sums(leaf)) for leaf in leaves])
+            hashes = jnp.stack([jnp.stack(_two_hashes(leaf)) for leaf in leaves])
             return jax.lax.all_gather(hashes, self._mesh.axis_names)
 
         specs = [array.spec for array in self._compared]

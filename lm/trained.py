@@ -109,8 +109,15 @@ def bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two sums of an array's bits modulo 2^32, the second one by place.
 
     Two arrays that differ in one element, however little, differ in both: a place counts an odd
-    number of times.
+    number of times. (Many differences may cancel, such as an even number of changed signs.)
     """
+    bits, places = bits_and_places(x)
+    plain = jnp.sum(bits, dtype=jnp.uint32)
+    return plain, jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)
+
+
+def bits_and_places(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The bits of each element and its place, as uint32 arrays of x's shape."""
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     width = jnp.dtype(x.dtype).itemsize * 8
@@ -119,5 +126,4 @@ def bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     for dim in range(x.ndim):
         iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
         places = places * jnp.uint32(1_000_003) + iota
-    plain = jnp.sum(bits, dtype=jnp.uint32)
-    return plain, jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)
+    return bits, places

@@ -22,7 +22,9 @@ from ml_collections import config_flags
 from lm import claim, command_line, files, main, optim, report
 from lm import config as config_lib
 from lm.reports import run_sections, sweeps
-from lm.sweep import axes, plan, predict, state, worker
+from lm.sweep import axes, plan, predict, search, state, worker
+from lm.sweep.halving import Halving
+from lm.sweep.search import Search
 from tests import test_files
 from tests.helpers import ROOT, assert_same_run, run_training
 from tests.test_claim import bucket, server  # noqa: F401, fixtures
@@ -84,6 +86,9 @@ def test_random_points_are_a_function_of_the_seed_and_prefixes_of_each_other():
     assert all(1e-4 <= value <= 1e-2 and value == float(f"{value:.3g}") for value in values)
     assert 0.4 < sum(value < 1e-3 for value in values) / 200 < 0.6  # half below the middle decade
     assert {point["c"] for point in many} == {"x", "y"}
+    # Rounding doesn't leave the range.
+    near_1 = axes.random(200, {"b2": axes.Uniform(0.9, 0.9999)})
+    assert max(point["b2"] for point in near_1) == 0.9999
 
 
 @pytest.mark.parametrize(
@@ -177,8 +182,14 @@ def test_bad_sweep_files(tmp_path):
 def test_the_command_of_a_run_has_its_configuration(tmp_path, monkeypatch):
     points = r"""[{"seed": 3, "data.label_prompt": "\n\\n'$x\"", "model.gated_mlp": True,
                    "model.rope_scaling": ("linear", 2.0), "train.length": "1e3 tokens",
+                   "evals.x.stop": ("\\n", "a\nb"),
                    "optimizer.learning_rate": 1e-5}]"""
-    sweep = write_sweep(tmp_path / "toy" / "sweep.py", points)
+    path = tmp_path / "toy" / "sweep.py"
+    write_sweep(path, "axes.seeds(1)")
+    text = path.read_text().replace("return config", "config.evals = {evals}\n    return config")
+    evals = {"x": dict(type="mine.Eval", every=0, batch_size=1, stop=("a",))}
+    path.write_text(text.format(evals=evals).replace("axes.seeds(1)", points))
+    sweep = plan.read(str(path))
     [run] = sweep.runs
     command = sweep.command(run, epath.Path("RUNS"))
     assert command[1:3] == ["-m", "lm.main"] and f"--workdir=RUNS/{run.name}" in command
@@ -252,6 +263,37 @@ def test_another_base_other_code_and_other_packages_are_changes(sweep, tmp_path,
     with pytest.raises(ValueError, match="(?s)other code.*another ") as error:
         settle(sweep, tmp_path / "runs")
     assert "another pytest: None there" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("train.length", "2000 steps"),
+        ("evals", dict(x=dict(type="mine.Eval", every=0, batch_size=1))),
+        ("checkpoint.every", 7),
+    ],
+)
+def test_runs_that_change_what_a_run_may_change_keep_their_directories(sweep, tmp_path, key, value):
+    workdir = epath.Path(tmp_path / "runs")
+    names = [run.name for run in settle(sweep, workdir)]
+    for run in sweep.runs:
+        config = sweep.config(run)
+        done(workdir / run.name, config)
+        (workdir / run.name / "config.json").write_text(config.to_json())
+    longer = config_lib.default()
+    longer.update_from_flattened_dict({key: value})
+    points = 'axes.product(axes.grid({"optimizer.learning_rate": [1e-3, 3e-3]}), axes.seeds(2))'
+    changed = write_sweep(tmp_path / "toy" / "sweep.py", points, longer)
+    with pytest.raises(ValueError, match=f"changes {names[0]}\n"):
+        settle(changed, workdir)
+
+    runs = settle(changed, workdir, accept=True)
+    assert [run.name for run in runs] == names
+    assert state.check_directories(changed, runs, workdir) == []
+    # Longer ones go on; others are over.
+    wanted = state.WAITING if key == "train.length" else state.DONE
+    statuses = {known.status for known in state.read(changed, runs, workdir).values()}
+    assert statuses == {wanted}
 
 
 def test_two_sweeps_in_one_directory_are_refused(sweep, tmp_path):
@@ -520,6 +562,26 @@ def test_a_stop_ends_the_runs_under_way_and_leaves_the_others(tmp_path):
     assert {known.status for known in states.values()} == {state.WAITING}
 
 
+def test_a_plan_that_changes_elsewhere_ends_the_workers_that_do_not_know_it(place, tmp_path):
+    sweep = write_sweep(tmp_path / "toy" / "sweep.py", "axes.seeds(3)")
+    plan.settle(sweep, place, accept=False)
+    config = config_lib.default()
+    config.optimizer.weight_decay = 0.5
+    (tmp_path / "elsewhere").mkdir()
+    changed = write_sweep(tmp_path / "elsewhere" / "toy" / "sweep.py", "axes.seeds(3)", config)
+
+    def end(directory, config):
+        plan.settle(changed, place, accept=True)
+        return done(directory, config)
+
+    workers = FakeWorkers(sweep, place, 1, end)
+    with pytest.raises(ValueError, match="the plan of .* has changed"):
+        workers.run()
+    assert len(workers.started) == 1
+    states = state.read(changed, plan.stored_runs(place), place)
+    assert {known.status for known in states.values()} == {state.WAITING}
+
+
 def test_code_that_changes_while_a_sweep_is_under_way_ends_it(tmp_path, monkeypatch):
     sweep = write_sweep(tmp_path / "toy" / "sweep.py", "axes.seeds(3)")
     workdir = epath.Path(tmp_path / "runs")
@@ -613,6 +675,33 @@ def test_a_claim_that_is_passed_on_holds_for_as_long_as_the_process_that_took_it
     assert (directory / claim.NAME).exists()
     with claim.Claim(directory):
         pass
+
+
+FAILS = """
+import os, signal, sys
+from etils import epath
+from lm import claim
+with claim.Claim(epath.Path(sys.argv[1])):
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit("failed")
+"""
+
+
+@pytest.mark.parametrize("how", ["failed", "killed"])
+def test_a_claim_goes_back_when_the_process_that_took_it_has_ended(tmp_path, how):
+    """Nobody takes the run while its worker writes down how it ended."""
+    directory = epath.Path(tmp_path / "run")
+    with claim.Claim(directory) as held:
+        environment = os.environ | held.environment | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", FAILS, str(directory), how]
+        assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode
+        if how == "killed":
+            held.check()  # as a worker does first
+        with pytest.raises(claim.Taken, match=f"process {os.getpid()} "):
+            claim.Claim(directory).__enter__()
+        held.check()
+    assert not (directory / claim.NAME).exists()
 
 
 # --- devices ---
@@ -727,6 +816,19 @@ def test_bad_lengths_of_a_halving(tmp_path, more, message):
         write_sweep(tmp_path / "toy" / "sweep.py", "axes.seeds(2)", halving_config(), text)
 
 
+def test_a_halving_decides_the_length(tmp_path):
+    text = '\ndef get_halving(): return Halving("eval/validation/loss", ("1 steps", "2 steps"))\n'
+    points = 'axes.grid({"train.length": ["5 steps", "6 steps"]})'
+    with pytest.raises(ValueError, match="decides train.length"):
+        write_sweep(tmp_path / "toy" / "sweep.py", points, halving_config(), text)
+
+
+def test_a_share_is_no_more_than_it_says():
+    rule = Halving("eval/validation/loss", ("1 steps", "2 steps"), keep=0.28)
+    names = {str(i): str(i) for i in range(25)}
+    assert len(rule.survivors(names, {name: float(name) for name in names})) == 7
+
+
 @pytest.mark.parametrize("metric", ["eval/other/loss", "train/loss", "eval/validation/bytes"])
 def test_bad_metrics_of_a_halving(tmp_path, metric):
     text = f'\ndef get_halving(): return Halving("{metric}", ("1 steps", "2 steps"))\n'
@@ -802,6 +904,73 @@ def test_a_search_of_a_small_space_ends_with_an_error(tmp_path, monkeypatch):
     assert len(plan.stored_runs(workdir)) == 2
 
 
+def test_a_space_that_is_searched_stops_no_run(tmp_path, monkeypatch):
+    """Three workers for two runs: the idle one ends nothing that is under way."""
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
+    text = SEARCH.format(rates="CategoricalDistribution([1e-3])", number=5)
+    sweep = write_sweep(tmp_path / "toy" / "sweep.py", "[]", halving_config(), text)
+    workdir = epath.Path(tmp_path / "runs")
+    plan.settle(sweep, workdir, accept=False)
+    workers = SearchingWorkers(sweep, workdir, 3, done, seconds=0.5)
+    with pytest.raises(ValueError, match="has fewer than 5"):
+        workers.run()
+    runs = plan.stored_runs(workdir)
+    states = state.read(sweep, runs, workdir)
+    assert [known.status for known in states.values()] == [state.DONE] * 2
+    assert len(workers.started) == 2
+
+
+def propose(space, finished, is_new=lambda changes: True):
+    found = Search("eval/validation/loss", space, number=9)
+    return found.propose(halving_config(), finished, is_new, seed=0)
+
+
+def test_a_search_learns_nothing_from_what_is_no_number_or_not_in_its_space():
+    from optuna.distributions import FloatDistribution
+
+    space = {"optimizer.learning_rate": FloatDistribution(1e-4, 1e-1)}
+    told = [({"optimizer.learning_rate": 1e-2}, math.nan), ({"optimizer.learning_rate": 0.5}, 1.0)]
+    assert propose(space, told) == propose(space, [])
+
+
+def test_a_search_proposes_no_configuration_twice(tmp_path):
+    """Whichever keys a run names: what it leaves to the configuration counts too."""
+    text = """
+def get_search():
+    from optuna.distributions import IntDistribution
+    space = {"model.num_layers": IntDistribution(2, 4, step=2)}
+    return Search("eval/validation/loss", space, number=4)
+"""
+    points = 'axes.product(axes.grid({"model.num_layers": [2, 4]}), axes.seeds(1))'
+    sweep = write_sweep(tmp_path / "toy" / "sweep.py", points, halving_config(), text)
+    plan.settle(sweep, epath.Path(tmp_path / "runs"), accept=False)
+    with pytest.raises(search.Exhausted):
+        plan.add_run(sweep, epath.Path(tmp_path / "runs"), [])
+
+
+def test_a_search_is_told_of_runs_that_are_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
+    text = SEARCH.format(rates="FloatDistribution(1e-4, 1e-1, log=True)", number=3)
+    sweep = write_sweep(tmp_path / "toy" / "sweep.py", "[]", halving_config(), text)
+    workdir = epath.Path(tmp_path / "runs")
+    plan.settle(sweep, workdir, accept=False)
+    told = []
+    propose_really = Search.propose
+
+    def propose(self, base, finished, is_new, seed):
+        told.append(len(finished))
+        return propose_really(self, base, finished, is_new, seed)
+
+    def end(directory, config):
+        line = {"step": 5, "eval/validation/loss": 1.0}
+        files.write_whole(directory / "metrics.jsonl", json.dumps(line) + "\n")
+        return 1, "error: after its eval"
+
+    monkeypatch.setattr(Search, "propose", propose)
+    assert SearchingWorkers(sweep, workdir, 1, end, seconds=0).run()
+    assert told == [0, 0, 0]
+
+
 # --- predictions ---
 
 
@@ -822,6 +991,18 @@ def test_predictions_are_what_a_run_counts(small, tmp_path, fast_runs, monkeypat
     assert predicted.seconds == pytest.approx(10.0 + 0.5 * (last["step"] - 1))
 
 
+def test_runs_of_one_cost_share_a_calibration():
+    config, size = config_lib.default(), {"parameters": 10, "flops_per_step": 1e9}
+    cost = predict._cost(config, size)
+    config.optimizer.learning_rate *= 2
+    config.seed = 5
+    assert predict._cost(config, size) == cost
+    # A checkpoint of another size, and what is switched on, cost another time.
+    assert predict._cost(config, size | {"parameters": 20}) != cost
+    config.optimizer.ema_decay = 0.999
+    assert predict._cost(config, size) != cost
+
+
 def test_evals_and_checkpoints_cost_what_they_cost_each_time():
     """And sizes that weren't timed lie between those that were."""
     config = halving_config()
@@ -835,6 +1016,11 @@ def test_evals_and_checkpoints_cost_what_they_cost_each_time():
     # Of ten evals the first is in `once`, of four checkpoints the last.
     wanted = 5.0 + 99 * 0.1 + 9 * 3.0 + 3 * 2.0
     assert predict.predicted_seconds(config, size, timings) == pytest.approx(wanted)
+    config.train.look_every = 30
+    looking = [(1e9, timings[0][1]._replace(look=4.0))]
+    size = {"flops_per_step": 1e9, "total_steps": 100}
+    assert predict.predicted_seconds(config, size, looking) == pytest.approx(wanted + 3 * 4.0)
+
     size = {"flops_per_step": 1.5e9, "total_steps": 5}
     assert predict.predicted_seconds(config, size, timings) == pytest.approx(6.0 + 4 * 0.15)
 

@@ -98,6 +98,10 @@ def print_plan(sweep: plan.Sweep) -> None:
     else:
         predictions = predict.predict(sweep, say)
     print(predict.table(sweep.runs, predictions, _WORKERS.value))
+    if sweep.halving:
+        print("Of the halving this is the first round.")
+    if sweep.search:
+        print("Runs that the search will propose are not among them.")
 
 
 def work(sweep: plan.Sweep, workdir: epath.Path, shares: list[worker.Share]) -> bool:

@@ -71,7 +71,7 @@ class Uniform:
     high: float
 
     def draw(self, rng: np.random.Generator) -> float:
-        return _rounded(rng.uniform(self.low, self.high))
+        return _rounded(rng.uniform(self.low, self.high), self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class LogUniform:
     high: float
 
     def draw(self, rng: np.random.Generator) -> float:
-        return _rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+        return _rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))), self)
 
 
 def random(
@@ -126,6 +126,8 @@ def _values(key: str, axis: Sequence) -> list:
     return list(axis)
 
 
-def _rounded(value: float) -> float:
-    """Three digits: as many as anybody tunes, and a run's name shows all of them."""
-    return float(f"{value:.3g}")
+def _rounded(value: float, axis: Uniform | LogUniform) -> float:
+    """Three digits: as many as anybody tunes, and a run's name shows all of them. Where that leaves
+    the axis, its end.
+    """
+    return min(max(float(f"{value:.3g}"), axis.low), axis.high)

@@ -67,7 +67,8 @@ class Halving:
         whole = [setting for setting, mean in means.items() if math.isfinite(mean)]
 
         ranked = sorted(whole, key=lambda setting: sign * means[setting])
-        best = ranked[: max(1, math.ceil(self.keep * len(means)))]
+        # Less a little: 0.28 of 25 are a little more than 7 in floating point.
+        best = ranked[: max(1, math.ceil(self.keep * len(means) - 1e-9))]
         return [run for run, setting in settings.items() if setting in best]
 
 

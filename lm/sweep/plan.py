@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,8 @@ def read(path: str) -> Sweep:
         search.check(base)
     if halving:
         halving.check(base)
+        if any("train.length" in config_lib.flatten(point) for point in points):
+            raise ValueError(f"{path}: get_halving() decides train.length; no point may")
         points = [{"train.length": halving.lengths[0]} | point for point in points]
 
     runs = plan_runs(base, points, where=path)
@@ -250,11 +252,17 @@ def _safe(text: str) -> str:
 
 def _flag_value(key: str, value) -> str:
     """A value as a flag of lm.main takes it."""
+    # A backslash begins an escape in texts.
+    is_text = key.rpartition(".")[2] in command_line.TEXT_KEYS
     if isinstance(value, str):
-        # A backslash would begin an escape there.
-        is_text = key.rpartition(".")[2] in command_line.TEXT_KEYS
         return value.replace("\\", "\\\\") if is_text else value
-    return repr(tuple(value)) if isinstance(value, list) else repr(value)
+    if isinstance(value, (list, tuple)):
+        items = []
+        for item in value:
+            doubled = is_text and isinstance(item, str)
+            items.append(item.replace("\\", "\\\\") if doubled else item)
+        return repr(tuple(items))
+    return repr(value)
 
 
 # --- sweep.json ---
@@ -322,10 +330,11 @@ def settle(sweep: Sweep, workdir: epath.Path, *, accept: bool) -> list[PlannedRu
         with claimed(workdir):
             # Another worker may have written it meanwhile.
             old = read_plan(workdir) if path.exists() else None
+            if old:
+                _keep_runs(old, new)
             changes = _accepted_changes(old, new, workdir, accept=accept) if old else []
             if old and changes:
                 logging.warning("accepted: %s", "; ".join(changes))
-                _keep_runs(old, new)
                 _add_history(old, new)
             if changes or not old:
                 files.write_whole(path, json.dumps(new, indent=1) + "\n")
@@ -407,8 +416,13 @@ def add_run(
         if len(stored["runs"]) >= sweep.search.number:
             return None
 
-        taken = [run["changes"] for run in stored["runs"]]
-        changes = sweep.search.propose(sweep.base, finished, taken)
+        hashes = {run["hash"] for run in stored["runs"]}
+
+        def is_new(changes: Mapping) -> bool:
+            return config_lib.content_hash(changed(sweep.base, changes)) not in hashes
+
+        seed = len(stored["runs"])
+        changes = sweep.search.propose(sweep.base, finished, is_new, seed)
         [run] = plan_runs(sweep.base, [changes], where="search")
 
         stored["runs"].append(dataclasses.asdict(run))
@@ -445,7 +459,9 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
         if key not in old_runs:
             lines.append(f"adds {run['name']}")
         elif run["hash"] != old_runs[key]["hash"]:
-            lines.append(f"changes {old_runs[key]['name']}, which becomes {run['name']}")
+            name, new_name = old_runs[key]["name"], run["name"]
+            becomes = f", which becomes {new_name}" if new_name != name else ""
+            lines.append(f"changes {name}{becomes}")
     for key, run in old_runs.items():
         if key not in new_runs and not searched:
             lines.append(f"removes {run['name']} (its directory stays)")
@@ -472,14 +488,44 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
 def _keep_runs(old: Mapping, new: dict) -> None:
     """Gives runs that were planned before the names that their directories have, and keeps those
     that a search has added.
+
+    A run is known again by its hash; one that has changed only what a run may change on its way, by
+    the rest of its configuration, if that is of no other run.
     """
-    names = {run["hash"]: run["name"] for run in old["runs"]}
-    for run in new["runs"]:
-        run["name"] = names.get(run["hash"], run["name"])
+    left_old, left_new = list(old["runs"]), list(new["runs"])
+    for kind in (_hash_of, _identity_of):
+        known, wanted = _by(kind, old["config"], left_old), _by(kind, new["config"], left_new)
+        for key, runs in wanted.items():
+            if len(runs) == len(known.get(key, ())) == 1:
+                runs[0]["name"] = known[key][0]["name"]
+                left_old.remove(known[key][0])
+                left_new.remove(runs[0])
 
     if new["search"] and old["config"] == json.loads(json.dumps(new["config"])):
         planned = {run["hash"] for run in new["runs"]}
         new["runs"] += [run for run in old["runs"] if run["hash"] not in planned]
+
+
+def _by(kind: Callable, config: Mapping, runs: Sequence[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for run in runs:
+        found.setdefault(kind(config, run), []).append(run)
+    return found
+
+
+def _hash_of(config: Mapping, run: Mapping) -> str:
+    return run["hash"]
+
+
+def _identity_of(config: Mapping, run: Mapping) -> str:
+    return identity(config_lib.flatten(config) | run["changes"])
+
+
+def identity(flat: Mapping) -> str:
+    """What stays the same of a run's flat configuration while it is made longer or moved."""
+    return json.dumps(
+        {key: flat[key] for key in flat if not config_lib.is_resumable(key)}, sort_keys=True
+    )
 
 
 def _add_history(old: Mapping, new: dict) -> None:

@@ -55,7 +55,8 @@ def predict(sweep: plan.Sweep, say: Callable[[str], None]) -> dict[str, Predicti
     sizes = _in_a_process(read_sizes, sweep.path)
 
     # One run for each cost, or, of many costs, some from the cheapest to the dearest.
-    by_cost = {_cost(sweep.config(run)): run for run in reversed(runs)}
+    cost_of = {run.name: _cost(sweep.config(run), sizes[run.name]) for run in runs}
+    by_cost = {cost_of[run.name]: run for run in reversed(runs)}
     costs = sorted(by_cost, key=lambda cost: sizes[by_cost[cost].name]["flops_per_step"])
     chosen = np.linspace(0, len(costs) - 1, min(CALIBRATIONS, len(costs))).astype(int)
 
@@ -68,7 +69,7 @@ def predict(sweep: plan.Sweep, say: Callable[[str], None]) -> dict[str, Predicti
     predictions = {}
     for run in runs:
         config, size = sweep.config(run), sizes[run.name]
-        known = timings.get(_cost(config))
+        known = timings.get(cost_of[run.name])
         seconds = predicted_seconds(config, size, [known] if known else list(timings.values()))
         predictions[run.name] = _without_time(size)._replace(seconds=seconds)
     return predictions
@@ -92,15 +93,16 @@ def read_sizes(path: str) -> dict[str, dict]:
     return sizes
 
 
-def _cost(config: ConfigDict) -> str:
+def _cost(config: ConfigDict, size: dict) -> str:
     """What runs share that take the same time a step."""
-    flat = config_lib.flatten(config)
-    free = ("seed", "init_from", "train.length", "data.source_args.")
-    for key in list(flat):
-        is_number = key.startswith("optimizer.") and isinstance(flat[key], float)
-        if is_number or key.startswith(free):
-            del flat[key]
-    return json.dumps(flat, sort_keys=True)
+    # A Hugging Face checkpoint decides sizes that the configuration doesn't have.
+    shared = {key: size[key] for key in ("parameters", "flops_per_step")}
+    for key, value in config_lib.flatten(config).items():
+        if key.startswith("optimizer.") and isinstance(value, float):
+            shared[key] = value != 0  # at 0 the average, the clipping or the like is off
+        elif not key.startswith(("seed", "init_from", "train.length", "data.source_args.")):
+            shared[key] = value
+    return json.dumps(shared, sort_keys=True)
 
 
 def _without_time(size: dict) -> Prediction:
@@ -118,12 +120,17 @@ class Timing(NamedTuple):
       step: each step.
       evals: name -> an eval that isn't the first.
       checkpoint: each.
+      look: each at norms and replicas that isn't the first.
     """
 
     once: float
     step: float
     evals: dict[str, float]
     checkpoint: float
+    look: float = 0.0
+
+
+LOOKS = ("look_every", "check_replicas_every")  # of config.train
 
 
 def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
@@ -141,6 +148,9 @@ def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
                 command.append(f"--config.evals.{name}.every={STEPS}")
         if config.checkpoint.every:
             command.append(f"--config.checkpoint.every={STEPS}")
+        for key in LOOKS:
+            if config.train[key]:
+                command.append(f"--config.train.{key}={STEPS // 2}")
         command.append(f"--config.train.log_every={STEPS // 4}")
         # A schedule that such a short run can have.
         for key in ("warmup_steps", "decay_steps"):
@@ -167,8 +177,12 @@ def calibrate(sweep: plan.Sweep, run: plan.PlannedRun) -> Timing:
     # What the last line knows of is the checkpoint before it.
     checkpoint = _column(lines, "train/seconds_checkpoints")[-1] if config.checkpoint.every else 0.0
 
-    once = wall - (2 * STEPS - 1) * step - sum(repeated.values()) - checkpoint
-    return Timing(max(once, 0.0), step, repeated, checkpoint)
+    looked = _column(lines, "train/seconds_looking")
+    after_first = len(set(looked)) - 1
+    looking = looked[-1] - looked[0] if looked else 0.0
+
+    once = wall - (2 * STEPS - 1) * step - sum(repeated.values()) - checkpoint - looking
+    return Timing(max(once, 0.0), step, repeated, checkpoint, looking / max(after_first, 1))
 
 
 def _column(lines: Sequence[dict], name: str) -> list[float]:
@@ -199,6 +213,9 @@ def predicted_seconds(
             seconds += (before_last // entry.every) * nearest.evals.get(name, 0.0)
     if config.checkpoint.every:
         seconds += (before_last // config.checkpoint.every) * nearest.checkpoint
+    # Where both kinds of looks are on, what was timed is both together.
+    if periods := [config.train[key] for key in LOOKS if config.train[key]]:
+        seconds += (before_last // min(periods)) * nearest.look
     return float(seconds)
 
 
@@ -263,6 +280,8 @@ def table(runs: Sequence[plan.PlannedRun], predictions: dict[str, Prediction], w
     if known:
         hours = sum(known) / 3600
         text += f"\n\n{len(runs)} runs, {flops:.4g} FLOPs; {hours:.3g} hours one after the other"
+        if len(known) < len(runs):
+            text += f", without the {len(runs) - len(known)} runs of unknown time"
         if workers > 1:
             text += f". {workers} workers share this machine: {hours / workers:.3g} hours at best"
     return text

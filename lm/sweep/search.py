@@ -4,8 +4,10 @@ It is asked and told; the runs and their directories are a sweep's like any othe
 base: the study is made anew from the directories whenever a worker wants another run.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +15,10 @@ from ml_collections import ConfigDict
 from lm.sweep import halving
 
 MAX_PROPOSALS = 100  # until one is a run that there isn't yet
+
+
+class Exhausted(ValueError):
+    """All runs of a space are there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +53,21 @@ class Search:
         return {"metric": self.metric, "space": space, "number": self.number}
 
     def propose(
-        self, base: ConfigDict, finished: Sequence[tuple[Mapping, float]], taken: Sequence[Mapping]
+        self,
+        base: ConfigDict,
+        finished: Sequence[tuple[Mapping, float]],
+        is_new: Callable[[Mapping], bool],
+        seed: int,
     ) -> dict[str, Any]:
         """The changes of another run.
 
         Args:
-          finished: (changes, value of the metric) of each run that has one.
-          taken: the changes of all runs that there are.
+          finished: (changes, value of the metric) of each run that has come to its end.
+          is_new: whether there is no run with these changes yet.
+          seed: of the sampler.
 
         Raises:
-          ValueError: the space has no more runs.
+          Exhausted: the space seems to have no more runs.
         """
         import optuna  # slow, and not always there
 
@@ -65,21 +76,24 @@ class Search:
 
         make_sampler = self.sampler or (lambda seed: optuna.samplers.TPESampler(seed=seed))
         study = optuna.create_study(
-            direction="maximize" if highest else "minimize", sampler=make_sampler(len(taken))
+            direction="maximize" if highest else "minimize", sampler=make_sampler(seed)
         )
 
         space = dict(self.space)
         for changes, value in finished:
             params = {key: changes[key] for key in space if key in changes}
-            if params.keys() == space.keys():
+            if params.keys() != space.keys() or not math.isfinite(value):
+                continue
+            # A point of get_sweep() may lie outside of the space, which Optuna refuses.
+            with contextlib.suppress(ValueError):
                 trial = optuna.create_trial(params=params, distributions=space, value=value)
                 study.add_trial(trial)
 
         for _ in range(MAX_PROPOSALS):
             proposal = study.ask(space).params
-            if proposal not in [dict(changes) for changes in taken]:
+            if is_new(proposal):
                 return proposal
-        raise ValueError(
+        raise Exhausted(
             f"search: {MAX_PROPOSALS} proposals in a row are runs that there are already; the "
             f"space has fewer than {self.number}"
         )

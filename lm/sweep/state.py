@@ -1,8 +1,7 @@
 """How far the runs of a sweep are: what their directories say, and nothing else."""
 
 import contextlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -47,7 +46,7 @@ def check_directories(
     # Runs may differ in what a run may change on its way, such as its evals.
     by_identity: dict[str, list[str]] = {}
     for run in runs:
-        by_identity.setdefault(_identity(sweep.config(run).to_dict()), []).append(run.name)
+        by_identity.setdefault(_identity(sweep.config(run)), []).append(run.name)
 
     for run in runs:
         file = workdir / run.name / "config.json"
@@ -69,13 +68,8 @@ def check_directories(
     return strangers
 
 
-def _identity(config: Mapping) -> str:
-    """What stays the same of a run's configuration while it is made longer or moved."""
-    flat = {}
-    for key, value in config_lib.flatten(config).items():
-        if not config_lib.is_resumable(key):
-            flat[key] = value
-    return json.dumps(flat, sort_keys=True)
+def _identity(config) -> str:
+    return plan.identity(config_lib.flatten(config))
 
 
 def read(

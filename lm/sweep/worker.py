@@ -24,7 +24,7 @@ from etils import epath
 from lm import claim, files
 from lm import config as config_lib
 from lm.reports import sweeps
-from lm.sweep import plan, state
+from lm.sweep import plan, search, state
 
 POLL_SECONDS = 2.0  # between looks at runs that others work on
 LAST_LINES = 40  # that are kept of a failed run
@@ -68,7 +68,7 @@ class Workers:
         self._stops: collections.Counter = collections.Counter()
         self._mutex = threading.RLock()  # a signal may come while one is handled
         self._errors: list[BaseException] = []
-        self._code = plan.code_hash()
+        self._may_propose = sweep.search is not None
         self._threads = []
         for number, share in enumerate(shares):
             arguments = (number, len(shares), share)
@@ -108,7 +108,7 @@ class Workers:
                 runs = plan.stored_runs(self._workdir)
                 states = state.read(self._sweep, runs, self._workdir)
                 if self._wants_more(runs, states):
-                    self._propose(runs)
+                    self._propose(runs, states)
                     continue
 
                 left = [run for run in runs if states[run.name].status in OPEN]
@@ -126,17 +126,23 @@ class Workers:
 
     def _wants_more(self, runs, states) -> bool:
         """Whether the search is to propose a run: each that there is has been taken."""
-        search = self._sweep.search
-        any_waiting = any(known.status == state.WAITING for known in states.values())
-        return search is not None and not any_waiting and len(runs) < search.number
+        if not self._may_propose or len(runs) >= self._sweep.search.number:
+            return False
+        return not any(known.status == state.WAITING for known in states.values())
 
-    def _propose(self, runs) -> None:
+    def _propose(self, runs, states) -> None:
         finished = []
         for run in runs:
             value = state.last_value(self._workdir / run.name, self._sweep.search.metric)
-            if value is not None:
+            if value is not None and states[run.name].status == state.DONE:
                 finished.append((run.changes, value))
-        added = plan.add_run(self._sweep, self._workdir, finished)
+        try:
+            added = plan.add_run(self._sweep, self._workdir, finished)
+        except search.Exhausted as error:
+            # The runs under way come to their ends first.
+            self._may_propose = False
+            self._errors.append(error)
+            return
         if added:
             self._say(f"proposed: {added.name}")
 
@@ -164,7 +170,8 @@ class Workers:
             self._say(f"lost: {lost}")
         finally:
             # The claim is released: nothing of it is left to wait for.
-            self._children.pop(worker, None)
+            with self._mutex:
+                self._children.pop(worker, None)
         return True
 
     def _train(self, run: plan.PlannedRun, held: claim.Claim, worker: int, share: Share) -> None:
@@ -177,6 +184,7 @@ class Workers:
             return
         self._say(f"begins: {run.name}" + (f" at step {now.step}" if now.step else ""))
 
+        self._check_plan(run)
         began = time.monotonic()
         command = self._sweep.command(run, self._workdir, now.length)
         planned = config_lib.content_hash(self._sweep.config(run, now.length))
@@ -185,21 +193,27 @@ class Workers:
             with self._mutex:
                 if self._stop.is_set():
                     return
-                self._check_code()
                 child = self._start(command, log, share, environment)
                 self._children[worker] = child
             code = child.wait()
+            held.check()
 
-        held.check()
         self._note_end(run, code, now.length, time.monotonic() - began)
 
-    def _check_code(self) -> None:
-        """Raises ValueError if a run would have other code than those before it."""
-        if plan.code_hash() != self._code:
-            raise ValueError(
-                "the files of lm have changed since this command started: further runs would not "
-                "be of one code. Start it again, with --accept if that is meant"
-            )
+    def _check_plan(self, run: plan.PlannedRun) -> None:
+        """Raises ValueError if a run would have other code, or another configuration, than
+        sweep.json says.
+        """
+        if plan.code_hash() != plan.read_plan(self._workdir)["code"]:
+            changed = "the files of lm have changed"
+        elif config_lib.content_hash(self._sweep.config(run)) != run.hash:
+            changed = f"the plan of {run.name} has changed"
+        else:
+            return
+        raise ValueError(
+            f"{changed} since this command started: it would train another run than is planned. "
+            "Start it again; it lists what changed"
+        )
 
     def _start(
         self, command: Sequence[str], log: BinaryIO, share: Share, environment: Mapping[str, str]
@@ -256,7 +270,8 @@ def _log(directory: epath.Path):
     with tempfile.TemporaryFile() as file:
         yield file
         file.seek(0)
-        files.write_whole(path, file.read())
+        if printed := file.read():  # else there was no run
+            files.write_whole(path, printed)
 
 
 def deal_devices(number: int) -> list[Share]:
@@ -301,7 +316,8 @@ def _gpus() -> list[str]:
     """The GPUs that a process started here may use."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    return [path.rpartition("nvidia")[2] for path in sorted(glob.glob("/dev/nvidia[0-9]*"))]
+    # CUDA counts those that it finds, whatever their files are called.
+    return [str(number) for number in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
 def _share_size(number: int, total: int, what: str) -> int:
