@@ -6,7 +6,6 @@ base: the study is made anew from the directories whenever a worker wants anothe
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,9 +81,9 @@ class Search:
         space = dict(self.space)
         for changes, value in finished:
             params = {key: changes[key] for key in space if key in changes}
-            if params.keys() != space.keys() or not math.isfinite(value):
+            if params.keys() != space.keys():
                 continue
-            # A point of get_sweep() may lie outside of the space, which Optuna refuses.
+            # Optuna refuses NaN, and a point of get_sweep() outside of the space.
             with contextlib.suppress(ValueError):
                 trial = optuna.create_trial(params=params, distributions=space, value=value)
                 study.add_trial(trial)
