@@ -104,7 +104,9 @@ def bootstrap_laws(runs: Mapping[str, np.ndarray], law, seed: int = 0) -> np.nda
 
 
 def best_sizes(runs: Mapping[str, np.ndarray]) -> dict[float, tuple[float, float]]:
-    """Budget -> (N at which a parabola through L over log N is lowest, L there)."""
+    """Budget -> (N at which a parabola through L over log N is lowest, L there), for the budgets
+    whose lowest point lies among the sizes.
+    """
     best = {}
     for budget in np.unique(runs["budget"]):
         of_budget = select(runs, runs["budget"] == budget)
@@ -113,8 +115,8 @@ def best_sizes(runs: Mapping[str, np.ndarray]) -> dict[float, tuple[float, float
             continue
         middle = log_n.mean()
         a, b, c = np.polyfit(log_n - middle, of_budget["L"], 2)
-        if a > 0:
-            lowest = -b / (2 * a)
+        lowest = -b / (2 * a)
+        if a > 0 and log_n.min() < middle + lowest < log_n.max():
             best[float(budget)] = (float(np.exp(middle + lowest)), float(c - b * b / (4 * a)))
     return best
 
@@ -225,8 +227,13 @@ def main(unused_argv) -> None:
     print(f"N_best grows as C^a: a = {exponent:.3f} by parabolas", end=" ")
     print(f"({interval(bootstrap_size_laws(seen)[:, 0])}),", end=" ")
     print(f"{by_form:.3f} by the form ({interval(forms)})\n")
-    for budget, (n, loss) in best_sizes(runs).items():
-        print(f"{budget:.0e} FLOPs: best at {n:,.0f} parameters, loss {loss:.4f}")
+    best = best_sizes(seen)
+    for budget in np.unique(seen["budget"]):
+        if budget in best:
+            n, loss = best[budget]
+            print(f"{budget:.0e} FLOPs: best at {n:,.0f} parameters, loss {loss:.4f}")
+        else:
+            print(f"{budget:.0e} FLOPs: the best is not among the sizes")
     print(f"\nheld out: {largest:.0e} FLOPs\n\n{align(held_out_rows(seen, held_out, law, laws))}")
     plot(seen, held_out, law, workdir / "fit.png")
 
