@@ -204,9 +204,11 @@ class Workers:
         """Raises ValueError if a run would have other code, or another configuration, than
         sweep.json says.
         """
-        if plan.code_hash() != plan.read_plan(self._workdir)["code"]:
+        stored = plan.read_plan(self._workdir)
+        hashes = {planned["name"]: planned["hash"] for planned in stored["runs"]}
+        if plan.code_hash() != stored["code"]:
             changed = "the files of lm have changed"
-        elif config_lib.content_hash(self._sweep.config(run)) != run.hash:
+        elif config_lib.content_hash(self._sweep.config(run)) != hashes.get(run.name):
             changed = f"the plan of {run.name} has changed"
         else:
             return
