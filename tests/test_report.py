@@ -752,3 +752,12 @@ def test_cards_of_pods():
     run.config = run.config.to_dict()
     (card,) = report._cards_section([run]).parts
     assert "parameters on 16 chips" in card.text
+
+
+def test_long_texts_are_cut():
+    """A file of a stranger makes no page without end; what sorts a text is shorter still."""
+    table = page.Table(["a"], [["x" * 5000]])
+    html = page.render("A page", [page.Section("S", [table, page.Preformatted("", "y" * 50_000)])])
+    assert f"{'x' * 2000} [3,000 more characters]" in html
+    assert f"{'y' * 20_000} [30,000 more characters]" in html
+    assert html.count("x" * 101) == 19  # of the 2,000, without those that it sorts by

@@ -23,7 +23,7 @@ from lm import escape
 MAX_POINTS = 240_000
 MIN_POINTS_OF_A_CURVE, MAX_POINTS_OF_A_CURVE = 24, 900
 MAX_CELLS = 20_000  # of a table; the rows behind them are left out
-MAX_TEXT = 20_000  # characters of a `Preformatted`, or of a cell; the rest is left out
+MAX_TEXT, MAX_CELL = 20_000, 2_000  # characters of a text, and of a cell; the rest is left out
 HERE = Path(__file__).parent
 
 
@@ -211,9 +211,9 @@ def _cell(value: Cell | str | float | None) -> Cell:
     if isinstance(value, (int, float)):
         return Cell(number(value), _sortable(value))
     if isinstance(value, str):
-        return Cell(shown(value), _sortable(value))
+        return Cell(shown(value, MAX_CELL), _sortable(value))
     sorted_by = value.text if value.value is None else value.value
-    return Cell(shown(value.text), _sortable(sorted_by), value.mark)
+    return Cell(shown(value.text, MAX_CELL), _sortable(sorted_by), value.mark)
 
 
 def _sortable(value: float | str) -> str:
@@ -257,11 +257,11 @@ def _classes(cell: Cell) -> str:
 # --- the page ---
 
 
-def shown(text: str) -> str:
-    """A text with control characters spelt out, and cut where it is very long."""
+def shown(text: str, most: int = MAX_TEXT) -> str:
+    """A text with control characters spelt out, and cut where it is longer than `most`."""
     text = escape.printable(text)
-    if len(text) > MAX_TEXT:
-        text = f"{text[:MAX_TEXT]} [{len(text) - MAX_TEXT:,} more characters]"
+    if len(text) > most:
+        text = f"{text[:most]} [{len(text) - most:,} more characters]"
     return text
 
 
