@@ -141,6 +141,11 @@ def test_share_of_an_axis_without_effect():
     assert np.mean(shares) == pytest.approx(share.by_chance) == pytest.approx(2 / 4)
 
 
+def test_axes_that_divide_the_runs_alike_are_one():
+    levels = {"width": [1, 1, 2, 3], "seed": [0, 1, 0, 1], "heads": ["a", "a", "b", "c"]}
+    assert sweeps.axes_that_are_one(levels) == [["width", "heads"], ["seed"]]
+
+
 def test_an_axis_with_another_value_in_each_run_is_not_told():
     levels = {"random": [1, 2, 3, 4], "one": [0, 0, 0, 0], "pair": [0, 0, 1, 1]}
     shares = sweeps.axis_shares(levels, [1.0, 2.0, 5.0, 6.0])
@@ -253,10 +258,14 @@ def test_what_can_not_be_compared_is_said(sweep):
 
     # A run that failed is in no test, whatever predictions it left.
     assert [(test.setting, test.seed) for test in tests] == [("optimizer.learning_rate=0.3", 0)]
-    assert not_compared[0] == f"{names[0]}: no eval has predictions"
-    assert not_compared[1] == f"{names[1]}: the best setting has no run with its seed"
-    assert not_compared[2].startswith(f"{names[2]}: {EVAL}: its predictions are damaged: TypeError")
-    assert not_compared[3] == f"{names[7]}: the best setting has no run with its seed"
+    no_run = "the best setting has no run with its seed"
+    assert not_compared[:2] == [("no eval has predictions", names[0]), (no_run, names[1])]
+    reason, name = not_compared[2]
+    assert reason.startswith(f"{EVAL}: its predictions are damaged: TypeError") and name == names[2]
+    assert not_compared[3] == (no_run, names[7])
+    # On the page runs of one reason stand together.
+    html = report.sweep_page(epath.Path(path))
+    assert f"Not compared: {no_run}. {names[1]}, {names[7]}" in html
 
 
 def test_what_is_set_aside_is_in_no_mean(sweep):
@@ -379,7 +388,7 @@ def test_a_metric_of_another_step_is_none_of_the_run(sweep):
     assert sweep_runs[name].aside == [f"{ACCURACY} is of step 20, the run of step 40"]
     best = "optimizer.learning_rate=0.2"
     _, not_compared = sweeps.paired_tests(list(sweep_runs.values()), best)
-    assert f"{other}: {EVAL}: predictions of steps 20 and 40" in not_compared
+    assert (f"{EVAL}: predictions of steps 20 and 40", other) in not_compared
 
 
 def test_a_bound_of_another_step_is_no_interval(tmp_path):

@@ -127,7 +127,7 @@ def _differing_steps(runs: Sequence[Run]) -> list[Text]:
             steps.setdefault(run.step, []).append(run.name)
     if len(steps) < 2:
         return []
-    parts = [f"{step:,}: {_few(names)}" for step, names in sorted(steps.items())]
+    parts = [f"{step:,}: {few(names)}" for step, names in sorted(steps.items())]
     return [Text(f"The runs end at different steps. {'; '.join(parts)}.", "bad")]
 
 
@@ -140,13 +140,13 @@ def _differing_evals(runs: Sequence[Run]) -> list[Text]:
     for run in runs:
         missing = sorted(all_evals - run.evals.keys())
         if missing and run.curves:
-            parts.append(f"{run.name} lacks {_few(missing)}")
+            parts.append(f"{run.name} lacks {few(missing)}")
     if not parts:
         return []
-    return [Text(f"The runs have different evals. {_few(parts, '; ')}.", "bad")]
+    return [Text(f"The runs have different evals. {few(parts, '; ')}.", "bad")]
 
 
-def _few(names: Sequence[str], separator: str = ", ") -> str:
+def few(names: Sequence[str], separator: str = ", ") -> str:
     """Names in a line, the first ten of many."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return separator.join(names[:10]) + more
@@ -175,7 +175,7 @@ def curves(runs: Sequence[Run]) -> Section:
         parts.append(page.Curves("step", first, others[:MAX_FIGURES]))
     if len(others) > MAX_FIGURES:
         names = [figure.title for figure in others[MAX_FIGURES:]]
-        parts.append(Text(f"Not drawn: {_few(names)}, of {len(first) + len(others)} metrics."))
+        parts.append(Text(f"Not drawn: {few(names)}, of {len(first) + len(others)} metrics."))
     return Section("Curves", parts)
 
 
@@ -235,7 +235,7 @@ def configuration(runs: Sequence[Run]) -> Section:
         parts = side_by_side("What differs", configs, only_differing=True)
         parts = parts or [Text("The configurations are the same.")]
     if without := [name for name, config in configs.items() if not config]:
-        parts.append(Text(f"Without config.json: {_few(without)}.", "bad"))
+        parts.append(Text(f"Without config.json: {few(without)}.", "bad"))
 
     # The others differ from the first one in what stands above.
     for name, config in configs.items():

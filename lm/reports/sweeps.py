@@ -356,13 +356,15 @@ class Test(NamedTuple):
     p_holm: float
 
 
-def paired_tests(sweep_runs: Sequence[SweepRun], best: str) -> tuple[list[Test], list[str]]:
+def paired_tests(
+    sweep_runs: Sequence[SweepRun], best: str
+) -> tuple[list[Test], list[tuple[str, str]]]:
     """Holds each run that counts against that of the best setting with the same seed, in each eval
     of which both have predictions.
 
     Returns:
       The tests, with p-values corrected for the number of all of them (Holm 1979), and what could
-      not be compared, in words.
+      not be compared: (reason, run).
     """
     of_best: dict[str, SweepRun] = {}
     for sweep_run in sweep_runs:
@@ -370,19 +372,19 @@ def paired_tests(sweep_runs: Sequence[SweepRun], best: str) -> tuple[list[Test],
             of_best[json.dumps(sweep_run.changes.get(SEED))] = sweep_run
 
     tests: list[Test] = []
-    not_compared = []
+    not_compared: list[tuple[str, str]] = []
     for sweep_run in sweep_runs:
         if sweep_run.aside or sweep_run.setting == best:
             continue
         name = sweep_run.run.name
         other = of_best.get(json.dumps(sweep_run.changes.get(SEED)))
         if other is None:
-            not_compared.append(f"{name}: the best setting has no run with its seed")
+            not_compared.append(("the best setting has no run with its seed", name))
             continue
         logging.info("comparing %s with %s", name, other.run.name)
         tests_of_run, reasons = _tests_of_pair(sweep_run, other)
         tests += tests_of_run
-        not_compared += [f"{name}: {reason}" for reason in reasons]
+        not_compared += [(reason, name) for reason in reasons]
 
     corrected = statistics.holm([test.p for test in tests]) if tests else []
     return [test._replace(p_holm=p) for test, p in zip(tests, corrected)], not_compared
@@ -484,6 +486,15 @@ def axis_shares(levels: Mapping[str, Sequence[Hashable]], values: Sequence[float
     return shares
 
 
+def axes_that_are_one(levels: Mapping[str, Sequence[Hashable]]) -> list[list[str]]:
+    """The axes in groups: those of a group divide the runs in the same way."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for axis, axis_levels in levels.items():
+        division = tuple(list(axis_levels).index(level) for level in axis_levels)
+        groups.setdefault(division, []).append(axis)
+    return list(groups.values())
+
+
 def is_full_grid(levels: Mapping[str, Sequence[Hashable]]) -> bool:
     """Whether each combination of the levels of the axes is there equally often."""
     combinations = collections.Counter(zip(*levels.values()))
@@ -583,9 +594,10 @@ def _means_section(
 def _axes_section(axes: Sequence[str], sweep_runs: Sequence[SweepRun], metric: str) -> Section:
     """How much of the variance each axis explains."""
     counted = _counted(sweep_runs)
-    levels: dict[str, list[str]] = {}
+    by_axis: dict[str, list[str]] = {}
     for axis in axes:
-        levels[axis] = [json.dumps(run.changes.get(axis), sort_keys=True) for run in counted]
+        by_axis[axis] = [json.dumps(run.changes.get(axis), sort_keys=True) for run in counted]
+    levels = {", ".join(same): by_axis[same[0]] for same in axes_that_are_one(by_axis)}
     values = [float(sweep_run.run.last_values[metric]) for sweep_run in counted]
     shares = axis_shares(levels, values)
     if not shares:
@@ -652,8 +664,12 @@ def _tests_section(sweep_runs: Sequence[SweepRun], best: str | None, metric: str
     parts: list[page.Part] = [Text(text)]
     if rows:
         parts.append(page.Table(columns, rows))
-    for reason in not_compared[:20]:
-        parts.append(Text(f"Not compared: {reason}", "bad"))
-    if len(not_compared) > 20:
-        parts.append(Text(f"Not compared: {len(not_compared) - 20} more.", "bad"))
+
+    names: dict[str, list[str]] = {}
+    for reason, name in not_compared:
+        names.setdefault(reason, []).append(name)
+    for reason, of_reason in list(names.items())[:20]:
+        parts.append(Text(f"Not compared: {reason}. {run_sections.few(of_reason)}", "bad"))
+    if len(names) > 20:
+        parts.append(Text(f"Not compared: {len(names) - 20} other reasons.", "bad"))
     return Section(heading, parts)
