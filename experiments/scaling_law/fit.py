@@ -42,8 +42,9 @@ def read_runs(workdir: Path) -> dict[str, np.ndarray]:
     rows = []
     for run in json.loads((workdir / "sweep.json").read_text())["runs"]:
         folder = workdir / run["name"]
-        summary = json.loads((folder / "run.json").read_text())
-        if not summary["finished"]:
+        path = folder / "run.json"
+        summary = json.loads(path.read_text()) if path.exists() else {}
+        if not summary.get("finished"):
             print(f"not finished, left out: {run['name']}", file=sys.stderr)
             continue
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

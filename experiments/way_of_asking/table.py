@@ -40,7 +40,8 @@ def read_answers(workdir: Path) -> list[Answer]:
     answers = []
     for run in json.loads((workdir / "sweep.json").read_text())["runs"]:
         folder = workdir / run["name"]
-        if not json.loads((folder / "run.json").read_text())["finished"]:
+        size = folder / "run.json"
+        if not size.exists() or not json.loads(size.read_text())["finished"]:
             print(f"not finished, left out: {run['name']}", file=sys.stderr)
             continue
         model = MODELS[0] if run["changes"]["data.label_prompt"] else MODELS[1]
