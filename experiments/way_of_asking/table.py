@@ -130,7 +130,7 @@ def print_shares(answers: Sequence[Answer]) -> None:
         if not shares:
             print(f"{model}: the accuracy doesn't vary")
             continue
-        main = [shares[factor].share for factor in factors]
+        main = [shares[factor].share or 0.0 for factor in factors]
         interactions = max(1 - sum(main), 0.0)
         rows.append((model, *[f"{share:.0%}" for share in [*main, interactions]]))
     print(align(rows))
