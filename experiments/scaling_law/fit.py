@@ -178,10 +178,10 @@ def held_out_rows(seen, held_out, law, laws) -> list[tuple[str, ...]]:
 
 
 def plot(runs, held_out, law, path: Path) -> None:
-    """Draws the losses of each budget over the model's size, with the fitted law."""
+    """Draws the losses of each budget over the model's size, and what the law says of them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     everything = {name: np.concatenate([runs[name], held_out[name]]) for name in runs}
     for number, budget in enumerate(np.unique(everything["budget"])):
@@ -196,11 +196,13 @@ def plot(runs, held_out, law, path: Path) -> None:
         log_n, log_d = np.log(of_budget["N"][order]), np.log(of_budget["D"][order])
         grid = np.linspace(log_n[0], log_n[-1], 100)
         d = np.exp(np.interp(grid, log_n, log_d))
-        axis.plot(np.exp(grid), np.exp(log_loss(law, np.exp(grid), d)), color=f"C{number}")
+        # A dash is seen where there is one size only.
+        style = dict(color=f"C{number}", marker="_", markevery=[0, -1], markersize=16)
+        axis.plot(np.exp(grid), np.exp(log_loss(law, np.exp(grid), d)), **style)
 
     axis.set(xscale="log", xlabel="parameters", ylabel="validation loss (nats a token)")
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=100)
 
 
