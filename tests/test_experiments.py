@@ -122,8 +122,12 @@ def test_the_parts_of_a_way_of_asking_are_told_apart(tmp_path, capsys):
     # The label words explain everything; the shares are of the last step.
     at_end = [answer for answer in answers if answer.step == 2]
     table.print_shares(at_end)
-    header, trained, _ = printed(capsys)
-    shares = dict(zip(header[1:], trained[1:]))
-    assert shares.pop("words") == "100%" and set(shares.values()) == {"0%"}
+    header, *rows = printed(capsys)
+    assert len(rows) == 2 * 5
+    for row in rows:
+        shares = dict(zip(header[2:], row[2:]))
+        assert shares.pop("words") == "100%" and set(shares.values()) == {"0%"}
+    table.print_levels(at_end)
+    assert ["words", "lower", *["90.0% ± 0.0%"] * 4] in printed(capsys)
     table.plot(answers, tmp_path / "ways.png")
     assert (tmp_path / "ways.png").exists()

@@ -5,6 +5,7 @@
 It prints tables, and writes ways.png to the sweep's directory.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from lm.reports.sweeps import axis_shares, mean_interval
 from lm.reports.tables import align
 
 MODELS = ("trained on one way", "trained on none")
+FACTORS = ("template", "words", "examples")
 CORRECTIONS = ("none", "content_free", "domain", "pmi_dc", "batch")
 
 
@@ -96,14 +98,18 @@ TRAINED = ("library", "lower", "none")
 
 
 def print_levels(answers: Sequence[Answer]) -> None:
-    """The mean accuracy of each template, words and examples, over all the others."""
-    rows = [("", "", *MODELS)]
-    for factor in ("template", "words", "examples"):
+    """The mean accuracy of each template, words and examples, over all the others, without and with
+    a correction.
+    """
+    columns = list(itertools.product(MODELS, ("none", "batch")))
+    rows = [("", "", *[f"{model}, {correction}" for model, correction in columns])]
+    for factor in FACTORS:
         for level in dict.fromkeys(getattr(a, factor) for a in answers):
+            of_level = [a for a in answers if getattr(a, factor) == level]
             row = [factor, level]
-            for model in MODELS:
-                of_level = [a for a in answers if a.model == model and getattr(a, factor) == level]
-                row.append(over_seeds([a for a in of_level if a.correction == "none"], np.mean))
+            for column in columns:
+                chosen = [a for a in of_level if (a.model, a.correction) == column]
+                row.append(over_seeds(chosen, np.mean))
             rows.append(tuple(row))
     print(f"{align(rows)}\n")
 
@@ -120,19 +126,21 @@ def print_corrections(answers: Sequence[Answer]) -> None:
 
 
 def print_shares(answers: Sequence[Answer]) -> None:
-    """How much of the variance of the accuracy each factor explains (eta squared)."""
-    factors = ("template", "words", "examples", "correction", "seed")
-    rows = [("model", *factors, "interactions")]
-    for model in MODELS:
-        of_model = [a for a in answers if a.model == model]
-        levels = {factor: [getattr(a, factor) for a in of_model] for factor in factors}
-        shares = axis_shares(levels, [a.accuracy for a in of_model])
+    """How much of the variance of the accuracy each factor explains (eta squared), under each
+    correction.
+    """
+    factors = (*FACTORS, "seed")
+    rows = [("model", "correction", *factors, "interactions")]
+    for model, correction in itertools.product(MODELS, CORRECTIONS):
+        chosen = [a for a in answers if (a.model, a.correction) == (model, correction)]
+        levels = {factor: [getattr(a, factor) for a in chosen] for factor in factors}
+        shares = axis_shares(levels, [a.accuracy for a in chosen])
         if not shares:
-            print(f"{model}: the accuracy doesn't vary")
+            rows.append((model, correction, "the accuracy doesn't vary", *[""] * 4))
             continue
         main = [shares[factor].share or 0.0 for factor in factors]
         interactions = max(1 - sum(main), 0.0)
-        rows.append((model, *[f"{share:.0%}" for share in [*main, interactions]]))
+        rows.append((model, correction, *[f"{share:.0%}" for share in [*main, interactions]]))
     print(align(rows))
 
 
