@@ -541,9 +541,11 @@ def test_moving_average_is_what_is_evaluated(small, tmp_path):
     small.optimizer.ema_decay = 0.9
     run_training(small, tmp_path / "ema")
 
-    # Training is the same.
+    # Training is the same, but for last bits: it is another program.
     plain_lines, ema_lines = read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "ema")
-    assert values_of(ema_lines, "train/loss") == values_of(plain_lines, "train/loss")
+    np.testing.assert_allclose(
+        values_of(ema_lines, "train/loss"), values_of(plain_lines, "train/loss"), rtol=1e-5
+    )
 
     # Training lowers the loss, and the average lags behind it.
     plain = values_of(plain_lines, "eval/validation/loss")
