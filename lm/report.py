@@ -69,7 +69,7 @@ def sweep_page(workdir: epath.Path, metric: str = "") -> str:
     runs = [sweep_run.run for sweep_run in sweep_runs]
     failures = sweeps.read_failures(runs)
     # Of a halving the runs of its longest round count.
-    step = max(map(sweeps.finished_step, runs)) if plan.get("halving") else None
+    step = max(sweeps.finished_step(run.size) for run in runs) if plan.get("halving") else None
 
     main_metric = sweeps.main_metric(runs, metric)
     unplanned = sweeps.strangers(workdir, [run.name for run in runs])

@@ -80,7 +80,7 @@ def test_the_best_sizes_of_budgets_grow_as_the_law_says(made_up):
 def write_asked_run(folder, seed, label_prompt, accuracies):
     """A finished run with the accuracy of each way at steps 1 and 2; corrections change nothing."""
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"finished": True}))
+    (folder / "run.json").write_text(json.dumps({"finished": True, "total_steps": 2}))
     corrections = ("", "_content_free", "_domain", "_pmi_dc", "_batch")
     lines = []
     for step in (1, 2):

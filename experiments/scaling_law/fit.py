@@ -5,16 +5,17 @@
 It prints tables, and writes fit.png to the sweep's directory.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from etils import epath
 from scipy import optimize, special
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for lm, and the sweep beside this file
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for lm
+from lm.reports import sweeps
 from lm.reports.tables import align
 
 METRIC = "eval/validation/loss"
@@ -40,18 +41,11 @@ def read_runs(workdir: Path) -> dict[str, np.ndarray]:
       N parameters, D tokens, C model FLOPs, L validation loss, and budget: C to one digit.
     """
     rows = []
-    for run in json.loads((workdir / "sweep.json").read_text())["runs"]:
-        folder = workdir / run["name"]
-        path = folder / "run.json"
-        summary = json.loads(path.read_text()) if path.exists() else {}
-        if not summary.get("finished"):
-            print(f"not finished, left out: {run['name']}", file=sys.stderr)
-            continue
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        loss = [line[METRIC] for line in lines if METRIC in line][-1]
-        steps = summary["total_steps"]
-        flops = steps * summary["flops_per_step"]
-        rows.append((summary["parameters"], steps * summary["tokens_per_step"], flops, loss))
+    for run in sweeps.finished_runs(epath.Path(workdir)):
+        size = run.run.size
+        steps = size["total_steps"]
+        tokens, flops = steps * size["tokens_per_step"], steps * size["flops_per_step"]
+        rows.append((size["parameters"], tokens, flops, run.run.last_values[METRIC]))
 
     columns = dict(zip("NDCL", np.array(rows, np.float64).T))
     return columns | {"budget": np.array([float(f"{c:.0e}") for c in columns["C"]])}

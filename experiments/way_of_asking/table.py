@@ -6,7 +6,6 @@ It prints tables, and writes ways.png to the sweep's directory.
 """
 
 import itertools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
+from etils import epath
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for lm, and the sweep beside this file
-from lm.reports.sweeps import axis_shares, mean_interval
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for lm
+from lm.reports.sweeps import axis_shares, finished_runs, mean_interval
 from lm.reports.tables import align
 
 MODELS = ("trained on one way", "trained on none")
+TRAINED = ("library", "lower", "none")  # the way of the training
 FACTORS = ("template", "words", "examples")
 CORRECTIONS = ("none", "content_free", "domain", "pmi_dc", "batch")
 
@@ -40,30 +41,13 @@ class Answer(NamedTuple):
 def read_answers(workdir: Path) -> list[Answer]:
     """All answers of the finished runs of a sweep."""
     answers = []
-    for run in json.loads((workdir / "sweep.json").read_text())["runs"]:
-        folder = workdir / run["name"]
-        size = folder / "run.json"
-        if not size.exists() or not json.loads(size.read_text())["finished"]:
-            print(f"not finished, left out: {run['name']}", file=sys.stderr)
-            continue
-        model = MODELS[0] if run["changes"]["data.label_prompt"] else MODELS[1]
-        for text in (folder / "metrics.jsonl").read_text().splitlines():
-            line = json.loads(text)
-            answers += answers_of(line, model, run["changes"]["seed"])
-    return answers
-
-
-def answers_of(line: dict, model: str, seed: int) -> list[Answer]:
-    """The answers in a line of metrics.jsonl."""
-    answers = []
-    for name in line:
-        if not (name.startswith("eval/") and name.endswith("/accuracy")):
-            continue
-        template, words, examples = name.split("/")[1].split("_")
-        for correction in CORRECTIONS:
+    for run in finished_runs(epath.Path(workdir)):
+        model = MODELS[0] if run.changes["data.label_prompt"] else MODELS[1]
+        for name, correction in itertools.product(run.run.evals, CORRECTIONS):
             suffix = "" if correction == "none" else f"_{correction}"
-            way = (template, words, examples, correction)
-            answers.append(Answer(model, seed, line["step"], *way, line[name + suffix]))
+            way = (*name.split("_"), correction)
+            for step, accuracy in zip(*run.run.curves[f"eval/{name}/accuracy{suffix}"]):
+                answers.append(Answer(model, run.changes["seed"], step, *way, accuracy))
     return answers
 
 
@@ -92,9 +76,6 @@ def print_steps(answers: Sequence[Answer]) -> None:
             columns = [over_seeds(at, which) for which in (min, np.mean, max)]
             rows.append((model, str(step), *columns, over_seeds(trained, np.mean)))
     print(f"{align(rows)}\n")
-
-
-TRAINED = ("library", "lower", "none")
 
 
 def print_levels(answers: Sequence[Answer]) -> None:

@@ -103,10 +103,31 @@ def read(workdir: epath.Path, plan: Mapping, where: str) -> tuple[list[str], lis
     return list(axes), all_runs
 
 
-def finished_step(run: runs_lib.Run) -> int:
-    """The last step of a run that has come to an end; 0: it hasn't."""
-    steps = run.size.get("total_steps") if run.size.get("finished") else 0
+def finished_step(size: Mapping) -> int:
+    """The last step of a run that has come to an end, by its run.json; 0: it hasn't."""
+    steps = size.get("total_steps") if size.get("finished") else 0
     return steps if isinstance(steps, int) else 0
+
+
+def is_finished(size: Mapping, length: str) -> bool:
+    """Whether a run has come to the end of this config.train.length, by its run.json."""
+    return bool(size.get("finished")) and size.get("length") == length
+
+
+def finished_runs(workdir: epath.Path) -> list[SweepRun]:
+    """The runs of a sweep's directory that have come to their ends; says which ones haven't.
+
+    Raises:
+      ValueError: see `read`.
+    """
+    path = workdir / PLAN
+    finished = []
+    for sweep_run in read(workdir, files.read_json(path), str(path))[1]:
+        if finished_step(sweep_run.run.size):
+            finished.append(sweep_run)
+        else:
+            logging.warning("not finished, left out: %s", sweep_run.run.name)
+    return finished
 
 
 def read_failures(runs: Sequence[runs_lib.Run]) -> dict[str, str]:
@@ -116,8 +137,7 @@ def read_failures(runs: Sequence[runs_lib.Run]) -> dict[str, str]:
         path = run.path / FAILED
         if path.exists():
             failure = files.read_json(files.check_sized(path))
-            is_over = run.size.get("finished") and run.size.get("length") == failure.get("length")
-            if not is_over:
+            if not is_finished(run.size, failure.get("length")):
                 failures[run.name] = why(failure)
     return failures
 

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -492,40 +492,35 @@ def _keep_runs(old: Mapping, new: dict) -> None:
     A run is known again by its hash; one that has changed only what a run may change on its way, by
     the rest of its configuration, if that is of no other run.
     """
-    left_old, left_new = list(old["runs"]), list(new["runs"])
-    for kind in (_hash_of, _identity_of):
-        known, wanted = _by(kind, old["config"], left_old), _by(kind, new["config"], left_new)
-        for key, runs in wanted.items():
-            if len(runs) == len(known.get(key, ())) == 1:
-                runs[0]["name"] = known[key][0]["name"]
-                left_old.remove(known[key][0])
-                left_new.remove(runs[0])
+    names = {run["hash"]: run["name"] for run in old["runs"]}
+    hashes = {run["hash"] for run in new["runs"]}
+    old_left = _by_identity(old["config"], [r for r in old["runs"] if r["hash"] not in hashes])
+    new_left = _by_identity(new["config"], [r for r in new["runs"] if r["hash"] not in names])
+    for run in new["runs"]:
+        run["name"] = names.get(run["hash"], run["name"])
+    for key, runs in new_left.items():
+        if len(runs) == len(old_left.get(key, ())) == 1:
+            runs[0]["name"] = old_left[key][0]["name"]
 
     if new["search"] and old["config"] == json.loads(json.dumps(new["config"])):
         planned = {run["hash"] for run in new["runs"]}
         new["runs"] += [run for run in old["runs"] if run["hash"] not in planned]
 
 
-def _by(kind: Callable, config: Mapping, runs: Sequence[dict]) -> dict[str, list[dict]]:
+def _by_identity(config: Mapping, runs: Sequence[dict]) -> dict[str, list[dict]]:
+    """The runs of a plan with this base configuration, by what they stay."""
     found: dict[str, list[dict]] = {}
     for run in runs:
-        found.setdefault(kind(config, run), []).append(run)
+        key = identity(config_lib.flatten(config) | run["changes"])
+        found.setdefault(key, []).append(run)
     return found
 
 
-def _hash_of(config: Mapping, run: Mapping) -> str:
-    return run["hash"]
-
-
-def _identity_of(config: Mapping, run: Mapping) -> str:
-    return identity(config_lib.flatten(config) | run["changes"])
-
-
-def identity(flat: Mapping) -> str:
-    """What stays the same of a run's flat configuration while it is made longer or moved."""
-    return json.dumps(
-        {key: flat[key] for key in flat if not config_lib.is_resumable(key)}, sort_keys=True
-    )
+def identity(config: Mapping | ConfigDict) -> str:
+    """What stays the same of a run's configuration while it is made longer or moved."""
+    flat = config_lib.flatten(config)
+    kept = {key: flat[key] for key in flat if not config_lib.is_resumable(key)}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _add_history(old: Mapping, new: dict) -> None:

@@ -46,12 +46,12 @@ def check_directories(
     # Runs may differ in what a run may change on its way, such as its evals.
     by_identity: dict[str, list[str]] = {}
     for run in runs:
-        by_identity.setdefault(_identity(sweep.config(run)), []).append(run.name)
+        by_identity.setdefault(plan.identity(sweep.config(run)), []).append(run.name)
 
     for run in runs:
         file = workdir / run.name / "config.json"
         found = files.read_json(file) if file.exists() else None
-        if found is not None and run.name not in by_identity.get(_identity(found), []):
+        if found is not None and run.name not in by_identity.get(plan.identity(found), []):
             # A Hugging Face checkpoint decides more of it.
             config = build.apply_hf_config(sweep.config(run))
             config_lib.check_resumable(found, config, str(workdir / run.name))
@@ -59,17 +59,13 @@ def check_directories(
     strangers = sweeps.strangers(workdir, [run.name for run in runs]) if workdir.exists() else []
     for name in strangers:
         found = files.read_json(workdir / name / "config.json")
-        for planned in by_identity.get(_identity(found), []):
+        for planned in by_identity.get(plan.identity(found), []):
             if not (workdir / planned).exists():
                 raise ValueError(
                     f"{workdir / name} has the configuration of the run {planned}: it was "
                     "renamed. Rename it back, or remove it"
                 )
     return strangers
-
-
-def _identity(config) -> str:
-    return plan.identity(config_lib.flatten(config))
 
 
 def read(
@@ -88,8 +84,8 @@ def read(
 def _read_run(directory: epath.Path, length: str) -> State:
     """The state of a run that is to reach `length`."""
     size = _read_size(directory)
-    step = size.get("total_steps", 0) if size.get("finished") else 0
-    if size.get("finished") and size.get("length") == length:
+    step = sweeps.finished_step(size)
+    if sweeps.is_finished(size, length):
         return State(DONE, step=step)
     if (directory / sweeps.FAILED).exists():
         return State(FAILED_STATUS, step=step, why=read_why(directory))

@@ -133,8 +133,10 @@ class Workers:
     def _propose(self, runs, states) -> None:
         finished = []
         for run in runs:
+            if states[run.name].status != state.DONE:
+                continue
             value = state.last_value(self._workdir / run.name, self._sweep.search.metric)
-            if value is not None and states[run.name].status == state.DONE:
+            if value is not None:
                 finished.append((run.changes, value))
         try:
             added = plan.add_run(self._sweep, self._workdir, finished)
