@@ -889,25 +889,26 @@ class SearchingWorkers(FakeWorkers):
         return FakeRun(self._seconds, log, lambda: self._ends(directory, config))
 
 
-def test_a_search_of_a_small_space_ends_with_an_error(tmp_path, monkeypatch):
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """Makes (sweep, directory) of a search that is settled there, for its rates and number."""
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
-    text = SEARCH.format(rates="CategoricalDistribution([1e-3])", number=5)
-    sweep = write_sweep(tmp_path / "toy" / "sweep.py", "[]", halving_config(), text)
-    workdir = epath.Path(tmp_path / "runs")
-    plan.settle(sweep, workdir, accept=False)
-    with pytest.raises(ValueError, match="has fewer than 5"):
-        SearchingWorkers(sweep, workdir, 1, done, seconds=0).run()
-    assert len(plan.stored_runs(workdir)) == 2
+
+    def settled(rates, number):
+        text = SEARCH.format(rates=rates, number=number)
+        sweep = write_sweep(tmp_path / "toy" / "sweep.py", "[]", halving_config(), text)
+        workdir = epath.Path(tmp_path / "runs")
+        plan.settle(sweep, workdir, accept=False)
+        return sweep, workdir
+
+    return settled
 
 
-def test_a_space_that_is_searched_stops_no_run(tmp_path, monkeypatch):
-    """Three workers for two runs: the idle one ends nothing that is under way."""
-    monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
-    text = SEARCH.format(rates="CategoricalDistribution([1e-3])", number=5)
-    sweep = write_sweep(tmp_path / "toy" / "sweep.py", "[]", halving_config(), text)
-    workdir = epath.Path(tmp_path / "runs")
-    plan.settle(sweep, workdir, accept=False)
-    workers = SearchingWorkers(sweep, workdir, 3, done, seconds=0.5)
+@pytest.mark.parametrize("number, seconds", [(1, 0), (3, 0.5)])
+def test_a_search_of_a_small_space_ends_with_an_error(searched, number, seconds):
+    """And with no run stopped: of three workers for two runs the idle one ends none."""
+    sweep, workdir = searched("CategoricalDistribution([1e-3])", 5)
+    workers = SearchingWorkers(sweep, workdir, number, done, seconds=seconds)
     with pytest.raises(ValueError, match="has fewer than 5"):
         workers.run()
     runs = plan.stored_runs(workdir)
@@ -944,12 +945,8 @@ def get_search():
         plan.add_run(sweep, epath.Path(tmp_path / "runs"), [])
 
 
-def test_a_search_is_told_of_runs_that_are_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
-    text = SEARCH.format(rates="FloatDistribution(1e-4, 1e-1, log=True)", number=3)
-    sweep = write_sweep(tmp_path / "toy" / "sweep.py", "[]", halving_config(), text)
-    workdir = epath.Path(tmp_path / "runs")
-    plan.settle(sweep, workdir, accept=False)
+def test_a_search_is_told_of_runs_that_are_over(searched, monkeypatch):
+    sweep, workdir = searched("FloatDistribution(1e-4, 1e-1, log=True)", 3)
     told = []
     propose_really = Search.propose
 
