@@ -1,48 +1,53 @@
 #!/usr/bin/env bash
-# Installs lm on a Cloud TPU VM and checks the devices.
+# Without arguments: installs lm on the TPU VM that it runs on, and checks the devices.
+# With arguments, on your own machine: TPUs of Google Cloud from nothing to a run (docs/tpu.md).
 #
-# On the VM itself, from the repository's root:
-#   ./tpu_setup.sh
-#
-# From your own machine, on every worker of the TPU VM or pod slice NAME:
-#   ./tpu_setup.sh NAME ZONE [PROJECT]
-#
-# To start a run afterwards, give every worker the same command. The workers find each other:
-#
-#   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='cd lm && . .venv/bin/activate && \
-#     python -m lm.main --config=configs/c4.py:gpt2 --workdir=gs://BUCKET/RUN --config.data.source_args.data_dir=gs://BUCKET/tfds'
+#   ./tpu_setup.sh run NAME --type=v5litepod-8 --zone=ZONE --spot -- --config=... --workdir=gs://...
+#   ./tpu_setup.sh --help
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# With arguments: copy the repository to every worker, and run this script there.
-if [ $# -ge 2 ]; then
-  name=$1 zone=$2
-  where=(--zone="$zone" ${3:+--project="$3"} --worker=all)
-  archive=$(mktemp -d)/lm.tar.gz
-  git archive --format=tar.gz --prefix=lm/ -o "$archive" HEAD  # every worker gets the same committed files
-  gcloud compute tpus tpu-vm scp "$archive" "$name:lm.tar.gz" "${where[@]}"
-  gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --command='tar xzf lm.tar.gz && bash lm/tpu_setup.sh'
-  exit
+# Take the newest Python that lm supports.
+python=
+for candidate in python3.13 python3.12 python3.11 python3; do
+  if command -v "$candidate" >/dev/null &&
+    "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+    python=$candidate
+    break
+  fi
+done
+
+if [ $# -gt 0 ]; then
+  [ -n "$python" ] || { echo "error: Python 3.11 to 3.13 is needed" >&2; exit 1; }
+  exec "$python" -m lm.tpu "$@"
 fi
 
-# Take the newest Python that lm supports.
-python=python3
-for candidate in python3.13 python3.12 python3.11; do
-  if command -v "$candidate" >/dev/null; then python=$candidate; break; fi
-done
-"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || {
-  echo "Python 3.11 to 3.13 is needed, $("$python" --version) is here. On Ubuntu: sudo apt-get install python3.11 python3.11-venv" >&2; exit 1; }
-"$python" -m venv .venv
+# Most images of TPU VMs have an older Python: uv, from PyPI, brings its own.
+if [ ! -x .venv/bin/python ]; then
+  if [ -n "$python" ] && "$python" -c 'import ensurepip' 2>/dev/null; then
+    "$python" -m venv .venv
+  else
+    python3 -m pip install --quiet --user uv ||
+      { echo "error: no Python 3.11 to 3.13 with venv here, and no pip to get one by uv" >&2; exit 1; }
+    python3 -m uv venv --quiet --seed --python 3.12 .venv
+  fi
+fi
 .venv/bin/pip install --quiet --upgrade pip
 .venv/bin/pip install --quiet -c constraints.txt -e '.[tpu,gcs]'
 
 # On a pod, each worker waits here for the others. Run the script on all of them.
-.venv/bin/python - <<'PY'
-import logging
+timeout 600 .venv/bin/python - lm-check <<'PY'
+import importlib.metadata, logging, platform, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
+packages = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+print(f"versions: python {platform.python_version()}, {', '.join(packages)}", flush=True)
 import jax
 from lm import startup
-devices = startup.start("tpu")
+try:
+    devices = startup.start("tpu")
+except ValueError as error:
+    sys.exit(f"error: {error}\nIs this a TPU VM, with the --runtime of its type, and is no other "
+             "process at the TPU (next: sudo lsof -w /dev/accel* /dev/vfio/*)?")
 here = jax.local_devices()
 total = float(jax.jit(lambda: jax.numpy.ones((1024, 1024)).sum())())
 assert total == 1024 * 1024, total
