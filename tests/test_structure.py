@@ -55,6 +55,7 @@ RANKS = {
     "lm/suggest.py": 10,
     "lm/main.py": 11,
     "lm/sweep/": 12,
+    "lm/tpu/": 12,
 }
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lm/**/*.py"))
 
