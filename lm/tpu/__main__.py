@@ -99,6 +99,7 @@ def check_run(arguments: list[str], *, mounted: bool) -> None:
     for argument in arguments:
         flag, _, value = argument.lstrip("-").partition("=")
         names[flag] = value
+
     for needed in ("config", "workdir"):
         if not names.get(needed):
             raise Error(f"the run has no --{needed}=...; its flags stand behind --:{EXAMPLE}")
@@ -107,6 +108,7 @@ def check_run(arguments: list[str], *, mounted: bool) -> None:
             f"--workdir={names['workdir']} lies on the TPU VM's own disk, which goes with it: take "
             "gs://BUCKET/RUN; --mounted says that it outlives the TPU VM"
         )
+
     path = session_lib.ROOT / names["config"].partition(":")[0]
     if not path.exists():
         raise Error(f"no configuration file {path} in this checkout")
@@ -122,6 +124,7 @@ def check_buckets(gcloud: Gcloud, arguments: list[str], *, other_region: bool) -
                 f"there is no bucket {bucket}, or this account may not see it",
                 f"gcloud storage buckets create {bucket} --location={region}",
             )
+
         location = str(found.get("location", "")).lower()
         # us, eu and asia are several regions together.
         is_near = location == region or region.startswith({"eu": "europe"}.get(location, location))
@@ -168,6 +171,7 @@ def choose_code(session: session_lib.Session, *, new: bool) -> session_lib.Code:
     if kept and kept.tree != code.tree and not new:
         supervisor.say(f"the run goes on with its own code, {kept}; --new_code ships this checkout")
         return kept
+
     supervisor.say(f"shipping {code}")
     if unknown:
         names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
@@ -183,6 +187,7 @@ def write_environment(names: str, directory: Path) -> str:
     missing = [name for name in names.split(",") if name not in os.environ]
     if missing:
         raise Error(f"--env={names}: not set on this machine: {', '.join(missing)}")
+
     values = {name: os.environ[name] for name in names.split(",")}
     path = directory / "environment.json"
     path.touch(mode=0o600)
@@ -198,12 +203,14 @@ def run(flags, arguments: list[str], order: Order, gcloud: Gcloud, session) -> N
     check_buckets(gcloud, arguments, other_region=flags.other_region)
     session.lock()
     choose_code(session, new=flags.new_code)
+
     settings = supervisor.Settings(
         arguments=arguments,
         poll_seconds=0.0 if flags.dry_run else flags.poll_seconds,
         environment_file=write_environment(flags.env, session.directory),
         keep=flags.keep,
     )
+
     try:
         supervisor.Supervisor(gcloud, order, session, settings).run()
     except KeyboardInterrupt:
@@ -218,6 +225,7 @@ def create(order: Order, gcloud: Gcloud, poll_seconds: float) -> None:
     """Asks for TPUs, and waits until they are there."""
     check_type(gcloud, order)
     gcloud.create(order)
+
     said = ""
     while True:
         request = gcloud.queued_resource(order.name)
@@ -236,6 +244,7 @@ def create(order: Order, gcloud: Gcloud, poll_seconds: float) -> None:
             supervisor.say(f"{order.name}: {state}")
             said = state
         time.sleep(poll_seconds)
+
     supervisor.say(f"{order.name} is there, and costs")
     print(f"next: {supervisor.hint('setup', gcloud, order.name)}")
 
@@ -259,10 +268,12 @@ def status(order: Order, gcloud: Gcloud) -> None:
     if request is None:
         print(f"{order.name}: nothing in {gcloud.zone}")
         return
+
     print(f"{order.name}: {request.get('state', {}).get('state')}")
     for node in order.nodes():
         found = gcloud.node(node) or {}
         print(f"{node}: {found.get('state', 'missing')}, health {found.get('health', 'unknown')}")
+
     command = "cd lm && .venv/bin/python -m lm.tpu.worker status 1000000000000"
     for node, worker in supervisor.workers_of(gcloud, order.nodes()):
         result = gcloud.ssh(node, worker, command)
@@ -284,6 +295,7 @@ def tunnel(flags, order: Order, gcloud: Gcloud) -> None:
         "cd lm && .venv/bin/pip install -q -c constraints.txt -e '.[tensorboard]' && "
         f".venv/bin/tensorboard --logdir={shlex.quote(flags.logdir)} --port=6006"
     )
+
     print(f"TensorBoard will be at http://localhost:{flags.port}; end it with ctrl-C", flush=True)
     arguments = gcloud.ssh_arguments(order.nodes()[0], 0, command)
     gcloud.connect([*arguments, "--", "-L", f"{flags.port}:localhost:6006"])
@@ -304,6 +316,7 @@ def stop(order: Order, gcloud: Gcloud) -> None:
             f"the run may still go on, on worker {', '.join(running)}",
             supervisor.hint("status", gcloud, order.name),
         )
+
     print("stopped; what it saved is in its run directory. The TPUs are still there, and cost")
     print(f"next: {supervisor.hint('delete', gcloud, order.name)}")
 
@@ -312,6 +325,7 @@ def delete(order: Order, gcloud: Gcloud, session, poll_seconds: float) -> None:
     """Deletes the TPUs, and waits until they are gone."""
     session.end()  # a supervisor on this machine ends then
     supervisor.delete(gcloud, order.name, poll_seconds)
+
     for node in order.nodes():
         if gcloud.node(node) is not None:
             supervisor.say(f"{node} is left over: it is deleted")

@@ -204,6 +204,7 @@ class Gcloud:
             if not _PASSING.search(error) or attempt == TRIES - 1:
                 break
             time.sleep(self._pause * 2**attempt)
+
         # A zone or a project that isn't there is an error of another kind.
         is_elsewhere = re.search(r"[Pp]roject .*not|locations/[^/]*'", error)
         if may_lack and _NOT_FOUND.search(error) and not is_elsewhere:
@@ -214,6 +215,7 @@ class Gcloud:
         text = self._call(*arguments, "--format=json", may_lack=True)
         if text is None:
             return None
+
         try:
             return json.loads(text)
         except json.JSONDecodeError:
@@ -239,6 +241,7 @@ class Gcloud:
         arguments = ["storage", "buckets", "describe", url, "--format=json"]
         if self.project:
             arguments.append(f"--project={self.project}")
+
         result = self._execute(arguments, CALL_SECONDS)
         if result.returncode == 0:
             return json.loads(result.stdout)
@@ -252,6 +255,7 @@ class Gcloud:
         """Asks for TPUs: they come when there are some."""
         arguments = [order.name, f"--accelerator-type={order.type}"]
         arguments.append(f"--runtime-version={order.runtime or generation(order.type).runtime}")
+
         if order.slices == 1:
             arguments.append(f"--node-id={order.name}")
         else:

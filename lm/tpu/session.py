@@ -111,8 +111,13 @@ class Session:
         """Whether TPUs were asked for here, and not by somebody's own command."""
         return self._read().get("made") is True
 
-    def note_made(self) -> None:
-        self._file.write_text(json.dumps(self._read() | {"made": True}))
+    def note_made(self, made: bool) -> None:
+        """Notes whether TPUs were asked for."""
+        self._file.write_text(json.dumps(self._read() | {"made": made}))
+
+    def forget_code(self) -> None:
+        """Has the next run take the code that there is then."""
+        self._file.write_text(json.dumps({"made": self.made}))
 
     def is_over(self) -> bool:
         """Whether another command has ended it."""

@@ -139,6 +139,7 @@ def set_up(
 
     say(f"setting up {len(workers)} worker(s): {code}")
     results = gcloud_lib.on_all(copy_and_install, workers)
+
     failed = {worker: result for worker, result in results.items() if result.returncode}
     if failed:
         _stop_set_up(gcloud, workers)
@@ -176,6 +177,7 @@ def _check_versions(outputs: dict[tuple[str, int], str]) -> None:
         lines = [line for line in output.splitlines() if line.startswith("versions: ")]
         versions = lines[-1].removeprefix("versions: ") if lines else ""
         workers_by_versions.setdefault(versions, []).append(f"{worker} of {node}")
+
     if len(workers_by_versions) > 1:
         lines = []
         for versions, workers in workers_by_versions.items():
@@ -228,6 +230,7 @@ class Supervisor:
         self._has_started = False  # on all workers of these TPUs
         self._trouble_since: float | None = None  # TPU VMs not ready, workers out of reach
         self._failed_step: int | None = None  # the newest checkpoint where the run failed last
+        self._was_asked = False  # to stop
         self._log_end = 0
 
     def run(self) -> None:
@@ -259,6 +262,8 @@ class Supervisor:
         command = hint("delete", self._gcloud, self._order.name)
         there = f"{self._order.name}: the TPUs are still there, and cost. next: {command}"
         if self._settings.keep or not self._session.made:
+            if not self._was_asked:  # what was stopped goes on with its code
+                self._session.forget_code()
             say(there)
             return
         try:
@@ -275,6 +280,7 @@ class Supervisor:
         if self._session.is_over():
             say(f"{name}: ended by another command of this machine")
             return True
+
         if request is None:
             self._create()
         elif state == "ACTIVE":
@@ -302,18 +308,23 @@ class Supervisor:
             if self._session.made and self._gcloud.node(node) is not None:
                 self._say(f"{node} is left over from before: it is deleted")
                 self._gcloud.delete_node(node)
+
         kind = f"{self._order.slices} x {self._order.type}{', spot' if self._order.spot else ''}"
         self._say(f"asking for {kind} in {self._gcloud.zone}")
+
+        had_some = self._session.made
+        self._session.note_made(True)  # before: an answer that is lost may have been a yes
         try:
             self._gcloud.create(self._order)
+        except gcloud_lib.Passing:
+            raise
         except Error as error:
+            self._session.note_made(had_some)
             # Quota of what was deleted may take a while to come back.
-            if not self._session.made or self._failed_requests + 1 >= MAX_FAILED_REQUESTS:
-                raise
             self._failed_requests += 1
+            if not had_some or self._failed_requests >= MAX_FAILED_REQUESTS:
+                raise
             self._say(f"{error}: trying again")
-            return
-        self._session.note_made()
         self._has_started, self._trouble_since, self._log_end = False, None, 0
 
     def _replace(self, why: str, *, failed: bool) -> None:
@@ -321,8 +332,9 @@ class Supervisor:
         self._failed_requests = self._failed_requests + 1 if failed else 0
         if self._failed_requests >= MAX_FAILED_REQUESTS:
             raise Error(
-                f"{self._failed_requests} requests failed one after the other, the last: {why}",
-                "try another zone or type, --spot or not, or later",
+                f"{self._failed_requests} requests failed one after the other, the last: {why}. "
+                "Another zone or type may have what this one lacks",
+                "gcloud compute tpus locations list",
             )
         self._has_started, self._trouble_since = False, None
         self._delete(why)
@@ -333,7 +345,6 @@ class Supervisor:
 
     def _look_at_nodes(self) -> bool:
         """Looks at the TPU VMs of a request that is active."""
-        self._failed_requests = 0
         wanted = gcloud_lib.num_hosts(self._order.type)
         workers = []
         for name in self._order.nodes():
@@ -342,6 +353,7 @@ class Supervisor:
             if state in NODE_GONE:
                 self._replace(f"{name} is {state}", failed=False)
                 return False
+
             count = len(node.get("networkEndpoints", []))
             if state != "READY" or count != wanted:
                 self._wait_for(f"{name} is {state} with {count} of {wanted} workers")
@@ -368,10 +380,12 @@ class Supervisor:
             """else echo '{"state": "not set up"}'; fi"""
         )
         result = self._gcloud.ssh(node, worker, command)
+
         try:
             said = json.loads(result.stdout.strip().splitlines()[-1])
         except (IndexError, json.JSONDecodeError):
             return None
+
         # An older run's end is not this one's.
         of_run = said.get("arguments", self._settings.arguments) == self._settings.arguments
         if said["state"] in ("ended", "died") and not of_run:
@@ -392,6 +406,7 @@ class Supervisor:
         statuses = gcloud_lib.on_all(self._status, workers)
         lost = [f"{worker} of {node}" for (node, worker), said in statuses.items() if said is None]
         states = {said["state"] for said in statuses.values() if said}
+
         if lost:
             self._wait_for(f"worker {', '.join(lost)} can't be reached")
         elif "not set up" in states:
@@ -442,22 +457,25 @@ class Supervisor:
             return self._gcloud.ssh(node, worker, command)
 
         results = gcloud_lib.on_all(start, workers)
+
         failed = {worker: result for worker, result in results.items() if result.returncode}
         refused = {worker: result for worker, result in failed.items() if result.returncode == 1}
         if refused:
             raise Error(_describe_failures(refused), hint("stop", self._gcloud, self._order.name))
         self._has_started = not failed
         if self._has_started:
-            self._trouble_since = None
+            self._failed_requests, self._trouble_since = 0, None
             self._say("started")
 
     def _judge(self, workers: Sequence[tuple[str, int]], statuses: dict) -> bool:
         """Looks at a run that has ended on all workers; whether it is done."""
         self._has_started = False
         failed = {worker: said for worker, said in statuses.items() if said["status"] != 0}
+
         name = self._order.name
         if any(said.get("asked") for said in statuses.values()):
             say(f"{name}: stopped, as it was asked to; the same command goes on")
+            self._was_asked = True
             return True
         if not failed:
             if not any(said["stopped"] for said in statuses.values()):
@@ -472,6 +490,7 @@ class Supervisor:
         if self._failed_step is not None and step <= self._failed_step:
             log = last_lines(said.get("log", ""))
             raise Error(f"{what}, twice without a new checkpoint between:\n{log}")
+
         self._failed_step = step
         say(f"{what}; its newest checkpoint is of step {step}: started again")
         self._start(workers)

@@ -5,6 +5,7 @@ it ended. Both hold a lock for as long as they live: a lock that is free tells t
 even after the machine was started anew.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -69,6 +70,7 @@ def start(arguments: list[str]) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
     end = time.monotonic() + START_SECONDS
     while read_state().get("holder") != holder.pid:
         if holder.poll() is not None or time.monotonic() > end:
@@ -93,8 +95,11 @@ def hold(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+
+    state["child"] = child.pid
     _write_state(state)
     status = child.wait()
+
     asked = (directory() / "asked").exists()
     state |= {"status": status, "stopped": stopped, "asked": asked}
     _write_state(state)
@@ -132,6 +137,7 @@ def _newest_step(arguments: list[str]) -> int:
     for argument in arguments:
         if argument.startswith("--workdir="):
             workdir = argument.partition("=")[2]
+
     try:
         names = [path.name for path in (epath.Path(workdir) / "checkpoints").iterdir()]
     except Exception:  # a bucket's too: that the run has ended is noted already
@@ -166,7 +172,12 @@ def stop(seconds: float) -> bool:
         return True
     if is_held():
         (directory() / "asked").touch()
-        os.kill(read_state()["holder"], signal.SIGTERM)
+        # A holder that was killed leaves the run itself.
+        for process in ("holder", "child"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(read_state()[process], signal.SIGTERM)
+                break
+
     end = time.monotonic() + seconds
     while is_held():
         if time.monotonic() > end:
@@ -182,6 +193,7 @@ def main(argv: list[str]) -> int:
     if command == "status":
         print(json.dumps(status(int(arguments[0]))))
         return 0
+
     try:
         if command == "stop":
             return 0 if stop(float(arguments[0])) else 1
