@@ -11,6 +11,7 @@ What goes wrong, and when, stands in scenario.json of the folder FAKE_GCLOUD:
     message   of a request that fails
   errors      {verb: [text or null, one a call]}, printed instead of an answer
   ssh_errors  [{"worker", "match" (part of the command), "times", "status", "text"}]
+  lost        {verb: [true for a call that is done and whose answer is lost, one a call]}
   versions    {worker: what its set-up says}
   types, buckets, workdir
 """
@@ -274,6 +275,9 @@ def main(argv):
             print("someone")
         elif verb not in ("tpus tpu-vm ssh", "tpus tpu-vm scp"):
             fail(f"ERROR: (gcloud) Invalid choice: {argv}", 2)
+        lost = scenario().get("lost", {}).get(verb, [])
+        if count <= len(lost) and lost[count - 1]:
+            fail("ERROR: HTTPError 503: The service is currently UNAVAILABLE.")
     if answer is not None:
         print(json.dumps(answer))
     if verb == "tpus tpu-vm ssh":

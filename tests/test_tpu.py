@@ -278,6 +278,16 @@ def test_connections_and_services_that_fail_for_a_while_are_waited_for(cloud):
     assert "can't be reached" in printed and cloud.is_empty()
 
 
+def test_answers_that_are_lost_leave_nothing(cloud):
+    cloud.scenario(
+        lost={"tpus queued-resources create": [True], "tpus queued-resources delete": [True]}
+    )
+    status, printed = cloud.run()
+    assert status == 0 and "503" in printed, printed
+    assert len(cloud.calls("queued-resources create")) == 1
+    assert cloud.is_empty()
+
+
 def test_quota_that_comes_back_late_is_waited_for(cloud):
     quota = "ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded. Limit: 8"
     cloud.scenario(

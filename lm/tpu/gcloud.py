@@ -187,7 +187,7 @@ class Gcloud:
         except subprocess.TimeoutExpired:
             return subprocess.CompletedProcess(command, 124, "", f"timed out after {seconds} s")
 
-    def _call(self, *arguments: str, may_lack: bool = False) -> str | None:
+    def _call(self, *arguments: str, may_lack: bool = False, tries: int = TRIES) -> str | None:
         """Returns what gcloud prints.
 
         Args:
@@ -196,12 +196,12 @@ class Gcloud:
         Raises:
           Error: gcloud failed. A failure that passes is waited for.
         """
-        for attempt in range(TRIES):
+        for attempt in range(tries):
             result = self._execute([*arguments, *self._where, "--quiet"], CALL_SECONDS)
             error = result.stderr.strip()
             if result.returncode == 0:
                 return result.stdout
-            if not _PASSING.search(error) or attempt == TRIES - 1:
+            if not _PASSING.search(error) or attempt == tries - 1:
                 break
             time.sleep(self._pause * 2**attempt)
 
@@ -252,7 +252,11 @@ class Gcloud:
     # Changes.
 
     def create(self, order: Order) -> None:
-        """Asks for TPUs: they come when there are some."""
+        """Asks for TPUs: they come when there are some.
+
+        Raises:
+          Passing: the answer may have been lost. Look before asking again.
+        """
         arguments = [order.name, f"--accelerator-type={order.type}"]
         arguments.append(f"--runtime-version={order.runtime or generation(order.type).runtime}")
 
@@ -264,7 +268,7 @@ class Gcloud:
             arguments.append("--spot")
         if order.reservation:
             arguments.append("--reserved")
-        self._call("compute", "tpus", "queued-resources", "create", *arguments)
+        self._call("compute", "tpus", "queued-resources", "create", *arguments, tries=1)
 
     def delete(self, name: str) -> None:
         """Deletes a request with its TPUs. Returns before they are gone."""
