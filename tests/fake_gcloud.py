@@ -66,7 +66,7 @@ def processes(vm):
         with contextlib.suppress(OSError):
             if (
                 entry.name.isdigit()
-                and f"FAKE_VM={vm}\0".encode() in (entry / "environ").read_bytes()
+                and f"FAKE_VM={FOLDER}/{vm}\0".encode() in (entry / "environ").read_bytes()
             ):
                 found.append(int(entry.name))
     return found
@@ -225,7 +225,7 @@ def ssh(node, worker, command):
     versions = scenario().get("versions", {}).get(worker, "python 3.12.1, jax 0.10.2")
     environment = os.environ | {
         "HOME": str(home),
-        "FAKE_VM": vm,
+        "FAKE_VM": f"{FOLDER}/{vm}",  # by which its processes are found
         "FAKE_VERSIONS": versions,
         "PATH": f"{FOLDER / 'vm_bin'}:{os.environ['PATH']}",
     }

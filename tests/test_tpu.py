@@ -322,6 +322,7 @@ def test_a_supervisor_that_is_killed_is_followed_by_another_with_the_same_code(t
     status, printed = cloud.run("--seconds=0.2", "--steps=20")
     assert status == 0, printed
     assert "goes on with its own code" in printed and "--new_code" in printed
+    assert len(cloud.calls("tpu_setup.sh")) == 1
     assert len(cloud.calls("worker start")) == 2  # the second finds it running
     steps = [line["step"] for line in read_jsonl(cloud.run_directory / "metrics.jsonl")]
     assert steps == list(range(1, 21))
@@ -332,6 +333,19 @@ def test_a_supervisor_that_is_killed_is_followed_by_another_with_the_same_code(t
     assert status == 1 and "other code" in printed
     assert "with changes in lm/main.py" in printed and "not shipped" in printed
     assert "notes.txt" in printed
+
+
+def test_new_code_takes_the_place_of_a_run_under_way(tmp_path):
+    cloud = Cloud(tmp_path, make_checkout(tmp_path / "lm"))
+    first = start_supervisor(cloud, "--steps=1000")
+    wait_until(cloud.is_training)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    (cloud.checkout / "lm" / "main.py").write_text("print('newer code')")
+    status, printed = cloud.run("--steps=1000", own=["--new_code"])
+    assert status == 0, printed
+    assert "other code is under way: stopped" in printed and "newer code" in printed
+    assert cloud.is_empty()
 
 
 def test_stop_has_the_run_save_and_the_supervisor_end(cloud):
@@ -599,7 +613,7 @@ def home(tmp_path, monkeypatch, checkout):
 
 
 def test_a_worker_holds_one_run(home):
-    assert worker.status(0) == {"state": "none"}
+    assert worker.status(0) == {"state": "none", "code": ""}
     arguments = [f"--workdir={home / 'run'}", "--steps=1000"]
     worker.start(arguments)
     worker.start(arguments)  # the same: nothing to do

@@ -303,14 +303,8 @@ def tunnel(flags, order: Order, gcloud: Gcloud) -> None:
 
 def stop(order: Order, gcloud: Gcloud) -> None:
     """Has the run save and end on all workers."""
-
-    def stop_worker(node: str, worker: int):
-        command = "cd lm && .venv/bin/python -m lm.tpu.worker stop 600"
-        return gcloud.ssh(node, worker, command, 700)
-
     workers = supervisor.workers_of(gcloud, order.nodes())
-    results = gcloud_lib.on_all(stop_worker, workers)
-    running = [f"{worker} of {node}" for (node, worker), r in results.items() if r.returncode]
+    running = supervisor.stop_run(gcloud, workers)
     if running:
         raise Error(
             f"the run may still go on, on worker {', '.join(running)}",

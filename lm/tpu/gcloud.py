@@ -332,8 +332,8 @@ class Rehearsal(Gcloud):
     def __init__(self, zone: str, project: str, order: Order, *, exists: bool):
         super().__init__(zone, project)
         self._order = order
-        self._exists = self._is_set_up = exists
-        self._has_started = False
+        self._exists = exists
+        self._code, self._has_started = "", False
 
     def connect(self, arguments: Sequence[str]) -> int:
         return self._execute(arguments, 0).returncode
@@ -365,12 +365,10 @@ class Rehearsal(Gcloud):
 
     def _on_worker(self, command: str) -> str:
         if "tpu_setup.sh" in command:
-            self._is_set_up = True
+            self._code = command.split()[-3]  # ... && echo CODE > lm/.code
         elif "worker start" in command:
             self._has_started = True
         elif "worker status" in command:
-            states = {"state": "ended", "status": 0, "stopped": False}
-            if not self._has_started:
-                states = {"state": "none" if self._is_set_up else "not set up"}
-            return json.dumps(states)
+            state = "ended" if self._has_started else "none"
+            return json.dumps({"state": state, "code": self._code, "status": 0, "stopped": False})
         return ""

@@ -26,6 +26,7 @@ NODE_GONE = ("PREEMPTED", "TERMINATED", "STOPPING", "STOPPED", "DELETING", "SUSP
 
 SETUP_SECONDS = 1800
 SSH_FAILED = 255  # the status of ssh and scp where a worker can't be reached
+STOP_SECONDS = 600
 DELETE_SECONDS = 3600
 PATIENCE_SECONDS = 900  # for a TPU VM that isn't ready, or a worker that can't be reached
 MAX_FAILED_REQUESTS = 5  # one after the other
@@ -156,6 +157,17 @@ def _stop_set_up(gcloud: Gcloud, workers: Sequence[tuple[str, int]]) -> None:
         gcloud.ssh(node, worker, "pkill -f 'lm/[t]pu_setup.sh'; pkill -f '[l]m-check'; true")
 
     gcloud_lib.on_all(stop, workers)
+
+
+def stop_run(gcloud: Gcloud, workers: Sequence[tuple[str, int]]) -> list[str]:
+    """Has a run save and end. Returns the workers where it may still go on."""
+
+    def stop(node: str, worker: int) -> subprocess.CompletedProcess:
+        command = f"cd lm && .venv/bin/python -m lm.tpu.worker stop {STOP_SECONDS}"
+        return gcloud.ssh(node, worker, command, STOP_SECONDS + 60)
+
+    results = gcloud_lib.on_all(stop, workers)
+    return [f"{worker} of {node}" for (node, worker), r in results.items() if r.returncode]
 
 
 def _describe_failures(failed: dict) -> str:
@@ -375,9 +387,8 @@ class Supervisor:
     def _status(self, node: str, worker: int, log_from: int = 0) -> dict | None:
         """What a worker says of its run; None where it can't be reached."""
         command = (
-            f'if [ "$(cat lm/.code 2>/dev/null)" = {self._code.tree} ]; then cd lm && '
-            f".venv/bin/python -m lm.tpu.worker status {log_from}; "
-            """else echo '{"state": "not set up"}'; fi"""
+            f"cd lm 2>/dev/null && .venv/bin/python -m lm.tpu.worker status {log_from} || "
+            """echo '{"state": "none"}'"""
         )
         result = self._gcloud.ssh(node, worker, command)
 
@@ -386,6 +397,8 @@ class Supervisor:
         except (IndexError, json.JSONDecodeError):
             return None
 
+        if said.get("code") != self._code.tree:
+            return {"state": "other code" if said["state"] == "running" else "not set up"}
         # An older run's end is not this one's.
         of_run = said.get("arguments", self._settings.arguments) == self._settings.arguments
         if said["state"] in ("ended", "died") and not of_run:
@@ -409,6 +422,9 @@ class Supervisor:
 
         if lost:
             self._wait_for(f"worker {', '.join(lost)} can't be reached")
+        elif "other code" in states:
+            self._say("a run with other code is under way: stopped")
+            stop_run(self._gcloud, workers)
         elif "not set up" in states:
             self._set_up(workers)
         elif states <= {"ended"}:

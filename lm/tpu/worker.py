@@ -154,7 +154,7 @@ def status(offset: int) -> dict:
         word = "ended"
     else:
         word = "died" if state else "none"
-    answer = {"state": word} | state
+    answer = {"state": word, "code": _code()} | state
 
     log = directory() / "log"
     if log.exists():
@@ -164,6 +164,14 @@ def status(offset: int) -> dict:
             answer["log"] = file.read(LOG_BYTES).decode(errors="replace")
             answer["log_end"] = file.tell()
     return answer
+
+
+def _code() -> str:
+    """Which code was set up here, as git hashes it."""
+    try:
+        return (Path(__file__).parents[2] / ".code").read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def stop(seconds: float) -> bool:
