@@ -631,9 +631,11 @@ def test_a_worker_holds_one_run(home):
 
     worker.start(arguments)
     wait_until(lambda: "going on" in worker.status(said["log_end"])["log"])
-    pid = worker.read_state()["holder"]
-    os.killpg(pid, signal.SIGKILL)  # the holder and its child: a machine that falls
-    wait_until(lambda: worker.status(0)["state"] == "died")
+    os.kill(worker.read_state()["holder"], signal.SIGKILL)
+    time.sleep(0.1)
+    assert worker.status(0)["state"] == "running"  # the run itself is
+    assert worker.stop(30)
+    assert worker.status(0)["state"] == "died"
 
 
 @pytest.mark.parametrize(
