@@ -180,11 +180,10 @@ def stop(seconds: float) -> bool:
         return True
     if is_held():
         (directory() / "asked").touch()
-        # A holder that was killed leaves the run itself.
+        # Both: a holder that was killed leaves the run itself.
         for process in ("holder", "child"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(read_state()[process], signal.SIGTERM)
-                break
 
     end = time.monotonic() + seconds
     while is_held():
