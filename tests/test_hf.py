@@ -127,6 +127,11 @@ def test_what_was_saved_is_loaded(directory):
             dict(norm="layernorm", gated_mlp=False, bias="qkv,out,mlp,norm")
             | dict(positions="learned"),
         ),
+        (
+            "gpt_bigcode",
+            dict(norm="layernorm", gated_mlp=False, bias="qkv,out,mlp,norm")
+            | dict(positions="learned", num_kv_heads=2),
+        ),
     ],
 )
 def test_fused_tensors_are_taken_apart(name, changes, tmp_path):
