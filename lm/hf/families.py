@@ -131,7 +131,7 @@ _IGNORED_KEYS = frozenset(
     _num_labels is_llama_config transformers.js_config neftune_noise_alpha
     _attn_implementation_autoset _attn_implementation_internal attn_implementation
     experts_implementation _experts_implementation use_flash_attn use_flash_attention
-    name_or_path model_max_length padding_side
+    name_or_path model_max_length padding_side max_sequence_length custom_pipelines
 """.split()
 )
 # Keys of any family that must have one of these values: transformers' code reads them, though no
@@ -406,6 +406,7 @@ _PHI3 = Family(  # queries, keys and values are one tensor too
     ),
     _llama_tensors(_FUSED_MLP, _fused(_QKV, "self_attn.qkv_proj.weight", "linear")),
     _LLAMA_CONSTANTS,
+    ignored_keys=("full_attn_mod", "interpolate_factor"),  # Phi-4-mini's files have them
     rope=Rope(fraction=1.0, length=4096, type_names=dict(su="longrope", yarn="longrope")),
     window=0, **_LLAMA_NAMES,
 )
@@ -421,6 +422,10 @@ _STARCODER2 = Family(
     _llama_tensors((*_linear("mlp/up", "mlp.c_fc"), *_linear("mlp/down", "mlp.c_proj"))),
     _LLAMA_CONSTANTS | dict(norm="layernorm", gated_mlp=False),
     biases=("norm",), bias_flags=(("use_bias", True, ("qkv", "out", "mlp")),),
+    ignored_keys=(  # of the code that trained it
+        "activation_function", "attention_softmax_in_fp32", "layer_norm_epsilon", "mlp_type",
+        "norm_type", "scale_attention_softmax_in_fp32", "scale_attn_weights",
+    ),
     rope=Rope(), window=0, **_LLAMA_NAMES,
 )
 _ERNIE4_5 = Family(
@@ -653,8 +658,8 @@ _GPT_BIGCODE = Family(
     biases=_GPT_BIASES, aliases=_GPT_ALIASES,
     ignored_keys=(
         *_GPT_IGNORED, "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
-        "inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length",
-        "pre_allocate_kv_cache", "validate_runner_input", "num_key_value_heads",
+        "inference_runner", "max_batch_size", "pad_key_length", "pre_allocate_kv_cache",
+        "validate_runner_input", "num_key_value_heads",
     ),
     body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
 )
