@@ -335,20 +335,30 @@ def read_text(file: str) -> str:
             "convert it: iconv -f ENCODING -t utf-8. (Every byte is a letter in latin1, which "
             "never fails, and is seldom right.)"
         ) from None
-    _check_no_nulls(text, file)
+    _check_no_controls(text, file)
     return text
 
 
-def _check_no_nulls(text: str, file: str) -> None:
-    """Raises ValueError for a text of which an eighth is U+0000: it was never UTF-8."""
-    if "\0" not in text or text.count("\0") <= len(text) // 8:
+# UTF-16 has these in every character of many scripts, and U+0000 in spaces and digits: read as
+# UTF-8, Russian is valid.
+_CONTROLS = [chr(code) for code in range(32) if chr(code) not in "\n\r"]
+
+
+def _check_no_controls(text: str, file: str) -> None:
+    """Raises ValueError for a text with U+0000 of which an eighth is control characters: it was
+    never UTF-8.
+    """
+    if "\0" not in text:
+        return
+    even, odd = (sum(map(half.count, _CONTROLS)) for half in (text[::2], text[1::2]))
+    if even + odd <= len(text) // 8:
         return
     if text[257:262] == "ustar":
         raise ValueError(f"{file} is a tar archive, not text; unpack it with tar -x")
-    encoding = "utf-16le" if text[1:2] == "\0" else "utf-16be"
+    encoding = "utf-16le" if odd > even else "utf-16be"
     raise ValueError(
         f"{file} is no text, or UTF-16 without a byte-order mark: an eighth of it or more is "
-        f"U+0000. Convert it: iconv -f {encoding} -t utf-8"
+        f"U+0000 and other control characters. Convert it: iconv -f {encoding} -t utf-8"
     )
 
 

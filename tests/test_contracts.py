@@ -380,6 +380,22 @@ def test_only_what_is_trained_is_differentiated(tiny, tmp_path):
     assert adapter_flops < 0.8 * flops
 
 
+def test_what_is_frozen_lies_like_any_weights_and_is_not_donated(tiny, tmp_path):
+    config = configure_adapter(tiny, tmp_path)
+    config.mesh.update(dict(data=2, fsdp=2, tensor=2))
+    program = build.build(config, jax.devices()).program
+    _, frozen = trained.split(program.abstract_params, program.is_trained)
+    assert program.abstract_fixed.frozen == frozen
+    assert not frozen["layers"]["mlp"]["up"].sharding.is_fully_replicated
+
+    batch = program.abstract_batch(config.data.batch_size)
+    with jax.set_mesh(program.mesh):
+        lowered = program.train_step.lower(program.abstract_state, batch, program.abstract_fixed)
+    state, _, fixed = lowered.args_info[0]
+    assert all(leaf.donated for leaf in jax.tree.leaves(state))
+    assert not any(leaf.donated for leaf in jax.tree.leaves(fixed))
+
+
 @pytest.mark.parametrize(
     "patterns, message",
     [

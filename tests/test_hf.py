@@ -127,6 +127,11 @@ def test_what_was_saved_is_loaded(directory):
             dict(norm="layernorm", gated_mlp=False, bias="qkv,out,mlp,norm")
             | dict(positions="learned"),
         ),
+        (
+            "gpt_bigcode",
+            dict(norm="layernorm", gated_mlp=False, bias="qkv,out,mlp,norm")
+            | dict(positions="learned", num_kv_heads=2),
+        ),
     ],
 )
 def test_fused_tensors_are_taken_apart(name, changes, tmp_path):
@@ -449,6 +454,7 @@ HARMLESS = (
     dict(layer_types=["full_attention"] * 2),
     dict(rope_scaling=dict(type="linear", factor=1.0)),
     dict(rope_scaling={}, rope_parameters=dict(rope_type="default")),
+    dict(max_sequence_length=2048, custom_pipelines={"text-generation": {}}),  # Vicuna, Dolly
 )
 
 
@@ -458,6 +464,23 @@ def test_keys_that_do_not_change_logits_are_ignored(directory, keys):
     change_json(directory / "config.json", **keys)
 
     assert hf.Checkpoint(directory).fields == fields
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("phi3", dict(full_attn_mod=1, interpolate_factor=1, lm_head_bias=False)),  # Phi-4-mini
+        (
+            "starcoder2",
+            dict(activation_function="gelu", mlp_type="default", norm_type="layer_norm")
+            | dict(attention_softmax_in_fp32=True, scale_attention_softmax_in_fp32=True)
+            | dict(layer_norm_epsilon=1e-5, scale_attn_weights=True),
+        ),
+    ],
+)
+def test_keys_of_a_family_that_do_not_change_logits_are_ignored(name, keys):
+    config = SIZES | dict(model_type=name)
+    assert families.read_config(config | keys) == families.read_config(config)
 
 
 def test_null_is_not_missing():

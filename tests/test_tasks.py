@@ -908,6 +908,9 @@ def test_answers_that_may_count_from_1(tmp_path):
     ):
         choose(tmp_path, rows)
 
+    with pytest.raises(ValueError, match=r"is '2'; wanted one of \[0, 1\], or .*\('1', '2'\)\)"):
+        choose(tmp_path, [row | dict(label=label) for row, label in zip(rows, "122")])
+
     _, predictions = choose(tmp_path, rows, answers=("1", "2"))
     assert [line["label"] for line in predictions] == ["0"] * 3
     with pytest.raises(ValueError, match=r"answers = \('1',\) gives the names \['1'\] to 2 choic"):

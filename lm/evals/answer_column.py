@@ -101,8 +101,8 @@ class AnswerColumn:
         for record in records:
             is_expected = self._is_name(record) or self._is_number(record)
             if self._holds_names is not None or not is_expected:
-                names = list(self._names(record))
-                valid = names if self._holds_names or names else list(range(self._size(record)))
+                by_number = f"{list(range(self._size(record)))}, or {self._naming(record)}"
+                valid = list(self._names(record)) or by_number
                 raise ValueError(
                     f"the eval {self._eval_name!r}: a record's {self._key} is "
                     f"{record[self._column]!r:.60}; wanted one of {valid}"
@@ -116,6 +116,11 @@ class AnswerColumn:
             f"{names[0]!r} in a record and the number {numbers[0]} in another; wanted names in all "
             "of them, or numbers"
         )
+
+    def _naming(self, record: Mapping) -> str:
+        """What helps where choices without names don't count from 0."""
+        ones = tuple(str(i + 1) for i in range(self._size(record)))
+        return f"name the choices (config.evals.{self._eval_name}.answers = {ones})"
 
     def _check_zero(self, evaluated: Sequence[Mapping], others: Iterable[Mapping]) -> None:
         """Raises ValueError for numbers that never are 0: they may count from 1, and each would
@@ -131,8 +136,7 @@ class AnswerColumn:
                         return
 
         names = list(self._names(evaluated[0]))
-        ones = tuple(str(i + 1) for i in range(self._size(evaluated[0])))
-        advice = f"name the choices (config.evals.{self._eval_name}.answers = {ones})"
+        advice = self._naming(evaluated[0])
         if names:
             advice = f"write the names, {names}, as the column has them"
         raise ValueError(

@@ -294,7 +294,8 @@ class Checkpoint:
     def _read_slice(self, param_slice: ParamSlice, shape: tuple[int, ...]) -> np.ndarray:
         tensor = self.entries[param_slice.hf_name].read()
         row = param_slice.row
-        return to_param(row, tensor, shape, self.fields["num_heads"], self._first_outputs[row.path])
+        kv_heads, first_output = self.fields["num_kv_heads"], self._first_outputs[row.path]
+        return to_param(row, tensor, shape, kv_heads, first_output)
 
 
 class _LocalPart(NamedTuple):
@@ -478,33 +479,31 @@ def _first_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 
 def to_param(
-    row: Tensor, tensor: np.ndarray, shape: tuple[int, ...], num_heads: int, first_output: int
+    row: Tensor, tensor: np.ndarray, shape: tuple[int, ...], num_kv_heads: int, first_output: int
 ) -> np.ndarray:
     """Our parameter (of one layer) from a tensor of the files; a view where it can be.
 
     Args:
       row: of the family's table.
       shape: of the parameter.
-      first_output: where it begins along `out`, unless the parts alternate from head to head.
+      first_output: where it begins along `out`, were all parts one behind the other.
     """
-    part, num_parts = row.part
-    axis = _output_axis(row, tensor.ndim)
-    if row.per_head:
-        # [..., heads * parts * size, ...] -> [..., heads, parts, size, ...], of which one part is
-        # taken.
+    _, num_parts = row.part
+    if num_parts > 1:
+        # [..., groups * size, ...] -> [..., groups, size, ...], of which each group has a part.
+        axis = _output_axis(row, tensor.ndim)
+        groups = num_kv_heads if row.by_kv_head else 1
         before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
-        apart = tensor.reshape(*before, num_heads, num_parts, -1, *after)
-        tensor = np.take(apart, part, axis + 1)
-        tensor = tensor.reshape(*before, -1, *after)
-    elif num_parts > 1:
+        apart = tensor.reshape(*before, groups, -1, *after)
         last_output = first_output + _num_outputs(row, shape)
-        outputs = slice(first_output, last_output)
-        tensor = tensor[:, outputs] if axis == 1 else tensor[outputs]
+        outputs = slice(first_output // groups, last_output // groups)
+        tensor = apart[:, :, outputs] if axis == 1 else apart[:, outputs]
+        tensor = tensor.reshape(*before, -1, *after)
 
     return (tensor.T if row.layout == "linear" else tensor).reshape(shape)
 
 
-def from_params(parts: Iterable[tuple[Tensor, np.ndarray]], num_heads: int) -> np.ndarray:
+def from_params(parts: Iterable[tuple[Tensor, np.ndarray]], num_kv_heads: int) -> np.ndarray:
     """A tensor of the files from our parameters (of one layer): the inverse of `to_param`.
 
     Args:
@@ -517,13 +516,11 @@ def from_params(parts: Iterable[tuple[Tensor, np.ndarray]], num_heads: int) -> n
 
     row = in_order[0][0]
     axis = _output_axis(row, arrays[0].ndim)
-    if not row.per_head:
-        return np.concatenate(arrays, axis)
-
-    # [..., heads * size, ...] each -> [..., heads, parts, size, ...] -> [..., out, ...].
+    # [..., groups * size, ...] each -> [..., groups, sum of sizes, ...] -> [..., out, ...].
+    groups = num_kv_heads if row.by_kv_head else 1
     before, after = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
-    grouped = [array.reshape(*before, num_heads, -1, *after) for array in arrays]
-    return np.stack(grouped, axis + 1).reshape(*before, -1, *after)
+    grouped = [array.reshape(*before, groups, -1, *after) for array in arrays]
+    return np.concatenate(grouped, axis + 1).reshape(*before, -1, *after)
 
 
 def _part_number(part: tuple[Tensor, np.ndarray]) -> int:
@@ -592,7 +589,7 @@ def _shapes(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 # --- writing ---
 
 
-def hf_tensors(family: Family, params, num_heads: int) -> dict[str, Callable[[], np.ndarray]]:
+def hf_tensors(family: Family, params, num_kv_heads: int) -> dict[str, Callable[[], np.ndarray]]:
     """The tensors of the files from our parameters.
 
     Returns:
@@ -601,17 +598,17 @@ def hf_tensors(family: Family, params, num_heads: int) -> dict[str, Callable[[],
     flat = _flatten(params)
     makers = {}
     for name, slices in _slices_by_tensor(family, _shapes(flat)).items():
-        makers[name] = functools.partial(_make_hf_tensor, flat, slices, num_heads)
+        makers[name] = functools.partial(_make_hf_tensor, flat, slices, num_kv_heads)
     return makers
 
 
 def _make_hf_tensor(
-    flat_params: Mapping[str, Any], slices: Sequence[ParamSlice], num_heads: int
+    flat_params: Mapping[str, Any], slices: Sequence[ParamSlice], num_kv_heads: int
 ) -> np.ndarray:
     parts = []
     for row, stack_index, _ in slices:
         parts.append((row, np.asarray(flat_params[row.path][stack_index])))
-    return from_params(parts, num_heads)
+    return from_params(parts, num_kv_heads)
 
 
 def save(
@@ -651,7 +648,7 @@ def save(
     config |= {"torch_dtype": "bfloat16" if has_bfloat16 else "float32"}
 
     shards = _split_into_files(specs, shard_bytes)
-    makers = hf_tensors(family, params, fields["num_heads"])
+    makers = hf_tensors(family, params, fields["num_kv_heads"])
     _write(directory, config, shards, specs, makers, progress)
 
 
@@ -707,7 +704,7 @@ def save_as(
         raise ValueError(f"the model was changed since it was imported: {', '.join(changes)}")
 
     shapes = _hf_shapes(family, _shapes(_flatten(params)))
-    makers = hf_tensors(family, params, fields["num_heads"])
+    makers = hf_tensors(family, params, fields["num_kv_heads"])
 
     # Some checkpoints store a tied head all the same.
     table = _hf_names(family, "embed/table")[0]

@@ -34,7 +34,8 @@ class Key(NamedTuple):
     hf_name: str  # "" for a field that config.json never says
     default: Any = REQUIRED  # where the key is missing
     null: Any = REQUIRED  # where it is null
-    values: Mapping[Any, Any] | None = None  # Hugging Face's value -> ours, where they differ
+    # Hugging Face's value -> ours, or a function of the fields, where they differ
+    values: Mapping[Any, Any] | None = None
 
 
 class Rope(NamedTuple):
@@ -64,7 +65,8 @@ class Tensor(NamedTuple):
     layout: str  # vector | table (as ours) | linear ([out, in]) | conv1d ([in, out])
     num_inputs: int = 1  # how many leading dims of our parameter are `in`
     part: tuple[int, int] = (0, 1)  # (which, of how many) parts along `out`
-    per_head: bool = False  # the parts are of equal size, and alternate from head to head
+    # Each kv head's rows stand together: its queries, its key, its value.
+    by_kv_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +131,7 @@ _IGNORED_KEYS = frozenset(
     _num_labels is_llama_config transformers.js_config neftune_noise_alpha
     _attn_implementation_autoset _attn_implementation_internal attn_implementation
     experts_implementation _experts_implementation use_flash_attn use_flash_attention
-    name_or_path model_max_length padding_side
+    name_or_path model_max_length padding_side max_sequence_length custom_pipelines
 """.split()
 )
 # Keys of any family that must have one of these values: transformers' code reads them, though no
@@ -236,12 +238,12 @@ def _norm(path: str, hf_name: str) -> tuple[Tensor, ...]:
 
 
 def _fused(
-    paths: Sequence[str], hf_name: str, layout: str, per_head: bool = False
+    paths: Sequence[str], hf_name: str, layout: str, by_kv_head: bool = False
 ) -> tuple[Tensor, ...]:
     """Parameters that are parts of one tensor, in this order."""
     rows = []
     for i, path in enumerate(paths):
-        rows.append(Tensor(path, hf_name, layout, part=(i, len(paths)), per_head=per_head))
+        rows.append(Tensor(path, hf_name, layout, part=(i, len(paths)), by_kv_head=by_kv_head))
     return tuple(rows)
 
 
@@ -404,6 +406,7 @@ _PHI3 = Family(  # queries, keys and values are one tensor too
     ),
     _llama_tensors(_FUSED_MLP, _fused(_QKV, "self_attn.qkv_proj.weight", "linear")),
     _LLAMA_CONSTANTS,
+    ignored_keys=("full_attn_mod", "interpolate_factor"),  # Phi-4-mini's files have them
     rope=Rope(fraction=1.0, length=4096, type_names=dict(su="longrope", yarn="longrope")),
     window=0, **_LLAMA_NAMES,
 )
@@ -419,6 +422,10 @@ _STARCODER2 = Family(
     _llama_tensors((*_linear("mlp/up", "mlp.c_fc"), *_linear("mlp/down", "mlp.c_proj"))),
     _LLAMA_CONSTANTS | dict(norm="layernorm", gated_mlp=False),
     biases=("norm",), bias_flags=(("use_bias", True, ("qkv", "out", "mlp")),),
+    ignored_keys=(  # of the code that trained it
+        "activation_function", "attention_softmax_in_fp32", "layer_norm_epsilon", "mlp_type",
+        "norm_type", "scale_attention_softmax_in_fp32", "scale_attn_weights",
+    ),
     rope=Rope(), window=0, **_LLAMA_NAMES,
 )
 _ERNIE4_5 = Family(
@@ -622,12 +629,12 @@ _GPT2 = Family(
     biases=_GPT_BIASES, ignored_keys=_GPT_IGNORED, aliases=_GPT_ALIASES,
     body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
 )
-_GPT_BIGCODE = Family(  # with one kv head; others have theirs in another order
+_GPT_BIGCODE = Family(
     "gpt_bigcode", "GPTBigCodeForCausalLM",
     _replaced(
         _GPT_KEYS,
         Key("mlp_dim", "n_inner", _four_embed_dims, null=_four_embed_dims),
-        Key("num_kv_heads", "", 1),
+        Key("num_kv_heads", "multi_query", True, values={True: 1, False: _all_heads}),
         Key("activation", "activation_function", "gelu_pytorch_tanh", values=ACTIVATIONS),
     ),
     (
@@ -637,8 +644,8 @@ _GPT_BIGCODE = Family(  # with one kv head; others have theirs in another order
         *_norm("norm", "transformer.ln_f"),
         *_in_layers(
             "transformer.h",
-            *_fused(_QKV, "attn.c_attn.weight", "linear"),
-            *_fused(_QKV_BIAS, "attn.c_attn.bias", "vector"),
+            *_fused(_QKV, "attn.c_attn.weight", "linear", by_kv_head=True),
+            *_fused(_QKV_BIAS, "attn.c_attn.bias", "vector", by_kv_head=True),
             *_linear("attention/out", "attn.c_proj", 2),
             *_linear("mlp/up", "mlp.c_fc"),
             *_linear("mlp/down", "mlp.c_proj"),
@@ -647,14 +654,12 @@ _GPT_BIGCODE = Family(  # with one kv head; others have theirs in another order
         ),
     ),
     _GPT_CONSTANTS | dict(residual="pre_norm"),
-    supported_values=dict(
-        multi_query=(True,), scale_attn_weights=(True,), add_cross_attention=(False,),
-    ),
+    supported_values=dict(scale_attn_weights=(True,), add_cross_attention=(False,)),
     biases=_GPT_BIASES, aliases=_GPT_ALIASES,
     ignored_keys=(
         *_GPT_IGNORED, "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
-        "inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length",
-        "pre_allocate_kv_cache", "validate_runner_input", "num_key_value_heads",
+        "inference_runner", "max_batch_size", "pad_key_length", "pre_allocate_kv_cache",
+        "validate_runner_input", "num_key_value_heads",
     ),
     body_prefix="transformer.", buffer_pattern=_GPT_BUFFERS,
 )
@@ -735,8 +740,8 @@ _GPT_NEOX = Family(
         *_norm("norm", "gpt_neox.final_layer_norm"),
         *_in_layers(
             "gpt_neox.layers",
-            *_fused(_QKV, "attention.query_key_value.weight", "linear", per_head=True),
-            *_fused(_QKV_BIAS, "attention.query_key_value.bias", "vector", per_head=True),
+            *_fused(_QKV, "attention.query_key_value.weight", "linear", by_kv_head=True),
+            *_fused(_QKV_BIAS, "attention.query_key_value.bias", "vector", by_kv_head=True),
             *_linear("attention/out", "attention.dense", 2),
             *_linear("mlp/up", "mlp.dense_h_to_4h"),
             *_linear("mlp/down", "mlp.dense_4h_to_h"),
@@ -884,21 +889,25 @@ def _read_key(family: Family, key: Key, config: Mapping[str, Any], fields: Mappi
         raise ValueError(
             f"config.json: {key.hf_name} is {problem}; a {family.name} can't do without"
         )
-    if callable(value):
-        value = value(fields)
+    value = _our_value(value, fields)
 
     if key.values is not None:
         # Not every value can be looked up, and to Python 1 is True.
         type_wanted = type(next(iter(key.values)))
         if type(value) is not type_wanted or value not in key.values:
             raise _unsupported(family, key.hf_name, value, list(key.values))
-        value = key.values[value]
+        value = _our_value(key.values[value], fields)
 
     if wanted := config_lib.wanted(_CONFIG_FIELDS[key.field], value):
         raise ValueError(f"config.json: {key.hf_name} = {value!r}; {wanted}")
     if key.field == "num_experts" and value < 1:
         raise _unsupported(family, key.hf_name, value, "1 and more")
     return value
+
+
+def _our_value(value, fields: Mapping[str, Any]):
+    """A value of a table, which may be a function of the fields read so far."""
+    return value(fields) if callable(value) else value
 
 
 def _check_sizes(family: Family, fields: Mapping[str, Any]) -> None:
@@ -1268,7 +1277,7 @@ def _write_keys(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
 
         # Of several words for a value the first is written.
         for hf_value, our_value in key.values.items():
-            if our_value == value:
+            if _our_value(our_value, fields) == value:
                 config[key.hf_name] = hf_value
                 break
     return config

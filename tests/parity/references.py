@@ -92,6 +92,7 @@ CONFIGS = {
     "internlm3": (t.InternLM3Config, GROUPED | dict(head_dim=16)),
     "iquestcoder": (t.IQuestCoderConfig, GROUPED | dict(head_dim=16)),
     "gpt_bigcode": (t.GPTBigCodeConfig, GPT),
+    "gpt_bigcode-multi": (t.GPTBigCodeConfig, GPT | dict(multi_query=False)),
     "mistral": (t.MistralConfig, GROUPED | dict(sliding_window=7)),
     "mistral-whole": (t.MistralConfig, GROUPED | dict(sliding_window=None, head_dim=16)),
     "qwen2": (t.Qwen2Config, GROUPED | dict(tie_word_embeddings=True)),
@@ -149,7 +150,7 @@ CONFIGS = {
 # Those whose parts others have too.
 SLOW = """
     phi3-window starcoder2 starcoder2-unbiased ernie4_5 ernie4_5-biased helium seed_oss jais2
-    internlm3 iquestcoder gpt_bigcode llama-yarn
+    internlm3 iquestcoder gpt_bigcode gpt_bigcode-multi llama-yarn
 """.split()
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CONFIGS]
 

@@ -206,7 +206,7 @@ def test_gradients_are_the_same(name, tmp_path):
         assert total / count == pytest.approx(their_balance, rel=1e-5)
 
     their_grads = as_in_files(name, their_grads)
-    makers = hf.hf_tensors(source.family, our_grads, source.fields["num_heads"])
+    makers = hf.hf_tensors(source.family, our_grads, source.fields["num_kv_heads"])
     assert set(makers) <= set(their_grads)
     # The absolute part is for gradients that are 0 but for rounding, such as those of keys' biases.
     for key, make in makers.items():
