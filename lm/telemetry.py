@@ -254,10 +254,10 @@ class Timer:
         self._began = start.began
         self._lost = dict.fromkeys(("first_step", "data", "evals", "checkpoints", "repeated"), 0.0)
         before = _last_times(writer.lines())
-        self._seconds_before = before.pop("total", 0.0)
+        seconds_kept = before.pop("total", 0.0)
         self._lost |= before
-        repeated = _last_times(writer.repeated).get("total", 0.0) - self._seconds_before
-        self._lost["repeated"] += max(repeated, 0.0)
+        self._seconds_before = _last_times(writer.repeated).get("total", seconds_kept)
+        self._lost["repeated"] += self._seconds_before - seconds_kept
         # Since the last line.
         self._line_step: int | None = None
         self._line_time = self._began

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import logging
 import math
+import pathlib
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -85,9 +87,8 @@ class Tracker:
     ):
         import wandb
 
-        run_id, is_known = _run_id(workdir, project)
+        run_id = _run_id(workdir, project)
         entity, _, name = project.rpartition("/")
-        is_local = "://" not in str(workdir)
         try:
             self._run = wandb.init(
                 entity=entity or None,
@@ -97,35 +98,39 @@ class Tracker:
                 resume="allow",
                 config=dict(config),
                 allow_val_change=True,  # of what a run may change when it goes on
-                dir=str(workdir) if is_local else None,
-                # A run directory has no links in it (files.check_tree), and the terminal is left to
-                # the progress line.
-                settings=wandb.Settings(
-                    symlink=False, console="off", finish_timeout=FINISH_SECONDS
-                ),
+                # Its own files go to ./wandb or WANDB_DIR: it makes links, which a run directory
+                # has none of (files.check_tree). The terminal is left to the progress line.
+                settings=wandb.Settings(console="off", finish_timeout=FINISH_SECONDS),
             )
             self._run.define_metric("step", hidden=True)
             self._run.define_metric("*", step_metric="step")
-            last_step = self._last_step_sent(is_known)
+            # W&B numbers rows, and takes none whose number is below its last one.
+            last_step, self._row = self._what_is_there()
         except Exception as error:
             raise _refused(project, error) from None
         identity = json.dumps({"id": run_id, "project": project}) + "\n"
         files.write_whole(workdir / ID_FILE, identity)
 
-        # W&B numbers rows, and takes none whose number is below its last one. Files that were
-        # written offline begin at 0 each time.
-        num_before = len(lines) + len(repeated) if is_known else 0
-        self._row = max(self._run.step, num_before)
         self._sent = {_identity(line) for line in repeated if line["step"] <= last_step}
         for line in lines:
             if line["step"] > last_step:
                 self.write(line)
 
-    def _last_step_sent(self, is_known: bool) -> float:
-        """The last step that W&B has a row of; inf where only this machine could know."""
+    def _what_is_there(self) -> tuple[float, int]:
+        """Returns (the last step that W&B has a row of, the number of the next row).
+
+        A kill takes rows with it that W&B had been given seconds before.
+        """
+        if self._run.offline:
+            folder = pathlib.Path(self._run.settings.wandb_dir)
+            rows = []
+            for path in sorted(folder.glob(f"offline-run-*-{self._run.id}/*.wandb")):
+                rows += _rows(path.read_bytes())
+            last_step = max((row.get("step", -math.inf) for row in rows), default=-math.inf)
+            return last_step, max((row["_step"] + 1 for row in rows), default=0)
         if self._run.resumed:
-            return self._run.summary.get("step", math.inf)
-        return math.inf if is_known and self._run.offline else -math.inf
+            return self._run.summary.get("step", -math.inf), self._run.step
+        return -math.inf, self._run.step
 
     def write(self, line: Mapping) -> None:
         """Sends a line of metrics.jsonl: its numbers."""
@@ -148,8 +153,36 @@ class Tracker:
             logging.warning("Weights & Biases may lack the last metrics: %s", error)
 
 
-def _run_id(workdir: epath.Path, project: str) -> tuple[str, bool]:
-    """Returns (the id of the run at W&B, whether it was there at an earlier start)."""
+def _rows(content: bytes) -> Iterator[dict]:
+    """The rows in a .wandb file, which W&B writes offline.
+
+    It is a log as LevelDB has them: 7 bytes, then blocks of 32 KiB. In a block are pieces of
+    records, each with a checksum, its size and its kind in front. A kill cuts the last one.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        left_in_block = 2**15 - place % 2**15
+        if left_in_block < 7:
+            place += left_in_block
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        record += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        is_end = kind in (1, 4)  # a whole record, or its last piece
+        if is_end and place <= len(content):
+            items = wandb_internal_pb2.Record.FromString(record).history.item
+            if items:
+                yield {
+                    item.key or item.nested_key[0]: json.loads(item.value_json) for item in items
+                }
+        if is_end:
+            record = b""
+
+
+def _run_id(workdir: epath.Path, project: str) -> str:
+    """The id of the run at W&B: that of the run's earlier starts, or a new one."""
     path = workdir / ID_FILE
     if path.exists():
         known = files.read_json(path)
@@ -157,8 +190,8 @@ def _run_id(workdir: epath.Path, project: str) -> tuple[str, bool]:
         if not (isinstance(run_id, str) and re.fullmatch(r"[\w-]{1,64}", run_id)):
             raise ValueError(f"{path} has the id {run_id!r}; wanted letters and digits. Remove it")
         if known.get("project") == project:
-            return run_id, True
-    return secrets.token_hex(4), False
+            return run_id
+    return secrets.token_hex(4)
 
 
 def _identity(line: Mapping) -> tuple:

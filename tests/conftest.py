@@ -102,6 +102,7 @@ _FREE_KEYS = (
     "train.log_every",
     "train.look_every",
     "train.check_replicas_every",
+    "tracking.",
     "init_from",
 )
 _PICTURES = [
