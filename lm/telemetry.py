@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import files, flops, tensorboard, tracking
+from lm import files, flops, progress, tensorboard, tracking
 
 
 def accumulate(total: dict, terms: Mapping) -> None:
@@ -262,6 +262,12 @@ class Timer:
         self._line_step: int | None = None
         self._line_time = self._began
         self._paused_seconds = 0.0
+
+    def first_step(self) -> contextlib.AbstractContextManager:
+        """Shows, at the first step, that it is compiled."""
+        if self._has_stepped:
+            return contextlib.nullcontext()
+        return progress.activity("compiling the train step")
 
     def mark_first_step(self, state) -> None:
         """Waits for the first step, which compiles, and starts counting after it; later calls do

@@ -103,7 +103,8 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             batch, batch_hash = run.next_batch()
             profile.before(run.step + 1)
             looked = run.look(batch)
-            run.state, metrics = train_step(run.state, batch, run.fixed)
+            with run.timer.first_step():
+                run.state, metrics = train_step(run.state, batch, run.fixed)
             run.step += 1
             epochs = run.loader.epochs_begun()
             run.pending.append(
