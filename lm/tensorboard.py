@@ -29,7 +29,7 @@ class EventFile:
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{step}"
         self._path = folder / name
         self._appends = "://" not in str(folder)
-        self._content = b""
+        self._content = bytearray()
         folder.mkdir(parents=True, exist_ok=True)
         self._add(_event(0, _bytes_field(3, b"brain.Event:2")))
         session_start = _varint_field(1, 1)
@@ -46,7 +46,7 @@ class EventFile:
 
     def flush(self) -> None:
         if not self._appends:
-            files.write_whole(self._path, self._content)
+            files.write_whole(self._path, bytes(self._content))
 
     def _add(self, event: bytes) -> None:
         """Adds a record: its length and its content, each with its checksum behind it."""
