@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from lm import config as config_lib
-from lm import escape, files, startup, stopping
+from lm import escape, files, stopping
 from lm.evals import entries
 
 # Errors whose message is meant for the user; others are shown with their traceback.
@@ -106,7 +106,11 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], in
                 print(escape.printable(traceback.format_exc()), file=sys.stderr)
             message = escape.printable(str(error)) or type(error).__name__
             print(f"\nerror: {message}", file=sys.stderr)
-            startup.leave(1)
+            # What waits at the end is jax's, which a command may have done without.
+            if "jax" in sys.modules:
+                from lm import startup
+
+                startup.leave(1)
             return 1
 
     return run

@@ -40,6 +40,7 @@ RESUMABLE = (
     "model.remat",
     "model.scan_unroll",
     "data.cache_dir",
+    "tracking",
     # Where corpus and tokenizer lie, and a key that old runs don't have; fingerprints say whether
     # they are the same.
     "data.source_args.data_dir",
@@ -299,6 +300,13 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tracking:
+    # project of Weights & Biases that metrics are sent to, PROJECT or ENTITY/PROJECT (extra
+    # tracking); "": none
+    wandb: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     """The keys that all entries of config.evals have."""
 
@@ -347,6 +355,7 @@ GROUPS = dict(
     train=Train,
     mesh=MeshAxes,
     checkpoint=Checkpoint,
+    tracking=Tracking,
 )
 
 

@@ -6,12 +6,11 @@ Here are the flags, and what is printed at the end; the run is lm/train.py.
 import json
 import os
 
-import jax
 from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import command_line, escape, evaluate, files, startup, train
+from lm import command_line, escape, files
 from lm import config as config_lib
 from lm.reports import comparison, tables
 
@@ -110,6 +109,12 @@ def main(argv: list[str]) -> None:
 
     config = _CONFIG.value
     check_planned(config)
+
+    # Seconds of imports, which neither --help nor a mistake in the flags waits for.
+    import jax
+
+    from lm import evaluate, startup, train
+
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     devices = startup.start(config.platform, processes if _COORDINATOR.value else None)
     if _MODE.value == "train":

@@ -4,6 +4,7 @@ cache. Also the compiler's options, by device.
 
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import platform as platform_module
@@ -112,12 +113,58 @@ def start(platform: str = "", processes: tuple[str, int, int] | None = None) -> 
     if jax.process_index():
         logging.getLogger().setLevel(logging.WARNING)
 
-    # Not on CPUs, whose executables are bound to the machine's exact instruction set.
-    if kind != "cpu":
-        default = files.expand("~/.cache/lm/xla")
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
-        jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_compilation_cache_dir", compilation_cache(kind))
     return devices
+
+
+def compilation_cache(kind: str) -> str | None:
+    """Where compiled programs are kept: JAX_COMPILATION_CACHE_DIR, or ~/.cache/lm/xla.
+
+    A CPU's program is bound to its instruction set: on a machine without one of its instructions
+    XLA complains in the log, and runs it until it crashes. So each kind of CPU has a folder of its
+    own, and a copy from another machine is not looked at.
+
+    Args:
+      kind: "tpu", "gpu" or "cpu".
+
+    Returns:
+      The folder; None for a CPU that doesn't say what it is.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or files.expand("~/.cache/lm/xla")
+    if kind != "cpu":
+        return folder
+    described = _describe_cpu(CPU_INFO.read_text() if CPU_INFO.exists() else "")
+    if not described:
+        return None
+    identity = [importlib.metadata.version("jaxlib"), platform_module.machine(), *described]
+    return f"{folder}/cpu-{files.short_hash(json.dumps(identity).encode())}"
+
+
+CPU_INFO = Path("/proc/cpuinfo")
+# What says for which machine LLVM compiles: on x86, then on Arm.
+_CPU_KEYS = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "flags",
+    "CPU implementer",
+    "CPU variant",
+    "CPU part",
+    "Features",
+)
+
+
+def _describe_cpu(info: str) -> list[str]:
+    """The lines of /proc/cpuinfo that say what kind of CPU it is, those of unequal cores too; none
+    where there is no instruction set among them.
+    """
+    found = set()
+    for line in info.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in _CPU_KEYS:
+            found.add(f"{key.strip()}: {' '.join(sorted(value.split()))}")
+    has_instructions = any(line.startswith(("flags: ", "Features: ")) for line in found)
+    return sorted(found) if has_instructions else []
 
 
 def order_simulated_collectives() -> None:

@@ -3,9 +3,8 @@
 import signal
 import threading
 
-import jax
-from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
+# jax and orbax take a second to import, and stand where they are used: every command knows the
+# exceptions here, and most of --help is waiting for imports.
 
 ALL_COME_SECONDS = 20  # within which processes that fail alike do so
 
@@ -29,6 +28,8 @@ class StopSignal:
         self._old_handlers = {}
 
     def __enter__(self):
+        import jax
+
         # With several processes jax.distributed has its own handler of SIGTERM, which lets all of
         # them agree on a step. Handlers can be set in the main thread only.
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -49,6 +50,9 @@ class StopSignal:
 
     def at_step(self, step: int) -> bool:
         """Whether to stop before the step after this one."""
+        import jax
+        from jax.experimental import multihost_utils
+
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked.is_set()
@@ -58,6 +62,8 @@ class StopSignal:
 
         With several processes it is left to the next step, for all to agree.
         """
+        import jax
+
         if jax.process_count() == 1 and self._asked.is_set():
             raise Stopped
 
@@ -68,6 +74,9 @@ def all_come_to(place: str) -> bool:
     Args:
       place: a name that is used once in a run.
     """
+    import jax
+    from orbax.checkpoint import multihost
+
     try:
         barrier = multihost.get_barrier_sync_fn()
         barrier(key=place, timeout_ms=1000 * ALL_COME_SECONDS)

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from lm import files, flops
+from lm import files, flops, progress, tensorboard, tracking
 
 
 def accumulate(total: dict, terms: Mapping) -> None:
@@ -29,29 +30,42 @@ def means(total: Mapping) -> dict[str, float]:
 
 
 class Writer:
-    """Writes metrics.jsonl and TensorBoard events. Only process 0 writes; nothing is collective.
+    """Writes metrics.jsonl and TensorBoard events, and sends them to Weights & Biases if asked to.
+    Only process 0 writes; nothing is collective.
 
-    Objects on gs:// can't be appended to, so metrics.jsonl is kept in memory and written whole by
-    `flush` there.
+    Objects on gs:// can't be appended to, so the files are kept in memory there and written whole
+    by `flush`, and once a minute.
 
     Args:
       workdir: the run directory.
       step: the step that the run starts from: what was written after it is cut off.
+      config: of the run; its config.tracking says who else gets the metrics. None: nobody.
+
+    Raises:
+      ValueError: see `lm.tracking.Tracker`.
     """
 
-    def __init__(self, workdir: epath.Path, step: int):
+    def __init__(self, workdir: epath.Path, step: int, config: ConfigDict | None = None):
         self._active = jax.process_index() == 0
         self._path = workdir / "metrics.jsonl"
         self._appends = "://" not in str(self._path)
         self._lines: list[dict] = []
+        self.repeated: list[dict] = []  # cut off
+        self._tracker = None
         if not self._active:
             return
 
-        self._lines = [line for line in files.read_jsonl_log(self._path) if line["step"] <= step]
+        for line in files.read_jsonl_log(self._path):
+            (self._lines if line["step"] <= step else self.repeated).append(line)
+        # First: where W&B refuses, nothing is cut off.
+        if config and config.tracking.wandb:
+            self._tracker = tracking.Tracker(
+                config.tracking.wandb, workdir, config.to_dict(), self._lines, self.repeated
+            )
         self._rewrite()
-        from tensorboardX import SummaryWriter
-
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._events = tensorboard.EventFile(workdir / "tensorboard", step)
+        self._flushed_at = time.monotonic()
+        self._num_sent = len(self._lines)
 
     def _rewrite(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
@@ -73,9 +87,12 @@ class Writer:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise files.named(error, self._path) from None
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(name, value, step)
+        numbers = {k: value for k, value in values.items() if isinstance(value, (int, float))}
+        self._events.write(step, numbers)
+        if self._appends:
+            self._send()
+        elif time.monotonic() - self._flushed_at > SECONDS_BETWEEN_UPLOADS:
+            self.flush()
 
     def flush(self) -> None:
         if not self._active:
@@ -83,11 +100,22 @@ class Writer:
         if not self._appends:
             self._rewrite()
         self._events.flush()
+        self._flushed_at = time.monotonic()
+        self._send()
+
+    def _send(self) -> None:
+        """Sends what is in metrics.jsonl by now: after a kill, that says what was sent."""
+        for line in self._lines[self._num_sent :] if self._tracker else ():
+            self._tracker.write(line)
+        self._num_sent = len(self._lines)
 
     def close(self) -> None:
         self.flush()
-        if self._active:
-            self._events.close()
+        if self._tracker:
+            self._tracker.close()
+
+
+SECONDS_BETWEEN_UPLOADS = 60.0  # of files on gs://
 
 
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where there is no terminal
@@ -135,18 +163,75 @@ class Progress:
             print(("\n" if self._terminal else "") + text, file=sys.stderr, flush=True)
 
 
+class _Compilation:
+    """What jax has compiled in this process, or taken from the compilation cache."""
+
+    def __init__(self):
+        self.seconds, self.programs, self.cached = 0.0, 0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._add_seconds)
+        jax.monitoring.register_event_listener(self._count)
+
+    def _add_seconds(self, event: str, seconds: float, **unused) -> None:
+        # Reading from the cache is in it.
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
+            self.programs += 1
+
+    def _count(self, event: str, **unused) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self.cached += 1
+
+
+_COMPILATION = _Compilation()
+
+
+class Start:
+    """A start of a run, up to its first step, and how long its parts take."""
+
+    def __init__(self):
+        self.began = self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+        self._before = dict(vars(_COMPILATION))
+
+    def done(self, what: str) -> None:
+        """Counts the time since the last call as that of `what`."""
+        now = time.monotonic()
+        self.seconds[what] = now - self._last
+        self._last = now
+
+    def log(self) -> None:
+        """Logs the time up to now, when the first step is done, and its parts."""
+        total = time.monotonic() - self.began
+        compiled = {name: n - self._before[name] for name, n in vars(_COMPILATION).items()}
+        logging.info(
+            "first step after %.1f s: reading and building %.1f, weights %.1f, the rest %.1f; %.1f "
+            "of it compiling %d programs, of which the compilation cache had %d",
+            total,
+            self.seconds.get("build", 0.0),
+            self.seconds.get("weights", 0.0),
+            total - sum(self.seconds.values()),
+            compiled["seconds"],
+            compiled["programs"],
+            compiled["cached"],
+        )
+        self.seconds |= {"compile": compiled["seconds"], "first_step": total}
+
+
 class Timer:
-    """Where the time goes.
+    """Where the time goes, over all starts of a run.
 
     Tokens/s and MFU are of the steps since the last line, evals and checkpoints left out. Goodput
-    is the share of the time since the start that was not lost: to the first step, with its
+    is the share of the time that was not lost: to a start up to its first step, with its
     compilation, to waiting for data while the devices are idle, to evals, to checkpoints, to
-    looking inside (where that is on).
+    looking inside (where that is on), to steps that a kill made the run repeat. The time between
+    two starts counts for nothing.
 
     Args:
       flops_per_token: the model's, causal attention counted half.
       full_flops_per_token: the same with attention counted whole.
       batch_tokens: of a step's batch.
+      start: this start.
+      writer: has the lines of the starts before.
     """
 
     def __init__(
@@ -156,6 +241,8 @@ class Timer:
         flops_per_token: float,
         full_flops_per_token: float,
         batch_tokens: int,
+        start: Start,
+        writer: Writer,
     ):
         self._batch_tokens = batch_tokens
         self._devices = devices
@@ -163,24 +250,35 @@ class Timer:
             "train/mfu": flops_per_token,
             "train/mfu_full_attention": full_flops_per_token,
         }
-        self._began = time.monotonic()
-        self._lost = dict.fromkeys(("first_step", "data", "evals", "checkpoints"), 0.0)
+        self._start, self._has_stepped = start, False
+        self._began = start.began
+        self._lost = dict.fromkeys(("first_step", "data", "evals", "checkpoints", "repeated"), 0.0)
+        before = _last_times(writer.lines())
+        seconds_kept = before.pop("total", 0.0)
+        self._lost |= before
+        self._seconds_before = _last_times(writer.repeated).get("total", seconds_kept)
+        self._lost["repeated"] += self._seconds_before - seconds_kept
         # Since the last line.
         self._line_step: int | None = None
         self._line_time = self._began
         self._paused_seconds = 0.0
 
+    def first_step(self) -> contextlib.AbstractContextManager:
+        """Shows, at the first step, that it is compiled."""
+        if self._has_stepped:
+            return contextlib.nullcontext()
+        return progress.activity("compiling the train step")
+
     def mark_first_step(self, state) -> None:
         """Waits for the first step, which compiles, and starts counting after it; later calls do
         nothing.
         """
-        if self._lost["first_step"]:
+        if self._has_stepped:
             return
         jax.block_until_ready(state)
-        self._lost["first_step"] = time.monotonic() - self._began - self._paused_seconds
-        logging.info(
-            "first step after %.1f s, compilation included", time.monotonic() - self._began
-        )
+        self._has_stepped = True
+        self._lost["first_step"] += time.monotonic() - self._began - self._paused_seconds
+        self._start.log()
         self._line_time, self._paused_seconds = time.monotonic(), 0.0
 
     @contextlib.contextmanager
@@ -195,7 +293,7 @@ class Timer:
 
     def waited_for_data(self, seconds: float) -> None:
         """Counts time in which the devices waited for a batch; tokens/s includes it too."""
-        if self._lost["first_step"]:
+        if self._has_stepped:
             self._lost["data"] += seconds
 
     def line(self, step: int) -> dict[str, float]:
@@ -215,14 +313,28 @@ class Timer:
                 if share is not None:
                     values[name] = share
 
-        values["train/goodput"] = 1 - sum(self._lost.values()) / max(now - self._began, 1e-9)
-        for what, lost in self._lost.items():
+        total = self._seconds_before + max(now - self._began, 1e-9)
+        values["train/goodput"] = 1 - sum(self._lost.values()) / total
+        for what, lost in {**self._lost, "total": total}.items():
             values[f"train/seconds_{what}"] = lost
+        # Of each start once.
+        for what, taken in self._start.seconds.items():
+            values[f"train/start_seconds_{what}"] = taken
+        self._start.seconds = {}
         return values
 
     def total(self) -> float:
-        """Seconds since the start."""
+        """Seconds since this start."""
         return time.monotonic() - self._began
+
+
+def _last_times(lines: Sequence[dict]) -> dict[str, float]:
+    """The seconds that the last line of training has, by what they went to."""
+    prefix = "train/seconds_"
+    for line in reversed(lines):
+        if prefix + "total" in line:
+            return {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+    return {}
 
 
 class Profile:

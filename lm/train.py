@@ -25,6 +25,7 @@ from lm import (
     startup,
     stopping,
     telemetry,
+    tracking,
     trained,
     weights,
 )
@@ -102,7 +103,8 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             batch, batch_hash = run.next_batch()
             profile.before(run.step + 1)
             looked = run.look(batch)
-            run.state, metrics = train_step(run.state, batch, run.fixed)
+            with run.timer.first_step():
+                run.state, metrics = train_step(run.state, batch, run.fixed)
             run.step += 1
             epochs = run.loader.epochs_begun()
             run.pending.append(
@@ -157,16 +159,16 @@ class Run:
         stop: stopping.StopSignal,
         closing: contextlib.ExitStack,
     ):
+        self.start = telemetry.Start()
         self.config = config = build.apply_hf_config(config)
         self.workdir = workdir
         self.stop = stop
         config_lib.check(config)
-        files.check_tree(workdir)
+        first_process = jax.process_index() == 0
         config_file = workdir / "config.json"
-        if config_file.exists():
-            config_lib.check_resumable(files.read_json(config_file), config, str(workdir))
-        if not checkpoint.steps(workdir / "checkpoints"):
-            weights.source_of(config, workdir)  # needed at the start only
+        _check_workdir(config, workdir, config_file)
+        if config.tracking.wandb and first_process:
+            tracking.check(config.tracking.wandb)
 
         # Everything is built, and so checked, now and not after the first hour.
         self.experiment = build.build(config, devices)
@@ -178,9 +180,9 @@ class Run:
             metrics_of_evals[name] = getattr(evaluator, "metrics", ())
         highest = bool(best) and metrics_lib.check_best(best, metrics_of_evals)
         build.log_summary(self.experiment)
+        self.start.done("build")
 
         # From here on files are written: by one process, or one pod, at a time.
-        first_process = jax.process_index() == 0
         self.claim = closing.enter_context(claim.Claim(workdir, active=first_process))
         if first_process:
             files.remove_leftovers(workdir)
@@ -208,7 +210,8 @@ class Run:
             self._begin()
         else:
             self._resume(newest)
-        self.writer = telemetry.Writer(workdir, self.step)
+        self.start.done("weights")
+        self.writer = telemetry.Writer(workdir, self.step, config)
         closing.callback(self.writer.close)
         if first_process:
             self._write_config_and_tokenizer(config_file)
@@ -225,6 +228,8 @@ class Run:
             flops_per_token=program.flops_per_token(data.length),
             full_flops_per_token=program.flops_per_token(data.length, causal=False),
             batch_tokens=data.batch_size * data.length,
+            start=self.start,
+            writer=self.writer,
         )
 
     def _make_replicas(self) -> replicas.Replicas | None:
@@ -530,6 +535,15 @@ class Run:
         # A copy: Orbax writes later, and the run goes on changing its dicts.
         self.checkpointer.save(step, self.state, json.loads(json.dumps(meta)), metrics)
         self.saved_evals = copy.deepcopy(self.evals)
+
+
+def _check_workdir(config: ConfigDict, workdir: epath.Path, config_file: epath.Path) -> None:
+    """Raises ValueError for a directory that can't be this run's."""
+    files.check_tree(workdir)
+    if config_file.exists():
+        config_lib.check_resumable(files.read_json(config_file), config, str(workdir))
+    if not checkpoint.steps(workdir / "checkpoints"):
+        weights.source_of(config, workdir)  # needed at the start only
 
 
 def _all_streams(local: dict) -> dict:

@@ -28,6 +28,8 @@ from lm.reports import pictures
 from tests.helpers import PNG, write_corpus
 
 startup.order_simulated_collectives()
+# Where processes that tests start look too.
+jax.config.update("jax_compilation_cache_dir", startup.compilation_cache("cpu"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -100,6 +102,7 @@ _FREE_KEYS = (
     "train.log_every",
     "train.look_every",
     "train.check_replicas_every",
+    "tracking.",
     "init_from",
 )
 _PICTURES = [

@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from scipy import stats
 
-from lm import files, report
+from lm import files, report, startup
 from lm.evals import entries
 from lm.evals.scores import statistics
 from lm.reports import comparison, page, runs, sweeps
@@ -696,7 +696,7 @@ def run_command(monkeypatch, *workdirs, out="", metric=""):
     values = dict(_WORKDIR=list(map(str, workdirs)), _OUT=str(out), _METRIC=metric)
     for flag, value in values.items():
         monkeypatch.setattr(report, flag, types.SimpleNamespace(value=value), raising=False)
-    monkeypatch.setattr(report.command_line.startup, "leave", lambda status: None)
+    monkeypatch.setattr(startup, "leave", lambda status: None)
     monkeypatch.setattr(report.command_line.logging, "basicConfig", lambda **kwargs: None)
     return report.main(["lm.report"])
 

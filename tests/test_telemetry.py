@@ -1,7 +1,9 @@
 """Means from sums and counts, a metrics file that follows the checkpoints, and its curves."""
 
 import math
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,3 +103,43 @@ def test_curves_are_a_picture_of_any_run():
     lines = [{"step": 1, "train/loss": 2.0}, {"step": 1} | metrics]
     assert telemetry.plot_curves([]).startswith(PNG)
     assert telemetry.plot_curves(lines).startswith(PNG)
+
+
+def test_goodput_is_over_all_starts(tmp_path, monkeypatch):
+    """A start goes on counting from the lines before it, and knows what it does again."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: clock.now)
+
+    def start(step):
+        writer = telemetry.Writer(epath.Path(tmp_path), step)
+        sizes = dict(flops_per_token=1.0, full_flops_per_token=1.0, batch_tokens=10)
+        start = telemetry.Start()
+        timer = telemetry.Timer(jax.devices()[:1], **sizes, start=start, writer=writer)
+        clock.now += 4
+        timer.mark_first_step(())
+        return writer, timer
+
+    def write(writer, timer, step):
+        clock.now += 3
+        line = timer.line(step)
+        writer.write(step, line)
+        return line
+
+    writer, timer = start(0)
+    first = write(writer, timer, 1)
+    assert first["train/goodput"] == pytest.approx(3 / 7)
+    assert first["train/start_seconds_first_step"] == first["train/seconds_first_step"] == 4
+    second = write(writer, timer, 2)
+    assert second["train/goodput"] == pytest.approx(6 / 10)
+    assert second["train/tokens_per_second"] == pytest.approx(10 / 3)
+    assert "train/start_seconds_first_step" not in second
+
+    # Killed a while ago; the last checkpoint was that of step 1.
+    clock.now = 1000.0
+    again = write(*start(1), 2)
+    assert again["train/seconds_repeated"] == 3
+    assert again["train/seconds_first_step"] == 8
+    assert again["train/seconds_total"] == 17
+    assert again["train/goodput"] == pytest.approx(6 / 17)
+    assert again["train/start_seconds_first_step"] == 4
+    assert "train/tokens_per_second" not in again

@@ -5,6 +5,7 @@ steps, evals.
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import build, claim, evaluate, files, stopping, telemetry, train
+from lm import build, claim, evaluate, files, progress, stopping, telemetry, train
 from lm import config as config_lib
 from lm.data import loader
 from lm.data import tokenizer as tokenizers
@@ -178,6 +179,15 @@ def test_where_the_time_goes(finished):
             assert line[name] >= before[name]
     for activity in ("first_step", "evals", "checkpoints"):
         assert lines[-1][f"train/seconds_{activity}"] > 0
+
+
+def test_what_takes_long_is_said(small, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    caplog.set_level(logging.INFO)
+    run_training(small, tmp_path / "run")
+    for activity in (f"reading {small.data.source_args.path}", "compiling the train step"):
+        assert any(message.startswith(f"{activity} took") for message in caplog.messages), activity
+    assert any(message.startswith("first step after") for message in caplog.messages)
 
 
 def test_a_run_without_evals_has_its_curves_and_profile(small, tmp_path):

@@ -11,6 +11,7 @@ rows have all of the Batch contract (`lm.data.batch`), [T] each.
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -21,7 +22,7 @@ import numpy as np
 from etils import epath
 from grain import experimental as grain_experimental
 
-from lm import files
+from lm import files, progress
 from lm.data import batch, records
 from lm.data import tokenizer as tokenizers
 from lm.data.sources import Document, Documents
@@ -86,8 +87,13 @@ def train_tokenizer(
       ValueError: the texts are too few for the size.
     """
 
+    count = len(records.evenly_spaced(len(documents), max_documents))
+    what = f"training a tokenizer of {vocab_size} ids on {count:,} documents"
+
     def texts() -> Iterator[str]:
-        for document in records.take(documents, max_documents):
+        # Asked for where there is no cached copy.
+        logging.info("%s", what)
+        for document in training.each(records.take(documents, max_documents)):
             yield document.text
             if label_prompt and document.label:
                 yield label_prompt
@@ -96,7 +102,10 @@ def train_tokenizer(
     identity = [documents.fingerprint, vocab_size, max_documents, label_prompt]
     key = files.short_hash(json.dumps(identity).encode())
     folder = epath.Path(files.expand(cache_dir)) / "tokenizers"
-    return tokenizers.train_sentencepiece(texts(), vocab_size, folder / f"{vocab_size}-{key}.model")
+    with progress.activity(what, count, "documents read") as training:
+        return tokenizers.train_sentencepiece(
+            texts(), vocab_size, folder / f"{vocab_size}-{key}.model"
+        )
 
 
 # --- windows ---
@@ -320,7 +329,8 @@ def count_rows(
     Args:
       arguments: Stream's, with `epochs`, but not `number`.
     """
-    sizes = [len(encoder.training(document)) for document in documents]
+    with progress.activity("counting tokens", len(documents), "documents") as counting:
+        sizes = [len(encoder.training(document)) for document in counting.each(documents)]
 
     def to_windows(size: int) -> list[dict[str, np.ndarray]]:
         # The sizes alone decide where windows go.

@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import logging
 import os
 import shutil
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from lm import files
+from lm import files, progress
 from lm.data import sources
 from lm.data.sources import Document, Documents
 
@@ -192,8 +191,8 @@ def pydocs(split: str, *, data_dir: str) -> Documents:
 
     if not folder.exists():
         described = ", ".join(f"{library} {version}" for library, version in versions.items())
-        logging.info("pydocs: reading the docstrings of %s", described)
-        _prepare(folder)
+        with progress.activity(f"pydocs: reading the docstrings of {described}"):
+            _prepare(folder)
 
     documents = list(sources.tfds(split, name="pydocs", data_dir=str(folder), label_key="label"))
     return Documents(documents, sources.fingerprint(documents))

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lm import files
+from lm import files, progress
 from lm.data import records
 
 
@@ -94,17 +94,18 @@ def text(
         separator = _separator_in(found, separator)
 
     documents = []
-    for file in found:
-        content = files.read_text(file)
-        parts = content.split(separator) if separator else [content]
-        parts = [part for part in parts if part]
-        in_file = [Document(part, f"{file}:{number}", "") for number, part in enumerate(parts)]
-        if len(parts) == 1 and (held_out_by == "tail" or len(found) == 1):
-            in_file = [held_out_part.of_characters(in_file[0], file)]
-        else:
-            in_file = held_out_part.of_documents(in_file, file)
-        documents += _cut(in_file, document_chars) if document_chars else in_file
-    return _in_memory(documents, held_out_part)
+    with progress.activity(f"reading {path}", len(found), "files") as reading:
+        for file in reading.each(found):
+            content = files.read_text(file)
+            parts = content.split(separator) if separator else [content]
+            parts = [part for part in parts if part]
+            in_file = [Document(part, f"{file}:{number}", "") for number, part in enumerate(parts)]
+            if len(parts) == 1 and (held_out_by == "tail" or len(found) == 1):
+                in_file = [held_out_part.of_characters(in_file[0], file)]
+            else:
+                in_file = held_out_part.of_documents(in_file, file)
+            documents += _cut(in_file, document_chars) if document_chars else in_file
+        return _in_memory(documents, held_out_part)
 
 
 def jsonl(
@@ -131,17 +132,19 @@ def jsonl(
     """
     held_out_part = _HeldOut(split, path, held_out, held_out_by)
     names = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
+    found = files.find(path.replace("{split}", split), names)
     documents = []
-    for file in files.find(path.replace("{split}", split), names):
-        in_file = []
-        for number, record in files.read_jsonl(file):
-            place = f"{file}:{number}"
-            for key in (text_key, label_key) if label_key else (text_key,):
-                if key not in record:
-                    raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
-            in_file.append(_document(record, place, place, text_key, label_key))
-        documents += held_out_part.of_documents(in_file, file)
-    return _in_memory(documents, held_out_part)
+    with progress.activity(f"reading {path}", len(found), "files") as reading:
+        for file in reading.each(found):
+            in_file = []
+            for number, record in files.read_jsonl(file):
+                place = f"{file}:{number}"
+                for key in (text_key, label_key) if label_key else (text_key,):
+                    if key not in record:
+                        raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
+                in_file.append(_document(record, place, place, text_key, label_key))
+            documents += held_out_part.of_documents(in_file, file)
+        return _in_memory(documents, held_out_part)
 
 
 def tfds(

@@ -30,6 +30,7 @@ TIMES = (
     "train/seconds_data",
     "train/seconds_evals",
     "train/seconds_checkpoints",
+    "train/seconds_repeated",
 )
 # What a damaged file of predictions raises where it is used.
 DAMAGED = (
@@ -306,8 +307,9 @@ def goodput(runs: Sequence[Run]) -> Section:
     if not names:
         return Section("Goodput", [])
     title = (
-        "Since a run's last start: the share of time that was not lost, and the seconds lost to "
-        "the first step with its compilation, to waiting for data, to evals and to checkpoints."
+        "Over all starts of a run: the share of time that was not lost, and the seconds lost to "
+        "starting, up to the first step with its compilation, to waiting for data, to evals, to "
+        "checkpoints, and to steps that were repeated after a kill."
     )
     columns = ["run", *(name.removeprefix("train/") for name in names)]
     return Section("Goodput", [page.Table(columns, rows, title)])

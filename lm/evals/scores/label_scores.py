@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp
 
 from lm.evals.scores import calibration
 
@@ -152,6 +151,8 @@ def _aggregate(words: np.ndarray, aggregate: str) -> np.ndarray:
     if aggregate == "max":
         return words.max(axis=1)
 
+    from scipy.special import logsumexp  # a fifth of a second: only where used
+
     total = logsumexp(words, axis=1)
     if aggregate == "logmeanexp":
         return total - np.log(words.shape[1])
@@ -162,6 +163,8 @@ def label_mass(logprobs: WordLogprobs) -> np.ndarray:
     """Probability of all label words together, [n]: how much of the model's distribution the
     verbalizer sees. A low one says that the words, or the boundary before them, are wrong.
     """
+    from scipy.special import logsumexp
+
     return np.exp(logsumexp(word_scores(logprobs), axis=1))
 
 

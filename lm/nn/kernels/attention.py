@@ -11,8 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from lm import sharding
 
@@ -117,6 +115,8 @@ def splash_attention(
     Raises:
       ValueError: a length that tiles don't fill.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # slow to import
+
     length = q_BTNH.shape[1]
     mesh = jax.sharding.get_abstract_mesh()
     block = min(block, length)
@@ -133,7 +133,7 @@ def splash_attention(
         kernel = _splash_kernel(q.shape[2], length, kind, window, block, interpret)
 
         def attend(q, k, v, segments):
-            return kernel(q, k, v, splash.SegmentIds(segments, segments))
+            return kernel(q, k, v, SegmentIds(segments, segments))
 
         # The kernel doesn't scale the scores.
         scale = np.asarray(q.shape[-1] ** -0.5, q.dtype)
@@ -153,6 +153,9 @@ def splash_attention(
 def _splash_kernel(
     num_heads: int, length: int, kind: str, window: int, block: int, interpret: bool
 ):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     blocks = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -163,13 +166,13 @@ def _splash_kernel(
         # One kernel for the three gradients takes a third less than two, see docs/pods.md.
         use_fused_bwd_kernel=True,
     )
-    mask = splash_mask.CausalMask((length, length))
+    mask = masks.CausalMask((length, length))
     if kind == "window":
-        mask = splash_mask.LocalMask((length, length), (window - 1, 0), 0)
+        mask = masks.LocalMask((length, length), (window - 1, 0), 0)
     elif kind == "full":
-        mask = splash_mask.FullMask((length, length))
+        mask = masks.FullMask((length, length))
     return splash.make_splash_mha(
-        splash_mask.MultiHeadMask([mask] * num_heads),
+        masks.MultiHeadMask([mask] * num_heads),
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,

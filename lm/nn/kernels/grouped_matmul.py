@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
 
 def grouped_matmul(
@@ -90,6 +89,8 @@ def weight_grad_kernel(
     Args:
       interpret: run the kernel's program without a TPU, slowly.
     """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # slow to import
+
     # Tiles are filled with rows of no group.
     padding = ((0, -len(x_MA) % 128), (0, 0))
     x_MA, grad_MB = jnp.pad(x_MA, padding), jnp.pad(grad_MB, padding)
