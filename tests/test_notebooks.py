@@ -10,51 +10,16 @@ import threading
 import time
 from types import SimpleNamespace
 
-import matplotlib
 import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError
 
 from experiments import notebook as notebook_lib
 from tests import notebooks
 from tests.helpers import PNG, ROOT
+from tests.notebooks import STEPS, cell_named, execute, num_pictures, printed, read
 
 PATHS = sorted(ROOT.glob("experiments/*.ipynb"))
-STEPS = 12
-# What CI trains: pydocs' main job, but small.
-CONFIG = f"""
-from configs import pydocs
-
-def get_config():
-    c = pydocs.get_config("micro")
-    c.data.length = 128
-    c.optimizer.warmup_steps = 2
-    c.train.length = "{STEPS} steps"
-    c.train.log_every = 1
-    c.checkpoint.every = 6
-    c.evals.part.every = 6
-    c.evals.part.max_documents = 8
-    c.evals.validation.max_documents = 8
-    c.evals.library.max_documents = 8
-    c.evals.samples.max_new_tokens = 8
-    return c
-"""
-# Of a notebook's own process: a TPU would be its, and no command's.
-NO_DEVICES = """
-import jax
-
-assert not jax._src.xla_bridge.backends_are_initialized()
-"""
-
-
-def read(path):
-    return nbformat.read(path, as_version=4)
-
-
-def cell_named(notebook, name):
-    [cell] = [cell for cell in notebook.cells if cell.id == name]
-    return cell
 
 
 # As files.
@@ -319,72 +284,10 @@ def wait_for(path, seconds=60):
 # Executed.
 
 
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """The environment of a small setting; nothing of the user's is read or written."""
-    (tmp_path / "small.py").write_text(CONFIG)
-    monkeypatch.setenv("LM_SOURCE", str(ROOT))
-    monkeypatch.setenv("LM_SAVE_TO", str(tmp_path / "runs"))
-    monkeypatch.setenv("LM_CONFIG", str(tmp_path / "small.py"))
-    # The list of fonts takes seconds to make.
-    monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
-    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
-    return tmp_path
-
-
-def execute(name, folder, on_start=None):
-    """Executes a notebook in `folder`, and once more if its kernel died.
-
-    Args:
-      on_start: called with a cell and the kernel's process id when the cell starts.
-    """
-    for attempt in range(2):
-        notebook = read(ROOT / "experiments" / name)
-        notebook.cells.append(nbformat.v4.new_code_cell(NO_DEVICES))
-        client = NotebookClient(
-            notebook,
-            timeout=300,  # seconds, of a cell
-            startup_timeout=120,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(folder)}},
-        )
-
-        def start(cell, cell_index, client=client):
-            if on_start:
-                on_start(cell, client.km.provisioner.pid)
-
-        client.on_cell_start = start
-        try:
-            client.execute()
-            return notebook
-        except DeadKernelError:
-            if attempt:
-                raise
-
-
-def printed(notebook, name):
-    """What a cell printed."""
-    outputs = cell_named(notebook, name).outputs
-    return "".join(output.text for output in outputs if output.output_type == "stream")
-
-
-def num_pictures(notebook):
-    """Cell -> how many PNGs it shows, those without left out."""
-    counts = {}
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            assert output.output_type != "error"
-            if "image/png" in output.get("data", {}):
-                counts[cell.id] = counts.get(cell.id, 0) + 1
-    return counts
-
-
 @pytest.mark.slow
-def test_colab(small):
+def test_colab(tmp_path):
     """Interrupted while it trains, then executed whole: it goes on, and trains no step twice."""
-    metrics = small / "runs" / "small" / "metrics.jsonl"
+    metrics = tmp_path / "runs" / "small" / "metrics.jsonl"
 
     def interrupt(cell, kernel):
         def wait_and_interrupt():
@@ -398,11 +301,11 @@ def test_colab(small):
             threading.Thread(target=wait_and_interrupt, daemon=True).start()
 
     with pytest.raises(CellExecutionError, match="KeyboardInterrupt.*run this cell again to go on"):
-        execute("colab.ipynb", small, interrupt)
+        execute("colab.ipynb", tmp_path, interrupt)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert 0 < steps[-1] < STEPS
 
-    notebook = execute("colab.ipynb", small)
+    notebook = execute("colab.ipynb", tmp_path)
     assert "nothing to install" in printed(notebook, "install")
     assert "JAX finds: cpu 1" in printed(notebook, "install")
     assert f"going on from step {steps[-1]}\n" in printed(notebook, "train")
@@ -418,26 +321,12 @@ def test_colab(small):
         "compare": 1,
     }
     assert "Library:⟫ " in printed(notebook, "ask") and "Package:⟫ " in printed(notebook, "ask")
-    [table] = [
-        o for o in cell_named(notebook, "compare").outputs if "text/markdown" in o.get("data", {})
-    ]
-    assert "| 216 examples | wording_library | wording_package |" in table.data["text/markdown"]
+    table = cell_named(notebook, "compare").outputs[1].data["text/markdown"]
+    assert "| 216 examples | wording_library | wording_package |" in table
     assert '"prompt": "Compute the eigenvalues of "' in printed(notebook, "generate")
     assert "  eval-12.md\n" in printed(notebook, "files")
 
 
 @pytest.mark.slow
-def test_checkpoints(small):
-    notebook = execute("checkpoints.ipynb", small)
-    check_checkpoints(notebook)
-
-
-def check_checkpoints(notebook):
-    assert num_pictures(notebook) == {"pictures": 3}
-    assert "model.safetensors" in printed(notebook, "checkpoint")
-    assert "Review: a warm film with a warm end\nSentiment:⟫ good" in printed(notebook, "evaluate")
-    assert "The film was⟫ good |  great" in printed(notebook, "evaluate")
-    [table] = cell_named(notebook, "table").outputs
-    assert "| accuracy |" in table.data["text/markdown"]
-    exported = printed(notebook, "export")
-    assert "model.safetensors: the same bytes\n" in exported and "other bytes" not in exported
+def test_checkpoints(tmp_path):
+    notebooks.check_checkpoints(execute("checkpoints.ipynb", tmp_path))

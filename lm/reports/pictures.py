@@ -151,7 +151,8 @@ def plot_distributions(lines: Sequence[Mapping], title: str) -> bytes:
             colour = f"C{number % 10}"
             bars[label] = axis.barh(row, p, 0.4, left, color=colour, alpha=0.6)
             if label == line["label"]:
-                axis.barh(row, p, 0.4, left, color="none", edgecolor="black", linewidth=2, zorder=3)
+                frame = dict(color="none", edgecolor="black", linewidth=2, clip_on=False, zorder=3)
+                axis.barh(row, p, 0.4, left, **frame)
             if p >= MIN_WRITTEN:
                 axis.text(left + p / 2, row, f"{p:.2f}", ha="center", va="center", zorder=4)
             left += p
