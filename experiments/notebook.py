@@ -9,6 +9,7 @@ belongs to the process that asks for it first.
 import codecs
 import configparser
 import glob
+import importlib
 import os
 import shlex
 import signal
@@ -96,6 +97,7 @@ def install(platform: str, extras: str = "") -> None:
     command = ["-m", "pip", "install", "--quiet", "-c", "constraints.txt", "-e", target]
     print(f"{len(wanted)} requirements are missing, such as {wanted[0]}: this takes minutes")
     run(command)
+    importlib.invalidate_caches()
     after = _versions()
     stale = [name for name in KEPT if name in sys.modules and before[name] != after[name]]
     if stale:
