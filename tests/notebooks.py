@@ -37,7 +37,7 @@ def stripped(text: str) -> str:
 
 # Executing.
 
-STEPS = 12
+STEPS = 12  # of colab.ipynb
 # What CI trains, small: for colab.ipynb pydocs' main job, for checkpoints.ipynb any text.
 CONFIGS = {
     "colab.ipynb": f"""
@@ -55,7 +55,7 @@ def get_config():
     del c.evals["validation"], c.evals["library"], c.evals["samples"]
     return c
 """,
-    "checkpoints.ipynb": f"""
+    "checkpoints.ipynb": """
 from configs import text
 from lm.models import presets
 
@@ -65,7 +65,7 @@ def get_config():
     c.tokenizer.vocab_size = 512
     c.data.length = 128
     c.optimizer.warmup_steps = 2
-    c.train.length = "{STEPS} steps"
+    c.train.length = "60 steps"
     return c
 """,
 }
