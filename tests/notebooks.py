@@ -45,7 +45,10 @@ from configs import pydocs
 
 def get_config():
     c = pydocs.get_config("micro")
+    c.tokenizer.vocab_size = 512
+    c.tokenizer.max_documents = 500
     c.data.length = 128
+    c.data.batch_size = c.data.streams = 4
     c.optimizer.warmup_steps = 2
     c.train.length = "{STEPS} steps"
     c.train.log_every = 1
@@ -64,6 +67,7 @@ def get_config():
     c.model.update(presets.get("micro") | dict(vocab_size=0, scan_unroll=1))
     c.tokenizer.vocab_size = 512
     c.data.length = 128
+    c.data.batch_size = c.data.streams = 4
     c.optimizer.warmup_steps = 2
     c.train.length = "60 steps"
     return c
