@@ -169,10 +169,12 @@ def test_what_is_missing_is_installed_for_the_platform(pip, monkeypatch):
     without_jax(monkeypatch)
     monkeypatch.setattr(notebook_lib, "missing", lambda lines, extra="": iter(["flax>=1"]))
     notebook_lib.install("tpu", "gcs")
-    notebook_lib.install("gpu")
+    notebook_lib.install("tpu")
+    notebook_lib.install("gpu", "gcs")
     notebook_lib.install("cpu")
     installed = "-m pip install --quiet -c constraints.txt -e".split()
-    assert pip == [[*installed, ".[tpu,gcs]"], [*installed, ".[cuda]"], [*installed, "."]]
+    targets = [".[tpu,gcs]", ".[tpu,gcs]", ".[cuda,gcs]", "."]
+    assert pip == [[*installed, target] for target in targets]
 
 
 def test_nothing_is_installed_beside_an_imported_jax(pip, monkeypatch):

@@ -328,9 +328,9 @@ def test_nothing_is_cut_off_pictures(labels):
         pictures.plot_reliability(np.full((9, size), 1 / size), np.arange(9) % size, labels, "x"),
     ]
     first, second = predicted(labels), predicted(labels, seed=1)
-    pngs.append(pictures.plot_distributions(first, r"a title: $\frac"))
+    pngs.append(pictures.plot_distributions(first, r"a title: $\frac$"))
     result = comparison.compare(first, second)
-    pngs.append(pictures.plot_pairs(first, second, result, ("$one_$", r"the $\other")))
+    pngs.append(pictures.plot_pairs(first, second, result, (r"$\frac$", r"the other: $\frac$")))
     for png in pngs:
         pixels = matplotlib.image.imread(io.BytesIO(png))[:, :, :3]
         for edge in (pixels[:, :2], pixels[:, -2:], pixels[:2], pixels[-2:]):
