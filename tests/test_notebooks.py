@@ -256,6 +256,37 @@ def test_a_picture_that_fails_leaves_no_command_behind(tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_an_interrupt_is_passed_on_once(tmp_path):
+    """Jupyter interrupts a kernel with all that it started. A second interrupt would end a run that
+    is being saved.
+    """
+    command = (
+        "import os, signal, time\n"
+        "told = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: told.append(1))\n"
+        f"open('{tmp_path}/begun', 'w')\n"
+        "while not told: time.sleep(0.01)\n"
+        "time.sleep(1)\n"
+        "print('told', len(told), 'times, in a group of its own:', os.getpgrp() == os.getpid())\n"
+    )
+    code = f"from experiments import notebook; notebook.run(['-c', {command!r}])"
+    kernel = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(tmp_path / "begun")
+    os.killpg(kernel.pid, signal.SIGINT)
+    out, _ = kernel.communicate(timeout=60)
+    assert "interrupted: the command is told to end\n" in out
+    # Two signals at almost the same time may count as one: Jupyter must not reach it.
+    assert "\ntold 1 times, in a group of its own: True\n" in out
+    assert "KeyboardInterrupt: the command has ended; run this cell again to go on" in out
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the death of a parent is a signal on Linux")
 def test_a_command_ends_with_its_kernel(tmp_path):
     """A run gets SIGTERM, and so is saved, when the process that started it is killed."""
