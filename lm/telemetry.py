@@ -393,6 +393,7 @@ def plot_curves(lines: list[dict]) -> bytes:
 
         title = curve.removeprefix("train/").lstrip("/").replace("_", " ")
         axis.set(title=title, xlabel="step")
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
         if of_evals and names:
             axis.legend(fontsize=8)

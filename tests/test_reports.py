@@ -13,7 +13,7 @@ from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import choice, classification, entries, generation, perplexity
 from lm.evals.predict import Answer, Artifact
-from lm.reports import metrics, pictures, tables
+from lm.reports import comparison, metrics, pictures, tables
 
 ENCODER = Encoder(ByteTokenizer(), "\n?")
 RECORDS = [dict(text=f"text {i}", label=("red", "green")[i % 2], number=i % 2) for i in range(12)]
@@ -292,6 +292,24 @@ def test_a_report_says_what_was_asked():
 
 
 @pytest.mark.usefixtures("drawn_pictures")
+def predicted(labels, seed=0):
+    """Lines of predictions: random distributions over labels."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(12):
+        distribution = dict(zip(labels, rng.dirichlet(np.ones(len(labels)))))
+        lines.append(
+            dict(
+                name=str(i),
+                label=labels[i % len(labels)],
+                prediction=max(distribution, key=distribution.get),
+                distribution=distribution,
+                prompts=["$a_$ and more, " * (i + 1)],
+            )
+        )
+    return lines
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "labels",
@@ -309,6 +327,10 @@ def test_nothing_is_cut_off_pictures(labels):
         pictures.plot_confusion(np.eye(size), labels, "an eval: accuracy 100.0%"),
         pictures.plot_reliability(np.full((9, size), 1 / size), np.arange(9) % size, labels, "x"),
     ]
+    first, second = predicted(labels), predicted(labels, seed=1)
+    pngs.append(pictures.plot_distributions(first, r"a title: $\frac$"))
+    result = comparison.compare(first, second)
+    pngs.append(pictures.plot_pairs(first, second, result, (r"$\frac$", r"the other: $\frac$")))
     for png in pngs:
         pixels = matplotlib.image.imread(io.BytesIO(png))[:, :, :3]
         for edge in (pixels[:, :2], pixels[:, -2:], pixels[:2], pixels[-2:]):
@@ -381,3 +403,20 @@ def test_nothing_in_a_text_ends_its_code_block(text):
     assert fence == last
     assert end == ""
     assert fence not in text
+
+
+def test_pictures_of_examples_grow_with_their_number():
+    heights = []
+    for count in (1, 6):
+        png = pictures.plot_distributions(predicted(["red", "green"])[:count], "a title")
+        heights.append(matplotlib.image.imread(io.BytesIO(png)).shape[0])
+    assert heights[1] - heights[0] == pytest.approx(5 * 75, abs=60)
+
+
+def test_the_picture_of_a_pair_shows_their_differences():
+    first, second = predicted(["red", "green"]), predicted(["red", "green"], seed=1)
+    result = comparison.compare(first, second)
+    drawn = pictures.plot_pairs(first, second, result, ("one", "other"))
+    assert drawn != pictures.plot_pairs(first, first, result, ("one", "other"))
+    other = result | {"nll_difference": result["nll_difference"] + 0.1}
+    assert drawn != pictures.plot_pairs(first, second, other, ("one", "other"))

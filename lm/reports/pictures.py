@@ -1,13 +1,17 @@
 """Pictures of results, as PNG."""
 
 import io
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lm.evals.scores import calibration, statistics
+from lm.reports import metrics
 
 NUM_BINS = 10  # of the reliability diagram
 MAX_CHARS = 40  # of a label; the rest is left out
+MAX_ASKED = 110  # of what was asked, its end
+MIN_WRITTEN = 0.06  # the least probability whose bar has room for it
 CHAR_SIZE = 0.09  # inches
 
 
@@ -127,6 +131,89 @@ def _draw_label_shares(axis, P: np.ndarray, y: np.ndarray, labels: list[str]) ->
     axis.set(xticks=places, ylabel="share", title="labels")
     _write_labels(axis, labels)
     axis.legend()
+
+
+def plot_distributions(lines: Sequence[Mapping], title: str) -> bytes:
+    """The label distributions of a few examples as PNG: a bar for each, below the end of what was
+    asked. The right label has a frame.
+
+    Args:
+      lines: of predictions/NAME-STEP.jsonl.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + 0.75 * len(lines)), layout="constrained")
+    axis = figure.subplots()
+    bars = {}
+    for row, line in enumerate(lines):
+        left = 0.0
+        for number, (label, p) in enumerate(line["distribution"].items()):
+            colour = f"C{number % 10}"
+            bars[label] = axis.barh(row, p, 0.4, left, color=colour, alpha=0.6)
+            if label == line["label"]:
+                frame = dict(color="none", edgecolor="black", linewidth=2, clip_on=False, zorder=3)
+                axis.barh(row, p, 0.4, left, **frame)
+            if p >= MIN_WRITTEN:
+                axis.text(left + p / 2, row, f"{p:.2f}", ha="center", va="center", zorder=4)
+            left += p
+        asked = " ".join(line["prompts"][0].split())
+        if len(asked) > MAX_ASKED:
+            asked = f"…{asked[1 - MAX_ASKED :]}"
+        axis.text(0, row - 0.27, asked, fontsize=9, va="bottom", parse_math=False)
+
+    # Rows go down, and nothing but the probability has a scale.
+    axis.set(xlim=(0, 1), ylim=(len(lines) - 0.6, -0.7), yticks=[], xlabel="probability")
+    axis.spines[["top", "left", "right"]].set_visible(False)
+    figure.suptitle(title, parse_math=False)
+    legend = figure.legend(
+        bars.values(), _shortened(list(bars)), loc="outside lower center", ncols=6
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return png(figure)
+
+
+def plot_pairs(
+    first: Sequence[Mapping], second: Sequence[Mapping], result: Mapping, names: Sequence[str]
+) -> bytes:
+    """Two predictions of the same examples as PNG: the probability of the right label by both, and
+    the differences of their scores with 95% intervals.
+
+    Args:
+      first, second: lines of predictions/NAME-STEP.jsonl, with distributions.
+      result: of `lm.reports.comparison.compare`.
+      names: what the two are called.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    points = [[], []]
+    for values, lines in zip(points, (first, second)):
+        values += [line["distribution"][line["label"]] for line in lines]
+    left.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
+    left.scatter(*points, s=14, alpha=0.6)
+    left.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title="probability of the right label")
+    left.set_xlabel(names[0], parse_math=False)
+    left.set_ylabel(names[1], parse_math=False)
+
+    scores = [key for key in result if f"{key}_difference" in result]
+    labels = []
+    for row, score in enumerate(scores):
+        better = {True: "higher", False: "lower"}.get(metrics.is_higher_better(score))
+        labels.append(f"{score}\n({better} is better)" if better else score)
+        difference = result[f"{score}_difference"]
+        low, high = result[f"{score}_low"], result[f"{score}_high"]
+        right.plot([low, high], [row, row], color="C0", linewidth=2)
+        right.plot(difference, row, marker="o", color="C0")
+        text = f"{result[score]:.3f} and {result[f'{score}_other']:.3f}"
+        right.annotate(text, (difference, row), (0, 8), textcoords="offset points", ha="center")
+    right.axvline(0, color="grey", linewidth=1, linestyle="--")
+    right.set(yticks=range(len(scores)), ylim=(len(scores) - 0.5, -0.5), yticklabels=labels)
+    right.set_title("differences, with 95% intervals")
+    right.set_xlabel(f"{names[0]} less {names[1]}", parse_math=False)
+    right.margins(x=0.15)
+    return png(figure)
 
 
 def _write_labels(axis, labels: list[str]) -> None:
