@@ -233,7 +233,8 @@ class ByteTokenizer(Roles):
             files.write_whole(directory / name, text)
 
     def _for_transformers(self) -> dict[str, dict]:
-        """Files with which transformers gives the same ids: byte-level BPE without merges.
+        """Files with which transformers gives the ids of a prompt: byte-level BPE without merges,
+        behind BOS.
 
         The exception is a text that spells out a special token.
         """
@@ -246,6 +247,7 @@ class ByteTokenizer(Roles):
             added_tokens=[dict(id=i, content=token, **flags) for token, i in special.items()],
             pre_tokenizer=by_byte,
             decoder=by_byte,
+            post_processor=_bos_first(special["<s>"]),
             model=dict(type="BPE", vocab=_gpt2_spelling() | special, merges=[]),
         )
         config = dict(
@@ -259,6 +261,18 @@ class ByteTokenizer(Roles):
         if others:
             config["additional_special_tokens"] = others
         return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+
+def _bos_first(bos_id: int) -> dict:
+    """What a tokenizer.json says of BOS before a text, and before the first of two."""
+    bos = dict(SpecialToken=dict(id="<s>", type_id=0))
+    first, second = dict(Sequence=dict(id="A", type_id=0)), dict(Sequence=dict(id="B", type_id=0))
+    return dict(
+        type="TemplateProcessing",
+        single=[bos, first],
+        pair=[bos, first, second],
+        special_tokens={"<s>": dict(id="<s>", ids=[bos_id], tokens=["<s>"])},
+    )
 
 
 def _load_bytes(marker: epath.Path) -> ByteTokenizer:
@@ -452,7 +466,7 @@ def _control_pieces(texts: Sequence[str]) -> bytes:
 
 
 def _for_transformers(processor: sentencepiece.SentencePieceProcessor) -> dict:
-    """A tokenizer_config.json with which transformers gives the same ids.
+    """A tokenizer_config.json with which transformers gives the ids of a prompt, behind BOS.
 
     The exceptions are a text that spells out special tokens, and one with `SPACE_SIGN`.
     """
@@ -463,7 +477,7 @@ def _for_transformers(processor: sentencepiece.SentencePieceProcessor) -> dict:
     return dict(
         tokenizer_class="LlamaTokenizer",
         legacy=False,
-        add_bos_token=False,
+        add_bos_token=True,
         add_eos_token=False,
         add_prefix_space=False,
         clean_up_tokenization_spaces=False,

@@ -535,4 +535,6 @@ def test_a_runs_own_tokenizer_as_any_family(kind, reserve, tmp_path):
         is_misread = family in tokenizer_files.MISNAMED
         theirs = (by_class if is_misread else transformers.AutoTokenizer).from_pretrained(tmp_path)
         assert theirs(texts, add_special_tokens=False)["input_ids"] == ours.encode_batch(texts)
+        # A model of ours saw BOS before each text: so does who loads it elsewhere.
+        assert theirs(texts[:9])["input_ids"] == [ours.prompt(text) for text in texts[:9]]
         assert lm_tokenizers.load(tmp_path).fingerprint == ours.fingerprint
