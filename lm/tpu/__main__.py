@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -211,6 +212,9 @@ def run(flags, arguments: list[str], order: Order, gcloud: Gcloud, session) -> N
         keep=flags.keep,
     )
 
+    # Also where the shell ignores the one, or sends the other.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         supervisor.Supervisor(gcloud, order, session, settings).run()
     except KeyboardInterrupt:
