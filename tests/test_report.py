@@ -9,8 +9,8 @@ import itertools
 import json
 import math
 import re
-import sys
 import shutil
+import sys
 import types
 
 import numpy as np
