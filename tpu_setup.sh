@@ -23,7 +23,7 @@ if [ $# -gt 0 ]; then
 fi
 
 # Most images of TPU VMs have an older Python: uv, from PyPI, brings its own.
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x .venv/bin/pip ]; then
   if [ -n "$python" ] && "$python" -c 'import ensurepip' 2>/dev/null; then
     "$python" -m venv .venv
   else

@@ -48,9 +48,10 @@ class Activity:
                 logging.info("%s", self._text())
                 wait = SECONDS_BETWEEN_LINES
 
-    def end(self) -> float:
-        """Ends the thread's lines, and returns the seconds that all took."""
+    def end(self, thread: threading.Thread) -> float:
+        """Ends the thread and its lines, and returns the seconds that all took."""
         self._over.set()
+        thread.join()
         seconds = time.monotonic() - self._began
         if self._terminal and seconds > QUIET_SECONDS:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -75,7 +76,6 @@ def activity(what: str, total: int = 0, unit: str = "") -> Iterator[Activity]:
     try:
         yield shown
     finally:
-        seconds = shown.end()
-        thread.join()
+        seconds = shown.end(thread)
     if seconds > QUIET_SECONDS:
         logging.info("%s took %.1f s", what, seconds)

@@ -151,7 +151,11 @@ def describe(state, name):
     if word == "GONE":
         del state["requests"][name]
         fail(f"ERROR: NOT_FOUND: Resource '{PARENT}/queuedResources/{name}' was not found")
-    spec = {"parent": PARENT, "node": {"acceleratorType": request["type"]}, "nodeId": name}
+    spec = {"parent": PARENT, "node": {"acceleratorType": request["type"]}}
+    if len(request["names"]) == 1:
+        spec["nodeId"] = name
+    else:
+        spec["multisliceParams"] = {"nodeCount": len(request["names"]), "nodeIdPrefix": name}
     return {
         "name": f"{PARENT}/queuedResources/{name}",
         "createTime": "2026-01-01T00:00:00Z",
@@ -223,7 +227,9 @@ def ssh(node, worker, command):
     break_ssh(worker, command)
     vm, home = check_vm(node, worker)
     versions = scenario().get("versions", {}).get(worker, "python 3.12.1, jax 0.10.2")
-    environment = os.environ | {
+    # A machine of its own has no other variables of this one.
+    known = ("FAKE_", "JAX_", "XLA_", "PYTHON")
+    environment = {k: value for k, value in os.environ.items() if k.startswith(known)} | {
         "HOME": str(home),
         "FAKE_VM": f"{FOLDER}/{vm}",  # by which its processes are found
         "FAKE_VERSIONS": versions,

@@ -43,7 +43,7 @@ print("done", flush=True)
 VM_PYTHON = f"""#!/bin/bash
 if [ "$1" = -m ] && [ "$2" = venv ]; then
   mkdir -p "$3/bin"
-  printf '#!/bin/bash\\n' > "$3/bin/pip"
+  printf '#!/bin/bash\\nexec sleep $FAKE_PIP_SECONDS\\n' > "$3/bin/pip"
   cp "$0" "$3/bin/python"
   chmod +x "$3/bin/pip"
 elif [ "$2" = lm-check ]; then
@@ -101,6 +101,7 @@ class Cloud:
             "XDG_CACHE_HOME": str(folder / "cache"),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
+            "FAKE_PIP_SECONDS": "0",
         }
         self.scenario()
 
@@ -232,6 +233,18 @@ def test_a_pod_of_two_slices_runs_on_all_workers(cloud):
     assert cloud.is_empty()
 
 
+def test_commands_find_all_slices_by_themselves(cloud):
+    cloud.do("create", "pod", "--type=v4-16", "--slices=2")
+    status, printed = cloud.run(kind="v4-16")
+    assert status == 1 and "pod exists and is 2 x v4-16, not 1 x v4-16" in printed
+    status, printed = cloud.do("setup", "pod")
+    assert status == 0 and "4 worker(s)" in printed, printed
+    status, printed = cloud.do("status", "pod")
+    assert status == 0 and "pod-1: READY" in printed and "worker 1 of pod-1" in printed
+    cloud.do("delete", "pod")
+    assert cloud.is_empty()
+
+
 def test_a_request_that_fails_again_and_again_is_given_up(cloud):
     cloud.scenario({"states": ["FAILED"], "message": "no capacity"})
     status, printed = cloud.run()
@@ -256,6 +269,18 @@ def test_one_worker_that_fails_is_named(cloud):
     assert cloud.is_empty()
 
 
+def test_a_set_up_that_fails_ends_on_the_other_workers_at_once(cloud):
+    cloud.environment["FAKE_PIP_SECONDS"] = "100"
+    cloud.do("create", "pod", "--type=v4-16")
+    cloud.scenario(
+        ssh_errors=[{"worker": 1, "match": "tpu_setup.sh &&", "status": 1, "text": "no Python"}]
+    )
+    # Where the other one is at that time, is not said.
+    status, printed = cloud.do("setup", "pod", timeout=50)
+    assert status == 1 and "worker 1 of pod failed" in printed and "no Python" in printed
+    cloud.do("delete", "pod")
+
+
 def test_a_worker_with_other_versions_is_named(cloud):
     cloud.scenario(versions={"1": "python 3.12.1, jax 0.9.0"})
     status, printed = cloud.run(kind="v4-32")
@@ -269,13 +294,45 @@ def test_connections_and_services_that_fail_for_a_while_are_waited_for(cloud):
         ssh_errors=[
             {"worker": 0, "match": "worker status", "times": 2, "status": 255, "text": "timed out"},
             {"worker": 0, "match": "scp", "times": 1, "status": 255, "text": "timed out"},
-            {"worker": 0, "match": "worker start", "times": 1, "status": 255, "text": "reset"},
+            {
+                "worker": 0,
+                "match": "worker start",
+                "times": 1,
+                "status": 1,
+                "text": "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) HTTPError 503: try later",
+            },
         ],
-        errors={"tpus queued-resources describe": [None, None, "ERROR: UNAVAILABLE: try later"]},
+        errors={
+            "tpus queued-resources describe": [
+                None,
+                None,
+                "ERROR: UNAVAILABLE: try later",
+                None,
+                *["There was a problem refreshing your auth tokens: Max retries exceeded"] * 7,
+            ]
+        },
     )
     status, printed = cloud.run()
     assert status == 0, printed
     assert "can't be reached" in printed and cloud.is_empty()
+
+
+def test_a_login_that_ends_leaves_the_run(cloud):
+    login = "ERROR: (gcloud) You do not currently have an active account selected."
+    cloud.scenario(errors={"tpus queued-resources describe": [None] * 6 + [login] * 9})
+    status, printed = cloud.run("--steps=1000")
+    assert status == 1 and "still there, and cost" in printed and "gcloud auth login" in printed
+    cloud.scenario()
+    assert not cloud.is_empty() and "running" in cloud.do("status", "pod")[1]
+    cloud.do("delete", "pod")
+    assert cloud.is_empty()
+
+
+def test_a_tpu_vm_of_somebody_is_not_touched(cloud):
+    (cloud.folder / "state.json").write_text('{"left": ["pod"]}')
+    status, printed = cloud.run()
+    assert status == 1 and "next: gcloud compute tpus tpu-vm delete pod" in printed
+    assert cloud.state()["left"] == ["pod"] and not cloud.calls("create")
 
 
 def test_answers_that_are_lost_leave_nothing(cloud):
@@ -384,8 +441,23 @@ def test_an_interrupted_supervisor_leaves_the_run_and_says_so(cloud):
     status, printed = cloud.run("--steps=999")
     assert status == 1 and "another run is under way" in printed
     assert "stop pod --zone=us-west4-a" in printed
-    # What it did make is deleted after an error.
-    assert cloud.is_empty()
+    # Nor does setting up take its code away.
+    status, printed = cloud.do("setup", "pod")
+    assert status == 1 and "a run is under way" in printed
+    assert not cloud.is_empty()
+    cloud.do("delete", "pod")
+
+
+def test_variables_reach_workers_that_are_set_up(cloud):
+    cloud.environment["SECRET"] = "hunter2"
+    cloud.do("create", "pod", "--type=v5e-8")
+    cloud.do("setup", "pod")
+    status, printed = cloud.run(own=["--env=SECRET"])
+    assert status == 0 and "with hunter2" in printed, printed
+    # What another run was sent is nothing to the next one.
+    status, printed = cloud.run("--steps=9")
+    assert status == 0 and "with None" in printed, printed
+    cloud.do("delete", "pod")
 
 
 def test_variables_are_sent_by_a_file(cloud):
@@ -394,6 +466,7 @@ def test_variables_are_sent_by_a_file(cloud):
     assert status == 0, printed
     assert "with hunter2" in printed
     assert cloud.calls("hunter2") == []
+    assert list(cloud.folder.rglob("*environment.json")) == []  # nor left on a disk
 
 
 def test_tpus_that_were_there_before_are_left(cloud):
@@ -548,7 +621,7 @@ def test_a_run_directory_on_the_disk_of_a_tpu_vm_is_refused(cloud):
 def test_tpus_of_another_type_are_not_taken(cloud):
     cloud.do("create", "pod", "--type=v4-32")
     status, printed = cloud.run(kind="v5e-8")
-    assert status == 1 and "pod exists and is v4-32" in printed
+    assert status == 1 and "pod exists and is 1 x v4-32" in printed
     cloud.do("delete", "pod")
 
 

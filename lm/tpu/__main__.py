@@ -36,6 +36,9 @@ EXAMPLE = """
 """
 
 
+STATUS_COMMAND = "cd lm 2>/dev/null && .venv/bin/python -m lm.tpu.worker status"
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of this command, and those behind " -- ", which are lm.main's."""
     run_arguments = []
@@ -151,15 +154,13 @@ def check_type(gcloud: Gcloud, order: Order) -> None:
 
 def check_same(gcloud: Gcloud, order: Order) -> None:
     """Raises Error where TPUs of this name are of another type."""
-    request = gcloud.queued_resource(order.name) or {}
-    for spec in request.get("tpu", {}).get("nodeSpec", []):
-        kind = spec.get("node", {}).get("acceleratorType", order.type)
-        if kind.rpartition("/")[2] != order.type:
-            raise Error(
-                f"{order.name} exists and is {kind}, not {order.type}: delete it, or take another "
-                "name",
-                supervisor.hint("delete", gcloud, order.name),
-            )
+    found = order.as_requested(gcloud.queued_resource(order.name))
+    if (found.type, found.slices) != (order.type, order.slices):
+        raise Error(
+            f"{order.name} exists and is {found.slices} x {found.type}, not {order.slices} x "
+            f"{order.type}: delete it, or take another name",
+            supervisor.hint("delete", gcloud, order.name),
+        )
 
 
 # --- commands ---
@@ -181,7 +182,7 @@ def choose_code(session: session_lib.Session, *, new: bool) -> session_lib.Code:
     return code
 
 
-def write_environment(names: str, directory: Path) -> str:
+def write_environment(names: str, path: Path) -> str:
     """Writes variables of this machine for the run; returns the file, "" if there are none."""
     if not names:
         return ""
@@ -190,7 +191,6 @@ def write_environment(names: str, directory: Path) -> str:
         raise Error(f"--env={names}: not set on this machine: {', '.join(missing)}")
 
     values = {name: os.environ[name] for name in names.split(",")}
-    path = directory / "environment.json"
     path.touch(mode=0o600)
     path.write_text(json.dumps(values))
     return str(path)
@@ -208,7 +208,7 @@ def run(flags, arguments: list[str], order: Order, gcloud: Gcloud, session) -> N
     settings = supervisor.Settings(
         arguments=arguments,
         poll_seconds=0.0 if flags.dry_run else flags.poll_seconds,
-        environment_file=write_environment(flags.env, session.directory),
+        environment_file=write_environment(flags.env, session.environment_file),
         keep=flags.keep,
     )
 
@@ -219,31 +219,39 @@ def run(flags, arguments: list[str], order: Order, gcloud: Gcloud, session) -> N
         supervisor.Supervisor(gcloud, order, session, settings).run()
     except KeyboardInterrupt:
         supervisor.say(
-            "the run goes on without this command; the same command watches it again.\n"
-            f"next: {supervisor.hint('stop', gcloud, order.name)}, then "
+            "what was started goes on without this command, and costs; the same command watches it "
+            f"again.\nnext: {supervisor.hint('stop', gcloud, order.name)}, then "
             f"{supervisor.hint('delete', gcloud, order.name)}"
         )
+    finally:
+        session.environment_file.unlink(missing_ok=True)
 
 
 def create(order: Order, gcloud: Gcloud, poll_seconds: float) -> None:
     """Asks for TPUs, and waits until they are there."""
     check_type(gcloud, order)
-    gcloud.create(order)
+    hint_to_delete = supervisor.hint("delete", gcloud, order.name)
+    try:
+        gcloud.create(order)
+    except gcloud_lib.Passing as error:
+        raise Error(
+            f"{error}\nIt may have been asked for all the same",
+            supervisor.hint("status", gcloud, order.name),
+        ) from None
 
     said = ""
     while True:
         request = gcloud.queued_resource(order.name)
         state = supervisor.state_of(request)
         if state in supervisor.GONE:
-            raise Error(
-                f"{order.name}: {state}{supervisor.reason(request)}",
-                supervisor.hint("delete", gcloud, order.name),
-            )
+            raise Error(f"{order.name}: {state}{supervisor.reason(request)}", hint_to_delete)
         if state == "ACTIVE":
-            nodes = [gcloud.node(name) or {} for name in order.nodes()]
-            state = ", ".join(node.get("state", "missing") for node in nodes)
-            if all(node.get("state") == "READY" for node in nodes):
+            states = [(gcloud.node(name) or {}).get("state", "missing") for name in order.nodes()]
+            state = ", ".join(states)
+            if set(states) == {"READY"}:
                 break
+            if set(states) & set(supervisor.NODE_GONE):
+                raise Error(f"{order.name}: {state}", hint_to_delete)
         if state != said:
             supervisor.say(f"{order.name}: {state}")
             said = state
@@ -255,9 +263,22 @@ def create(order: Order, gcloud: Gcloud, poll_seconds: float) -> None:
 
 def setup(order: Order, gcloud: Gcloud, session) -> None:
     """Sets up TPUs that are there."""
+    session.lock()
+    workers = supervisor.workers_of(gcloud, order.nodes())
+
+    def is_running(node: str, worker: int) -> bool:
+        result = gcloud.ssh(node, worker, STATUS_COMMAND)
+        return '"state": "running"' in result.stdout
+
+    if any(gcloud_lib.on_all(is_running, workers).values()):
+        raise Error(
+            "a run is under way on these TPUs, whose code would be taken away",
+            supervisor.hint("stop", gcloud, order.name),
+        )
+
     code = choose_code(session, new=True)
     try:
-        supervisor.set_up(gcloud, supervisor.workers_of(gcloud, order.nodes()), code)
+        supervisor.set_up(gcloud, workers, code)
     except supervisor.SetupFailed as error:
         raise Error(
             f"{error}\nNothing runs on the workers, but the TPUs are still there, and cost",
@@ -274,35 +295,46 @@ def status(order: Order, gcloud: Gcloud) -> None:
         return
 
     print(f"{order.name}: {request.get('state', {}).get('state')}")
-    for node in order.nodes():
-        found = gcloud.node(node) or {}
-        print(f"{node}: {found.get('state', 'missing')}, health {found.get('health', 'unknown')}")
+    ready = []
+    for name in order.nodes():
+        node = gcloud.node(name) or {}
+        print(f"{name}: {node.get('state', 'missing')}, health {node.get('health', 'unknown')}")
+        if node.get("state") == "READY":
+            ready.append(name)
+    if not ready:
+        return
 
-    command = "cd lm && .venv/bin/python -m lm.tpu.worker status 1000000000000"
-    for node, worker in supervisor.workers_of(gcloud, order.nodes()):
-        result = gcloud.ssh(node, worker, command)
-        said = result.stdout.strip() or f"can't say: {result.stderr.strip()[-200:]}"
-        print(f"worker {worker} of {node}: {said}")
+    def ask(node: str, worker: int) -> str:
+        result = gcloud.ssh(node, worker, STATUS_COMMAND)
+        return result.stdout.strip() or f"can't say: {result.stderr.strip()[-200:]}"
+
+    said = gcloud_lib.on_all(ask, supervisor.workers_of(gcloud, ready))
+    for (node, worker), text in said.items():
+        print(f"worker {worker} of {node}: {text}")
 
 
-def logs(flags, order: Order, gcloud: Gcloud) -> None:
+def logs(flags, order: Order, gcloud: Gcloud) -> int:
     """Follows the log of a worker on this terminal."""
     command = "tail -n 100 -F lm-run/log"
-    gcloud.connect(gcloud.ssh_arguments(order.nodes()[0], flags.worker, command))
+    return gcloud.connect(gcloud.ssh_arguments(order.nodes()[0], flags.worker, command))
 
 
-def tunnel(flags, order: Order, gcloud: Gcloud) -> None:
+def tunnel(flags, order: Order, gcloud: Gcloud) -> int:
     """Serves TensorBoard, with xprof, on worker 0, and brings it to this machine."""
     if not flags.logdir:
         raise Error("--logdir is missing: the run directory, such as --logdir=gs://BUCKET/RUN")
+    # Packages of its own, beside those of a run that is under way; and one at a time, since an
+    # interrupt doesn't reach it.
     command = (
-        "cd lm && .venv/bin/pip install -q -c constraints.txt -e '.[tensorboard]' && "
-        f".venv/bin/tensorboard --logdir={shlex.quote(flags.logdir)} --port=6006"
+        "pkill -f '[t]ensorboard --logdir'; cd lm && "
+        "{ [ -d .venv-tensorboard ] || .venv/bin/python -m venv .venv-tensorboard; } && "
+        ".venv-tensorboard/bin/pip install -q -c constraints.txt gcsfs tensorboard xprof && "
+        f".venv-tensorboard/bin/tensorboard --logdir={shlex.quote(flags.logdir)} --port=6006"
     )
 
     print(f"TensorBoard will be at http://localhost:{flags.port}; end it with ctrl-C", flush=True)
     arguments = gcloud.ssh_arguments(order.nodes()[0], 0, command)
-    gcloud.connect([*arguments, "--", "-L", f"{flags.port}:localhost:6006"])
+    return gcloud.connect([*arguments, "--", "-L", f"{flags.port}:localhost:6006"])
 
 
 def stop(order: Order, gcloud: Gcloud) -> None:
@@ -322,6 +354,10 @@ def stop(order: Order, gcloud: Gcloud) -> None:
 def delete(order: Order, gcloud: Gcloud, session, poll_seconds: float) -> None:
     """Deletes the TPUs, and waits until they are gone."""
     session.end()  # a supervisor on this machine ends then
+    supervisor.delete(gcloud, order.name, poll_seconds)
+    # It may have been asking for TPUs just now.
+    supervisor.say("waiting for ./tpu_setup.sh run on this machine, if there is one")
+    session.lock(wait=True)
     supervisor.delete(gcloud, order.name, poll_seconds)
 
     for node in order.nodes():
@@ -354,32 +390,46 @@ def make_session(flags: argparse.Namespace, order: Order, gcloud: Gcloud) -> ses
     )
 
 
+def do(flags, arguments: list[str], order: Order, gcloud: Gcloud, session) -> int:
+    """Does what the command line asks for; returns the exit status."""
+    if flags.command == "run":
+        run(flags, arguments, order, gcloud, session)
+        return 0
+    poll_seconds = 0.0 if flags.dry_run else flags.poll_seconds
+    if flags.command == "create":
+        create(order, gcloud, poll_seconds)
+        return 0
+
+    # What there is needn't be said again.
+    order = order.as_requested(gcloud.queued_resource(order.name))
+    if flags.command == "setup":
+        setup(order, gcloud, session)
+    elif flags.command == "status":
+        status(order, gcloud)
+    elif flags.command == "logs":
+        return logs(flags, order, gcloud)
+    elif flags.command == "tunnel":
+        return tunnel(flags, order, gcloud)
+    elif flags.command == "stop":
+        stop(order, gcloud)
+    else:
+        delete(order, gcloud, session, poll_seconds)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     flags, arguments = parse(argv)
     try:
         order = make_order(flags)
         gcloud = make_gcloud(flags, order)
         session = make_session(flags, order, gcloud)
-        if flags.command == "create":
-            create(order, gcloud, 0.0 if flags.dry_run else flags.poll_seconds)
-        elif flags.command == "setup":
-            setup(order, gcloud, session)
-        elif flags.command == "run":
-            run(flags, arguments, order, gcloud, session)
-        elif flags.command == "status":
-            status(order, gcloud)
-        elif flags.command == "logs":
-            logs(flags, order, gcloud)
-        elif flags.command == "tunnel":
-            tunnel(flags, order, gcloud)
-        elif flags.command == "stop":
-            stop(order, gcloud)
-        else:
-            delete(order, gcloud, session, flags.poll_seconds)
+        return do(flags, arguments, order, gcloud, session)
     except Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; TPUs that were asked for stay, and cost", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 CALL_SECONDS = 180  # that a call may take
+SSH_FAILED, TIMED_OUT = 255, 124  # statuses
 TRIES = 5  # of a call whose error passes
 SSH_FLAGS = ("--ssh-flag=-o ConnectTimeout=30", "--ssh-flag=-o ServerAliveInterval=30")
 
@@ -69,6 +70,14 @@ def generation(accelerator_type: str) -> Generation:
     return GENERATIONS[name]
 
 
+def was_reached(result: subprocess.CompletedProcess) -> bool:
+    """Whether a worker ran a command, or failed at it, and not what brings it there."""
+    of_gcloud = (
+        "ERROR: (gcloud." in result.stderr and "exited with return code" not in result.stderr
+    )
+    return result.returncode not in (SSH_FAILED, TIMED_OUT) and not of_gcloud
+
+
 def num_hosts(accelerator_type: str) -> int:
     """Returns how many workers a slice has."""
     size, kind = int(accelerator_type.partition("-")[2]), generation(accelerator_type)
@@ -92,12 +101,23 @@ class Order:
             return [self.name]
         return [f"{self.name}-{index}" for index in range(self.slices)]
 
+    def as_requested(self, request: dict | None) -> "Order":
+        """The order that a request is of: commands needn't repeat it."""
+        specs = (request or {}).get("tpu", {}).get("nodeSpec", [])
+        if not specs:
+            return self
+        several = specs[0].get("multisliceParams") or specs[0].get("multiNodeParams") or {}
+        slices = max(int(several.get("nodeCount", 1)), len(specs))
+        kind = specs[0].get("node", {}).get("acceleratorType", self.type).rpartition("/")[2]
+        return dataclasses.replace(self, type=kind, slices=slices)
+
 
 # --- errors ---
 
 _PASSING = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL\b|ABORTED|HTTPError 5\d\d|Connection (reset|aborted)"
-    r"|timed out|requests per minute|RATE_LIMIT"
+    r"|timed out|requests per minute|RATE_LIMIT|Max retries exceeded|Failed to resolve"
+    r"|[Nn]ame resolution|NewConnectionError|ConnectionError|Network is unreachable"
 )
 _NOT_FOUND = re.compile(r"NOT_FOUND|not found|HTTPError 404|does not exist")
 
@@ -185,7 +205,9 @@ class Gcloud:
                 "gcloud init",
             ) from None
         except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(command, 124, "", f"timed out after {seconds} s")
+            return subprocess.CompletedProcess(
+                command, TIMED_OUT, "", f"timed out after {seconds} s"
+            )
 
     def _call(self, *arguments: str, may_lack: bool = False, tries: int = TRIES) -> str | None:
         """Returns what gcloud prints.
@@ -309,7 +331,10 @@ class Gcloud:
 
     def connect(self, arguments: Sequence[str]) -> int:
         """Runs gcloud on this terminal, until the user ends it."""
-        return subprocess.call(["gcloud", *arguments])
+        try:
+            return subprocess.call(["gcloud", *arguments])
+        except KeyboardInterrupt:
+            return 0
 
 
 def configured(name: str) -> str:

@@ -74,14 +74,22 @@ class Session:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self.environment_file = directory / "environment.json"
         self._file = directory / "session.json"
 
-    def lock(self) -> None:
-        """Holds the run for as long as this process lives. Raises Error if another one does."""
+    def lock(self, *, wait: bool = False) -> None:
+        """Holds the run for as long as this process lives.
+
+        Args:
+          wait: for the process that holds it.
+
+        Raises:
+          Error: another process holds it.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = (self.directory / "lock").open("a")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise Error(
                 "another ./tpu_setup.sh run of this name is watching on this machine"
@@ -112,8 +120,9 @@ class Session:
         return self._read().get("made") is True
 
     def note_made(self, made: bool) -> None:
-        """Notes whether TPUs were asked for."""
-        self._file.write_text(json.dumps(self._read() | {"made": made}))
+        """Notes whether TPUs were asked for, unless the run is over."""
+        if not self.is_over():
+            self._file.write_text(json.dumps(self._read() | {"made": made}))
 
     def forget_code(self) -> None:
         """Has the next run take the code that there is then."""

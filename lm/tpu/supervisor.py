@@ -16,6 +16,7 @@ from lm import escape
 from lm.tpu import gcloud as gcloud_lib
 from lm.tpu import session as session_lib
 from lm.tpu.gcloud import Error, Gcloud, Order
+from lm.tpu.worker import REFUSED
 
 # States of a request. One that isn't here is waited for, and said.
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
@@ -25,15 +26,18 @@ GONE = ("SUSPENDED", "FAILED")
 NODE_GONE = ("PREEMPTED", "TERMINATED", "STOPPING", "STOPPED", "DELETING", "SUSPENDED", "HIDDEN")
 
 SETUP_SECONDS = 1800
-SSH_FAILED = 255  # the status of ssh and scp where a worker can't be reached
 STOP_SECONDS = 600
-DELETE_SECONDS = 3600
+DELETE_SECONDS, DELETE_AGAIN_SECONDS = 3600, 120
 PATIENCE_SECONDS = 900  # for a TPU VM that isn't ready, or a worker that can't be reached
 MAX_FAILED_REQUESTS = 5  # one after the other
 SAY_AGAIN_SECONDS = 600
 
 
-class SetupFailed(Error):
+class GivenUp(Error):
+    """What neither waiting nor other TPUs mend: those that there are need not stay."""
+
+
+class SetupFailed(GivenUp):
     """A worker couldn't be set up; the message names it."""
 
 
@@ -77,20 +81,22 @@ def delete(gcloud: Gcloud, name: str, poll_seconds: float) -> None:
       Error: it doesn't go.
     """
     gcloud.delete(name)
-    began = time.monotonic()
+    began = asked_at = time.monotonic()
     said = ""
     while (state := state_of(gcloud.queued_resource(name))) != "none":
+        now = time.monotonic()
         if state != said:
             say(f"{name}: waiting for its end: {state}")
             said = state
-        if time.monotonic() - began > DELETE_SECONDS:
+        if now - began > DELETE_SECONDS:
             raise Error(
-                f"{name} is {state} for an hour: its name doesn't come free. A run goes on under "
-                "another name with the same --workdir",
-                hint("run", gcloud, f"{name}b") + " ...",
+                f"{name} is {state} for an hour, and may cost. A run goes on under another name "
+                "with the same --workdir",
+                hint("delete", gcloud, name),
             )
-        if state in GONE:  # the deletion was lost
-            gcloud.delete(name)
+        if state not in LEAVING and now - asked_at > DELETE_AGAIN_SECONDS:
+            gcloud.delete(name)  # the deletion failed, or was lost
+            asked_at = now
         time.sleep(poll_seconds)
 
 
@@ -109,52 +115,48 @@ def workers_of(gcloud: Gcloud, nodes: Sequence[str]) -> list[tuple[str, int]]:
     return workers
 
 
-def set_up(
-    gcloud: Gcloud,
-    workers: Sequence[tuple[str, int]],
-    code: session_lib.Code,
-    environment_file: str = "",
-) -> None:
+def set_up(gcloud: Gcloud, workers: Sequence[tuple[str, int]], code: session_lib.Code) -> None:
     """Copies the code to all workers, installs it, and checks their devices together.
-
-    Args:
-      environment_file: variables for the run, as JSON. Command lines can be seen, files can't.
 
     Raises:
       SetupFailed: a worker failed, or has other versions than the rest. Nothing of the set-up runs
         any more.
     """
-    # What isn't in the archive goes, but for the installed packages.
+    # One at a time: gcloud runs a command again after a connection that broke. What isn't in the
+    # archive goes, but for the installed packages.
     install = (
-        "mkdir -p lm && find lm -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} + && "
+        "exec 9>lm-setup.lock && flock 9 && mkdir -p lm && "
+        "find lm -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} + && "
         f"tar xzf lm.tar.gz && bash lm/tpu_setup.sh && echo {code.tree} > lm/.code"
     )
 
+    first_failures = []
+
     def copy_and_install(node: str, worker: int) -> subprocess.CompletedProcess:
-        copied = gcloud.scp(code.path, node, worker, "lm.tar.gz")
-        if copied.returncode == 0 and environment_file:
-            copied = gcloud.scp(environment_file, node, worker, "lm-environment.json")
-        if copied.returncode:
-            return copied
-        return gcloud.ssh(node, worker, install, SETUP_SECONDS)
+        result = gcloud.scp(code.path, node, worker, "lm.tar.gz")
+        if result.returncode == 0:
+            result = gcloud.ssh(node, worker, install, SETUP_SECONDS)
+        if result.returncode and not first_failures:
+            first_failures.append(((node, worker), result))
+            _stop_set_up(gcloud, workers)  # the others would wait for this one
+        return result
 
     say(f"setting up {len(workers)} worker(s): {code}")
     results = gcloud_lib.on_all(copy_and_install, workers)
 
-    failed = {worker: result for worker, result in results.items() if result.returncode}
-    if failed:
-        _stop_set_up(gcloud, workers)
-        is_reached = any(result.returncode != SSH_FAILED for result in failed.values())
-        raise (SetupFailed if is_reached else Unreachable)(_describe_failures(failed))
+    if first_failures:
+        is_reached = gcloud_lib.was_reached(first_failures[0][1])
+        message = _describe_failures(dict(first_failures))
+        raise (SetupFailed if is_reached else Unreachable)(message)
     _check_versions({worker: result.stdout for worker, result in results.items()})
 
 
 def _stop_set_up(gcloud: Gcloud, workers: Sequence[tuple[str, int]]) -> None:
-    """Ends what is left of a set-up: workers that wait for one that failed."""
+    """Ends a set-up on all workers."""
 
     def stop(node: str, worker: int) -> None:
         # The brackets keep the pattern from finding this command.
-        gcloud.ssh(node, worker, "pkill -f 'lm/[t]pu_setup.sh'; pkill -f '[l]m-check'; true")
+        gcloud.ssh(node, worker, "pkill -f 'lm/[t]pu_setup.sh|[l]m-check|[.]venv/bin/pip'; true")
 
     gcloud_lib.on_all(stop, workers)
 
@@ -210,7 +212,7 @@ class Settings:
 
     Attributes:
       arguments: flags of lm.main.
-      environment_file: see `set_up`.
+      environment_file: variables for the run, as JSON ("": none). Command lines can be seen.
       keep: leave the TPUs where the run has ended, or failed.
     """
 
@@ -238,6 +240,7 @@ class Supervisor:
         self._session, self._settings = session, settings
         self._code = session.code()
         self._said, self._said_at = "", 0.0
+        self._last_request: dict | None = None
         self._failed_requests = 0  # since one was active
         self._has_started = False  # on all workers of these TPUs
         self._trouble_since: float | None = None  # TPU VMs not ready, workers out of reach
@@ -254,8 +257,14 @@ class Supervisor:
         try:
             while not self._look_patiently():
                 time.sleep(self._settings.poll_seconds)
+        except GivenUp as error:
+            try:
+                self._leave()
+            except Error as second:
+                raise Error(f"{error}\n{second}") from None
+            raise
         except Error:
-            self._leave()
+            self._say_what_stays()
             raise
         self._leave()
 
@@ -271,23 +280,30 @@ class Supervisor:
         """Deletes the TPUs, if they were made here and aren't to be kept."""
         if self._session.is_over():
             return
-        command = hint("delete", self._gcloud, self._order.name)
-        there = f"{self._order.name}: the TPUs are still there, and cost. next: {command}"
         if self._settings.keep or not self._session.made:
             if not self._was_asked:  # what was stopped goes on with its code
                 self._session.forget_code()
-            say(there)
+            self._say_what_stays()
             return
-        try:
-            self._delete("nothing is left to do on the TPUs")
-            self._session.end()
-        except Error as error:
-            say(f"{there}\n{error}")
+
+        while True:
+            try:
+                self._delete("nothing is left to do on the TPUs")
+                break
+            except gcloud_lib.Passing as error:
+                self._say(f"{error}: trying again")
+                time.sleep(self._settings.poll_seconds)
+        self._session.end()
+
+    def _say_what_stays(self) -> None:
+        if state_of(self._last_request) != "none":
+            command = hint("delete", self._gcloud, self._order.name)
+            say(f"{self._order.name}: the TPUs are still there, and cost. next: {command}")
 
     def _look(self) -> bool:
         """Looks at what there is and does the next thing; whether the run has ended."""
         name = self._order.name
-        request = self._gcloud.queued_resource(name)
+        request = self._last_request = self._gcloud.queued_resource(name)
         state = state_of(request)
         if self._session.is_over():
             say(f"{name}: ended by another command of this machine")
@@ -316,10 +332,18 @@ class Supervisor:
 
     def _create(self) -> None:
         for node in self._order.nodes():
-            # Taken away TPU VMs may keep their names.
-            if self._session.made and self._gcloud.node(node) is not None:
-                self._say(f"{node} is left over from before: it is deleted")
-                self._gcloud.delete_node(node)
+            if self._gcloud.node(node) is None:
+                continue
+            if not self._session.made:
+                where = f"--zone={self._gcloud.zone}"
+                raise Error(
+                    f"there is a TPU VM {node} that no queued resource stands for: take another "
+                    "name, or delete it",
+                    f"gcloud compute tpus tpu-vm delete {node} {where}",
+                )
+            # One that was taken away may keep its name.
+            self._say(f"{node} is left over from before: it is deleted")
+            self._gcloud.delete_node(node)
 
         kind = f"{self._order.slices} x {self._order.type}{', spot' if self._order.spot else ''}"
         self._say(f"asking for {kind} in {self._gcloud.zone}")
@@ -343,7 +367,7 @@ class Supervisor:
         """Deletes TPUs that are gone or no good: the next look asks for new ones."""
         self._failed_requests = self._failed_requests + 1 if failed else 0
         if self._failed_requests >= MAX_FAILED_REQUESTS:
-            raise Error(
+            raise GivenUp(
                 f"{self._failed_requests} requests failed one after the other, the last: {why}. "
                 "Another zone or type may have what this one lacks",
                 "gcloud compute tpus locations list",
@@ -422,6 +446,10 @@ class Supervisor:
 
         if lost:
             self._wait_for(f"worker {', '.join(lost)} can't be reached")
+        elif "running" not in states and any(said.get("asked") for said in statuses.values()):
+            say(f"{self._order.name}: stopped, as it was asked to; the same command goes on")
+            self._was_asked = True
+            return True
         elif "other code" in states:
             self._say("a run with other code is under way: stopped")
             stop_run(self._gcloud, workers)
@@ -444,7 +472,7 @@ class Supervisor:
     def _set_up(self, workers: Sequence[tuple[str, int]]) -> None:
         """Sets the workers up. One that was taken away meanwhile is the next look's matter."""
         try:
-            set_up(self._gcloud, workers, self._code, self._settings.environment_file)
+            set_up(self._gcloud, workers, self._code)
         except Unreachable as error:
             self._wait_for(f"set-up: {error}")
         except SetupFailed:
@@ -452,6 +480,7 @@ class Supervisor:
             if self._is_there(workers):
                 raise
         else:
+            self._trouble_since = None
             self._start(workers)
 
     def _is_there(self, workers: Sequence[tuple[str, int]]) -> bool:
@@ -466,18 +495,26 @@ class Supervisor:
 
     def _start(self, workers: Sequence[tuple[str, int]]) -> None:
         """Starts the run on all workers where it isn't under way."""
+        file = self._settings.environment_file
+        private = "chmod 600 lm-environment.json" if file else "rm -f lm-environment.json"
         arguments = shlex.join(self._settings.arguments)
-        command = f"cd lm && .venv/bin/python -m lm.tpu.worker start {arguments}"
+        command = f"{private}; cd lm && .venv/bin/python -m lm.tpu.worker start {arguments}"
 
         def start(node: str, worker: int) -> subprocess.CompletedProcess:
+            if file:
+                copied = self._gcloud.scp(file, node, worker, "lm-environment.json")
+                if copied.returncode:
+                    return copied
             return self._gcloud.ssh(node, worker, command)
 
         results = gcloud_lib.on_all(start, workers)
 
         failed = {worker: result for worker, result in results.items() if result.returncode}
-        refused = {worker: result for worker, result in failed.items() if result.returncode == 1}
+        refused = {w: result for w, result in failed.items() if result.returncode == REFUSED}
         if refused:
             raise Error(_describe_failures(refused), hint("stop", self._gcloud, self._order.name))
+        if failed:
+            self._wait_for(f"the run can't be started: {_describe_failures(failed)}")
         self._has_started = not failed
         if self._has_started:
             self._failed_requests, self._trouble_since = 0, None
@@ -487,15 +524,9 @@ class Supervisor:
         """Looks at a run that has ended on all workers; whether it is done."""
         self._has_started = False
         failed = {worker: said for worker, said in statuses.items() if said["status"] != 0}
-
-        name = self._order.name
-        if any(said.get("asked") for said in statuses.values()):
-            say(f"{name}: stopped, as it was asked to; the same command goes on")
-            self._was_asked = True
-            return True
         if not failed:
             if not any(said["stopped"] for said in statuses.values()):
-                say(f"{name}: the run has come to its end")
+                say(f"{self._order.name}: the run has come to its end")
                 return True
             self._start(workers)  # after maintenance
             return False
@@ -505,7 +536,7 @@ class Supervisor:
         what = f"the run failed with {said['status']} on worker {worker} of {node}"
         if self._failed_step is not None and step <= self._failed_step:
             log = last_lines(said.get("log", ""))
-            raise Error(f"{what}, twice without a new checkpoint between:\n{log}")
+            raise GivenUp(f"{what}, twice without a new checkpoint between:\n{log}")
 
         self._failed_step = step
         say(f"{what}; its newest checkpoint is of step {step}: started again")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+REFUSED = 3  # the status of a start that is refused; ssh and gcloud have 1 for much else
 LOG_BYTES = 65536  # of the log, in an answer
 START_SECONDS = 20  # that a holder may take to begin
 LOCK_SECONDS = 2  # within which one who looks at the lock lets go of it
@@ -62,7 +63,8 @@ def start(arguments: list[str]) -> None:
         return
 
     (directory() / "asked").unlink(missing_ok=True)
-    with (directory() / "log").open("ab") as log:
+    is_again = read_state().get("arguments") == arguments
+    with (directory() / "log").open("ab" if is_again else "wb") as log:
         holder = subprocess.Popen(
             [sys.executable, "-m", "lm.tpu.worker", "hold", *arguments],
             stdin=subprocess.DEVNULL,
@@ -81,24 +83,29 @@ def start(arguments: list[str]) -> None:
 def hold(arguments: list[str]) -> int:
     """Runs lm.main to its end, and notes what became of it."""
     lock = _take_lock()
-    state = {"holder": os.getpid(), "arguments": arguments}
-    command = [sys.executable, "-m", "lm.main", *arguments]
-    environment = os.environ | _extra_environment()
-    child = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()])
-
-    stopped = False
+    child, stopped = None, False
 
     def stop(number, frame):
         nonlocal stopped
         stopped = True
-        child.terminate()
+        if child:
+            child.terminate()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-
-    state["child"] = child.pid
+    state = {"holder": os.getpid(), "arguments": arguments}
     _write_state(state)
-    status = child.wait()
+
+    status = 0
+    if not stopped:
+        command = [sys.executable, "-m", "lm.main", *arguments]
+        environment = os.environ | _extra_environment()
+        child = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()])
+        state["child"] = child.pid
+        _write_state(state)
+        if stopped:  # while it began
+            child.terminate()
+        status = child.wait()
 
     asked = (directory() / "asked").exists()
     state |= {"status": status, "stopped": stopped, "asked": asked}
@@ -145,8 +152,8 @@ def _newest_step(arguments: list[str]) -> int:
     return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
-def status(offset: int) -> dict:
-    """What became of the run, and what its log says from `offset` on."""
+def status(offset: int | None = None) -> dict:
+    """What became of the run, and what its log says from `offset` on (None: nothing)."""
     state = read_state()
     if (directory() / "lock").exists() and is_held():
         word = "running"
@@ -157,7 +164,7 @@ def status(offset: int) -> dict:
     answer = {"state": word, "code": _code()} | state
 
     log = directory() / "log"
-    if log.exists():
+    if log.exists() and offset is not None:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(offset, size - LOG_BYTES) if offset <= size else 0)
@@ -182,7 +189,7 @@ def stop(seconds: float) -> bool:
         (directory() / "asked").touch()
         # Both: a holder that was killed leaves the run itself.
         for process in ("holder", "child"):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, KeyError):
                 os.kill(read_state()[process], signal.SIGTERM)
 
     end = time.monotonic() + seconds
@@ -198,7 +205,7 @@ def main(argv: list[str]) -> int:
     if command == "hold":
         return hold(arguments)
     if command == "status":
-        print(json.dumps(status(int(arguments[0]))))
+        print(json.dumps(status(int(arguments[0]) if arguments else None)))
         return 0
 
     try:
@@ -207,7 +214,7 @@ def main(argv: list[str]) -> int:
         start(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return REFUSED
     return 0
 
 
