@@ -269,7 +269,11 @@ def test_an_interrupt_is_passed_on_once(tmp_path):
         "time.sleep(1)\n"
         "print('told', len(told), 'times, in a group of its own:', os.getpgrp() == os.getpid())\n"
     )
-    code = f"from experiments import notebook; notebook.run(['-c', {command!r}])"
+    code = (
+        # As in a kernel, whatever the shell that started the tests ignores.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from experiments import notebook; notebook.run(['-c', {command!r}])"
+    )
     kernel = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
