@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from lm.tpu import gcloud as gcloud_lib
+from lm.tpu import rehearsal, supervisor
 from lm.tpu import session as session_lib
-from lm.tpu import supervisor
 from lm.tpu.gcloud import Error, Gcloud, Order
 
 COMMANDS = {
@@ -377,7 +377,7 @@ def make_gcloud(flags: argparse.Namespace, order: Order) -> Gcloud:
         raise Error("--zone is missing", "gcloud compute tpus locations list")
     if not flags.dry_run:
         return Gcloud(zone, project, pause=min(5.0, flags.poll_seconds))
-    return gcloud_lib.Rehearsal(zone, project, order, exists=flags.command not in ("create", "run"))
+    return rehearsal.Rehearsal(zone, project, order, exists=flags.command not in ("create", "run"))
 
 
 def make_session(flags: argparse.Namespace, order: Order, gcloud: Gcloud) -> session_lib.Session:
