@@ -269,23 +269,23 @@ def test_one_worker_that_fails_is_named(cloud):
     assert cloud.is_empty()
 
 
-def test_a_set_up_that_fails_ends_on_the_other_workers_at_once(cloud):
-    cloud.environment["FAKE_PIP_SECONDS"] = "100"
+def test_a_failed_set_up_by_hand_ends_everywhere_at_once_and_says_what_it_costs(cloud):
+    cloud.environment["FAKE_PIP_SECONDS"] = "100"  # on the other worker
     cloud.do("create", "pod", "--type=v4-16")
     cloud.scenario(
         ssh_errors=[{"worker": 1, "match": "tpu_setup.sh &&", "status": 1, "text": "no Python"}]
     )
-    # Where the other one is at that time, is not said.
     status, printed = cloud.do("setup", "pod", timeout=50)
     assert status == 1 and "worker 1 of pod failed" in printed and "no Python" in printed
+    assert "cost" in printed and "next: ./tpu_setup.sh delete pod" in printed
     cloud.do("delete", "pod")
 
 
 def test_a_worker_with_other_versions_is_named(cloud):
     cloud.scenario(versions={"1": "python 3.12.1, jax 0.9.0"})
-    status, printed = cloud.run(kind="v4-32")
+    status, printed = cloud.run(kind="v4-16")
     assert status == 1 and "worker 1 of pod: python 3.12.1, jax 0.9.0" in printed
-    assert "worker 0 of pod, 2 of pod, 3 of pod: python 3.12.1, jax 0.10.2" in printed
+    assert "worker 0 of pod: python 3.12.1, jax 0.10.2" in printed
     assert cloud.is_empty()
 
 
@@ -480,18 +480,6 @@ def test_tpus_that_were_there_before_are_left(cloud):
     assert len(cloud.calls("tpu_setup.sh")) == 1  # set up by hand
     cloud.do("delete", "pod")
     assert cloud.is_empty()
-
-
-def test_a_failed_set_up_by_hand_leaves_no_process_and_says_what_it_costs(cloud):
-    cloud.do("create", "pod", "--type=v4-32")
-    cloud.scenario(
-        ssh_errors=[{"worker": 3, "match": "tpu_setup.sh &&", "status": 1, "text": "no Python"}]
-    )
-    status, printed = cloud.do("setup", "pod")
-    assert status == 1 and "worker 3 of pod failed" in printed and "no Python" in printed
-    assert "cost" in printed and "next: ./tpu_setup.sh delete pod" in printed
-    assert {call[5] for call in cloud.calls("pkill")} == {f"--worker={w}" for w in range(4)}
-    cloud.do("delete", "pod")
 
 
 @pytest.mark.slow
