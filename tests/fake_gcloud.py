@@ -10,7 +10,7 @@ What goes wrong, and when, stands in scenario.json of the folder FAKE_GCLOUD:
     node_end  true: the TPU VM says PREEMPTED, and the request stays ACTIVE
     message   of a request that fails
   errors      {verb: [text or null, one a call]}, printed instead of an answer
-  ssh_errors  [{"worker", "match" (part of the command), "times", "status", "text"}]
+  ssh_errors  [{"worker", "match" (part of the command), "times", "status", "text", "delay"}]
   lost        {verb: [true for a call that is done and whose answer is lost, one a call]}
   versions    {worker: what its set-up says}
   types, buckets, workdir
@@ -220,6 +220,7 @@ def break_ssh(worker, text):
             done[str(index)] = done.get(str(index), 0) + 1
             times = done[str(index)]
         if times <= error.get("times", 10**9):
+            time.sleep(error.get("delay", 0))
             fail(error["text"], error["status"])
 
 

@@ -43,7 +43,7 @@ print("done", flush=True)
 VM_PYTHON = f"""#!/bin/bash
 if [ "$1" = -m ] && [ "$2" = venv ]; then
   mkdir -p "$3/bin"
-  printf '#!/bin/bash\\nexec sleep $FAKE_PIP_SECONDS\\n' > "$3/bin/pip"
+  printf '#!/bin/bash\\nexec -a .venv/bin/pip sleep $FAKE_PIP_SECONDS\\n' > "$3/bin/pip"
   cp "$0" "$3/bin/python"
   chmod +x "$3/bin/pip"
 elif [ "$2" = lm-check ]; then
@@ -272,10 +272,9 @@ def test_one_worker_that_fails_is_named(cloud):
 def test_a_failed_set_up_by_hand_ends_everywhere_at_once_and_says_what_it_costs(cloud):
     cloud.environment["FAKE_PIP_SECONDS"] = "100"  # on the other worker
     cloud.do("create", "pod", "--type=v4-16")
-    cloud.scenario(
-        ssh_errors=[{"worker": 1, "match": "tpu_setup.sh &&", "status": 1, "text": "no Python"}]
-    )
-    status, printed = cloud.do("setup", "pod", timeout=50)
+    error = {"worker": 1, "match": "tpu_setup.sh &&", "status": 1, "text": "no Python"}
+    cloud.scenario(ssh_errors=[error | {"delay": 2}])
+    status, printed = cloud.do("setup", "pod", timeout=40)
     assert status == 1 and "worker 1 of pod failed" in printed and "no Python" in printed
     assert "cost" in printed and "next: ./tpu_setup.sh delete pod" in printed
     cloud.do("delete", "pod")
