@@ -36,9 +36,6 @@ EXAMPLE = """
 """
 
 
-STATUS_COMMAND = "cd lm 2>/dev/null && .venv/bin/python -m lm.tpu.worker status"
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of this command, and those behind " -- ", which are lm.main's."""
     run_arguments = []
@@ -267,7 +264,7 @@ def setup(order: Order, gcloud: Gcloud, session) -> None:
     workers = supervisor.workers_of(gcloud, order.nodes())
 
     def is_running(node: str, worker: int) -> bool:
-        result = gcloud.ssh(node, worker, STATUS_COMMAND)
+        result = gcloud.ssh(node, worker, f"{supervisor.ON_WORKER} status")
         return '"state": "running"' in result.stdout
 
     if any(gcloud_lib.on_all(is_running, workers).values()):
@@ -287,14 +284,13 @@ def setup(order: Order, gcloud: Gcloud, session) -> None:
     supervisor.say("set up")
 
 
-def status(order: Order, gcloud: Gcloud) -> None:
+def status(request: dict | None, order: Order, gcloud: Gcloud) -> None:
     """Prints what there is, and how the run on each worker stands."""
-    request = gcloud.queued_resource(order.name)
     if request is None:
         print(f"{order.name}: nothing in {gcloud.zone}")
         return
 
-    print(f"{order.name}: {request.get('state', {}).get('state')}")
+    print(f"{order.name}: {supervisor.state_of(request)}")
     ready = []
     for name in order.nodes():
         node = gcloud.node(name) or {}
@@ -305,7 +301,7 @@ def status(order: Order, gcloud: Gcloud) -> None:
         return
 
     def ask(node: str, worker: int) -> str:
-        result = gcloud.ssh(node, worker, STATUS_COMMAND)
+        result = gcloud.ssh(node, worker, f"{supervisor.ON_WORKER} status")
         return result.stdout.strip() or f"can't say: {result.stderr.strip()[-200:]}"
 
     said = gcloud_lib.on_all(ask, supervisor.workers_of(gcloud, ready))
@@ -401,11 +397,12 @@ def do(flags, arguments: list[str], order: Order, gcloud: Gcloud, session) -> in
         return 0
 
     # What there is needn't be said again.
-    order = order.as_requested(gcloud.queued_resource(order.name))
+    request = gcloud.queued_resource(order.name)
+    order = order.as_requested(request)
     if flags.command == "setup":
         setup(order, gcloud, session)
     elif flags.command == "status":
-        status(order, gcloud)
+        status(request, order, gcloud)
     elif flags.command == "logs":
         return logs(flags, order, gcloud)
     elif flags.command == "tunnel":

@@ -29,10 +29,6 @@ class Passing(Error):
     """A failure that may pass: a service or a network that doesn't answer."""
 
 
-class Exists(Error):
-    """Something of this name is there already."""
-
-
 # --- types of TPUs ---
 
 
@@ -68,14 +64,6 @@ def generation(accelerator_type: str) -> Generation:
         valid = ", ".join(f"{name}-N" for name in GENERATIONS)
         raise Error(f"--type={accelerator_type}: no such TPU; valid: {valid}, such as v5litepod-8")
     return GENERATIONS[name]
-
-
-def was_reached(result: subprocess.CompletedProcess) -> bool:
-    """Whether a worker ran a command, or failed at it, and not what brings it there."""
-    of_gcloud = (
-        "ERROR: (gcloud." in result.stderr and "exited with return code" not in result.stderr
-    )
-    return result.returncode not in (SSH_FAILED, TIMED_OUT) and not of_gcloud
 
 
 def num_hosts(accelerator_type: str) -> int:
@@ -122,14 +110,14 @@ _PASSING = re.compile(
 _NOT_FOUND = re.compile(r"NOT_FOUND|not found|HTTPError 404|does not exist")
 
 
-def explain(error: str, zone: str, project: str) -> Error:
+def explain(error: str, gcloud: "Gcloud") -> Error:
     """Turns what gcloud printed into an error with the next command."""
     if _PASSING.search(error):
         return Passing(f"gcloud said: {error}")
-    where = shlex.join([f"--zone={zone}", *([f"--project={project}"] if project else [])])
+    zone, project, where = gcloud.zone, gcloud.project, gcloud.where
     of_project = f" --project={project}" if project else ""
     if re.search(r"ALREADY_EXISTS|already exists", error):
-        return Exists(
+        return Error(
             "this name is taken: take another one, or delete what has it (./tpu_setup.sh delete "
             f"NAME, or gcloud compute tpus tpu-vm delete NAME {where}). gcloud said: {error}",
             f"gcloud compute tpus tpu-vm list {where}",
@@ -191,6 +179,7 @@ class Gcloud:
         self.zone, self.project = zone, project
         self._pause = pause
         self._where = [f"--zone={zone}", *([f"--project={project}"] if project else [])]
+        self.where = shlex.join(self._where)  # for command lines that are shown
 
     def _execute(self, arguments: Sequence[str], seconds: float) -> subprocess.CompletedProcess:
         """Runs gcloud. What it can't do is a status, as for other commands."""
@@ -231,7 +220,7 @@ class Gcloud:
         is_elsewhere = re.search(r"[Pp]roject .*not|locations/[^/]*'", error)
         if may_lack and _NOT_FOUND.search(error) and not is_elsewhere:
             return None
-        raise explain(error, self.zone, self.project)
+        raise explain(error, self)
 
     def _read(self, *arguments: str) -> dict | list | None:
         text = self._call(*arguments, "--format=json", may_lack=True)
@@ -269,7 +258,7 @@ class Gcloud:
             return json.loads(result.stdout)
         if _NOT_FOUND.search(result.stderr):
             return None
-        raise explain(result.stderr.strip(), self.zone, self.project)
+        raise explain(result.stderr.strip(), self)
 
     # Changes.
 
@@ -335,6 +324,14 @@ class Gcloud:
             return subprocess.call(["gcloud", *arguments])
         except KeyboardInterrupt:
             return 0
+
+
+def was_reached(result: subprocess.CompletedProcess) -> bool:
+    """Whether a worker ran a command, or failed at it, and not what brings it there."""
+    of_gcloud = (
+        "ERROR: (gcloud." in result.stderr and "exited with return code" not in result.stderr
+    )
+    return result.returncode not in (SSH_FAILED, TIMED_OUT) and not of_gcloud
 
 
 def configured(name: str) -> str:

@@ -25,6 +25,7 @@ GONE = ("SUSPENDED", "FAILED")
 # States of a TPU VM that it doesn't come back from.
 NODE_GONE = ("PREEMPTED", "TERMINATED", "STOPPING", "STOPPED", "DELETING", "SUSPENDED", "HIDDEN")
 
+ON_WORKER = "cd lm 2>/dev/null && .venv/bin/python -m lm.tpu.worker"  # and a command of it
 SETUP_SECONDS = 1800
 STOP_SECONDS = 600
 DELETE_SECONDS, DELETE_AGAIN_SECONDS = 3600, 120
@@ -58,8 +59,7 @@ def last_lines(text: str, count: int = 20) -> str:
 
 def hint(command: str, gcloud: Gcloud, name: str) -> str:
     """The command line of another command for the same TPUs."""
-    project = f" --project={gcloud.project}" if gcloud.project else ""
-    return f"./tpu_setup.sh {command} {name} --zone={gcloud.zone}{project}"
+    return f"./tpu_setup.sh {command} {name} {gcloud.where}"
 
 
 def state_of(request: dict | None) -> str:
@@ -165,8 +165,7 @@ def stop_run(gcloud: Gcloud, workers: Sequence[tuple[str, int]]) -> list[str]:
     """Has a run save and end. Returns the workers where it may still go on."""
 
     def stop(node: str, worker: int) -> subprocess.CompletedProcess:
-        command = f"cd lm && .venv/bin/python -m lm.tpu.worker stop {STOP_SECONDS}"
-        return gcloud.ssh(node, worker, command, STOP_SECONDS + 60)
+        return gcloud.ssh(node, worker, f"{ON_WORKER} stop {STOP_SECONDS}", STOP_SECONDS + 60)
 
     results = gcloud_lib.on_all(stop, workers)
     return [f"{worker} of {node}" for (node, worker), r in results.items() if r.returncode]
@@ -335,11 +334,10 @@ class Supervisor:
             if self._gcloud.node(node) is None:
                 continue
             if not self._session.made:
-                where = f"--zone={self._gcloud.zone}"
                 raise Error(
                     f"there is a TPU VM {node} that no queued resource stands for: take another "
                     "name, or delete it",
-                    f"gcloud compute tpus tpu-vm delete {node} {where}",
+                    f"gcloud compute tpus tpu-vm delete {node} {self._gcloud.where}",
                 )
             # One that was taken away may keep its name.
             self._say(f"{node} is left over from before: it is deleted")
@@ -410,10 +408,7 @@ class Supervisor:
 
     def _status(self, node: str, worker: int, log_from: int = 0) -> dict | None:
         """What a worker says of its run; None where it can't be reached."""
-        command = (
-            f"cd lm 2>/dev/null && .venv/bin/python -m lm.tpu.worker status {log_from} || "
-            """echo '{"state": "none"}'"""
-        )
+        command = f"""{ON_WORKER} status {log_from} || echo '{{"state": "none"}}'"""
         result = self._gcloud.ssh(node, worker, command)
 
         try:
@@ -498,7 +493,7 @@ class Supervisor:
         file = self._settings.environment_file
         private = "chmod 600 lm-environment.json" if file else "rm -f lm-environment.json"
         arguments = shlex.join(self._settings.arguments)
-        command = f"{private}; cd lm && .venv/bin/python -m lm.tpu.worker start {arguments}"
+        command = f"{private}; {ON_WORKER} start {arguments}"
 
         def start(node: str, worker: int) -> subprocess.CompletedProcess:
             if file:
