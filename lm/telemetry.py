@@ -118,9 +118,6 @@ class Writer:
 SECONDS_BETWEEN_UPLOADS = 60.0  # of files on gs://
 
 
-SECONDS_BETWEEN_LINES = 15.0  # of progress, where there is no terminal
-
-
 class Progress:
     """Shows where a run is: a line on the terminal that is written over, or, without a terminal,
     a line now and then.
@@ -134,7 +131,7 @@ class Progress:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
-        too_soon = now - self._last < SECONDS_BETWEEN_LINES and step < self._total
+        too_soon = now - self._last < progress.SECONDS_BETWEEN_LINES and step < self._total
         if not self._active or (too_soon and not self._terminal):
             return
         self._last = now

@@ -751,7 +751,7 @@ def test_nonfinite_state_is_that_of_the_step_before(poisoned, tmp_path):
 def test_progress_shows_a_step_without_a_loss(poisoned, tmp_path, monkeypatch, capsys):
     config, _, is_bad = poisoned
     # Every step has its line, as on a terminal.
-    monkeypatch.setattr(telemetry, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(telemetry.progress, "SECONDS_BETWEEN_LINES", 0.0)
     config.train.nonfinite = "skip"
     run_training(config, tmp_path / "run")
     assert f"step {is_bad.index(True) + 2}/10" in capsys.readouterr().err
