@@ -34,6 +34,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Names a test by its argument, where that is bytes: what gzip makes changes every second, and
+    the workers of pytest-xdist must have the same tests.
+    """
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A complete configuration: bytes, 2 layers of 32, rows of 32 tokens, a mesh of one device

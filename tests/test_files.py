@@ -268,7 +268,6 @@ def make_tar():
         pyarrow.compress(TEXT[:5].encode(), codec="zstd", asbytes=True)
         + pyarrow.compress(TEXT[5:].encode(), codec="zstd", asbytes=True),
     ],
-    ids=map(str, range(10)),
 )
 def test_first_bytes_say_how_to_read(tmp_path, content):
     # The name says nothing.
@@ -296,7 +295,6 @@ def test_first_bytes_say_how_to_read(tmp_path, content):
         (b"%PDF-1.7\n\xff", "is PDF, not text"),
         (gzip.compress(make_tar()), "is a tar archive, not text"),
     ],
-    ids=map(str, range(13)),
 )
 def test_files_that_are_no_text(tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content)
