@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from lm import checkpoint, collectives, files, looking, optim, sharding, startup, step, trained
 from lm import config as config_lib
 from lm.data import batch as batch_contract
-from lm.data import pack, roles
+from lm.data import chat, pack, roles, units
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
@@ -99,6 +99,24 @@ def documents(config: ConfigDict, split: str, key: str = "config.data.split") ->
         ) from None
 
 
+def encoded(config: ConfigDict, examples: Documents, tokenizer: tokenizers.Tokenizer) -> Documents:
+    """What a source gave, as it is packed: texts as they are, examples as units.
+
+    Raises:
+      ValueError: examples without a chat template; see `lm.data.units.encode`.
+    """
+    if examples.kind == "text":
+        return examples
+    return units.encode(
+        examples,
+        chat.with_template(tokenizer, config.chat.template),
+        learnt=config.chat.learnt,
+        too_long=config.chat.too_long,
+        length=config.data.length,
+        seed=config.seed,
+    )
+
+
 def _check_annotations(signature: inspect.Signature, arguments: dict[str, Any]) -> None:
     """Raises TypeError for an argument of another plain type than its annotation."""
     for name, value in arguments.items():
@@ -120,8 +138,10 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
         be reserved.
     """
     tokenizer = _make_plain_tokenizer(config, read_train)
-    reserve = config.tokenizer.reserve
-    return tokenizer.reserving(reserve) if reserve else tokenizer
+    if reserve := config.tokenizer.reserve:
+        tokenizer = tokenizer.reserving(reserve)
+    template = config.chat.template
+    return chat.with_template(tokenizer, template) if template else tokenizer
 
 
 def _make_plain_tokenizer(
@@ -136,6 +156,11 @@ def _make_plain_tokenizer(
             raise ValueError(f"config.tokenizer.path = {c.path!r}: {error}") from None
     if c.kind == "bytes":
         return tokenizers.ByteTokenizer()
+    if read_train().kind != "text":
+        raise ValueError(
+            f"config.tokenizer.path is empty, and config.data.source = {config.data.source!r} has "
+            "no texts to train a tokenizer on; wanted that of the model in config.init_from"
+        )
     return pack.train_tokenizer(
         read_train(),
         vocab_size=c.vocab_size,
@@ -333,6 +358,7 @@ class Objective(NamedTuple):
       prepare: (batch, model, **others) -> the arrays of `prepared`; None: there are none.
       make_transform: tokenizer -> a function (row, numpy Generator) -> row; None: rows stay as
         they are.
+      examples: kinds of documents that it is for.
     """
 
     loss: Callable
@@ -341,6 +367,7 @@ class Objective(NamedTuple):
     prepared: Mapping[str, batch_contract.Array]
     prepare: Callable | None
     make_transform: Callable | None
+    examples: tuple[str, ...]
 
     def loss_fns(self, others: Mapping[str, AbstractModel]) -> step.LossFns:
         """What a step computes, with the other models by name."""
@@ -383,6 +410,7 @@ def make_objective(config: ConfigDict) -> Objective:
         prepared=prepared,
         prepare=module.make_prepare(**arguments) if has_prepare else None,
         make_transform=make_transform,
+        examples=tuple(getattr(module, "EXAMPLES", ("text", "conversation"))),
     )
 
 
@@ -710,7 +738,10 @@ class Experiment:
         """
         mesh, length = self.program.mesh, self.config.data.length
         eval_fns = self.eval_fns()
-        read_split = functools.cache(functools.partial(documents, self.config))
+
+        @functools.cache
+        def read_split(split: str, key: str) -> Documents:
+            return encoded(self.config, documents(self.config, split, key), self.tokenizer)
 
         evaluators = {}
         for name, entry in self.config.evals.items():
@@ -802,18 +833,14 @@ def build(
     run_program = program(c, devices, vocab_size, total_steps)
     _check_memory(run_program)
 
-    if training and len(read_train()) < c.data.streams:
-        # A stream without documents would wait for ever.
-        raise ValueError(
-            f"config.data.streams = {c.data.streams}, but split {c.data.split!r} has only "
-            f"{len(read_train())} documents; set config.data.streams to at most that"
-        )
-
     if is_trained:
         run_tokenizer = make_tokenizer(c, read_train)
     encoder = pack.Encoder(run_tokenizer, c.data.label_prompt)
+    train_documents = (
+        _train_documents(run_program, read_train(), run_tokenizer) if training else None
+    )
     if unit == "epochs":
-        steps_of_epochs = functools.partial(_steps_of_epochs, c, read_train(), encoder)
+        steps_of_epochs = functools.partial(_steps_of_epochs, c, train_documents, encoder)
         total_steps = count_steps(steps_of_epochs=steps_of_epochs)
     if unit == "epochs" or run_tokenizer.vocab_size != vocab_size:
         run_program = program(c, devices, run_tokenizer.vocab_size, total_steps)
@@ -821,9 +848,39 @@ def build(
         program=run_program,
         tokenizer=run_tokenizer,
         encoder=encoder,
-        train_documents=read_train() if training else None,
+        train_documents=train_documents,
         total_steps=total_steps,
     )
+
+
+def _train_documents(
+    run_program: Program, documents_: Documents, tokenizer: tokenizers.Tokenizer
+) -> Documents:
+    """The training split as it is packed.
+
+    Raises:
+      ValueError: it isn't for this objective or packing, or has fewer documents than there are
+        streams.
+    """
+    c = run_program.config
+    kinds = run_program.objective.examples
+    if documents_.kind not in kinds:
+        raise ValueError(
+            f"config.objective.type = {c.objective.type!r} takes {' or '.join(kinds)}, and "
+            f"config.data.source = {c.data.source!r} has examples of the kind {documents_.kind!r}"
+        )
+    if documents_.kind != "text" and c.data.packing != "first_fit":
+        raise ValueError(
+            f"config.data.packing = {c.data.packing!r} cuts conversations; wanted 'first_fit'"
+        )
+    packed = encoded(c, documents_, tokenizer)
+    if len(packed) < c.data.streams:
+        # A stream without documents would wait for ever.
+        raise ValueError(
+            f"config.data.streams = {c.data.streams}, but split {c.data.split!r} has only "
+            f"{len(packed)} documents; set config.data.streams to at most that"
+        )
+    return packed
 
 
 def _stream_arguments(config: ConfigDict, epochs: Fraction | None) -> dict:

@@ -198,6 +198,20 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chat:
+    """config.chat: how conversations become tokens (lm/data/chat_ids.py), where the source has
+    them.
+    """
+
+    # plain | alpaca | chatml | llama2 | llama3 | the path of a Jinja file; "": the tokenizer's own
+    template: str = ""
+    # the assistant's answers, each with the end of its turn | the last one alone
+    learnt: str = one_of("answers", "last_answer")
+    # longer than a row: left out | its beginning is cut off, but for BOS | its end is
+    too_long: str = one_of("drop", "cut_prompt", "cut_answer")
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokenizer:
     # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face
     # checkpoint; "": see kind.
@@ -348,6 +362,7 @@ class Run:
 MODEL = "lm.models.transformer"
 GROUPS = dict(
     data=Data,
+    chat=Chat,
     tokenizer=Tokenizer,
     model=ModelFields,
     objective=Objective,

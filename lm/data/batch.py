@@ -40,6 +40,10 @@ ARRAYS = {
 }
 # fmt: on
 
+# What objectives on pairs and judged answers declare: the value of a token's example, see
+# `lm.data.conversations.Example`.
+VALUES = Array(np.float32)
+
 
 def empty_row(length: int, arrays: Mapping[str, Array] = ARRAYS) -> dict[str, np.ndarray]:
     """Returns a row of padding."""

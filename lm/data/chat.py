@@ -5,15 +5,29 @@ own.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lm import limited
+from etils import epath
+
+from lm import files, limited
 from lm.data import tokenizer_files
 from lm.data.tokenizer import Tokenizer
 
-# Starting a process takes as long as rendering some of them; its time and its answer have limits.
-CONVERSATIONS_PER_PROCESS = 128
+# Starting a process takes as long as rendering hundreds; its time and its answer have limits.
+CONVERSATIONS_PER_PROCESS = 1024
+CHARACTERS_PER_PROCESS = 2**21
+TEMPLATES_FOLDER = pathlib.Path(__file__).parent / "chat_templates"
+# Templates that lm has, for models without one -> the tokens that they need beside BOS and EOS.
+SHIPPED: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "alpaca": (),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama2": (),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
 
 
 def template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str | None:
@@ -47,9 +61,54 @@ def template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str | None:
     return by_name[name]
 
 
+def with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """Returns the tokenizer with a chat template.
+
+    Args:
+      name: config.chat.template: one of `SHIPPED`, the path of a Jinja file, or "": its own.
+
+    Raises:
+      ValueError: it has none of its own, there is no such file, or it lacks tokens.
+    """
+    if not name:
+        if template(tokenizer):
+            return tokenizer
+        raise ValueError(
+            "config.chat.template is empty, and the tokenizer has no chat template; wanted one of "
+            f"{list(SHIPPED)}, or the path of a Jinja file"
+        )
+    if name not in SHIPPED:
+        file = epath.Path(files.expand(name))
+        if not file.exists():
+            raise ValueError(
+                f"config.chat.template = {name!r} is no file; wanted one, or of {list(SHIPPED)}"
+            )
+        return tokenizer.with_chat_template(files.read_text(str(file)))
+
+    lacking = [text for text in SHIPPED[name] if text not in tokenizer.special]
+    if lacking:
+        reserve = "turns" if name == "chatml" else f"turns:{name}"
+        raise ValueError(
+            f"config.chat.template = {name!r} needs the tokens {lacking}, which the tokenizer "
+            f"{tokenizer.fingerprint} lacks: config.tokenizer.reserve = {reserve!r} adds them, and "
+            "config.init_resize = True gives them rows in the model's tables"
+        )
+    source = (TEMPLATES_FOLDER / f"{name}.jinja").read_text()
+    return tokenizer.with_chat_template(source)
+
+
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """Returns bos_token, eos_token and so on, as the tokenizer's files or its class spell them."""
-    return tokenizer_files.special_tokens(tokenizer.files)
+    if tokenizer.files.keys() - {"chat_template.jinja"}:
+        return tokenizer_files.special_tokens(tokenizer.files)
+
+    texts = {special_id: text for text, special_id in tokenizer.special.items()}
+    tokens = {}
+    for role in ("bos", "eos", "unk", "pad"):
+        for special_id in tokenizer.roles.get(role, ()):
+            if special_id in texts:
+                tokens[f"{role}_token"] = texts[special_id]
+    return tokens
 
 
 def render(
@@ -95,22 +154,42 @@ def render_all(
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    marks: tuple[str, str] = ("", ""),
 ) -> list[str]:
-    """Returns what `render` does for each conversation, faster than one by one."""
+    """Returns what `render` does for each conversation, faster than one by one.
+
+    Args:
+      marks: stand around what the template encloses in {% generation %}.
+    """
     if not importlib.util.find_spec("jinja2"):
         raise ValueError("chat templates need the package jinja2: pip install -e '.[hf]'")
     texts: list[str] = []
     try:
-        for start in range(0, len(conversations), CONVERSATIONS_PER_PROCESS):
+        for batch in _batches(conversations):
             texts += limited.call(
                 "lm.data.templates:render_all",
                 source=source,
-                conversations=list(map(list, conversations[start:][:CONVERSATIONS_PER_PROCESS])),
+                conversations=batch,
                 tokens=dict(tokens),
                 tools=tools,
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
+                marks=marks,
             )
     except ValueError as error:
         raise ValueError(f"the chat template fails: {error}") from None
     return texts
+
+
+def _batches(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[list[list]]:
+    """Conversations by so many as a process renders."""
+    batch: list[list] = []
+    characters = 0
+    for messages in conversations:
+        batch.append(list(messages))
+        characters += len(json.dumps(batch[-1]))
+        if len(batch) == CONVERSATIONS_PER_PROCESS or characters > CHARACTERS_PER_PROCESS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -27,8 +27,7 @@ from lm.data import batch, records
 from lm.data import tokenizer as tokenizers
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import Tokenizer
-
-_FEATURES = ("tokens", "targets", "weights")
+from lm.data.units import Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,18 +144,71 @@ def windows(ids: list[int], length: int, stride: int = 0) -> list[dict[str, np.n
 # --- rows ---
 
 
-def to_row(packed: dict) -> dict[str, np.ndarray]:
-    """Returns Grain's packed element as a row.
+class TextLayout(NamedTuple):
+    """How windows of documents lie in rows.
 
-    The arrays are copies: Grain hands out views into the arrays of all its bins.
+    Attributes:
+      bos_id: the token that begins a document's first window, and none of its other windows.
     """
-    return dict(
-        tokens=np.array(packed["tokens"], np.int32),
-        targets=np.array(packed["targets"], np.int32),
-        weights=np.array(packed["weights"], np.float32),
-        positions=np.array(packed["tokens_positions"], np.int32),
-        segments=np.array(packed["tokens_segment_ids"], np.int32),
-    )
+
+    bos_id: int
+    features = ("tokens", "targets", "weights")  # that a window has
+    arrays = batch.ARRAYS  # that a row has
+
+    def to_row(self, packed: dict) -> dict[str, np.ndarray]:
+        """Returns Grain's packed element as a row.
+
+        The arrays are copies: Grain hands out views into the arrays of all its bins.
+        """
+        return dict(
+            tokens=np.array(packed["tokens"], np.int32),
+            targets=np.array(packed["targets"], np.int32),
+            weights=np.array(packed["weights"], np.float32),
+            positions=np.array(packed["tokens_positions"], np.int32),
+            segments=np.array(packed["tokens_segment_ids"], np.int32),
+        )
+
+    def num_started(self, row: dict[str, np.ndarray]) -> int:
+        """Returns how many documents begin in a row."""
+        first_of_windows = (row["positions"] == 0) & (row["segments"] > 0)
+        return int(np.sum(row["tokens"][first_of_windows] == self.bos_id))
+
+
+class UnitLayout(NamedTuple):
+    """How units of `lm.data.units` lie in rows: a pair's two parts are neighbouring segments.
+
+    Attributes:
+      parts: of a unit, 1 or 2; part p of unit u is segment parts * u + p + 1.
+    """
+
+    parts: int
+    features = ("tokens", "targets", "weights", "positions", "part", "values")
+    arrays = batch.ARRAYS | {"values": batch.VALUES}
+
+    def to_row(self, packed: dict) -> dict[str, np.ndarray]:
+        """See `TextLayout`."""
+        units, part = packed["tokens_segment_ids"], packed["part"]
+        segments = np.where(units > 0, (units - 1) * self.parts + part + 1, 0)
+        return dict(
+            tokens=np.array(packed["tokens"], np.int32),
+            targets=np.array(packed["targets"], np.int32),
+            weights=np.array(packed["weights"], np.float32),
+            positions=np.array(packed["positions"], np.int32),
+            segments=np.array(segments, np.int32),
+            values=np.array(packed["values"], np.float32),
+        )
+
+    def num_started(self, row: dict[str, np.ndarray]) -> int:
+        """Returns how many units a row has."""
+        return int(row["segments"].max(initial=0)) // self.parts
+
+
+def layout_of(kind: str, tokenizer: Tokenizer) -> TextLayout | UnitLayout:
+    """The layout of `Documents` of a kind."""
+    if kind == "text":
+        before, _ = tokenizer.around
+        return TextLayout(before[0])
+    return UnitLayout(1 if kind == "conversation" else 2)
 
 
 class Packing(NamedTuple):
@@ -167,9 +219,18 @@ class Packing(NamedTuple):
     bins: int
 
 
-def _pack(dataset: grain.IterDataset, packing: Packing, seed: int) -> grain.IterDataset:
+def _pack(
+    dataset: grain.IterDataset, layout: TextLayout | UnitLayout, packing: Packing, seed: int
+) -> grain.IterDataset:
+    """Windows -> rows."""
+    return _pack_elements(dataset, layout.features, packing, seed).map(layout.to_row)
+
+
+def _pack_elements(
+    dataset: grain.IterDataset, features: Sequence[str], packing: Packing, seed: int
+) -> grain.IterDataset:
     """Windows -> Grain's packed elements."""
-    structure = {name: packing.length for name in _FEATURES}
+    structure = {name: packing.length for name in features}
     if packing.name == "first_fit":
         return grain_experimental.FirstFitPackIterDataset(
             dataset, length_struct=structure, num_packing_bins=packing.bins, seed=seed
@@ -187,6 +248,11 @@ class _Unpack(grain_experimental.FlatMapTransform):
         return element
 
 
+def windows_of_unit(unit: Unit) -> list[dict[str, np.ndarray]]:
+    """A unit is one window."""
+    return [unit.arrays]
+
+
 class Stream:
     """Stream `number` of `num_streams`: an endless iterator over rows.
 
@@ -197,7 +263,7 @@ class Stream:
     Args:
       items: documents, or what stands for them.
       to_windows: item -> its windows.
-      bos_id: the token that begins an item's first window, and none of its other windows.
+      layout: how they lie in rows.
       epochs: after so many it gives rows of padding; None: there is always another.
     """
 
@@ -207,7 +273,7 @@ class Stream:
         to_windows: Callable[[Any], list[dict[str, np.ndarray]]],
         packing: Packing,
         *,
-        bos_id: int,
+        layout: TextLayout | UnitLayout,
         number: int,
         num_streams: int,
         seed: int,
@@ -217,7 +283,7 @@ class Stream:
         seeds = np.random.SeedSequence([seed, number]).generate_state(2)
         self._shuffle_seed, self._pack_seed = int(seeds[0]), int(seeds[1])
         self._items = grain.MapDataset.source(items)[number::num_streams]
-        self._to_windows, self._bos_id = to_windows, bos_id
+        self._to_windows, self._layout = to_windows, layout
         self._packing, self._epochs = packing, epochs
         self._begin(0)
 
@@ -233,7 +299,7 @@ class Stream:
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=32)
         )
         dataset = grain_experimental.FlatMapIterDataset(dataset, _Unpack())
-        self._rows = iter(_pack(dataset, self._packing, self._pack_seed).map(to_row))
+        self._rows = iter(_pack(dataset, self._layout, self._packing, self._pack_seed))
 
     def __iter__(self):
         return self
@@ -241,12 +307,11 @@ class Stream:
     def __next__(self) -> dict[str, np.ndarray]:
         while (row := next(self._rows, None)) is None:
             if self.has_ended():
-                return batch.empty_row(self._packing.length)
+                return batch.empty_row(self._packing.length, self._layout.arrays)
             self._rows.close()
             self._begin(self._epoch + 1)
 
-        first_of_windows = (row["positions"] == 0) & (row["segments"] > 0)
-        self._num_started += int(np.sum(row["tokens"][first_of_windows] == self._bos_id))
+        self._num_started += self._layout.num_started(row)
         return row
 
     def has_ended(self) -> bool:
@@ -283,8 +348,10 @@ def stream(documents: Documents, encoder: Encoder, packing: Packing, **arguments
     def to_windows(document: Document) -> list[dict[str, np.ndarray]]:
         return windows(encoder.training(document), packing.length)
 
-    before, _ = encoder.tokenizer.around
-    return Stream(documents, to_windows, packing, bos_id=before[0], **arguments)
+    layout = layout_of(documents.kind, encoder.tokenizer)
+    if documents.kind != "text":
+        return Stream(documents, windows_of_unit, packing, layout=layout, **arguments)
+    return Stream(documents, to_windows, packing, layout=layout, **arguments)
 
 
 class TransformedStream:
@@ -329,8 +396,11 @@ def count_rows(
     Args:
       arguments: Stream's, with `epochs`, but not `number`.
     """
-    with progress.activity("counting tokens", len(documents), "documents") as counting:
-        sizes = [len(encoder.training(document)) for document in counting.each(documents)]
+    if documents.kind == "text":
+        with progress.activity("counting tokens", len(documents), "documents") as counting:
+            sizes = [len(encoder.training(document)) for document in counting.each(documents)]
+    else:
+        sizes = [len(unit.arrays["tokens"]) + 1 for unit in documents]
 
     def to_windows(size: int) -> list[dict[str, np.ndarray]]:
         # The sizes alone decide where windows go.
@@ -342,7 +412,7 @@ def count_rows(
             sizes,
             to_windows,
             packing,
-            bos_id=0,
+            layout=TextLayout(0),
             number=number,
             num_streams=num_streams,
             **arguments,
@@ -355,7 +425,9 @@ def count_rows(
 
 
 def evaluation_rows(
-    windows_: list[dict[str, np.ndarray]], length: int
+    windows_: list[dict[str, np.ndarray]],
+    length: int,
+    layout: TextLayout | UnitLayout = TextLayout(0),
 ) -> list[dict[str, np.ndarray]]:
     """Packs windows into rows, each exactly once.
 
@@ -364,4 +436,4 @@ def evaluation_rows(
     # All is in memory already: no thread reads ahead.
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = grain.MapDataset.source(windows_).to_iter_dataset(read_options)
-    return [to_row(packed) for packed in _pack(dataset, Packing("first_fit", length, 64), 0)]
+    return list(_pack(dataset, layout, Packing("first_fit", length, 64), 0))

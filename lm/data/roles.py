@@ -37,11 +37,12 @@ _SPELLINGS = {
     "end_of_piece": (("<eop>",), ("<|endofpiece|>",)),
     "turns": (
         ("<|im_start|>", "<|im_end|>"),
-        ("<|start_header_id|>", "<|eot_id|>"),
+        ("<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>"),
         ("<start_of_turn>", "<end_of_turn>"),
     ),
 }
 _SENTINEL = "<extra_id_{}>"
+_LLAMA3_TURNS = "turns:llama3"
 
 
 class Roles:
@@ -49,10 +50,12 @@ class Roles:
 
     Attributes:
       roles: name -> ids, of those of `ROLES` that it has.
+      special: text -> id, of the tokens that no text is to have.
       fingerprint: names the tokenizer.
     """
 
     roles: Mapping[str, tuple[int, ...]]
+    special: Mapping[str, int]
     fingerprint: str
 
     def role(self, name: str) -> int:
@@ -62,7 +65,8 @@ class Roles:
         return role_id
 
     def role_ids(self, name: str) -> tuple[int, ...]:
-        """Returns the ids of a role: of sentinels in order, of turns what begins and what ends one.
+        """Returns the ids of a role: of sentinels in order, of turns what begins and what ends one
+        (and, in Llama 3's, what ends its header).
 
         Raises:
           ValueError: there is no such role, or this tokenizer has none.
@@ -93,11 +97,12 @@ def parse(reserve: str) -> dict[str, tuple[str, ...]]:
     reserved: dict[str, tuple[str, ...]] = {}
     for entry in reserve.split(",") if reserve else []:
         count = re.fullmatch("sentinels:([1-9][0-9]{0,2})", entry)
-        name = "sentinels" if count else entry
-        if not count and entry not in _SPELLINGS:
+        name = "sentinels" if count else "turns" if entry == _LLAMA3_TURNS else entry
+        if not count and name not in _SPELLINGS:
+            valid = [*_SPELLINGS, _LLAMA3_TURNS, "sentinels:N"]
             raise ValueError(
                 f"config.tokenizer.reserve = {reserve!r}: {entry!r} can't be reserved; valid, with "
-                f"commas between them: {[*_SPELLINGS, 'sentinels:N']}, N from 1 to 999"
+                f"commas between them: {valid}, N from 1 to 999"
             )
         if name in reserved:
             raise ValueError(f"config.tokenizer.reserve = {reserve!r} has {name} twice")
@@ -105,7 +110,7 @@ def parse(reserve: str) -> dict[str, tuple[str, ...]]:
         if count:
             reserved[name] = tuple(_SENTINEL.format(i) for i in range(int(count[1])))
         else:
-            reserved[name] = _SPELLINGS[name][0]
+            reserved[name] = _SPELLINGS[name][1 if entry == _LLAMA3_TURNS else 0]
     return reserved
 
 

@@ -31,6 +31,8 @@ class Documents:
 
     items: Sequence[Document]
     fingerprint: str
+    # text, or of lm.data.conversations.KINDS: then items are Examples
+    kind: str = "text"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -88,7 +90,7 @@ def text(
       ValueError: no file, no text, a file that is no text, a separator that no file has, a share
         out of range, or an unknown split.
     """
-    held_out_part = _HeldOut(split, path, held_out, held_out_by)
+    held_out_part = HeldOut(split, path, held_out, held_out_by)
     found = files.find(path.replace("{split}", split))
     if separator:
         separator = _separator_in(found, separator)
@@ -130,7 +132,7 @@ def jsonl(
       ValueError: no file, a line that is not such an object (file and line are named), a file that
         is no text, a share out of range, or an unknown split.
     """
-    held_out_part = _HeldOut(split, path, held_out, held_out_by)
+    held_out_part = HeldOut(split, path, held_out, held_out_by)
     names = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
     found = files.find(path.replace("{split}", split), names)
     documents = []
@@ -189,7 +191,7 @@ HELD_OUT_BY = ("hash", "tail")
 SHOWN_FILES = 20  # in the log
 
 
-class _HeldOut:
+class HeldOut:
     """The part of each file that a split has, and the log of it.
 
     Raises:
@@ -298,7 +300,7 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.3g}%" if whole else "(no text)"
 
 
-def _in_memory(documents: list[Document], held_out_part: _HeldOut) -> Documents:
+def _in_memory(documents: list[Document], held_out_part: HeldOut) -> Documents:
     """Documents with text in it."""
     documents = [document for document in documents if document.text]
     if not documents:

@@ -21,15 +21,19 @@ def render_all(
     tools: Sequence[Mapping[str, Any]] | None,
     documents: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
+    marks: Sequence[str] = ("", ""),
 ) -> list[str]:
     """Returns the conversations as texts; see `lm.data.chat.render_all`.
+
+    Args:
+      marks: stand around what {% generation %} encloses.
 
     Raises:
       ValueError: a template that is no Jinja, or refuses the messages.
     """
     try:
-        template = _sandbox().from_string(source)
-        texts = []
+        template = _sandbox(*marks).from_string(source)
+        texts: list[str] = []
         for messages in conversations:
             text = template.render(
                 messages=list(map(_with_reasoning, messages)),
@@ -53,7 +57,7 @@ def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return message
 
 
-def _sandbox():
+def _sandbox(begin: str, end: str):
     """Jinja's sandbox, with the functions and options that Hugging Face's templates count on."""
     from jinja2 import exceptions, ext, nodes, sandbox
 
@@ -70,7 +74,7 @@ def _sandbox():
             return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
         def _render(self, caller):
-            return caller()
+            return begin + caller() + end
 
     def raise_exception(message):
         raise exceptions.TemplateError(message)

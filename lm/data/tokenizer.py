@@ -5,6 +5,8 @@ Policy: a tokenizer never adds special ids by itself. `around` says what `lm.dat
 and after a document.
 """
 
+import copy
+import functools
 import io
 import itertools
 import json
@@ -36,10 +38,11 @@ class Tokenizer(Protocol):
       vocab_size: number of ids, the special ones included.
       stop_ids: EOS, and whatever else ends a generated text.
       roles: name -> ids, of those of `lm.data.roles.ROLES` that it has.
+      special: text -> id, of the tokens that no text is to have.
       around: ids before a document, and ids after it. They are BOS and EOS; of BERT's and its
         like, [CLS] and [SEP].
       fingerprint: names the exact mapping.
-      files: name -> content, of a Hugging Face checkpoint; else empty.
+      files: name -> content, of a Hugging Face checkpoint; else a chat template at most.
     """
 
     vocab_size: int
@@ -47,6 +50,7 @@ class Tokenizer(Protocol):
     eos_id: int
     stop_ids: tuple[int, ...]
     roles: Mapping[str, tuple[int, ...]]
+    special: Mapping[str, int]
     around: tuple[tuple[int, ...], tuple[int, ...]]
     fingerprint: str
     files: Mapping[str, bytes]
@@ -65,8 +69,17 @@ class Tokenizer(Protocol):
           ValueError: no such roles, or a tokenizer that stays as it is.
         """
 
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """Returns the tokenizer with another chat template."""
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special ones."""
+
+    def encode_between(self, before: str, text: str, after: str) -> list[int]:
+        """Returns the ids of a text between two special tokens; "" where there is none."""
+
+    def encode_literally(self, text: str) -> list[int]:
+        """Returns the ids of a text in which special tokens that are spelt out are text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns what `encode` returns for each text, using all cores."""
@@ -85,6 +98,30 @@ class Tokenizer(Protocol):
 
     def save(self, directory: epath.Path) -> None:
         """Writes files that `load` reads, and transformers too."""
+
+
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+class OwnTokenizer(Roles):
+    """What the tokenizers that are made here have in common: special tokens are in no text."""
+
+    files: Mapping[str, bytes] = {}
+
+    def with_chat_template(self, template: str) -> "OwnTokenizer":
+        changed = copy.copy(self)
+        changed.files = {CHAT_TEMPLATE: template.encode()}
+        return changed
+
+    def encode_between(self, before: str, text: str, after: str) -> list[int]:
+        return self.encode(text)
+
+    def encode_literally(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def _save_chat_template(self, directory: epath.Path) -> None:
+        for name, content in self.files.items():
+            files.write_whole(directory / name, content)
 
 
 def _spell(tokenizer: Tokenizer, ids: Sequence[int], special: Mapping[int, str]) -> str:
@@ -120,7 +157,8 @@ def load(path: str | epath.Path) -> Tokenizer:
     """
     path = epath.Path(path)
     if (path / BYTES_MARKER).exists():
-        return _load_bytes(path / BYTES_MARKER)
+        tokenizer = _load_bytes(path / BYTES_MARKER)
+        return _with_template_in(path, tokenizer)
 
     contents = {}
     for name in (*FILES, SPECIAL_IDS):
@@ -134,9 +172,9 @@ def load(path: str | epath.Path) -> Tokenizer:
         return HuggingFaceTokenizer(contents, model_config, str(path))
     if "tokenizer.model" in contents:
         if _is_own(contents, model_config):
-            return SentencePieceTokenizer(
-                contents["tokenizer.model"], str(path / "tokenizer.model")
-            )
+            model = contents["tokenizer.model"]
+            tokenizer = SentencePieceTokenizer(model, str(path / "tokenizer.model"))
+            return _with_template_in(path, tokenizer)
         return HuggingFaceTokenizer(contents, model_config, str(path))
 
     for name, form in tokenizer_files.FOREIGN.items():
@@ -153,12 +191,20 @@ def load(path: str | epath.Path) -> Tokenizer:
     return SentencePieceTokenizer(_read(path), str(path))
 
 
+def _with_template_in(directory: epath.Path, tokenizer: OwnTokenizer) -> OwnTokenizer:
+    """The tokenizer with the chat template of its directory, where there is one."""
+    if not (directory / CHAT_TEMPLATE).exists():
+        return tokenizer
+    content = _read(directory / CHAT_TEMPLATE)
+    return tokenizer.with_chat_template(content.decode("utf-8", errors="replace"))
+
+
 def _is_own(contents: Mapping[str, bytes], model_config: Mapping) -> bool:
     """Whether a directory's SentencePiece model is lm's own, or the only file, and no checkpoint's.
 
     lm's own takes special tokens in a text for text, wherever it came from.
     """
-    others = set(contents) - {"tokenizer.model"}
+    others = set(contents) - {"tokenizer.model", CHAT_TEMPLATE}
     if others != {"tokenizer_config.json"}:
         return not (others or model_config)
     ours = _for_transformers(_processor(contents["tokenizer.model"], "tokenizer.model"))
@@ -178,7 +224,7 @@ def _read(path: epath.Path) -> bytes:
 # --- bytes ---
 
 
-class ByteTokenizer(Roles):
+class ByteTokenizer(OwnTokenizer):
     """UTF-8 bytes as they are (ids 0 to 255), BOS 256, EOS 257, then those of reserved roles.
 
     Args:
@@ -191,7 +237,6 @@ class ByteTokenizer(Roles):
     bos_id = 256
     eos_id = 257
     around = ((256,), (257,))
-    files = {}
 
     def __init__(self, reserve: str = ""):
         self._reserve = reserve
@@ -202,6 +247,7 @@ class ByteTokenizer(Roles):
             self.roles[name] = tuple(range(first, first + len(texts)))
             self._special.update(zip(self.roles[name], texts))
 
+        self.special = {text: i for i, text in self._special.items()}
         self.vocab_size = 256 + len(self._special)
         self.stop_ids = _stop_ids(self)
         self.fingerprint = f"{BYTES_NAME}+{reserve}" if reserve else BYTES_NAME
@@ -228,6 +274,7 @@ class ByteTokenizer(Roles):
 
     def save(self, directory: epath.Path) -> None:
         files.write_whole(directory / BYTES_MARKER, self.fingerprint)
+        self._save_chat_template(directory)
         for name, content in self._for_transformers().items():
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             files.write_whole(directory / name, text)
@@ -238,8 +285,7 @@ class ByteTokenizer(Roles):
 
         The exception is a text that spells out a special token.
         """
-        special = {text: i for i, text in self._special.items()}
-
+        special = self.special
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         by_byte = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         tokenizer = dict(
@@ -291,7 +337,7 @@ def _load_bytes(marker: epath.Path) -> ByteTokenizer:
 
 def _stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """EOS and, where turns are reserved, what ends one."""
-    return (tokenizer.eos_id, *tokenizer.roles.get("turns", ())[1:])
+    return (tokenizer.eos_id, *tokenizer.roles.get("turns", ())[1:2])
 
 
 # Of the roles that are reserved, those that tokenizer_config.json has a key for.
@@ -336,7 +382,7 @@ MAX_LINE_CHARS = 2**16 - 1
 MAX_LINE_BYTES = 2**20
 
 
-class SentencePieceTokenizer(Roles):
+class SentencePieceTokenizer(OwnTokenizer):
     """A SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), with its own BOS and EOS.
 
     The tokens of its other roles are control pieces, which no text has.
@@ -348,8 +394,6 @@ class SentencePieceTokenizer(Roles):
     Raises:
       ValueError: no such model, or one without BOS or EOS.
     """
-
-    files = {}
 
     def __init__(self, model: bytes, name: str = "the model"):
         self._processor = _processor(model, name)
@@ -363,6 +407,12 @@ class SentencePieceTokenizer(Roles):
             )
 
         self.roles = _roles_of_pieces(self._processor)
+        self.special = {}
+        for role_id in (self.bos_id, self.eos_id):
+            self.special[self._processor.id_to_piece(role_id)] = role_id
+        for role_id in itertools.chain.from_iterable(self.roles.values()):
+            if role_id not in self.special.values() and self._processor.is_control(role_id):
+                self.special[self._processor.id_to_piece(role_id)] = role_id
         self.around = ((self.bos_id,), (self.eos_id,))
         self.stop_ids = _stop_ids(self)
         self.fingerprint = "sentencepiece-" + short_hash(model)
@@ -407,16 +457,13 @@ class SentencePieceTokenizer(Roles):
         return self._processor.decode(list(map(int, ids)))
 
     def spell(self, ids: Sequence[int]) -> str:
-        special = {self.bos_id: "<s>", self.eos_id: "</s>"}
-        for role_id in itertools.chain.from_iterable(self.roles.values()):
-            if self._processor.is_control(role_id):
-                special.setdefault(role_id, self._processor.id_to_piece(role_id))
-        return _spell(self, ids, special)
+        return _spell(self, ids, {special_id: text for text, special_id in self.special.items()})
 
     def save(self, directory: epath.Path) -> None:
         config = json.dumps(_for_transformers(self._processor), indent=2) + "\n"
         files.write_whole(directory / "tokenizer_config.json", config)
         files.write_whole(directory / "tokenizer.model", self._model)
+        self._save_chat_template(directory)
 
     def _bytes_of_the_sign(self) -> list[int]:
         """The ids of the bytes of U+2581; [] in a model where they can't stand for it.
@@ -639,6 +686,7 @@ class HuggingFaceTokenizer(Roles):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{name} can't be read: {reason}") from None
+        self._name = name
         # Settings of whoever saved it, for batches of theirs; transformers drops them too.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -654,7 +702,11 @@ class HuggingFaceTokenizer(Roles):
         # Not their number: ids may have gaps.
         self.vocab_size = max(vocab.values()) + 1
 
-        self.roles = _roles_of_checkpoint(built, vocab)
+        self.special = {}
+        for i, token in self._tokenizer.get_added_tokens_decoder().items():
+            if token.special:
+                self.special[token.content] = i
+        self.roles = _roles_of_checkpoint(built, vocab, self.special)
 
         generation = parse_json(files, "generation_config.json")
         eos_ids = _special_ids("eos", vocab, settings, generation, built.special)
@@ -662,6 +714,12 @@ class HuggingFaceTokenizer(Roles):
         if not eos_ids and "sep" in self.roles:
             eos_ids = self.roles["sep"]
             bos_ids = bos_ids or self.roles.get("cls", ())
+        # The files of base models don't say that the end of a turn ends a text.
+        templates = files.get(CHAT_TEMPLATE, b"").decode("utf-8", errors="replace")
+        templates += str(settings.get("chat_template", ""))
+        for turn_end in self.roles.get("turns", ())[1:2]:
+            if turn_end not in eos_ids and self._tokenizer.id_to_token(turn_end) in templates:
+                eos_ids.append(turn_end)
         self.stop_ids = tuple(eos_ids)
         if not self.stop_ids:
             raise ValueError(
@@ -692,13 +750,42 @@ class HuggingFaceTokenizer(Roles):
         return (self.bos_id,), (self.eos_id,)
 
     def reserving(self, reserve: str) -> "HuggingFaceTokenizer":
-        if lacking := roles_lib.lacking(reserve, self.roles):
+        lacking = roles_lib.parse(roles_lib.lacking(reserve, self.roles))
+        texts = list(itertools.chain.from_iterable(lacking.values()))
+        if not texts:
+            return self
+        if taken := [text for text in texts if text in self._tokenizer.get_vocab()]:
             raise ValueError(
-                f"config.tokenizer.reserve = {reserve!r}: the checkpoint's tokenizer has no "
-                f"{lacking}, and stays as it is; transformers' add_special_tokens and "
-                "save_pretrained write one that has more"
+                f"config.tokenizer.reserve = {reserve!r}: {self._name} has {taken} as tokens of "
+                "texts"
             )
-        return self
+        enlarged = self._copy()
+        enlarged.add_special_tokens(texts)
+        contents = {**self.files, "tokenizer.json": enlarged.to_str().encode()}
+        return HuggingFaceTokenizer(contents, {}, self._name)
+
+    def with_chat_template(self, template: str) -> "HuggingFaceTokenizer":
+        contents = {**self.files, CHAT_TEMPLATE: template.encode()}
+        return HuggingFaceTokenizer(contents, {}, self._name)
+
+    def _copy(self):
+        return type(self._tokenizer).from_str(self._tokenizer.to_str())
+
+    @functools.cached_property
+    def _literal(self):
+        """The tokenizer for texts in which special tokens are text."""
+        literal = self._copy()
+        literal.encode_special_tokens = True
+        return literal
+
+    def encode_literally(self, text: str) -> list[int]:
+        return self._literal.encode(text, add_special_tokens=False).ids
+
+    def encode_between(self, before: str, text: str, after: str) -> list[int]:
+        # Some special tokens take white space with them, and some tokenizers put a space before the
+        # first of all texts only.
+        ids = self.encode(before + text + after)
+        return ids[bool(before) : len(ids) - bool(after)]
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -723,12 +810,12 @@ class HuggingFaceTokenizer(Roles):
 
 
 def _roles_of_checkpoint(
-    built: tokenizer_files.Built, vocab: Mapping[str, int]
+    built: tokenizer_files.Built, vocab: Mapping[str, int], special: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """The roles that a checkpoint's files name, and special tokens that are spelt like others.
 
     Args:
-      vocab: text of a token -> its id.
+      vocab, special: text of a token -> its id, of all and of special ones.
     """
     roles = {}
     for name in roles_lib.ROLES:
@@ -736,10 +823,6 @@ def _roles_of_checkpoint(
         if text in vocab:
             roles[name] = (vocab[text],)
 
-    special = {}
-    for i, token in built.tokenizer.get_added_tokens_decoder().items():
-        if token.special:
-            special[token.content] = i
     unnamed = roles_lib.ROLES.keys() - roles.keys() - set(roles_lib.NAMED)
     return roles | roles_lib.by_spelling(unnamed, special)
 

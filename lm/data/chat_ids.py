@@ -1,0 +1,257 @@
+"""Conversations as token ids, with the tokens that are learnt.
+
+A conversation is rendered by its template. What the assistant says is learnt, with the token that
+ends its turn: what the template encloses in {% generation %}, or else what it writes more for an
+answer than for the prompt before it. A template that writes earlier turns in another way once later
+ones follow gets a row for each answer.
+
+Special tokens are those that the template writes. One that is spelt out in a message is text. A
+prompt has the same ids whatever follows it, and as when the model is asked.
+"""
+
+import bisect
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm.data import chat
+from lm.data.tokenizer import Tokenizer
+
+LEARNT = ("answers", "last_answer")
+# Characters for private use: one that no text has is put into special tokens that messages spell
+# out, two others around what is learnt.
+_PRIVATE = range(0xE000, 0xF8FF)
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Encoded(NamedTuple):
+    """A row's worth of a conversation."""
+
+    ids: np.ndarray  # int32 [T]
+    is_learnt: np.ndarray  # bool [T]
+
+
+class Span(NamedTuple):
+    """A part of a rendered conversation."""
+
+    text: str
+    is_learnt: bool
+    is_marked: bool = False  # learnt because the template says so
+
+
+class Piece(NamedTuple):
+    """A special token that a span has, or a text between two of them."""
+
+    text: str
+    number: int  # of its span
+    is_special: bool
+
+
+class ChatEncoder:
+    """Encodes conversations.
+
+    Args:
+      tokenizer: one with a chat template.
+      learnt: config.chat.learnt, of `LEARNT`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, learnt: str):
+        self._tokenizer = tokenizer
+        self._learnt = learnt
+        self._tokens = chat.special_tokens(tokenizer)
+        texts = sorted(tokenizer.special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+    def encode(
+        self, conversations: Sequence[Messages], tools: Sequence[Any] | None = None
+    ) -> list[list[Encoded]]:
+        """Returns each conversation's rows: one, or one for each answer.
+
+        Args:
+          tools: JSON schemas of what the model may call in all of them.
+
+        Raises:
+          ValueError: a template that refuses them, or writes a prompt otherwise once its answer
+            follows.
+        """
+        source = chat.template(self._tokenizer, with_tools=bool(tools))
+        guard, begin, end = _unused(source + json.dumps(conversations, ensure_ascii=False))
+        conversations = [self._guarded(messages, guard) for messages in conversations]
+        options = dict(tokens=self._tokens, tools=tools, add_generation_prompt=False)
+
+        if _GENERATION.search(source):
+            texts = chat.render_all(source, conversations, marks=(begin, end), **options)
+            rows = [[_marked(text, begin, end)] for text in texts]
+        else:
+            rows = self._by_prefixes(source, conversations, options)
+        return [[self._encoded(spans, guard) for spans in spans_of_rows] for spans_of_rows in rows]
+
+    def _guarded(self, value, guard: str):
+        """A message with a guard in each special token that it spells out."""
+        if isinstance(value, str):
+            return self._special.sub(lambda found: found[0][0] + guard + found[0][1:], value)
+        if isinstance(value, Mapping):
+            return {name: self._guarded(item, guard) for name, item in value.items()}
+        if isinstance(value, Sequence):
+            return [self._guarded(item, guard) for item in value]
+        return value
+
+    def _by_prefixes(
+        self, source: str, conversations: Sequence[Messages], options: Mapping[str, Any]
+    ) -> list[list[list[Span]]]:
+        """The spans of each conversation's rows, by what an answer adds to its prompt."""
+        prompts, answered = [], []
+        for messages in conversations:
+            for i in _answers(messages):
+                prompts.append(messages[:i])
+                answered.append(messages[: i + 1])
+        options = dict(options)
+        wholes = iter(chat.render_all(source, answered, **options))
+        options["add_generation_prompt"] = True
+        starts = iter(chat.render_all(source, prompts, **options))
+
+        rows = []
+        for messages in conversations:
+            turns = [(next(starts), next(wholes)) for _ in _answers(messages)]
+            for start, whole in turns:
+                if not whole.startswith(start):
+                    raise ValueError(
+                        "the chat template writes the prompt otherwise once its answer follows: "
+                        f"{start[-60:]!r}, then {whole[: len(start)][-60:]!r}. {{% generation %}} "
+                        "and {% endgeneration %} in it say what is learnt"
+                    )
+            rows.append(_rows_of_turns(turns))
+        return rows
+
+    def _encoded(self, spans: Sequence[Span], guard: str) -> Encoded:
+        """The ids of spans, which are one text."""
+        ids: list[int] = []
+        numbers: list[int] = []  # of each id's span
+        groups = [list(group) for _, group in itertools.groupby(self._pieces(spans), _is_special)]
+        for i, group in enumerate(groups):
+            if group[0].is_special:
+                ids += [self._tokenizer.special[piece.text] for piece in group]
+                numbers += [piece.number for piece in group]
+                continue
+            # What a text is tokenized to may depend on the special tokens around it.
+            before = groups[i - 1][-1].text if i else ""
+            after = groups[i + 1][0].text if i + 1 < len(groups) else ""
+            for text_ids, number in self._encode_section(before, group, after, guard):
+                ids += text_ids
+                numbers += [number] * len(text_ids)
+
+        return Encoded(np.asarray(ids, np.int32), self._learnt_ids(ids, numbers, spans))
+
+    def _pieces(self, spans: Sequence[Span]) -> Iterator[Piece]:
+        """Yields special tokens, and the texts between them."""
+        for number, span in enumerate(spans):
+            start = 0
+            for found in self._special.finditer(span.text):
+                if found.start() > start:
+                    yield Piece(span.text[start : found.start()], number, False)
+                yield Piece(found[0], number, True)
+                start = found.end()
+            if start < len(span.text):
+                yield Piece(span.text[start:], number, False)
+
+    def _encode_section(
+        self, before: str, pieces: Sequence[Piece], after: str, guard: str
+    ) -> Iterator[tuple[list[int], int]]:
+        """Yields (ids, number of the span) of the texts between two special tokens: each as it is
+        tokenized behind those before it, whose ids it doesn't change.
+        """
+        left, left_ids = "", []
+        for i, (text, number, _) in enumerate(pieces):
+            behind = after if i == len(pieces) - 1 else ""
+            added = _behind(left_ids, self._encode(before, left + text, behind, guard))
+            if added is None:
+                # Most tokenizers begin anew behind a line's end.
+                line_ids = self._encode(before, "\n", "", guard)
+                added = _behind(line_ids, self._encode(before, "\n" + text, behind, guard))
+            if added is None:
+                added = self._encode("", text, behind, guard)
+            yield added, number
+            left, left_ids = left + text, left_ids + added
+
+    def _encode(self, before: str, text: str, after: str, guard: str) -> list[int]:
+        if guard in text:
+            return self._tokenizer.encode_literally(text.replace(guard, ""))
+        return self._tokenizer.encode_between(before, text, after)
+
+    def _learnt_ids(
+        self, ids: Sequence[int], numbers: Sequence[int], spans: Sequence[Span]
+    ) -> np.ndarray:
+        """Which ids are learnt: those of the learnt spans, each with what ends its turn.
+
+        Behind that a span that was found by prefixes may have what the template writes between
+        turns, which the model needn't write.
+        """
+        is_learnt = np.zeros(len(ids), bool)
+        learnt = [number for number in sorted(set(numbers)) if spans[number].is_learnt]
+        for number in learnt[-1:] if self._learnt == "last_answer" else learnt:
+            start = bisect.bisect_left(numbers, number)
+            end = bisect.bisect_right(numbers, number)
+            stops = [i for i in range(start, end) if ids[i] in self._tokenizer.stop_ids]
+            if stops and not spans[number].is_marked:
+                end = stops[-1] + 1
+            elif not stops and end < len(ids) and ids[end] in self._tokenizer.stop_ids:
+                end += 1
+            is_learnt[start:end] = True
+        return is_learnt
+
+
+def _is_special(piece: Piece) -> bool:
+    return piece.is_special
+
+
+def _behind(start: list[int], ids: list[int]) -> list[int] | None:
+    """What ids have more than their start; None if that isn't their start."""
+    return ids[len(start) :] if ids[: len(start)] == start else None
+
+
+def _unused(text: str) -> list[str]:
+    """Three characters for private use that are not in a text."""
+    used = set(text)
+    unused = [chr(code) for code in _PRIVATE if chr(code) not in used]
+    if len(unused) < 3:
+        raise ValueError("a conversation has all characters for private use (U+E000 to U+F8FE)")
+    return unused[:3]
+
+
+def _answers(messages: Messages) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _marked(text: str, begin: str, end: str) -> list[Span]:
+    """The spans of a text with marks around what is learnt."""
+    spans = []
+    for i, part in enumerate(text.split(begin)):
+        if i:
+            learnt, _, part = part.partition(end)
+            spans.append(Span(learnt, True, is_marked=True))
+        spans.append(Span(part, False))
+    return spans
+
+
+def _rows_of_turns(turns: Sequence[tuple[str, str]]) -> list[list[Span]]:
+    """The spans of a conversation's rows.
+
+    Args:
+      turns: of each answer the prompt, and that with the answer.
+    """
+    _, whole = turns[-1]
+    if not all(whole.startswith(part) for _, part in turns):
+        return [[Span(start, False), Span(part[len(start) :], True)] for start, part in turns]
+
+    spans, position = [], 0
+    for start, part in turns:
+        spans.append(Span(whole[position : len(start)], False))
+        spans.append(Span(whole[len(start) : len(part)], True))
+        position = len(part)
+    return [spans]
