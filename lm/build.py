@@ -37,6 +37,7 @@ from lm.evals.causal_answers import CausalAnswers
 from lm.evals.predict import CompiledFns, Evaluator, PredictFns, compiled, never_stop
 from lm.hf import directory as hf
 from lm.models.transformer import EXECUTION_FIELDS
+from lm.nn import lora
 from lm.nn.attention import KERNEL_PLATFORMS
 
 LONGEST_RUN = 2**31 - 1  # steps
@@ -359,6 +360,7 @@ class Objective(NamedTuple):
       make_transform: tokenizer -> a function (row, numpy Generator) -> row; None: rows stay as
         they are.
       examples: kinds of documents that it is for.
+      check: (the model's Config, paths of the trained parameters) -> None; raises ValueError.
     """
 
     loss: Callable
@@ -368,6 +370,7 @@ class Objective(NamedTuple):
     prepare: Callable | None
     make_transform: Callable | None
     examples: tuple[str, ...]
+    check: Callable
 
     def loss_fns(self, others: Mapping[str, AbstractModel]) -> step.LossFns:
         """What a step computes, with the other models by name."""
@@ -400,6 +403,9 @@ def make_objective(config: ConfigDict) -> Objective:
     if has_prepare != bool(prepared):
         raise ValueError(f"{where}: make_prepare and PREPARED need each other")
 
+    examples = ("text", "conversation")
+    if hasattr(module, "examples"):
+        examples = module.examples(**arguments)
     make_transform = None
     if hasattr(module, "make_transform"):
         make_transform = functools.partial(module.make_transform, **arguments)
@@ -410,8 +416,13 @@ def make_objective(config: ConfigDict) -> Objective:
         prepared=prepared,
         prepare=module.make_prepare(**arguments) if has_prepare else None,
         make_transform=make_transform,
-        examples=tuple(getattr(module, "EXAMPLES", ("text", "conversation"))),
+        examples=examples,
+        check=functools.partial(getattr(module, "check", _check_nothing), **arguments),
     )
+
+
+def _check_nothing(model_config, trained: list[str], **arguments) -> None:
+    """What an objective that is for any model checks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,6 +491,7 @@ def program(
     params = _divide(c, abstract, mesh)
     optimizer = optim.make_optimizer(c.optimizer, params.trained_axes, total_steps)
     objective = make_objective(c)
+    objective.check(model_config, trained.paths_of(params.trained_axes))
 
     others = {name: other_model(c, name, devices, vocab_size) for name in c.models}
     abstract_fixed = step.Fixed(params.frozen, {name: others[name].params for name in others})
@@ -551,6 +563,8 @@ def _divide(config: ConfigDict, abstract, mesh: Mesh) -> _Parameters:
     """
     axes = sharding.logical_axes(abstract)
     patterns = config.train.trained
+    if config.model.get("lora_rank") and patterns == "*":
+        patterns = lora.PARAMS
     is_trained = trained.parse(patterns, trained.paths_of(axes))
     params = nnx.to_pure_dict(abstract)
     whole = jax.tree.map(_lay_out, params, sharding.shardings(params, axes, mesh))

@@ -243,6 +243,21 @@ def psum_rows(sums):
     return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums) if axes else sums
 
 
+def segment_sums(values_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, int]:
+    """Returns ([B, S] sums over each segment of whole rows, how many devices have the same ones).
+
+    Where the sequence axis is manual, each device has a part of the rows, and all of the sums.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = mesh.shape["sequence"] if mesh.manual_axes else 1
+    rows_B1 = jnp.arange(len(values_BT))[:, None]
+    # Segment 0 is padding; there may be one for each position.
+    num_segments = values_BT.shape[1] * parts + 1
+    sums_BS = jnp.zeros((len(values_BT), num_segments), values_BT.dtype)
+    sums_BS = sums_BS.at[rows_B1, segments_BT].add(values_BT)[:, 1:]
+    return jax.lax.psum(sums_BS, "sequence") if parts > 1 else sums_BS, parts
+
+
 # Sequence parallelism. The sequence axis splits rows into their positions everywhere but in
 # attention, which sees whole rows of some of the heads: an all-to-all before it and one after
 # (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv 2309.14509). Every device then has the same causal

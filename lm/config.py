@@ -158,6 +158,12 @@ class ModelFields:
     # Heads beside the vocabulary's, with commas between them, as lm.models.transformer.HEADS has
     # them: "scalar", "classes:3", "token_labels:9".
     heads: str = ""
+    # LoRA (lm/nn/lora.py): the rank of the adapters, which alone are trained then; 0: none
+    lora_rank: int = integer(0, most=2**12)
+    lora_alpha: float = number(16.0, above=0, most=2**20)
+    lora_scaling: str = one_of("plain", "rslora")  # alpha / r | alpha / sqrt(r)
+    # the weights that have adapters, with commas between them
+    lora_targets: str = "query,key,value,out,up,gate,down"
     # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
     init_std: float = number(0.02, least=0, most=100)
 
@@ -271,7 +277,8 @@ class Train:
     length: str = "1000 steps"
     accumulation: int = integer(1, least=1, most=2**20)  # microbatches a step
     # Patterns of the parameters that are trained, with commas between them; those behind a "!" are
-    # not: "*,!embed/*". The others stay as init_from has them, and are in no checkpoint.
+    # not: "*,!embed/*". The others stay as init_from has them, and are in no checkpoint. With
+    # model.lora_rank "*" is the adapters alone; others are named: "*_lora_?,embed/*".
     trained: str = "*"
     # FSDP's collectives: partitioner (auto, by GSPMD) | by_hand (manual, by shard_map; faster on
     # TPU pods)
@@ -465,6 +472,8 @@ def stored_model(meta: Mapping, where: str, model_type: str = "") -> dict:
             f"you trust it, --model_type={stored_type} allows it"
         )
     if stored_type == MODEL:
+        # What an older version didn't know has its default.
+        fields = dataclasses.asdict(ModelFields()) | fields
         check_model({k: v for k, v in fields.items() if k != "type"}, f"{where}: config.model")
     return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
@@ -601,10 +610,12 @@ def check_resumable(old: dict, new: ConfigDict, where: str) -> None:
     """Raises ValueError if `new` is not the same experiment as `old`, the configuration that a run
     directory was started with.
     """
-    old, new = flatten(old), flatten(new)
+    old, new, defaults = flatten(old), flatten(new), flatten(default())
     differing = []
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not is_resumable(key):
+        # What an older version didn't know had its default.
+        old_value = old.get(key, defaults.get(key))
+        if old_value != new.get(key) and not is_resumable(key):
             there, now = old.get(key, "absent"), new.get(key, "absent")
             differing.append(f"  {key}: {there!r} there, {now!r} now")
 

@@ -32,6 +32,7 @@ RULES = {
     "head_dim": (),
     "expert": ("expert",),
     "router": (),
+    "rank": (),  # of an adapter
     "outputs": (),  # of a head other than the vocabulary's
     # These biases have no embed dim that the fsdp axes could split.
     "mlp_bias": ("fsdp", "fsdp2", "tensor"),

@@ -20,6 +20,7 @@ from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import Tokenizer
 from lm.hf import directory as hf
+from lm.nn import lora
 
 
 def load_weights(
@@ -142,7 +143,8 @@ def _load_with_new(
     source: epath.Path,
     abstract_params: dict,
 ) -> dict:
-    """The parameters, those of config.init_new that `source` doesn't have as in a fresh model.
+    """The parameters, those of config.init_new and adapters that `source` doesn't have as in a
+    fresh model.
 
     Args:
       read: abstract parameters -> parameters.
@@ -151,7 +153,7 @@ def _load_with_new(
     Raises:
       ValueError: other parameters that aren't there.
     """
-    patterns = experiment.config.init_new.split(",")
+    patterns = [*experiment.config.init_new.split(","), lora.PARAMS]
 
     def is_wanted(path: str) -> bool:
         return any(fnmatch.fnmatchcase(path, pattern.strip()) for pattern in patterns)

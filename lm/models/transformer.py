@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lm import config as config_lib
 from lm.collectives import gather_sequence
 from lm.models.cached import CachedDecoding
-from lm.nn import masks, watch
+from lm.nn import lora, masks, watch
 from lm.nn.attention import SPLASH, SPLASH_KINDS, Attention, Cache
 from lm.nn.layers import MLP, NORMS, Embed, Head, dense, dropout, fold_in_each, param
 from lm.nn.masks import Mask, Visible
@@ -109,6 +109,7 @@ class Config(config_lib.ModelFields):
         self._check_experts()
         self._check_rope()
         parse_heads(self.heads)
+        self._check_lora()
         if self.attention_dropout and self.attention != "xla":
             raise ValueError(
                 f"config.model.attention_dropout = {self.attention_dropout} needs "
@@ -158,6 +159,15 @@ class Config(config_lib.ModelFields):
             )
         parse_scaling(self.rope_scaling, int(self.head_dim * self.rope_fraction))
 
+    def _check_lora(self) -> None:
+        targets = lora.parse_targets(self.lora_targets)
+        in_experts = [name for name in targets if name in ("up", "gate", "down")]
+        if self.lora_rank and self.num_experts and in_experts:
+            raise ValueError(
+                f"config.model.lora_targets = {self.lora_targets!r}: experts have no adapters; "
+                f"take {in_experts} out"
+            )
+
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ValueError if the mesh can't hold the model."""
         check_heads(mesh, self.num_heads)
@@ -197,7 +207,20 @@ def flops_per_token(config: Config, length: int, *, causal: bool = True) -> floa
     weights = c.num_layers * (attention + mlp + router) + c.vocab_size * table_dim + projections
     window = min(c.window or length, length)
     keys = window - window**2 / (2 * length) if causal else length
-    return 6.0 * weights + 12.0 * c.num_layers * c.num_heads * c.head_dim * keys
+    # Of a weight that only its adapter trains no gradient is computed.
+    of_weights = 4.0 * weights + 6.0 * _adapter_size(c) if c.lora_rank else 6.0 * weights
+    return of_weights + 12.0 * c.num_layers * c.num_heads * c.head_dim * keys
+
+
+def _adapter_size(config: Config) -> int:
+    """Parameters of all adapters."""
+    c = config
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    # What a weight has beside the embed dim.
+    others = dict(query=heads, key=kv_heads, value=kv_heads, out=heads)
+    others |= dict(up=c.mlp_dim, gate=c.mlp_dim if c.gated_mlp else -c.embed_dim, down=c.mlp_dim)
+    sizes = [c.embed_dim + others[name] for name in lora.parse_targets(c.lora_targets)]
+    return c.num_layers * c.lora_rank * sum(sizes)
 
 
 EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "attention", "remat", "scan_unroll")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm import collectives
+from lm.nn import lora
 from lm.nn.kernels import cache as cache_kernel
 from lm.nn.kernels.attention import blocked_attention, splash_attention
 from lm.nn.layers import RMSNorm, add_bias, dense, fold_in_each, param
@@ -106,6 +107,7 @@ class Attention(nnx.Module):
 
         self.query_norm = norm()
         self.key_norm = norm()
+        lora.attach(self, key, c, dict(query=1, key=1, value=1, out=2))
 
     def __call__(
         self,
@@ -124,9 +126,9 @@ class Attention(nnx.Module):
             other only: with a cache they are its first ones.
           keys_B: a key for each row, for dropout; None: there is none.
         """
-        q_BTNH = self._project(x_BTD, self.query, self.query_bias, self.query_norm, "query")
-        k_BTKH = self._project(x_BTD, self.key, self.key_bias, self.key_norm, "key")
-        v_BTKH = self._project(x_BTD, self.value, self.value_bias, None, "value")
+        q_BTNH = self._project(x_BTD, "query", self.query_bias, self.query_norm)
+        k_BTKH = self._project(x_BTD, "key", self.key_bias, self.key_norm)
+        v_BTKH = self._project(x_BTD, "value", self.value_bias, None)
         if self.rope is not None:
             q_BTNH = self.rope(q_BTNH, positions_BT)
             k_BTKH = self.rope(k_BTKH, positions_BT)
@@ -139,14 +141,15 @@ class Attention(nnx.Module):
         else:
             y_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, mask, keys_B)
 
-        out_BTD = dense("btij,ijd->btd", y_BTNH, self.out, self.compute_dtype, "out")
+        out = lora.of(self, "out")
+        out_BTD = dense("btij,ijd->btd", y_BTNH, out, self.compute_dtype, "out")
         if self.out_bias is not None:
             out_BTD = add_bias(out_BTD, self.out_bias)
         return out_BTD, cache
 
-    def _project(self, x_BTD, weight, bias, norm, name: str) -> jax.Array:
+    def _project(self, x_BTD, name: str, bias, norm) -> jax.Array:
         """Queries, keys or values of each head."""
-        y = dense("btd,dij->btij", x_BTD, weight, self.compute_dtype, name)
+        y = dense("btd,dij->btij", x_BTD, lora.of(self, name), self.compute_dtype, name)
         if bias is not None:
             y = add_bias(y, bias)
         return y if norm is None else norm(y)

@@ -13,7 +13,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm import collectives
+from lm.nn import lora
 from lm.nn.kernels.matmul import matmul, weight_grad
+from lm.nn.lora import Adapted
 from lm.sharding import constrain
 
 
@@ -42,8 +44,9 @@ def gather(weight: nnx.Param, dtype) -> jax.Array:
     return collectives.gather_weight(weight[...], logical_axes, jnp.dtype(dtype))
 
 
-def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype, name: str) -> jax.Array:
-    """einsum(spec, x, weight) with operands in `dtype`, sums in f32, the result in x's dtype.
+def dense(spec: str, x: jax.Array, weight: nnx.Param | Adapted, dtype, name: str) -> jax.Array:
+    """einsum(spec, x, weight) with operands in `dtype`, sums in f32, the result in x's dtype; that
+    of an adapter is added (lm.nn.lora).
 
     Unlike a plain einsum's, its gradient with respect to the weight is not rounded to `dtype`: it
     stays f32 as it leaves the matmul. And every matmul, backward too, is of two `dtype` operands,
@@ -53,8 +56,19 @@ def dense(spec: str, x: jax.Array, weight: nnx.Param, dtype, name: str) -> jax.A
       name: what remat policies call the result (`lm.models.transformer.REMAT_NAMES`). The gathered
         weight is named "weights".
     """
+    if isinstance(weight, Adapted):
+        weight, a, b, scale = weight
+        a_spec, b_spec = lora.specs(spec, a.ndim - 1)
+        delta = _plain_dense(b_spec, _plain_dense(a_spec, x, a, dtype), b, dtype)
+        y = _plain_dense(spec, x, weight, dtype) + np.asarray(scale, delta.dtype) * delta
+    else:
+        y = _plain_dense(spec, x, weight, dtype)
+    return checkpoint_name(y, name)
+
+
+def _plain_dense(spec: str, x: jax.Array, weight: nnx.Param, dtype) -> jax.Array:
     logical_axes = weight.get_metadata("logical_axes")
-    return checkpoint_name(_dense(spec, logical_axes, jnp.dtype(dtype), x, weight[...]), name)
+    return _dense(spec, logical_axes, jnp.dtype(dtype), x, weight[...])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -199,23 +213,26 @@ class MLP(nnx.Module):
         self.up_bias = bias(mlp_dim, "mlp_bias")
         self.gate_bias = bias(mlp_dim, "mlp_bias") if gated else None
         self.down_bias = bias(c.embed_dim, "embed")
+        lora.attach(self, key, c, dict(up=1, gate=1, down=1))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        up_BTF = dense("btd,df->btf", x_BTD, self.up, self.compute_dtype, "up")
+        up_BTF = dense("btd,df->btf", x_BTD, lora.of(self, "up"), self.compute_dtype, "up")
         if self.up_bias is not None:
             up_BTF = add_bias(up_BTF, self.up_bias)
 
         if self.gate is None:
             hidden_BTF = act(up_BTF)
         else:
-            gate_BTF = dense("btd,df->btf", x_BTD, self.gate, self.compute_dtype, "gate")
+            gate = lora.of(self, "gate")
+            gate_BTF = dense("btd,df->btf", x_BTD, gate, self.compute_dtype, "gate")
             if self.gate_bias is not None:
                 gate_BTF = add_bias(gate_BTF, self.gate_bias)
             hidden_BTF = act(gate_BTF) * up_BTF
 
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
-        out_BTD = dense("btf,fd->btd", hidden_BTF, self.down, self.compute_dtype, "down")
+        down = lora.of(self, "down")
+        out_BTD = dense("btf,fd->btd", hidden_BTF, down, self.compute_dtype, "down")
         return out_BTD if self.down_bias is None else add_bias(out_BTD, self.down_bias)
 
 

@@ -6,16 +6,20 @@ Letters: B batch, T length, D embed, V vocab.
 import jax
 import jax.numpy as jnp
 
-from lm.nn.loss import chunked_cross_entropy
+from lm.nn.loss import chunked_cross_entropy, chunked_logprobs
 
 
 def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target, and the log-partition function, both [B, T] in f32."""
     output = model(batch["tokens"], batch["positions"], batch["segments"])
-    return _logprobs(model, output.hidden, batch["targets"])
+    return logprobs(model, output.hidden, batch["targets"])
 
 
-def _logprobs(model, hidden_BTD, targets_BT):
+def logprobs(model, hidden_BTD, targets_BT, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
+    """What `token_logprobs` gives, of hidden states; `chunk` positions at a time, 0: all."""
+    if chunk:
+        dtype = model.config.compute_dtype
+        return chunked_logprobs(hidden_BTD, model.head_table, targets_BT, chunk=chunk, dtype=dtype)
     logits_BTV = model.logits(hidden_BTD)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -62,7 +66,7 @@ def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
                 dtype=model.config.compute_dtype,
             )
         else:
-            logprobs_BT, log_z_BT = _logprobs(model, hidden_BTD, batch["targets"])
+            logprobs_BT, log_z_BT = logprobs(model, hidden_BTD, batch["targets"])
             nll_sum = -jnp.sum(logprobs_BT * weights_BT)
             z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
             total = nll_sum + z_loss * z_sum
