@@ -1,5 +1,6 @@
 """Small random models of transformers, one or more for each family, over its switches."""
 
+import peft
 import pytest
 import torch
 import transformers as t
@@ -155,14 +156,8 @@ SLOW = """
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CONFIGS]
 
 
-def make(name: str, seed: int = 0):
-    """Returns the model in f32. Its weights are large enough for every part to matter, and biases
-    and norms are drawn too.
-    """
-    config_class, arguments = CONFIGS[name]
-    model = t.AutoModelForCausalLM.from_config(
-        config_class(**arguments), attn_implementation="eager"
-    )
+def randomize(model, seed: int = 0):
+    """Draws parameters large enough for every part to matter, biases and norms too, in f32."""
     model = model.eval().float()
 
     generator = torch.Generator().manual_seed(seed)
@@ -175,3 +170,70 @@ def make(name: str, seed: int = 0):
 
     model.tie_weights()
     return model
+
+
+def make(name: str, seed: int = 0):
+    config_class, arguments = CONFIGS[name]
+    model = t.AutoModelForCausalLM.from_config(
+        config_class(**arguments), attn_implementation="eager"
+    )
+    return randomize(model, seed)
+
+
+# --- models that score a text ---
+
+SCORERS = {
+    "llama-2": t.LlamaForSequenceClassification,
+    "qwen2": t.Qwen2ForSequenceClassification,
+}
+
+
+def save_scorer(name: str, directory, seed: int = 0):
+    """Returns a model with one score for a text, that of its last token which is not padding (0),
+    and writes it to the directory.
+    """
+    config_class, arguments = CONFIGS[name]
+    config = config_class(**arguments, num_labels=1, pad_token_id=0)
+    config._attn_implementation = "eager"
+    model = randomize(SCORERS[name](config), seed)
+    model.save_pretrained(directory)
+    return model
+
+
+# --- adapters ---
+
+LORA_TARGETS = {
+    "llama-2": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
+    "gpt2": "c_attn c_proj c_fc".split(),
+}
+
+
+def save_adapter(name: str, directory, tokens, seed: int = 0, **lora):
+    """Writes `directory/base` and `directory/adapter`, a LoRA of peft of all matrices of the blocks
+    with the given fields. Returns the logits of the tokens by the adapted model, by the one that
+    it is merged into, and by the base.
+    """
+    make(name, seed).save_pretrained(directory / "base")
+    base = t.AutoModelForCausalLM.from_pretrained(
+        directory / "base", dtype=torch.float32, attn_implementation="eager"
+    )
+    fields = dict(
+        lora_alpha=8,
+        target_modules=LORA_TARGETS[name],
+        fan_in_fan_out=name == "gpt2",  # its matrices are [in, out]
+        task_type="CAUSAL_LM",
+    )
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**fields | lora)).eval()
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for key, param in adapted.named_parameters():
+            if "lora_" in key:
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.1)
+        adapted.save_pretrained(directory / "adapter")
+
+        with adapted.disable_adapter():
+            base_logits = adapted(tokens).logits
+        adapted_logits = adapted(tokens).logits
+        merged_logits = adapted.merge_and_unload()(tokens).logits
+    return adapted_logits, merged_logits, base_logits
