@@ -90,7 +90,11 @@ class ChatEncoder:
             rows = [[_marked(text, begin, end)] for text in texts]
         else:
             rows = self._by_prefixes(source, conversations, options)
-        return [[self._encoded(spans, guard) for spans in spans_of_rows] for spans_of_rows in rows]
+
+        encoded = []
+        for rows_of_conversation in rows:
+            encoded.append([self._encoded(spans, guard) for spans in rows_of_conversation])
+        return encoded
 
     def _guarded(self, value, guard: str):
         """A message with a guard in each special token that it spells out."""

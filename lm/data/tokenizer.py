@@ -669,23 +669,10 @@ class HuggingFaceTokenizer(Roles):
     """
 
     def __init__(self, files: Mapping[str, bytes], config: Mapping, name: str = "the tokenizer"):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(
-                f"{name} needs the package tokenizers: pip install -e '.[hf]'"
-            ) from None
-        try:
-            # What lm kept of a config.json that isn't there any more.
-            config = {**parse_json(files, SPECIAL_IDS), **config}
-            built = tokenizer_files.build(tokenizers, files, config, name)
-            self._tokenizer = built.tokenizer
-        except BaseException as error:
-            # The library raises bare Exceptions, and panics, which are no Exceptions.
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{name} can't be read: {reason}") from None
+        # What lm kept of a config.json that isn't there any more.
+        config = {**parse_json(files, SPECIAL_IDS), **config}
+        built = _built(files, config, name)
+        self._tokenizer = built.tokenizer
         self._name = name
         # Settings of whoever saved it, for batches of theirs; transformers drops them too.
         self._tokenizer.no_truncation()
@@ -715,12 +702,8 @@ class HuggingFaceTokenizer(Roles):
             eos_ids = self.roles["sep"]
             bos_ids = bos_ids or self.roles.get("cls", ())
         # The files of base models don't say that the end of a turn ends a text.
-        templates = files.get(CHAT_TEMPLATE, b"").decode("utf-8", errors="replace")
-        templates += str(settings.get("chat_template", ""))
-        for turn_end in self.roles.get("turns", ())[1:2]:
-            if turn_end not in eos_ids and self._tokenizer.id_to_token(turn_end) in templates:
-                eos_ids.append(turn_end)
-        self.stop_ids = tuple(eos_ids)
+        ends = self._ends_of_turns(files, settings)
+        self.stop_ids = tuple(dict.fromkeys([*eos_ids, *ends]))
         if not self.stop_ids:
             raise ValueError(
                 f"{name} has no EOS: wanted eos_token in tokenizer_config.json, one that is in "
@@ -741,6 +724,13 @@ class HuggingFaceTokenizer(Roles):
             if config.get(key):
                 kept[key] = config[key]
         self.files = {**files, SPECIAL_IDS: json.dumps(kept).encode()}
+
+    def _ends_of_turns(self, files: Mapping[str, bytes], settings: Mapping) -> tuple[int, ...]:
+        """What ends a turn in the chat template, if that is among the roles."""
+        templates = files.get(CHAT_TEMPLATE, b"").decode("utf-8", errors="replace")
+        templates += str(settings.get("chat_template", ""))
+        ends = self.roles.get("turns", ())[1:2]
+        return tuple(i for i in ends if self._tokenizer.id_to_token(i) in templates)
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """[CLS] and [SEP] if these are what the files put around a text, else BOS and EOS."""
@@ -807,6 +797,22 @@ class HuggingFaceTokenizer(Roles):
     def save(self, directory: epath.Path) -> None:
         for name, content in self.files.items():
             files.write_whole(directory / name, content)
+
+
+def _built(files: Mapping[str, bytes], config: Mapping, name: str) -> tokenizer_files.Built:
+    """What the `tokenizers` library makes of a checkpoint's files; ValueError if it can't."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(f"{name} needs the package tokenizers: pip install -e '.[hf]'") from None
+    try:
+        return tokenizer_files.build(tokenizers, files, config, name)
+    except BaseException as error:
+        # The library raises bare Exceptions, and panics, which are no Exceptions.
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} can't be read: {reason}") from None
 
 
 def _roles_of_checkpoint(

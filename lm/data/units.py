@@ -180,8 +180,12 @@ def _unit(example: Example, parts: Sequence[chat_ids.Encoded]) -> Unit:
         if np.array_equal(chosen.ids, rejected.ids):
             raise Unusable("the chosen answer has the rejected one's tokens")
 
-    arrays = [_arrays(part, number, keep_last=len(parts) > 1) for number, part in enumerate(parts)]
-    joined = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0]}
+    arrays = []
+    for number, part in enumerate(parts):
+        arrays.append(_arrays(part, number, keep_last=len(parts) > 1))
+    joined = {}
+    for name in arrays[0]:
+        joined[name] = np.concatenate([of_part[name] for of_part in arrays])
     joined["values"] = np.full(len(joined["tokens"]), example.value, np.float32)
     return Unit(joined, example.name, example.source)
 
