@@ -361,6 +361,7 @@ class Objective(NamedTuple):
         they are.
       examples: kinds of documents that it is for.
       check: (the model's Config, paths of the trained parameters) -> None; raises ValueError.
+      unit_terms: what the loss sums, see `lm.step.make_unit_terms`; None: not units' terms.
     """
 
     loss: Callable
@@ -371,6 +372,7 @@ class Objective(NamedTuple):
     make_transform: Callable | None
     examples: tuple[str, ...]
     check: Callable
+    unit_terms: Callable | None
 
     def loss_fns(self, others: Mapping[str, AbstractModel]) -> step.LossFns:
         """What a step computes, with the other models by name."""
@@ -409,6 +411,9 @@ def make_objective(config: ConfigDict) -> Objective:
     make_transform = None
     if hasattr(module, "make_transform"):
         make_transform = functools.partial(module.make_transform, **arguments)
+    unit_terms = None
+    if hasattr(module, "make_unit_terms"):
+        unit_terms = module.make_unit_terms(**arguments)
     return Objective(
         loss=module.make_loss(**arguments),
         token_logprobs=module.token_logprobs,
@@ -418,6 +423,7 @@ def make_objective(config: ConfigDict) -> Objective:
         make_transform=make_transform,
         examples=examples,
         check=functools.partial(getattr(module, "check", _check_nothing), **arguments),
+        unit_terms=unit_terms,
     )
 
 
@@ -540,7 +546,7 @@ def program(
         train_step=jit_step(train_step, out_shardings=(shardings, whole), donate_argnums=0),
         look=jit_step(look, out_shardings=whole),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params),
-        eval_fns=make_eval_fns(graphdef, objective, mesh),
+        eval_fns=make_eval_fns(graphdef, objective, others, mesh),
     )
 
 
@@ -591,16 +597,23 @@ def _loss_by_position(config: ConfigDict, mesh: Mesh, graphdef, objective: Objec
     return looking.make_loss_by_position(graphdef, objective.token_logprobs, microbatches)
 
 
-def make_eval_fns(graphdef, objective: Objective, mesh: Mesh) -> CompiledFns:
+def make_eval_fns(
+    graphdef, objective: Objective, others: Mapping[str, AbstractModel], mesh: Mesh
+) -> CompiledFns:
     """What evaluators may ask of a model. All models here are causal: another kind gets another
     object in the place of `CausalAnswers`.
     """
     answers = CausalAnswers(
         mesh, step.make_tree_logprobs(graphdef), step.make_tree_states(graphdef)
     )
+    unit_terms = None
+    if objective.unit_terms:
+        loss_fns = objective.loss_fns(others)
+        unit_terms = compiled(step.make_unit_terms(graphdef, loss_fns, objective.unit_terms), mesh)
     return CompiledFns(
         mesh,
         arrays=objective.arrays,
+        unit_terms=unit_terms,
         token_logprobs=compiled(step.make_token_logprobs(graphdef, objective.token_logprobs), mesh),
         logprobs=answers.logprobs,
         states=answers.states,
@@ -701,6 +714,8 @@ class Experiment:
     encoder: pack.Encoder
     train_documents: Documents | None  # None: nothing is to be trained
     total_steps: int
+    # the parameters of config.models by name, once they are loaded
+    others: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> ConfigDict:
@@ -767,6 +782,7 @@ class Experiment:
             if "split" in arguments:
                 split_key = f"config.evals.{name}.split"
                 arguments["documents"] = read_split(arguments.pop("split"), split_key)
+                _check_kind(name, cls, arguments["documents"])
                 key = f"config.evals.{name}.batch_size"
                 sharding.check_batch(mesh, batch_size, length, key)
 
@@ -802,7 +818,24 @@ class Experiment:
                 vocab_size=self.tokenizer.vocab_size,
             )
 
-        return dataclasses.replace(p.eval_fns, make_generator=make_generator)
+        def unit_terms(params, batch):
+            return p.eval_fns.unit_terms(params, batch, self.others)
+
+        return dataclasses.replace(
+            p.eval_fns,
+            make_generator=make_generator,
+            unit_terms=unit_terms if p.eval_fns.unit_terms else None,
+        )
+
+
+def _check_kind(name: str, evaluator: type, split: Documents) -> None:
+    """Raises ValueError for documents that an evaluator isn't for."""
+    kinds = getattr(evaluator, "examples", ("text",))
+    if split.kind not in kinds:
+        raise ValueError(
+            f"config.evals.{name}.type = {evaluator.__module__}.{evaluator.__qualname__} takes "
+            f"{' or '.join(kinds)}, and config.data.source has examples of the kind {split.kind!r}"
+        )
 
 
 def build(

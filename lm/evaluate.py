@@ -45,6 +45,7 @@ def evaluate(
 
     lines = []
     with jax.set_mesh(experiment.program.mesh):
+        experiment.others.update(weights.load_others(experiment))
         evaluators = experiment.make_evaluators()
         if first_process:
             for name, evaluator in evaluators.items():

@@ -292,6 +292,25 @@ def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:
     return eval_step
 
 
+def make_unit_terms(graphdef, loss_fns: LossFns, unit_terms: Callable) -> Callable:
+    """Returns a function (params, batch, others) -> {name: [B, U] f32}: what the objective says of
+    each unit, `weight` among it, which is 0 where there is none.
+
+    Args:
+      unit_terms: `unit_terms(model, batch, keys_B, **others) -> (weights, terms, aux)`.
+    """
+
+    def eval_step(params, batch, others):
+        model = nnx.merge(graphdef, params)
+        other_models = merge_each(loss_fns.other_graphdefs, others)
+        if loss_fns.prepare is not None:
+            batch = batch | loss_fns.prepare(batch, model, **other_models)
+        weights, terms, _ = unit_terms(model, batch, None, **other_models)
+        return {"weight": weights} | terms
+
+    return eval_step
+
+
 def make_tree_logprobs(graphdef) -> Callable:
     """Returns a function (params, batch, parents_BP, parent_of_BQ) -> ([B, Q] f32, [B, Q] bool).
 

@@ -204,7 +204,8 @@ class Run:
         self.evals: dict = {"step": -1, "names": [], "values": {}}
         self.saved_evals: dict | None = None  # as in the newest checkpoint
 
-        self.fixed = step_lib.Fixed({}, weights.load_others(self.experiment))
+        self.experiment.others.update(weights.load_others(self.experiment))
+        self.fixed = step_lib.Fixed({}, self.experiment.others)
         newest = self.checkpointer.latest()
         if newest is None:
             self._begin()

@@ -179,17 +179,24 @@ class UnitLayout(NamedTuple):
 
     Attributes:
       parts: of a unit, 1 or 2; part p of unit u is segment parts * u + p + 1.
+      numbered: whether units have an array `number`, to be found again in rows.
     """
 
     parts: int
-    features = ("tokens", "targets", "weights", "positions", "part", "values")
+    numbered: bool = False
     arrays = batch.ARRAYS | {"values": batch.VALUES}
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The arrays that a unit has."""
+        features = ("tokens", "targets", "weights", "positions", "part", "values")
+        return (*features, "number") if self.numbered else features
 
     def to_row(self, packed: dict) -> dict[str, np.ndarray]:
         """See `TextLayout`."""
         units, part = packed["tokens_segment_ids"], packed["part"]
         segments = np.where(units > 0, (units - 1) * self.parts + part + 1, 0)
-        return dict(
+        row = dict(
             tokens=np.array(packed["tokens"], np.int32),
             targets=np.array(packed["targets"], np.int32),
             weights=np.array(packed["weights"], np.float32),
@@ -197,6 +204,9 @@ class UnitLayout(NamedTuple):
             segments=np.array(segments, np.int32),
             values=np.array(packed["values"], np.float32),
         )
+        if self.numbered:
+            row["number"] = np.array(packed["number"], np.int32)
+        return row
 
     def num_started(self, row: dict[str, np.ndarray]) -> int:
         """Returns how many units a row has."""

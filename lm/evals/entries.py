@@ -104,6 +104,8 @@ TASKS = {
 # The other types, with values of the types that their keys have.
 SCHEMAS = TASKS | {
     "lm.evals.perplexity.Perplexity": dict(split="", max_documents=0, stride=0),
+    "lm.evals.held_out.AnswerLoss": dict(split="", max_documents=0),
+    "lm.evals.held_out.Preferences": dict(split="", max_documents=0),
     "lm.evals.classification.DocumentClassification": dict(
         split="", max_documents=0, verbalizer=(), aggregate="", length_norm=""
     ),
@@ -377,6 +379,32 @@ def perplexity(
             split=split,
             max_documents=max_documents,
             stride=stride,
+        )
+    )
+
+
+def held_out(
+    kind: str,
+    *,
+    every: int,
+    split: str = "validation",
+    batch_size: int = 16,
+    max_documents: int = 0,
+) -> ConfigDict:
+    """Makes the entry of an evaluator of lm/evals/held_out.py.
+
+    Args:
+      kind: "AnswerLoss", of conversations, or "Preferences", of pairs and judged answers.
+      every, batch_size, split: see the top of this file.
+      max_documents: how many examples, evenly out of the split; 0: all.
+    """
+    return ConfigDict(
+        dict(
+            type=f"lm.evals.held_out.{kind}",
+            every=every,
+            batch_size=batch_size,
+            split=split,
+            max_documents=max_documents,
         )
     )
 

@@ -127,6 +127,7 @@ class CompiledFns:
     logprobs: Callable | None = None  # (params, questions, limits) -> [[Answer]]
     states: Callable | None = None  # (params, prompts, limits) -> [prompts, D]
     head_rows: Callable | None = None  # see lm.step.make_head_rows
+    unit_terms: Callable | None = None  # (params, batch) -> see lm.step.make_unit_terms
     make_generator: Callable | None = None  # (params, Sampling) -> Generator
 
 
@@ -200,10 +201,19 @@ class PredictFns:
         """[rows, T] f32, the log-probability of each target. What the objective declares beside
         the five arrays of a row has its padding value where a row lacks it.
         """
-        token_logprobs = self._function("token_logprobs")
         if not rows:
             return np.zeros((0, self.length), np.float32)
+        return self._of_rows("token_logprobs", params, rows)
 
+    def unit_terms(self, params, rows: Sequence[dict]) -> dict[str, np.ndarray]:
+        """{name: [rows, units of a row] f32}, what the objective says of each unit; `weight` is 0
+        where there is none.
+        """
+        return self._of_rows("unit_terms", params, rows)
+
+    def _of_rows(self, name: str, params, rows: Sequence[dict]):
+        """What a function gives for each of some rows, at least one, as arrays [rows, ...]."""
+        function = self._function(name)
         arrays = self._compiled_fns.arrays
         shardings = {}
         for name, array in arrays.items():
@@ -213,11 +223,10 @@ class PredictFns:
         outputs = []
         for batch in evaluation_batches(rows, self.batch_size, shardings, padding):
             self.check_stop()
-            outputs.append(token_logprobs(params, batch))
+            outputs.append(function(params, batch))
 
         # Fetched only now: the devices don't wait for the host between batches.
-        logprobs = np.concatenate([np.asarray(output) for output in outputs])
-        return logprobs[: len(rows)]
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *outputs)
 
     def states(self, params, prompts: Sequence[Prompt]) -> np.ndarray:
         """[prompts, D] f32, the state that the head sees after each prompt."""

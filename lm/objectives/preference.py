@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import collectives
 from lm.data import batch as batch_contract
 from lm.nn import lora
 from lm.objectives import causal, preference_losses
+from lm.objectives import units as units_lib
 from lm.objectives.preference_losses import LOSSES, WITHOUT_REFERENCE, Pairs
 
 token_logprobs = causal.token_logprobs
@@ -116,7 +116,18 @@ def make_prepare(*, loss: str = "dpo", reference: str = "model", chunk: int = 0,
     return prepare
 
 
-def make_loss(
+def make_loss(**arguments):
+    """Makes the loss: a mean over pairs, or over judged answers.
+
+    The arguments are those of `make_unit_terms`, whose terms it sums.
+
+    Returns:
+      `loss(model, batch, keys_B, **models) -> (loss_sum, count, {name: (sum, count)})`.
+    """
+    return units_lib.summed(make_unit_terms(**arguments))
+
+
+def make_unit_terms(
     *,
     loss: str = "dpo",
     reference: str = "model",
@@ -127,7 +138,7 @@ def make_loss(
     undesirable_weight: float = 1.0,
     chunk: int = 0,
 ):
-    """Makes the loss: a mean over pairs, or over judged answers.
+    """Makes the terms of each unit of a batch.
 
     Args:
       loss: of `lm.objectives.preference_losses.LOSSES`, or kto.
@@ -137,18 +148,18 @@ def make_loss(
       chunk: positions of each row whose logits exist at a time; 0: all.
 
     Returns:
-      `loss(model, batch, keys_B, **models) -> (loss_sum, count, {name: (sum, count)})`. Of pairs
-      its terms are, besides the loss, the share in which the better answer gained more on the
-      reference than the worse one (`accuracy`), by how many nats, times beta (`margin`), and the
-      answers' log-probabilities. Without a reference answers gain on nothing. Of judged answers
-      they are z0, and the nats that good and bad answers gained.
+      `unit_terms(model, batch, keys_B) -> (weights [B, U], {name: [B, U]}, aux)`. Of pairs the
+      terms are, besides the loss, whether the better answer gained more on the reference than the
+      worse one (`accuracy`), by how many nats, times beta (`margin`), and the answers'
+      log-probabilities. Without a reference answers gain on nothing. Of judged answers they are z0,
+      and the nats that good and bad answers gained.
 
     Raises:
       ValueError: an unknown loss, or a reference that it has no use for.
     """
     _check_arguments(loss, reference, label_smoothing)
 
-    def of_pairs(units: Units) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def of_pairs(units: Units) -> dict[str, jax.Array]:
         pairs = Pairs(
             units.first,
             units.second,
@@ -161,14 +172,15 @@ def make_loss(
             pairs, name=loss, beta=beta, label_smoothing=label_smoothing, margin=margin
         )
         gain_BU = units.first - units.first_reference - (units.second - units.second_reference)
-        return losses_BU, {
+        return {
+            "loss": losses_BU,
             "accuracy": (gain_BU > 0).astype(jnp.float32),
             "margin": beta * gain_BU,
             "chosen_logprob": units.first,
             "rejected_logprob": units.second,
         }
 
-    def of_judged(units: Units, z0: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def of_judged(units: Units, z0: jax.Array) -> dict[str, jax.Array]:
         gain_BU, is_good_BU = units.first - units.first_reference, units.values > 0
         losses_BU = preference_losses.kto_losses(
             gain_BU,
@@ -178,28 +190,21 @@ def make_loss(
             desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight,
         )
-        return losses_BU, {
+        return {
+            "loss": losses_BU,
             "z0": jnp.broadcast_to(z0, gain_BU.shape),
             "good_gain": jnp.where(is_good_BU, gain_BU, 0),
             "bad_gain": jnp.where(is_good_BU, 0, gain_BU),
         }
 
-    def loss_fn(model, batch, keys_B, **models):
+    def unit_terms(model, batch, keys_B, **models):
         output = model(batch["tokens"], batch["positions"], batch["segments"], keys_B=keys_B)
         logprobs_BT, _ = causal.logprobs(model, output.hidden, batch["targets"], chunk)
         units = units_of(batch, logprobs_BT)
-        if loss == "kto":
-            losses_BU, terms = of_judged(units, batch["z0"][0])
-        else:
-            losses_BU, terms = of_pairs(units)
+        terms = of_judged(units, batch["z0"][0]) if loss == "kto" else of_pairs(units)
+        return units.weights, terms, output.aux
 
-        count = jnp.sum(units.weights)
-        sums = {}
-        for name, values_BU in ({"loss": losses_BU} | terms).items():
-            sums[name] = (jnp.sum(jnp.where(units.exists, values_BU, 0) * units.weights), count)
-        return sums["loss"][0], count, sums | output.aux
-
-    return loss_fn
+    return unit_terms
 
 
 class Units(NamedTuple):
@@ -229,17 +234,13 @@ class Units(NamedTuple):
 def units_of(batch, logprobs_BT: jax.Array) -> Units:
     """The units of a batch with `reference_logprobs`."""
     weights_BT = batch["weights"]
-
-    def halves(values_BT):
-        sums_BS, parts = collectives.segment_sums(values_BT * weights_BT, batch["segments"])
-        num_units = sums_BS.shape[1] // 2
-        return sums_BS[:, : 2 * num_units : 2], sums_BS[:, 1 : 2 * num_units : 2], parts
-
-    first_tokens, second_tokens, parts = halves(jnp.ones_like(logprobs_BT))
+    segments_BT = batch["segments"]
+    first_tokens, second_tokens, parts = units_lib.sums(weights_BT, segments_BT)
+    first, second, _ = units_lib.sums(logprobs_BT * weights_BT, segments_BT)
+    references_BT = batch["reference_logprobs"] * weights_BT
+    first_reference, second_reference, _ = units_lib.sums(references_BT, segments_BT)
+    values, _, _ = units_lib.sums(batch["values"] * weights_BT, segments_BT)
     exists = first_tokens > 0
-    first, second, _ = halves(logprobs_BT)
-    first_reference, second_reference, _ = halves(batch["reference_logprobs"])
-    values, _, _ = halves(batch["values"])
     return Units(
         exists,
         exists.astype(jnp.float32) / parts,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lm import collectives
 from lm.data import batch as batch_contract
 from lm.objectives import causal, preference_losses
+from lm.objectives import units as units_lib
 from lm.objectives.preference import check_no_dropout
 
 token_logprobs = causal.token_logprobs
@@ -36,49 +37,46 @@ def check(model_config, trained: list[str], **arguments) -> None:
         )
 
 
-def make_loss(*, centring: float = 0.01, chunk: int = 0):
-    """Makes the loss, see `lm.objectives.preference_losses.reward_losses`: a mean over pairs.
+def make_loss(**arguments):
+    """Makes the loss, a mean over pairs; the arguments are those of `make_unit_terms`."""
+    return units_lib.summed(make_unit_terms(**arguments))
+
+
+def make_unit_terms(*, centring: float = 0.01, chunk: int = 0):
+    """Makes the terms of each pair of a batch.
 
     Args:
-      centring: weight of the squared sum of a pair's scores.
+      centring: weight of the squared sum of a pair's scores, see
+        `lm.objectives.preference_losses.reward_losses`.
       chunk: of no use here: there are no logits.
 
     Returns:
-      `loss(model, batch, keys_B) -> (loss_sum, count, {name: (sum, count)})`. Its terms are the
-      loss, the share of pairs whose better answer has the higher score (`accuracy`), by how much
-      (`margin`), and the mean of both scores.
+      `unit_terms(model, batch, keys_B) -> (weights [B, U], {name: [B, U]}, aux)`: the loss, whether
+      the better answer has the higher score (`accuracy`), by how much (`margin`), and the mean of
+      both scores.
     """
 
-    def loss(model, batch, keys_B):
-        scores_BT = scores(model, batch, keys_B=keys_B)
-        last_BT = is_last(batch["segments"])
-        sums_BS, parts = collectives.segment_sums(scores_BT * last_BT, batch["segments"])
-        exists_BS, _ = collectives.segment_sums(last_BT, batch["segments"])
-        margins_BS, _ = collectives.segment_sums(batch["values"] * last_BT, batch["segments"])
+    def unit_terms(model, batch, keys_B):
+        segments_BT = batch["segments"]
+        output = model(batch["tokens"], batch["positions"], segments_BT, keys_B=keys_B)
+        scores_BT = model.head_outputs("scalar", output.hidden)[..., 0]
+        last_BT = is_last(segments_BT)
 
-        pairs = 2 * (sums_BS.shape[1] // 2)
-        chosen_BU, rejected_BU = sums_BS[:, 0:pairs:2], sums_BS[:, 1:pairs:2]
-        weights_BU = exists_BS[:, 0:pairs:2] / parts
+        chosen_BU, rejected_BU, parts = units_lib.sums(scores_BT * last_BT, segments_BT)
+        exists_BU, _, _ = units_lib.sums(last_BT, segments_BT)
+        margins_BU, _, _ = units_lib.sums(batch["values"] * last_BT, segments_BT)
         losses_BU = preference_losses.reward_losses(
-            chosen_BU, rejected_BU, margins_BS[:, 0:pairs:2], centring=centring
+            chosen_BU, rejected_BU, margins_BU, centring=centring
         )
-        count = jnp.sum(weights_BU)
         terms = {
             "loss": losses_BU,
             "accuracy": (chosen_BU > rejected_BU).astype(jnp.float32),
             "margin": chosen_BU - rejected_BU,
             "score": (chosen_BU + rejected_BU) / 2,
         }
-        terms = {name: (jnp.sum(x_BU * weights_BU), count) for name, x_BU in terms.items()}
-        return terms["loss"][0], count, terms
+        return exists_BU / parts, terms, output.aux
 
-    return loss
-
-
-def scores(model, batch, keys_B=None) -> jax.Array:
-    """The score after each token, f32 [B, T]."""
-    output = model(batch["tokens"], batch["positions"], batch["segments"], keys_B=keys_B)
-    return model.head_outputs("scalar", output.hidden)[..., 0]
+    return unit_terms
 
 
 def is_last(segments_BT: jax.Array) -> jax.Array:

@@ -1,0 +1,150 @@
+"""Examples that are held out of tuning: the loss of answers, and what the objective says of pairs
+and judged answers.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lm.data.pack import Encoder, UnitLayout, evaluation_rows
+from lm.data.records import take
+from lm.data.sources import Documents
+from lm.data.units import Unit
+from lm.evals.predict import Artifact, PredictFns, predictions_artifact
+from lm.evals.prompts import check_least
+from lm.evals.scores import statistics
+
+
+class AnswerLoss:
+    """Yields loss (nats per learnt token), perplexity, and the tokens and answers counted.
+
+    Args:
+      name: for messages.
+      max_documents: number of conversations, taken evenly out of the split; 0: all.
+
+    Raises:
+      ValueError: max_documents below 0.
+    """
+
+    asks = ("token_logprobs",)
+    metrics = ("loss", "perplexity")
+    examples = ("conversation",)
+
+    def __init__(
+        self,
+        predict_fns: PredictFns,
+        *,
+        name: str,
+        documents: Documents,
+        encoder: Encoder,
+        max_documents: int,
+    ):
+        check_least(f"config.evals.{name}.max_documents", max_documents, 0)
+        units = list(take(documents, max_documents))
+        self._predict_fns = predict_fns
+        windows = [unit.arrays for unit in units]
+        self._rows = evaluation_rows(windows, predict_fns.length, UnitLayout(1))
+        self._weights = np.stack([row["weights"] for row in self._rows])
+        self.about = {"fingerprint": documents.fingerprint, "examples": len(units)}
+
+    def run(self, params) -> Iterator[tuple[str, float]]:
+        logprobs = self._predict_fns.token_logprobs(params, self._rows)
+        num_tokens = float(self._weights.sum(dtype=np.float64))
+        loss = -float(np.sum(logprobs * self._weights, dtype=np.float64)) / num_tokens
+        yield "loss", loss
+        yield "perplexity", statistics.exp(loss)
+        yield "tokens", num_tokens
+        yield "examples", self.about["examples"]
+
+
+class Preferences:
+    """Yields the mean of each of the objective's terms over pairs, or judged answers.
+
+    Of pairs also the accuracy's 95% interval, and the accuracy of those whose better answer is
+    longer, shorter or as long (`accuracy_longer`, `_shorter`, `_equal`; with their numbers), and
+    that of each source (`SOURCE/accuracy`), where examples name one.
+
+    The arguments and errors are those of `AnswerLoss`.
+    """
+
+    asks = ("unit_terms",)
+    metrics = ("loss", "accuracy")
+    examples = ("pair", "judged")
+
+    def __init__(
+        self,
+        predict_fns: PredictFns,
+        *,
+        name: str,
+        documents: Documents,
+        encoder: Encoder,
+        max_documents: int,
+    ):
+        check_least(f"config.evals.{name}.max_documents", max_documents, 0)
+        self._name = name
+        self._predict_fns = predict_fns
+        self._units = list(take(documents, max_documents))
+
+        numbered = []
+        for number, unit in enumerate(self._units):
+            size = len(unit.arrays["tokens"])
+            numbered.append(unit.arrays | {"number": np.full(size, number, np.int32)})
+        layout = UnitLayout(2, numbered=True)
+        self._rows = evaluation_rows(numbered, predict_fns.length, layout)
+        self.about = {"fingerprint": documents.fingerprint, "examples": len(self._units)}
+
+    def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
+        terms = self._by_unit(self._predict_fns.unit_terms(params, self._rows))
+        for name, values in terms.items():
+            yield name, float(np.mean(values, dtype=np.float64))
+        if "accuracy" in terms:
+            yield from self._accuracies(terms["accuracy"])
+        yield "examples", len(self._units)
+
+        lines = []
+        for number, unit in enumerate(self._units):
+            of_unit = {name: float(values[number]) for name, values in terms.items()}
+            lines.append({"name": unit.name, "source": unit.source} | of_unit)
+        yield "predictions", predictions_artifact(self._name, lines)
+
+    def _by_unit(self, terms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The terms in the units' order, [units] each."""
+        weights = terms.pop("weight")
+        order = []
+        for row in self._rows:
+            firsts = (row["positions"] == 0) & (row["segments"] % 2 == 1)
+            order += row["number"][firsts].tolist()
+        assert np.count_nonzero(weights) == len(order) == len(self._units)
+
+        by_unit = {}
+        for name, values in terms.items():
+            by_unit[name] = np.empty(len(order), np.float32)
+            by_unit[name][order] = values[weights > 0]
+        return by_unit
+
+    def _accuracies(self, right: np.ndarray) -> Iterator[tuple[str, float]]:
+        low, high = statistics.proportion_interval(int(right.sum()), len(right))
+        yield "accuracy_low", low
+        yield "accuracy_high", high
+
+        longer = np.asarray([_extra_tokens(unit) for unit in self._units])
+        for name, chosen in dict(longer=longer > 0, shorter=longer < 0, equal=longer == 0).items():
+            yield from _accuracy_of(f"accuracy_{name}", right[chosen])
+            yield f"examples_{name}", int(chosen.sum())
+
+        sources = np.asarray([unit.source for unit in self._units])
+        for source in sorted(set(sources) - {""}):
+            yield from _accuracy_of(f"{source}/accuracy", right[sources == source])
+
+
+def _accuracy_of(name: str, right: np.ndarray) -> Iterator[tuple[str, float]]:
+    """The share of right ones, where there are any."""
+    if len(right):
+        yield name, float(right.mean())
+
+
+def _extra_tokens(unit: Unit) -> int:
+    """How many tokens the better answer has more than the worse one."""
+    learnt = unit.arrays["weights"]
+    in_second = unit.arrays["part"] == 1
+    return int(learnt[~in_second].sum() - learnt[in_second].sum())
