@@ -54,8 +54,12 @@ _SHOW_PROMPTS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval"],
-    "Train, or evaluate the newest checkpoint (or config.init_from).",
+    ["train", "eval", "audit"],
+    "Train; evaluate the newest checkpoint (or config.init_from); or show what would be trained "
+    "on, token by token, in WORKDIR/audit.html.",
+)
+_AUDIT_ROWS = flags.DEFINE_integer(
+    "audit_rows", 2, "With --mode=audit: rows that are shown.", lower_bound=1
 )
 
 
@@ -113,10 +117,13 @@ def main(argv: list[str]) -> None:
     # Seconds of imports, which neither --help nor a mistake in the flags waits for.
     import jax
 
-    from lm import evaluate, startup, train
+    from lm import audit, evaluate, startup, train
 
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     devices = startup.start(config.platform, processes if _COORDINATOR.value else None)
+    if _MODE.value == "audit":
+        print(audit.audit(config, workdir, devices, _AUDIT_ROWS.value))
+        return
     if _MODE.value == "train":
         values = train.train(config, workdir, devices, profile_steps)
     else:

@@ -128,6 +128,22 @@ def write_corpus(path, num=64, seed=0):
 # Tasks.
 
 
+def with_conversations(config, folder, records=None):
+    """The configuration with questions and answers for its data, in ChatML."""
+    if records is None:
+        records = [dict(prompt=f"{i}?", completion=f"{i % 3}.") for i in range(12)]
+    path = folder / "conversations.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = config.copy_and_resolve_references().unlock()
+    config.data.source = "lm.data.conversations.conversations"
+    config.data.source_args = dict(path=str(path), held_out=0.0)
+    config.data.label_prompt = ""
+    config.data.length = config.model.context_length = 64
+    config.chat.template = "chatml"
+    config.tokenizer.reserve = "turns"
+    return config
+
+
 def write_task(path, template, shots_split="train"):
     """Writes the shortest TOML file of a task about the records beside it."""
     text = """type = "lm.evals.classification.PromptClassification"

@@ -18,6 +18,7 @@ from lm import config as config_lib
 from lm.data import pydocs, sources
 from lm.evals import entries
 from lm.models import presets
+from tests.helpers import with_conversations
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 PARAMETERS = {
@@ -307,6 +308,13 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
             recorder.patch(patch)
             build.build(other, jax.devices()[:1])
         read |= recorder.read
+
+    of_chat = with_conversations(tiny, tmp_path)
+    recorder = ReadRecorder(of_chat)
+    with monkeypatch.context() as patch:
+        recorder.patch(patch)
+        build.build(of_chat, jax.devices()[:1])
+    read |= recorder.read
 
     assert all_keys(config_lib.default()) - {"data.source_args.data_dir"} <= all_keys(c)
     unread = all_keys(c) - read

@@ -42,7 +42,7 @@ def config_file(tmp_path, monkeypatch):
 
     # Flags would keep their values from one parse to the next.
     flags.FLAGS.unparse_flags()
-    for name in ("mode", "compare_to", "steps", "evals", "show_prompts"):
+    for name in ("mode", "compare_to", "steps", "evals", "show_prompts", "audit_rows"):
         flags.FLAGS[name].unparse()
     for name in set(flags.FLAGS) - flags_before:
         delattr(flags.FLAGS, name)

@@ -201,6 +201,7 @@ class PredictFns:
         """[rows, T] f32, the log-probability of each target. What the objective declares beside
         the five arrays of a row has its padding value where a row lacks it.
         """
+        self.require(["token_logprobs"])
         if not rows:
             return np.zeros((0, self.length), np.float32)
         return self._of_rows("token_logprobs", params, rows)
