@@ -478,8 +478,9 @@ class SavedCheckpoint:
         if "frozen" in self.meta and missing:
             raise ValueError(
                 f"{self._manager.directory} has trained parameters only (config.train.trained), "
-                f"not {missing[:3]}; --mode=eval with the run's configuration takes the others "
-                f"from {self.meta['frozen']['init_from']!r}"
+                f"not {missing[:3]}; the others are in {self.meta['frozen']['init_from']!r}. "
+                "--mode=eval with the run's configuration takes them from there, --base names it "
+                "to lm.generate, and python -m lm.convert merge makes a whole model"
             )
         self._check_size(abstract_params)
         has_average = any(path.startswith("opt_state/ema/") for path in stored)

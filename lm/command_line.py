@@ -76,6 +76,16 @@ def ignore_flag() -> flags.FlagHolder:
     )
 
 
+def base_flag() -> flags.FlagHolder:
+    """Defines --base, for the commands that need the whole of a model."""
+    return flags.DEFINE_string(
+        "base",
+        "",
+        "Of a run that trains adapters, or a part of a model: where the rest is, a run directory "
+        "or that of a Hugging Face checkpoint.",
+    )
+
+
 def command(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
     """Turns `main(argv)` into a command: it logs to stderr, and errors become messages and exit
     statuses.

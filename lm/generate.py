@@ -19,7 +19,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, checkpoint, command_line, escape, files, startup
+from lm import build, checkpoint, command_line, escape, files, startup, weights
 from lm import config as config_lib
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
@@ -51,6 +51,7 @@ def load(
     mesh: Mapping[str, int] | None = None,
     model_type: str = "",
     ignored: Sequence[str] = (),
+    base: str = "",
 ) -> tuple[Generator, Tokenizer]:
     """Loads a model that is ready to continue texts.
 
@@ -61,6 +62,7 @@ def load(
         weights over the rest.
       model_type: of a run, see `lm.config.stored_model`.
       ignored: keys of a Hugging Face directory's config.json to read it without.
+      base: of a run that trains a part of a model, or adapters: where the rest is.
 
     Raises:
       ValueError: no such checkpoint, devices that it can't be laid out on, or weights that are not
@@ -69,7 +71,7 @@ def load(
     if hf.is_checkpoint(source):
         model, params, tokenizer = load_hf_directory(source, devices, mesh, ignored)
     else:
-        model, params, tokenizer = load_run(source, devices, mesh, model_type)
+        model, params, tokenizer = load_run(source, devices, mesh, model_type, base)
     _check_finite(params, source)
     generator = Generator(
         model.model_config,
@@ -96,7 +98,11 @@ def _check_finite(params, source: epath.Path) -> None:
 
 
 def load_run(
-    workdir: epath.Path, devices, mesh: Mapping[str, int] | None, model_type: str = ""
+    workdir: epath.Path,
+    devices,
+    mesh: Mapping[str, int] | None,
+    model_type: str = "",
+    base: str = "",
 ) -> tuple[build.AbstractModel, Any, Tokenizer]:
     """(model, parameters, tokenizer) of a run's newest checkpoint; see `load`."""
     with checkpoint.open_run(workdir) as saved:
@@ -104,7 +110,12 @@ def load_run(
         tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
         fields = config_lib.stored_model(saved.meta, str(workdir), model_type)
         model = _abstract_model(fields, tokenizer, devices, mesh)
-        params = saved.restore_params(model.params, averaged=True)
+        if "frozen" in saved.meta:
+            params = weights.load_merged(saved, model, base, workdir)
+            if fields.get("lora_rank"):
+                model = _abstract_model(fields | {"lora_rank": 0}, tokenizer, devices, mesh)
+        else:
+            params = saved.restore_params(model.params, averaged=True)
     logging.info("step %d of %s", saved.step, workdir)
     return model, params, tokenizer
 
@@ -418,7 +429,8 @@ def main(argv: list[str]) -> None:
 
     devices = startup.start(_PLATFORM.value)
     mesh = parse_mesh(_MESH.value)
-    generator, tokenizer = load(source, devices, sampling, mesh, _MODEL_TYPE.value, _IGNORE.value)
+    options_of_source = (_MODEL_TYPE.value, _IGNORE.value, _BASE.value)
+    generator, tokenizer = load(source, devices, sampling, mesh, *options_of_source)
     if _INTERACTIVE.value:
         lines = (line.rstrip("\n") for line in sys.stdin)
         converse(generator, tokenizer, options, lines, sys.stdout, _SYSTEM.value)
@@ -492,6 +504,7 @@ if __name__ == "__main__":
     _MESH = flags.DEFINE_string("mesh", "", "Sizes of the mesh's axes, such as tensor=4,data=2.")
     _MODEL_TYPE = command_line.model_type_flag()
     _IGNORE = command_line.ignore_flag()
+    _BASE = command_line.base_flag()
     _PLATFORM = flags.DEFINE_string(
         "platform", "", "tpu | gpu | cpu; by default the first that is there."
     )

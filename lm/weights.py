@@ -83,13 +83,7 @@ def load_frozen(experiment: build.Experiment, meta: dict, where: str) -> dict:
     source = epath.Path(files.expand(config.init_from))
     params, _ = load_weights(experiment, source, averaged=False)
     _, frozen = trained.split(params, experiment.program.is_trained)
-    found = trained.fingerprint(frozen)
-    if found != meta.get("fingerprint"):
-        raise ValueError(
-            f"{where} was trained on frozen parameters with the fingerprint "
-            f"{meta.get('fingerprint')}, from {meta.get('init_from')!r}; config.init_from = "
-            f"{config.init_from!r} gives {found}"
-        )
+    check_frozen(frozen, meta, where, f"config.init_from = {config.init_from}")
     return frozen
 
 
@@ -108,12 +102,74 @@ def _load_with_frozen(
     if not config.init_from or epath.Path(files.expand(config.init_from)) == source:
         raise ValueError(
             f"{source} has trained parameters only (config.train.trained); the others are in "
-            f"{saved.meta['frozen']['init_from']!r}, which config.init_from should name"
+            f"{saved.meta['frozen']['init_from']!r}, which config.init_from should name. To start "
+            "another run from both: python -m lm.convert merge"
         )
     check_tokenizer(experiment, saved.meta, source)
     abstract_trained = experiment.program.abstract_state.params
     params = saved.restore_params(abstract_trained, averaged=averaged)
     return trained.merge(params, load_frozen(experiment, saved.meta["frozen"], str(source)))
+
+
+def load_merged(
+    saved: checkpoint.SavedCheckpoint, model: build.AbstractModel, base: str, where: epath.Path
+) -> dict:
+    """Returns the parameters of a run that trains a part of them, or adapters: those of a model
+    without adapters, which are merged into its weights.
+
+    Args:
+      model: the run's, with adapters.
+      base: where the other parameters are: a run directory, or that of a Hugging Face checkpoint.
+      where: the run.
+
+    Raises:
+      ValueError: no base, or other parameters than those that the run was trained with.
+    """
+    frozen_meta = saved.meta["frozen"]
+    if not base:
+        raise ValueError(
+            f"{where} has trained parameters only; the others are in {frozen_meta['init_from']!r}, "
+            "which --base should name"
+        )
+    stored = saved.paths()
+    abstract_trained, abstract_frozen = trained.split(model.params, stored.__contains__)
+    params = saved.restore_params(abstract_trained, averaged=True)
+    frozen = _load_base(base, abstract_frozen, lora.without(model.params))
+    check_frozen(frozen, frozen_meta, where, base)
+
+    whole = trained.merge(params, frozen)
+    if not getattr(model.model_config, "lora_rank", 0):
+        return whole
+    merge = functools.partial(lora.merged, scale=lora.scale(model.model_config))
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, lora.without(model.params))
+    return jax.jit(merge, out_shardings=layouts)(whole)
+
+
+def _load_base(base: str, abstract_frozen: dict, abstract_model: dict) -> dict:
+    """The frozen parameters, out of the checkpoint of a whole model."""
+    directory = build.checkpoint_directory(base, "--base")
+    if not hf.is_checkpoint(directory):
+        with checkpoint.open_run(directory) as saved:
+            return saved.restore_params(abstract_frozen, averaged=False)
+    # Its tensors are read all or none; no family has other heads than the vocabulary's.
+    abstract_stored, _ = trained.split(abstract_model, lambda path: not path.startswith("heads/"))
+    params = hf.Checkpoint(directory).load(abstract_stored, hf.progress_line(base))
+    frozen_paths = set(trained.paths_of(abstract_frozen))
+    return trained.split(params, frozen_paths.__contains__)[0]
+
+
+def check_frozen(frozen: dict, meta: dict, where: epath.Path, source: str) -> None:
+    """Raises ValueError if these aren't the frozen parameters that a checkpoint was trained with.
+
+    Args:
+      meta: what `describe_frozen` said of them.
+    """
+    found = trained.fingerprint(frozen)
+    if found != meta.get("fingerprint"):
+        raise ValueError(
+            f"{where} was trained on frozen parameters with the fingerprint "
+            f"{meta.get('fingerprint')}, from {meta.get('init_from')!r}; {source!r} gives {found}"
+        )
 
 
 def load_others(experiment: build.Experiment) -> dict[str, Any]:

@@ -251,7 +251,7 @@ class Checkpoint:
         slices = collections.defaultdict(list)
         for param_slice in families.param_slices(self.family, shapes):
             slices[param_slice.row.path].append(param_slice)
-        self._first_outputs = _first_outputs(self.family, shapes)
+        self._first_outputs = first_outputs(self.family, shapes)
 
         total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flat.values())
         counter = _ByteCounter(progress, total)
@@ -342,9 +342,9 @@ def _check_no_adapter(directory: Path) -> None:
         return
     base = files.read_json(directory / ADAPTER).get("base_model_name_or_path")
     raise ValueError(
-        f"{directory} has an adapter ({ADAPTER}), which is added to the weights of {base!r}, and "
-        "only whole models can be read. peft's AutoPeftModelForCausalLM.from_pretrained(...)"
-        ".merge_and_unload().save_pretrained(...) writes one"
+        f"{directory} has an adapter ({ADAPTER}), which is added to the weights of {base!r}: "
+        f"python -m lm.convert import --from={directory} --base=DIR --workdir=RUN makes a run of "
+        "it, and lm.convert merge a whole model of that"
     )
 
 
@@ -465,7 +465,7 @@ def _num_outputs(row: Tensor, shape: Sequence[int]) -> int:
     return math.prod(shape[num_inputs:])
 
 
-def _first_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def first_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """path -> where it begins along `out` of its tensor, which it may share with others."""
     starts = {}
     ends: dict[str, int] = collections.defaultdict(int)
@@ -645,6 +645,8 @@ def save(
     has_bfloat16 = any(str(dtype) == "bfloat16" for dtype, _ in specs.values())
     config = families.write_config(family, fields)
     config |= token_ids
+    if any(row.path == "heads/scalar/weight" for row in family.tensors):
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     config |= {"torch_dtype": "bfloat16" if has_bfloat16 else "float32"}
 
     shards = _split_into_files(specs, shard_bytes)

@@ -808,6 +808,18 @@ def family_of_fields(fields: Mapping[str, Any]) -> Family:
 # --- config.json to our fields ---
 
 
+def scorer(family: Family) -> Family:
+    """The same models with a score, our head `scalar`, in the place of the vocabulary's head:
+    transformers' sequence classification with one label.
+    """
+    tensors = [row for row in family.tensors if row.path != "head/table"]
+    tensors.append(Tensor("heads/scalar/weight", "score.weight", "linear"))
+    architecture = re.sub(
+        "ForCausalLM|LMHeadModel", "ForSequenceClassification", family.architecture
+    )
+    return dataclasses.replace(family, tensors=tuple(tensors), architecture=architecture)
+
+
 def read_config(config: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of `lm.models.transformer.Config`, but for those of execution, of a config.json.
 

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +63,32 @@ def parse_targets(targets: str) -> tuple[str, ...]:
     return names
 
 
-def scale(config) -> float:
+def scale_of(rank: int, alpha: float, scaling: str) -> float:
     """The factor of an adapter's output: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023,
     arXiv 2312.03732, equation 2).
     """
-    rank = config.lora_rank
-    return config.lora_alpha / (rank if config.lora_scaling == "plain" else math.sqrt(rank))
+    return alpha / (rank if scaling == "plain" else math.sqrt(rank))
+
+
+def scale(config) -> float:
+    """That of a Config of lm.models.transformer."""
+    return scale_of(config.lora_rank, config.lora_alpha, config.lora_scaling)
+
+
+def names(path: str) -> tuple[str, str]:
+    """The paths of A and of B of the weight at a path."""
+    return path + _A, path + _B
+
+
+def weight_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """path -> shape of the weights, stacked over layers, whose adapters `params` has."""
+    shapes = {}
+    for path in params:
+        if path.endswith(_A):
+            path = path.removesuffix(_A)
+            a_name, b_name = names(path)
+            shapes[path] = (*params[a_name].shape[:-1], *params[b_name].shape[2:])
+    return shapes
 
 
 def attach(module: nnx.Module, key: jax.Array, config, num_inputs: Mapping[str, int]) -> None:
@@ -116,6 +136,17 @@ def specs(spec: str, num_inputs: int) -> tuple[str, str]:
     contracted, others = weight_dims[:num_inputs], weight_dims[num_inputs:]
     inner = x_dims.replace(contracted, "r")
     return f"{x_dims},{contracted}r->{inner}", f"{inner},r{others}->{out}"
+
+
+def without(params: Mapping) -> dict:
+    """Parameters without those of adapters."""
+    kept = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            kept[name] = without(value)
+        elif not is_adapter(name):
+            kept[name] = value
+    return kept
 
 
 def merged(params: dict, scale: float) -> dict:
