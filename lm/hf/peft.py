@@ -29,7 +29,8 @@ _READ = "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern fan_in_fan
 _IGNORED = (
     "auto_mapping base_model_name_or_path revision task_type inference_mode init_lora_weights "
     "lora_dropout target_modules exclude_modules layers_pattern peft_version loftq_config "
-    "eva_config corda_config qalora_group_size ensure_weight_tying runtime_config bias megatron_config megatron_core"
+    "eva_config corda_config qalora_group_size ensure_weight_tying runtime_config bias "
+    "megatron_config megatron_core"
 ).split()
 
 
