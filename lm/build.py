@@ -277,6 +277,7 @@ class AbstractModel(NamedTuple):
     model_config: Any
     graphdef: Any
     params: dict  # ShapeDtypeStructs with shardings
+    axes: dict  # their logical axes
     mesh: Mesh
 
 
@@ -292,9 +293,9 @@ def abstract_model(
     graphdef, abstract = _abstract(make_model)
     params = nnx.to_pure_dict(abstract)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    layouts = sharding.shardings(params, sharding.logical_axes(abstract), mesh)
-
-    return AbstractModel(model_config, graphdef, jax.tree.map(_lay_out, params, layouts), mesh)
+    axes = sharding.logical_axes(abstract)
+    laid_out = jax.tree.map(_lay_out, params, sharding.shardings(params, axes, mesh))
+    return AbstractModel(model_config, graphdef, laid_out, axes, mesh)
 
 
 def _lay_out(param, layout):
@@ -580,6 +581,11 @@ def _divide(config: ConfigDict, abstract, mesh: Mesh) -> _Parameters:
         raise ValueError(
             f"config.train.trained = {patterns!r} keeps parameters as config.init_from has them, "
             "which is empty"
+        )
+    if any(not jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(trained_part)):
+        raise ValueError(
+            f"config.train.trained = {patterns!r} has weights that config.model.quantize = "
+            f"{config.model.quantize!r} stores in 4 bits, and these can't be trained"
         )
     trained_axes, _ = trained.split(axes, is_trained)
     return _Parameters(whole, trained_part, frozen_part, trained_axes, is_trained)

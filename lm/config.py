@@ -164,6 +164,9 @@ class ModelFields:
     lora_scaling: str = one_of("plain", "rslora")  # alpha / r | alpha / sqrt(r)
     # the weights that have adapters, with commas between them
     lora_targets: str = "query,key,value,out,up,gate,down"
+    # how the layers' matrices are stored, which stay as init_from has them: as they are | nf4, in 4
+    # bits (lm/nn/nf4.py)
+    quantize: str = one_of("", "nf4")
     # of every weight; those that write to the residual stream are divided by sqrt(2 * num_layers)
     init_std: float = number(0.02, least=0, most=100)
 

@@ -178,10 +178,10 @@ def merge(
             raise ValueError(f"{workdir} has all of its model's parameters; there is no merging")
         config = _config_with_model(saved.meta, str(workdir), model_type)
         tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
-        model = build.abstract_model(config, devices, tokenizer.vocab_size)
-        params = weights.load_merged(saved, model, base, workdir)
+        size = tokenizer.vocab_size
+        _, params = weights.load_merged(saved, config, devices, size, base, workdir)
     if "lora_rank" in config.model:
-        config.model.lora_rank = 0
+        config.model.update(lora_rank=0, quantize="")
     _write_run(target, config, tokenizer, params, {})
 
 

@@ -109,12 +109,13 @@ def load_run(
         checkpoint.check_meta(saved.meta, str(workdir))
         tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
         fields = config_lib.stored_model(saved.meta, str(workdir), model_type)
-        model = _abstract_model(fields, tokenizer, devices, mesh)
+        config = _config_of(fields, devices, mesh)
         if "frozen" in saved.meta:
-            params = weights.load_merged(saved, model, base, workdir)
-            if fields.get("lora_rank"):
-                model = _abstract_model(fields | {"lora_rank": 0}, tokenizer, devices, mesh)
+            model, params = weights.load_merged(
+                saved, config, devices, tokenizer.vocab_size, base, workdir
+            )
         else:
+            model = build.abstract_model(config, devices, tokenizer.vocab_size)
             params = saved.restore_params(model.params, averaged=True)
     logging.info("step %d of %s", saved.step, workdir)
     return model, params, tokenizer
@@ -135,15 +136,14 @@ def load_hf_directory(
     fields |= hf_checkpoint.fields
     fields |= dict(param_dtype=hf_checkpoint.dtype())
 
-    model = _abstract_model(fields, tokenizer, devices, mesh)
+    config = _config_of(fields, devices, mesh)
+    model = build.abstract_model(config, devices, tokenizer.vocab_size)
     params = hf_checkpoint.load(model.params, hf.progress_line(str(directory)))
     return model, params, tokenizer
 
 
-def _abstract_model(
-    fields: Mapping[str, Any], tokenizer: Tokenizer, devices, mesh: Mapping[str, int] | None
-) -> build.AbstractModel:
-    """The model of these config.model fields on the devices, without its parameters' values."""
+def _config_of(fields: Mapping[str, Any], devices, mesh: Mapping[str, int] | None) -> ConfigDict:
+    """The configuration of a model with these config.model fields, on the devices."""
     config = config_lib.default()
     config.model = ConfigDict(fields)
 
@@ -160,7 +160,7 @@ def _abstract_model(
     if mesh is None:
         mesh = dict(tensor=math.gcd(len(devices), config.model.get("num_kv_heads", 1)), fsdp=-1)
     config.mesh.update(mesh)
-    return build.abstract_model(config, devices, tokenizer.vocab_size)
+    return config
 
 
 # What lm.generate draws from unless flags or the checkpoint say something else.

@@ -20,7 +20,7 @@ from lm import config as config_lib
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import Tokenizer
 from lm.hf import directory as hf
-from lm.nn import lora
+from lm.nn import lora, nf4
 
 
 def load_weights(
@@ -38,7 +38,38 @@ def load_weights(
         config.init_resize, one whose ids the experiment's doesn't have); or it lacks parameters
         that config.init_new doesn't name.
     """
-    abstract_params = experiment.program.abstract_params
+    program = experiment.program
+    if not getattr(program.model_config, "quantize", ""):
+        return _load_plain(experiment, source, program.abstract_params, averaged, step)
+
+    # What is stored is not quantized yet.
+    plain = build.abstract_model(
+        _not_quantized(experiment.config), program.devices, program.model_config.vocab_size
+    )
+    params, step = _load_plain(experiment, source, plain.params, averaged, step)
+    pack = functools.partial(nf4.packed, abstract=program.abstract_params, axes=plain.axes)
+    layouts = jax.tree.map(_layout, program.abstract_params)
+    return jax.jit(pack, out_shardings=layouts, donate_argnums=0)(params), step
+
+
+def _layout(leaf):
+    return leaf.sharding
+
+
+def _not_quantized(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references().unlock()
+    config.model.quantize = ""
+    return config
+
+
+def _load_plain(
+    experiment: build.Experiment,
+    source: epath.Path,
+    abstract_params: dict,
+    averaged: bool,
+    step: int | None,
+):
+    """What `load_weights` returns, before anything is quantized."""
     resizes = experiment.config.init_resize
     if hf.is_checkpoint(source):
         hf_checkpoint = hf.Checkpoint(source)
@@ -47,7 +78,9 @@ def load_weights(
         if not resizes:
             return load(abstract_params), 0
         num_rows = hf_checkpoint.fields["vocab_size"]
-        return _load_resized(experiment, load, num_rows, tokenizers.load(source), source), 0
+        own_tokenizer = tokenizers.load(source)
+        resized = _load_resized(experiment, load, abstract_params, num_rows, own_tokenizer, source)
+        return resized, 0
 
     with checkpoint.open_run(source, step) as saved:
         checkpoint.check_meta(saved.meta, str(source))
@@ -61,7 +94,10 @@ def load_weights(
         saved_tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
         fields = config_lib.stored_model(saved.meta, str(source), experiment.config.model.type)
         num_rows = fields["vocab_size"] or saved_tokenizer.vocab_size
-        return _load_resized(experiment, load, num_rows, saved_tokenizer, source), saved.step
+        resized = _load_resized(
+            experiment, load, abstract_params, num_rows, saved_tokenizer, source
+        )
+        return resized, saved.step
 
 
 def describe_frozen(config: ConfigDict, frozen: dict) -> dict[str, str]:
@@ -112,13 +148,20 @@ def _load_with_frozen(
 
 
 def load_merged(
-    saved: checkpoint.SavedCheckpoint, model: build.AbstractModel, base: str, where: epath.Path
-) -> dict:
-    """Returns the parameters of a run that trains a part of them, or adapters: those of a model
-    without adapters, which are merged into its weights.
+    saved: checkpoint.SavedCheckpoint,
+    config: ConfigDict,
+    devices,
+    vocab_size: int,
+    base: str,
+    where: epath.Path,
+) -> tuple[build.AbstractModel, dict]:
+    """Returns (model, parameters) of a run that trains a part of them, or adapters: those of a
+    model without adapters, which are merged into its weights.
+
+    Weights that were quantized are what their codes stand for: the adapters were trained on them.
 
     Args:
-      model: the run's, with adapters.
+      config: its `model` is the run's.
       base: where the other parameters are: a run directory, or that of a Hugging Face checkpoint.
       where: the run.
 
@@ -131,18 +174,30 @@ def load_merged(
             f"{where} has trained parameters only; the others are in {frozen_meta['init_from']!r}, "
             "which --base should name"
         )
+    model = build.abstract_model(config, devices, vocab_size)
+    plain = model
+    if getattr(model.model_config, "quantize", ""):
+        plain = build.abstract_model(_not_quantized(config), devices, vocab_size)
+
     stored = saved.paths()
-    abstract_trained, abstract_frozen = trained.split(model.params, stored.__contains__)
+    abstract_trained, abstract_frozen = trained.split(plain.params, stored.__contains__)
     params = saved.restore_params(abstract_trained, averaged=True)
-    frozen = _load_base(base, abstract_frozen, lora.without(model.params))
-    check_frozen(frozen, frozen_meta, where, base)
+    frozen = _load_base(base, abstract_frozen, lora.without(plain.params))
+    if plain is not model:
+        as_trained = nf4.packed(frozen, model.params, plain.axes)
+        check_frozen(as_trained, frozen_meta, where, base)
+        frozen = nf4.unpacked(as_trained, plain.params, plain.axes)
+    else:
+        check_frozen(frozen, frozen_meta, where, base)
 
     whole = trained.merge(params, frozen)
     if not getattr(model.model_config, "lora_rank", 0):
-        return whole
+        return model, whole
     merge = functools.partial(lora.merged, scale=lora.scale(model.model_config))
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, lora.without(model.params))
-    return jax.jit(merge, out_shardings=layouts)(whole)
+    without = _not_quantized(config)
+    without.model.lora_rank = 0
+    target = build.abstract_model(without, devices, vocab_size)
+    return target, jax.jit(merge, out_shardings=jax.tree.map(_layout, target.params))(whole)
 
 
 def _load_base(base: str, abstract_frozen: dict, abstract_model: dict) -> dict:
@@ -234,8 +289,10 @@ def _load_with_new(
         return params
     logging.info("drawn at random: %s", ", ".join(trained.paths_of(abstract_new)))
 
+    new_paths = set(trained.paths_of(abstract_new))
+
     def draw(key):
-        return trained.split(experiment.program.make_params(key), is_stored)[1]
+        return trained.split(experiment.program.make_params(key), new_paths.__contains__)[0]
 
     layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract_new)
     fresh = jax.jit(draw, out_shardings=layouts)(jax.random.key(experiment.config.seed))
@@ -283,6 +340,7 @@ NEW_ROW_NOISE = 1e-5**0.5
 def _load_resized(
     experiment: build.Experiment,
     load: Callable,
+    abstract_params: dict,
     num_rows: int,
     source_tokenizer: Tokenizer,
     where: epath.Path,
@@ -295,7 +353,6 @@ def _load_resized(
         ids.
     """
     program = experiment.program
-    abstract_params = program.abstract_params
     _check_extends(experiment.tokenizer, source_tokenizer, where)
     num_kept = min(source_tokenizer.vocab_size, num_rows)
     num_new = experiment.tokenizer.vocab_size - num_kept
@@ -310,7 +367,7 @@ def _load_resized(
         layout = NamedSharding(leaf.sharding.mesh, whole_rows)
         return jax.ShapeDtypeStruct((num_rows, *leaf.shape[1:]), leaf.dtype, sharding=layout)
 
-    are_tables = _vocabulary_tables(experiment)
+    are_tables = _vocabulary_tables(experiment, abstract_params)
     params = load(jax.tree.map(as_stored, abstract_params, are_tables))
     logging.info("%s: %d rows are kept, %d ids have new ones", where, num_kept, num_new)
 
@@ -344,11 +401,11 @@ def resize_rows(table: jax.Array, *, num_kept: int, num_rows: int, key: jax.Arra
     return jnp.concatenate([kept, new.astype(table.dtype)])
 
 
-def _vocabulary_tables(experiment: build.Experiment):
+def _vocabulary_tables(experiment: build.Experiment, abstract_params: dict):
     """Which parameters have a row for each id, as a tree: those that one id more makes larger."""
     program = experiment.program
     num_ids = program.model_config.vocab_size + 1
-    config = experiment.config.copy_and_resolve_references().unlock()
+    config = _not_quantized(experiment.config)
     config.model.vocab_size = num_ids
     _, make_model = build.make_model_fn(config, num_ids, program.devices[0].platform)
     larger = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
@@ -357,7 +414,7 @@ def _vocabulary_tables(experiment: build.Experiment):
     def is_larger(leaf, larger_leaf):
         return leaf.shape != larger_leaf.shape
 
-    return jax.tree.map(is_larger, program.abstract_params, larger_params)
+    return jax.tree.map(is_larger, abstract_params, larger_params)
 
 
 def _check_extends(new: Tokenizer, old: Tokenizer, where: epath.Path) -> None:

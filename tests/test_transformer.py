@@ -397,6 +397,7 @@ ALTERNATIVES = {
     "lora_alpha": (30.0, dict(lora_rank=4)),
     "lora_scaling": ("rslora", dict(lora_rank=4)),
     "lora_targets": ("query,up", dict(lora_rank=4)),
+    "quantize": ("nf4", dict(lora_rank=4, mlp_dim=64, num_heads=8, num_kv_heads=8, head_dim=8)),
     "init_std": (0.03, {}),
     "param_dtype": ("bfloat16", {}),
     "compute_dtype": ("bfloat16", {}),

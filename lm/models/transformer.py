@@ -160,6 +160,11 @@ class Config(config_lib.ModelFields):
         parse_scaling(self.rope_scaling, int(self.head_dim * self.rope_fraction))
 
     def _check_lora(self) -> None:
+        if self.quantize and not self.lora_rank:
+            raise ValueError(
+                f"config.model.quantize = {self.quantize!r} is for weights that stay as they are; "
+                "wanted config.model.lora_rank above 0, whose adapters are trained"
+            )
         targets = lora.parse_targets(self.lora_targets)
         in_experts = [name for name in targets if name in ("up", "gate", "down")]
         if self.lora_rank and self.num_experts and in_experts:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm import collectives
-from lm.nn import lora
+from lm.nn import lora, nf4
 from lm.nn.kernels import cache as cache_kernel
 from lm.nn.kernels.attention import blocked_attention, splash_attention
 from lm.nn.layers import RMSNorm, add_bias, dense, fold_in_each, param
@@ -108,6 +108,7 @@ class Attention(nnx.Module):
         self.query_norm = norm()
         self.key_norm = norm()
         lora.attach(self, key, c, dict(query=1, key=1, value=1, out=2))
+        nf4.attach(self, c, ("query", "key", "value", "out"))
 
     def __call__(
         self,

@@ -13,9 +13,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm import collectives
-from lm.nn import lora
+from lm.nn import lora, nf4
 from lm.nn.kernels.matmul import matmul, weight_grad
 from lm.nn.lora import Adapted
+from lm.nn.nf4 import Nf4Weight
 from lm.sharding import constrain
 
 
@@ -66,7 +67,9 @@ def dense(spec: str, x: jax.Array, weight: nnx.Param | Adapted, dtype, name: str
     return checkpoint_name(y, name)
 
 
-def _plain_dense(spec: str, x: jax.Array, weight: nnx.Param, dtype) -> jax.Array:
+def _plain_dense(spec: str, x: jax.Array, weight: nnx.Param | Nf4Weight, dtype) -> jax.Array:
+    if isinstance(weight, Nf4Weight):
+        return nf4.dense(spec, x, weight, dtype)
     logical_axes = weight.get_metadata("logical_axes")
     return _dense(spec, logical_axes, jnp.dtype(dtype), x, weight[...])
 
@@ -214,6 +217,7 @@ class MLP(nnx.Module):
         self.gate_bias = bias(mlp_dim, "mlp_bias") if gated else None
         self.down_bias = bias(c.embed_dim, "embed")
         lora.attach(self, key, c, dict(up=1, gate=1, down=1))
+        nf4.attach(self, c, ("up", "gate", "down"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]

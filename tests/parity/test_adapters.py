@@ -55,8 +55,10 @@ def abstract_model(run, **changes):
 def logits_with_adapter(run, base):
     """Those of a run of adapters: by its whole model."""
     with checkpoint.open_run(run) as saved:
-        params = weights.load_merged(saved, abstract_model(run), str(base), run)
-    return logits_of(abstract_model(run, lora_rank=0), params)
+        config = convert._config_with_model(saved.meta, str(run), "")
+        devices = jax.devices()[:1]
+        merged = weights.load_merged(saved, config, devices, VOCAB_SIZE, str(base), run)
+    return logits_of(*merged)
 
 
 CASES = [
