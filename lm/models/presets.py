@@ -31,6 +31,7 @@ _LLAMA2 = dict(
 _LLAMA3_1B = _LLAMA2 | dict(
     context_length=8192, rope_theta=500000.0, tie_embeddings=True, vocab_size=128256
 )
+_LLAMA3_8B = _LLAMA3_1B | dict(tie_embeddings=False)
 _SMALL = dict(
     context_length=256,
     norm="rmsnorm",
@@ -116,6 +117,8 @@ PRESETS = {
     # Llama 3.2 1B's sizes; its scaled rotary frequencies, which matter beyond 8,192 tokens, are
     # left out.
     "llama3_1b": _sized(_LLAMA3_1B, 16, 2048, 32, num_kv_heads=8, mlp_dim=8192),
+    # Llama 3.1 8B's, with the same left out.
+    "llama3_8b": _sized(_LLAMA3_8B, 32, 4096, 32, num_kv_heads=8, mlp_dim=14336),
     # Mixtures of experts, no token dropped; mlp_dim is an expert's. Jiang et al. 2024, arXiv
     # 2401.04088, table 1; Qwen3-30B-A3B-Base's config.json.
     "mixtral_8x7b": _sized(_MIXTRAL, 32, 4096, 32, num_kv_heads=8, mlp_dim=14336),
