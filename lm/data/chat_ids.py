@@ -116,6 +116,7 @@ class ChatEncoder:
                 prompts.append(messages[:i])
                 answered.append(messages[: i + 1])
         options = dict(options)
+
         wholes = iter(chat.render_all(source, answered, **options))
         options["add_generation_prompt"] = True
         starts = iter(chat.render_all(source, prompts, **options))
@@ -143,6 +144,7 @@ class ChatEncoder:
                 ids += [self._tokenizer.special[piece.text] for piece in group]
                 numbers += [piece.number for piece in group]
                 continue
+
             # What a text is tokenized to may depend on the special tokens around it.
             before = groups[i - 1][-1].text if i else ""
             after = groups[i + 1][0].text if i + 1 < len(groups) else ""
@@ -198,15 +200,18 @@ class ChatEncoder:
         """
         is_learnt = np.zeros(len(ids), bool)
         learnt = [number for number in sorted(set(numbers)) if spans[number].is_learnt]
+
         for number in learnt[-1:] if self._learnt == "last_answer" else learnt:
             start = bisect.bisect_left(numbers, number)
             end = bisect.bisect_right(numbers, number)
+
             stops = [i for i in range(start, end) if ids[i] in self._tokenizer.stop_ids]
             if stops and not spans[number].is_marked:
                 end = stops[-1] + 1
             elif not stops and end < len(ids) and ids[end] in self._tokenizer.stop_ids:
                 end += 1
             is_learnt[start:end] = True
+
         return is_learnt
 
 

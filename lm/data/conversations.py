@@ -121,6 +121,7 @@ def as_documents(examples: Sequence[Example], held_out_part: HeldOut | None = No
     kinds = collections.Counter(example.kind for example in examples)
     if len(kinds) > 1:
         raise ValueError(f"examples of several kinds: {dict(kinds)}; wanted one, of {list(KINDS)}")
+
     if held_out_part:
         held_out_part.log()
 
@@ -169,6 +170,7 @@ def read(record: Mapping[str, Any], name: str, left_out: LeftOut) -> Example:
         return Example((chosen, rejected), "pair", margin, **about)
 
     messages = _answered(_messages_of(record, name), name, left_out)
+
     label = record.get("label")
     if label is None:
         return Example((messages,), "conversation", 0.0, **about)
@@ -214,6 +216,7 @@ def _alpaca(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         if not isinstance(record.get(key) or "", str):
             raise ValueError(f"{name}: {key} is {record[key]!r:.60}; wanted a text")
     content = f"{instruction}\n\n{given}" if given else instruction
+
     question = dict(role="user", content=content, instruction=instruction, input=given)
     answer = dict(role="assistant", content=record.get("output"))
     return [*_system(record, name), question, answer]
@@ -275,6 +278,7 @@ def _messages(value, name: str, key: str) -> list[dict[str, Any]]:
     messages = []
     for turn in value:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+
         role = _ROLES_ELSEWHERE.get(role, role)
         if role not in ROLES:
             raise ValueError(f"{name}: the role {role!r:.60}; valid: {list(ROLES)}")
@@ -320,6 +324,7 @@ def _answered(messages: list[dict[str, Any]], name: str, left_out: LeftOut) -> l
         kept = kept[:-1]
     if not kept:
         raise Unusable("there is no answer")
+
     if messages[-1]["role"] != "assistant":
         left_out.add("questions behind the last answer", name)
 

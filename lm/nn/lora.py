@@ -106,11 +106,13 @@ def attach(module: nnx.Module, key: jax.Array, config, num_inputs: Mapping[str, 
         weight = getattr(module, name)
         if name not in targets or weight is None:
             continue
+
         shape, axes = weight.shape, weight.get_metadata("logical_axes")
         fan_in = math.prod(shape[:inputs])
         a_shape = (*shape[:inputs], config.lora_rank)
         # As wide as PyTorch draws a layer's weights, Uniform(-1, 1) / sqrt(inputs).
         std = 1 / math.sqrt(3 * fan_in)
+
         draw = jax.random.normal(jax.random.fold_in(key, number), a_shape, jnp.float32)
         a = nnx.Param(std * draw, logical_axes=(*axes[:inputs], "rank"))
         b = jnp.zeros((config.lora_rank, *shape[inputs:]), jnp.float32)
@@ -169,8 +171,10 @@ def _merge(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.A
     rank = a.shape[-1]
     # In a stack both have the layers in front.
     layers = weight.shape[: a.ndim + b.ndim - 2 - weight.ndim]
+
     a_matrix = a.reshape(*layers, -1, rank)
     b_matrix = b.reshape(*layers, rank, -1)
     delta = jnp.matmul(a_matrix, b_matrix, precision=jax.lax.Precision.HIGHEST)
+
     total = weight.astype(jnp.float32) + scale * delta.reshape(weight.shape)
     return total.astype(weight.dtype)
