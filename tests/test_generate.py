@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,7 +14,7 @@ from lm.data import tokenizer as tokenizers
 from lm.decoding.sampling import Sampling, row_keys
 from lm.decoding.stop_strings import TextStream, stream_texts
 from lm.generate import GenerationOptions
-from tests.helpers import ROOT
+from tests.helpers import run_commands
 
 BYTES = tokenizers.ByteTokenizer()
 
@@ -366,47 +363,40 @@ def run(tiny, tmp_path):
     return tmp_path / "run"
 
 
-def command(*arguments):
-    """(stdout, stderr) of lm.generate with four devices."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "lm.generate", *arguments],
-        env=dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return finished.stdout, finished.stderr
-
-
 @pytest.mark.slow
 def test_the_command(run, tmp_path):
     """Greedy text of a run's average, alone and in a batch that is split over a mesh; and what is
     wrong with a command.
     """
-    common = (f"--workdir={run}", "--max_new_tokens=12", "--temperature=0")
+    common = [f"--workdir={run}", "--max_new_tokens=12", "--temperature=0"]
     (tmp_path / "p.txt").write_text("ab cde\nre\n")
+    wrong = [
+        (["--prompt=a"], "wanted --workdir=RUN or --from=DIR, and one of"),
+        (common, "and one of --prompt=TEXT"),
+        ([*common, "--prompt=a", "--top_p=2"], "top_p = 2.0; wanted above 0, up to 1"),
+        ([*common, "--prompt=a", "--seed=-1"], "error: --seed=-1; wanted 0 or above"),
+        ([*common, "--prompt=" + "a" * 30], "prompt 0 has 31 tokens; wanted 1 to 20"),
+        ([*common, "--prompt=a", "--mesh=tensor"], "--mesh=tensor; wanted AXIS=SIZE"),
+        ([f"--from={run}", "--prompt=a"], "is not the directory of a Hugging Face checkpoint"),
+        ([f"--workdir={tmp_path}/none", "--prompt=a"], "has no checkpoint that can be read"),
+    ]
+    commands = [
+        [*common, "--prompt=ab cde"],
+        [*common, f"--prompts={tmp_path}/p.txt", "--mesh=data=2,fsdp=2"],
+        *(arguments for arguments, _ in wrong),
+    ]
+    alone, batch, *failed = run_commands("lm.generate", commands, tmp_path / "commands", devices=4)
 
-    alone, log = command(*common, "--prompt=ab cde")
-    batch, _ = command(*common, f"--prompts={tmp_path}/p.txt", "--mesh=data=2,fsdp=2")
-
-    assert "step 6 of" in log
+    assert (alone[0], batch[0]) == (0, 0), (alone, batch)
+    assert "step 6 of" in alone[2]
     # One JSON object a prompt, in order; a single prompt's text is as it is.
-    first, second = [json.loads(line) for line in batch.splitlines()]
+    first, second = [json.loads(line) for line in batch[1].splitlines()]
     assert first["prompt"] == "ab cde"
     assert second["prompt"] == "re"
-    assert first["text"] + "\n" == alone
+    assert first["text"] + "\n" == alone[1]
 
-    for arguments, message in (
-        (("--prompt=a",), "wanted --workdir=RUN or --from=DIR, and one of"),
-        (common, "and one of --prompt=TEXT"),
-        ((*common, "--prompt=a", "--top_p=2"), "top_p = 2.0; wanted above 0, up to 1"),
-        ((*common, "--prompt=a", "--seed=-1"), "error: --seed=-1; wanted 0 or above"),
-        ((*common, "--prompt=" + "a" * 30), "prompt 0 has 31 tokens; wanted 1 to 20"),
-        ((*common, "--prompt=a", "--mesh=tensor"), "--mesh=tensor; wanted AXIS=SIZE"),
-        ((f"--from={run}", "--prompt=a"), "is not the directory of a Hugging Face checkpoint"),
-        ((f"--workdir={tmp_path}/none", "--prompt=a"), "has no checkpoint that can be read"),
-    ):
-        _, log = command(*arguments)
+    for (_, message), (status, _, log) in zip(wrong, failed, strict=True):
+        assert status == 1
         assert message in log
 
 
