@@ -38,8 +38,16 @@ def get_config():
     return ConfigDict(json.loads({text!r}))
 """
 
+# Python for a process of its own: the end of a run draws no curves, which would take as long as the
+# whole of a small run.
+NO_CURVES = """
+from lm import telemetry
+
+telemetry.plot_curves = lambda lines: b""
+"""
+
 # A data source slow enough for a test to stop the run between two given steps.
-SLOW_SOURCE = """
+SLOW_SOURCE = f"""{NO_CURVES}
 import time
 from lm.data import sources
 
