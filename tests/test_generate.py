@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import checkpoint, generate, train
+from lm import checkpoint, generate
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
 from lm.decoding.sampling import Sampling, row_keys
 from lm.decoding.stop_strings import TextStream, stream_texts
 from lm.generate import GenerationOptions
-from tests.helpers import run_commands
+from tests.helpers import run_commands, run_training
 
 BYTES = tokenizers.ByteTokenizer()
 
@@ -354,13 +354,20 @@ def test_templates_that_fail(source, message):
 # --- the command ---
 
 
+_RUN = []
+
+
 @pytest.fixture
-def run(tiny, tmp_path):
-    with tiny.unlocked():
-        tiny.optimizer.ema_decay = 0.5
-        tiny.model.param_dtype = "float32"
-    train.train(tiny, epath.Path(tmp_path / "run"), jax.devices()[:1])
-    return tmp_path / "run"
+def run(tiny, fast_runs, tmp_path_factory):
+    """A run that these tests only read."""
+    if not _RUN:
+        with tiny.unlocked():
+            tiny.optimizer.ema_decay = 0.5
+            tiny.model.param_dtype = "float32"
+        run = tmp_path_factory.mktemp("generate") / "run"
+        run_training(tiny, run)
+        _RUN.append(run)
+    return _RUN[0]
 
 
 @pytest.mark.slow
