@@ -13,7 +13,7 @@ A format is known by its keys. Messages become token ids in lm/data/chat_ids.py.
 import collections
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm import files, progress
@@ -98,7 +98,7 @@ def conversations(
     with progress.activity(f"reading {path}", len(found), "files") as reading:
         for file in reading.each(found):
             in_file: list[Example] = []
-            for number, record in enumerate(records.read_table(file), 1):
+            for number, record in _numbered(file):
                 name = f"{file}:{number}"
                 try:
                     in_file.append(read(record, name, left_out))
@@ -110,6 +110,13 @@ def conversations(
     return as_documents(examples, held_out_part)
 
 
+def _numbered(file: str) -> Iterable[tuple[int, dict]]:
+    """The records of a file with their numbers: of JSONL those of their lines."""
+    if file.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
+        return files.read_jsonl(file)
+    return enumerate(records.read_table(file), 1)
+
+
 def as_documents(examples: Sequence[Example], held_out_part: HeldOut | None = None) -> Documents:
     """Returns examples of one kind as the documents of a split.
 
@@ -118,9 +125,11 @@ def as_documents(examples: Sequence[Example], held_out_part: HeldOut | None = No
     """
     if not examples:
         raise held_out_part.error_without_documents() if held_out_part else ValueError("no example")
-    kinds = collections.Counter(example.kind for example in examples)
+    kinds: dict[str, str] = {}  # -> the name of its first example
+    for example in examples:
+        kinds.setdefault(example.kind, example.name)
     if len(kinds) > 1:
-        raise ValueError(f"examples of several kinds: {dict(kinds)}; wanted one, of {list(KINDS)}")
+        raise ValueError(f"examples of several kinds: {kinds}; wanted one, of {list(KINDS)}")
     if held_out_part:
         held_out_part.log()
 
