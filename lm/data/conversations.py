@@ -13,6 +13,7 @@ A format is known by its keys. Messages become token ids in lm/data/chat_ids.py.
 import collections
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -168,6 +169,14 @@ def read(record: Mapping[str, Any], name: str, left_out: LeftOut) -> Example:
       ValueError: it is in none of them.
       Unusable: nothing can be learnt from it.
     """
+    example = _example(record, name, left_out)
+    if not is_utf8_text(json.dumps(example, ensure_ascii=False)):
+        raise Unusable("it has characters that UTF-8 can't hold")
+    return example
+
+
+def _example(record: Mapping[str, Any], name: str, left_out: LeftOut) -> Example:
+    """See `read`."""
     tools = _tools(record.get("tools"), name)
     source = record.get("source")
     about = dict(tools=tools, name=name, source=source if isinstance(source, str) else "")
@@ -218,9 +227,9 @@ def _turns(value, role: str, name: str) -> list[dict[str, Any]]:
 
 def _alpaca(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """A question with its input apart too: Alpaca's own template puts a line between them."""
-    instruction, given = record["instruction"], record.get("input") or ""
+    instruction, given = record["instruction"] or "", record.get("input") or ""
     for key in ("instruction", "input", "output"):
-        if not isinstance(record.get(key) or "", str):
+        if not isinstance(record.get(key), (str, type(None))):
             raise ValueError(f"{name}: {key} is {record[key]!r:.60}; wanted a text")
     content = f"{instruction}\n\n{given}" if given else instruction
     question = dict(role="user", content=content, instruction=instruction, input=given)
@@ -254,7 +263,8 @@ def _pair(record: Mapping[str, Any], name: str, left_out: LeftOut) -> tuple[list
 def _margin(margin, name: str) -> float:
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    if not is_number or not math.isfinite(margin):
         raise ValueError(f"{name}: margin is {margin!r:.60}; wanted a number")
     return float(margin)
 
@@ -284,7 +294,7 @@ def _messages(value, name: str, key: str) -> list[dict[str, Any]]:
     messages = []
     for turn in value:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = _ROLES_ELSEWHERE.get(role, role)
+        role = _ROLES_ELSEWHERE.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"{name}: the role {role!r:.60}; valid: {list(ROLES)}")
         others = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
@@ -303,8 +313,6 @@ def _text(content, name: str) -> str | None:
         content = "".join(parts)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"{name}: a message's content is {content!r:.60}; wanted a text")
-    if content is not None and not is_utf8_text(content):
-        raise Unusable("a message has characters that UTF-8 can't hold")
     return content
 
 
