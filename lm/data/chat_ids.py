@@ -86,8 +86,7 @@ class ChatEncoder:
         options = dict(tokens=self._tokens, tools=tools, add_generation_prompt=False)
 
         if _GENERATION.search(source):
-            texts = chat.render_all(source, conversations, marks=(begin, end), **options)
-            rows = [[_marked(text, begin, end)] for text in texts]
+            rows = self._by_marks(source, conversations, (begin, end), options)
         else:
             rows = self._by_prefixes(source, conversations, options)
 
@@ -106,13 +105,40 @@ class ChatEncoder:
             return [self._guarded(item, guard) for item in value]
         return value
 
+    def _answers(self, messages: Messages) -> list[int]:
+        """The numbers of the answers that are learnt."""
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return answers[-1:] if self._learnt == "last_answer" else answers
+
+    def _by_marks(
+        self,
+        source: str,
+        conversations: Sequence[Messages],
+        marks: tuple[str, str],
+        options: Mapping[str, Any],
+    ) -> list[list[list[Span]]]:
+        """The spans of each conversation's rows, by the marks around what is learnt."""
+        answered: list[Messages] = []
+        for messages in conversations:
+            answered += [messages[: i + 1] for i in self._answers(messages)]
+        wholes = iter(chat.render_all(source, answered, marks=marks, **options))
+
+        rows = []
+        for messages in conversations:
+            texts = [next(wholes) for _ in self._answers(messages)]
+            if all(texts[-1].startswith(text) for text in texts):
+                rows.append([_marked(texts[-1], *marks)])
+            else:
+                rows.append([_only_last(_marked(text, *marks)) for text in texts])
+        return rows
+
     def _by_prefixes(
         self, source: str, conversations: Sequence[Messages], options: Mapping[str, Any]
     ) -> list[list[list[Span]]]:
         """The spans of each conversation's rows, by what an answer adds to its prompt."""
         prompts, answered = [], []
         for messages in conversations:
-            for i in _answers(messages):
+            for i in self._answers(messages):
                 prompts.append(messages[:i])
                 answered.append(messages[: i + 1])
         options = dict(options)
@@ -122,7 +148,7 @@ class ChatEncoder:
 
         rows = []
         for messages in conversations:
-            turns = [(next(starts), next(wholes)) for _ in _answers(messages)]
+            turns = [(next(starts), next(wholes)) for _ in self._answers(messages)]
             for start, whole in turns:
                 if not whole.startswith(start):
                     raise ValueError(
@@ -228,10 +254,6 @@ def _unused(text: str) -> list[str]:
     return unused[:3]
 
 
-def _answers(messages: Messages) -> list[int]:
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
 def _marked(text: str, begin: str, end: str) -> list[Span]:
     """The spans of a text with marks around what is learnt."""
     spans = []
@@ -241,6 +263,12 @@ def _marked(text: str, begin: str, end: str) -> list[Span]:
             spans.append(Span(learnt, True, is_marked=True))
         spans.append(Span(part, False))
     return spans
+
+
+def _only_last(spans: Sequence[Span]) -> list[Span]:
+    """Spans of which the last one that is learnt still is."""
+    learnt = [i for i, span in enumerate(spans) if span.is_learnt]
+    return [span._replace(is_learnt=i in learnt[-1:]) for i, span in enumerate(spans)]
 
 
 def _rows_of_turns(turns: Sequence[tuple[str, str]]) -> list[list[Span]]:
