@@ -201,18 +201,31 @@ class ChatEncoder:
             behind = after if i == len(pieces) - 1 else ""
             added = _behind(left_ids, self._encode(before, left + text, behind, guard))
             if added is None:
-                # Most tokenizers begin anew behind a line's end.
-                line_ids = self._encode(before, "\n", "", guard)
-                added = _behind(line_ids, self._encode(before, "\n" + text, behind, guard))
-            if added is None:
-                added = self._encode("", text, behind, guard)
+                added = self._encode_behind_others(text, behind, guard)
             yield added, number
             left, left_ids = left + text, left_ids + added
 
     def _encode(self, before: str, text: str, after: str, guard: str) -> list[int]:
+        if guard in text and before:
+            return self._encode_behind_others(text, after, guard)
         if guard in text:
             return self._tokenizer.encode_literally(text.replace(guard, ""))
         return self._tokenizer.encode_between(before, text, after)
+
+    def _encode_behind_others(self, text: str, after: str, guard: str) -> list[int]:
+        """The ids of a text that isn't the first one, whatever stands before it."""
+        # Most tokenizers begin anew behind a line's end, or a word.
+        for start in ("\n", "a"):
+            if guard in text:
+                start_ids = self._tokenizer.encode_literally(start)
+                ids = self._tokenizer.encode_literally(start + text.replace(guard, ""))
+            else:
+                start_ids = self._tokenizer.encode_between("", start, "")
+                ids = self._tokenizer.encode_between("", start + text, after)
+            added = _behind(start_ids, ids)
+            if added is not None:
+                return added
+        return self._encode("", text, after, guard)
 
     def _learnt_ids(
         self, ids: Sequence[int], numbers: Sequence[int], spans: Sequence[Span]
