@@ -138,6 +138,8 @@ class _Cut(NamedTuple):
         Raises:
           Unusable: they don't, or nothing is learnt of one of them.
         """
+        if any(len(part.ids) and part.is_learnt.all() for part in parts):
+            raise Unusable("all of it is learnt: its template writes no prompt")
         # The last token of a conversation is nobody's input; of a pair it is scored.
         spare = 1 if len(parts) == 1 else 0
         excess = sum(len(part.ids) for part in parts) - spare - self.length
