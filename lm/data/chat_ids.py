@@ -81,8 +81,9 @@ class ChatEncoder:
             follows.
         """
         source = chat.template(self._tokenizer, with_tools=bool(tools))
-        guard, begin, end = _unused(source + json.dumps(conversations, ensure_ascii=False))
+        guard, begin, end = _unused(source + json.dumps([conversations, tools], ensure_ascii=False))
         conversations = [self._guarded(messages, guard) for messages in conversations]
+        tools = self._guarded(tools, guard)
         options = dict(tokens=self._tokens, tools=tools, add_generation_prompt=False)
 
         if _GENERATION.search(source):
@@ -98,7 +99,7 @@ class ChatEncoder:
     def _guarded(self, value, guard: str):
         """A message with a guard in each special token that it spells out."""
         if isinstance(value, str):
-            return self._special.sub(lambda found: found[0][0] + guard + found[0][1:], value)
+            return self._special.sub(lambda found: guard.join(found[0]), value)
         if isinstance(value, Mapping):
             return {name: self._guarded(item, guard) for name, item in value.items()}
         if isinstance(value, Sequence):
