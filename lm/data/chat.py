@@ -165,7 +165,7 @@ def render_all(
         raise ValueError("chat templates need the package jinja2: pip install -e '.[hf]'")
     texts: list[str] = []
     try:
-        for batch in _batches(conversations):
+        for batch in _batches(conversations, len(json.dumps([tools, documents]))):
             texts += limited.call(
                 "lm.data.templates:render_all",
                 source=source,
@@ -181,13 +181,19 @@ def render_all(
     return texts
 
 
-def _batches(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[list[list]]:
-    """Conversations by so many as a process renders."""
+def _batches(
+    conversations: Sequence[Sequence[Mapping[str, Any]]], characters_each: int
+) -> Iterator[list[list]]:
+    """Conversations by so many as a process renders.
+
+    Args:
+      characters_each: of what stands in each of them beside its messages.
+    """
     batch: list[list] = []
     characters = 0
     for messages in conversations:
         batch.append(list(messages))
-        characters += len(json.dumps(batch[-1]))
+        characters += len(json.dumps(batch[-1])) + characters_each
         if len(batch) == CONVERSATIONS_PER_PROCESS or characters > CHARACTERS_PER_PROCESS:
             yield batch
             batch, characters = [], 0
