@@ -7,6 +7,7 @@ own.
 import importlib.util
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,22 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
             if special_id in texts:
                 tokens[f"{role}_token"] = texts[special_id]
     return tokens
+
+
+def encode(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Returns the ids of a rendered conversation, whose special tokens are spelt out."""
+    if tokenizer.files.keys() - {"chat_template.jinja"}:
+        return tokenizer.encode(rendered)
+
+    # Tokenizers that are made here take them for text.
+    texts = sorted(tokenizer.special, key=len, reverse=True)
+    ids: list[int] = []
+    for part in re.split(f"({'|'.join(map(re.escape, texts))})", rendered):
+        if part in tokenizer.special:
+            ids.append(tokenizer.special[part])
+        elif part:
+            ids += tokenizer.encode(part)
+    return ids
 
 
 def render(
