@@ -127,7 +127,8 @@ class ChatEncoder:
         rows = []
         for messages in conversations:
             texts = [next(wholes) for _ in self._answers(messages)]
-            if all(texts[-1].startswith(text) for text in texts):
+            is_one_row = all(texts[-1].startswith(text) for text in texts)
+            if is_one_row and self._learnt == "answers":
                 rows.append([_marked(texts[-1], *marks)])
             else:
                 rows.append([_only_last(_marked(text, *marks)) for text in texts])
@@ -280,9 +281,13 @@ def _marked(text: str, begin: str, end: str) -> list[Span]:
 
 
 def _only_last(spans: Sequence[Span]) -> list[Span]:
-    """Spans of which the last one that is learnt still is."""
+    """Spans of which the last one that is learnt still is. What stands before it is one text, as
+    when the model is asked.
+    """
     learnt = [i for i, span in enumerate(spans) if span.is_learnt]
-    return [span._replace(is_learnt=i in learnt[-1:]) for i, span in enumerate(spans)]
+    last = learnt[-1] if learnt else len(spans)
+    before = "".join(span.text for span in spans[:last])
+    return [Span(before, False), *spans[last:]]
 
 
 def _rows_of_turns(turns: Sequence[tuple[str, str]]) -> list[list[Span]]:
