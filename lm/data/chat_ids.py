@@ -42,7 +42,6 @@ class Span(NamedTuple):
 
     text: str
     is_learnt: bool
-    is_marked: bool = False  # learnt because the template says so
 
 
 class Piece(NamedTuple):
@@ -111,6 +110,26 @@ class ChatEncoder:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         return answers[-1:] if self._learnt == "last_answer" else answers
 
+    def _turns(
+        self,
+        source: str,
+        conversations: Sequence[Messages],
+        marks: tuple[str, str],
+        options: Mapping[str, Any],
+    ) -> Iterator[list[tuple[str, str]]]:
+        """Yields, for each conversation, of each answer the prompt, and that with the answer."""
+        prompts, answered = [], []
+        for messages in conversations:
+            for i in self._answers(messages):
+                prompts.append(messages[:i])
+                answered.append(messages[: i + 1])
+        options = dict(options)
+        wholes = iter(chat.render_all(source, answered, marks=marks, **options))
+        options["add_generation_prompt"] = True
+        starts = iter(chat.render_all(source, prompts, **options))
+        for messages in conversations:
+            yield [(next(starts), next(wholes)) for _ in self._answers(messages)]
+
     def _by_marks(
         self,
         source: str,
@@ -119,38 +138,23 @@ class ChatEncoder:
         options: Mapping[str, Any],
     ) -> list[list[list[Span]]]:
         """The spans of each conversation's rows, by the marks around what is learnt."""
-        answered: list[Messages] = []
-        for messages in conversations:
-            answered += [messages[: i + 1] for i in self._answers(messages)]
-        wholes = iter(chat.render_all(source, answered, marks=marks, **options))
-
         rows = []
-        for messages in conversations:
-            texts = [next(wholes) for _ in self._answers(messages)]
-            is_one_row = all(texts[-1].startswith(text) for text in texts)
+        for turns in self._turns(source, conversations, marks, options):
+            _, last = turns[-1]
+            is_one_row = all(last.startswith(whole) for _, whole in turns)
             if is_one_row and self._learnt == "answers":
-                rows.append([_marked(texts[-1], *marks)])
-            else:
-                rows.append([_only_last(_marked(text, *marks)) for text in texts])
+                rows.append([_behind_prompts(_marked(last, *marks), [start for start, _ in turns])])
+                continue
+            spans = [_behind_prompts(_marked(whole, *marks), [start]) for start, whole in turns]
+            rows.append(list(map(_only_last, spans)))
         return rows
 
     def _by_prefixes(
         self, source: str, conversations: Sequence[Messages], options: Mapping[str, Any]
     ) -> list[list[list[Span]]]:
         """The spans of each conversation's rows, by what an answer adds to its prompt."""
-        prompts, answered = [], []
-        for messages in conversations:
-            for i in self._answers(messages):
-                prompts.append(messages[:i])
-                answered.append(messages[: i + 1])
-        options = dict(options)
-        wholes = iter(chat.render_all(source, answered, **options))
-        options["add_generation_prompt"] = True
-        starts = iter(chat.render_all(source, prompts, **options))
-
         rows = []
-        for messages in conversations:
-            turns = [(next(starts), next(wholes)) for _ in self._answers(messages)]
+        for turns in self._turns(source, conversations, ("", ""), options):
             for start, whole in turns:
                 if not whole.startswith(start):
                     raise ValueError(
@@ -234,8 +238,8 @@ class ChatEncoder:
     ) -> np.ndarray:
         """Which ids are learnt: those of the learnt spans, each with what ends its turn.
 
-        Behind that a span that was found by prefixes may have what the template writes between
-        turns, which the model needn't write.
+        Behind that a span may have what the template writes between turns, which the model needn't
+        write.
         """
         is_learnt = np.zeros(len(ids), bool)
         learnt = [number for number in sorted(set(numbers)) if spans[number].is_learnt]
@@ -243,12 +247,16 @@ class ChatEncoder:
             start = bisect.bisect_left(numbers, number)
             end = bisect.bisect_right(numbers, number)
             stops = [i for i in range(start, end) if ids[i] in self._tokenizer.stop_ids]
-            if stops and not spans[number].is_marked:
+            if stops:
                 end = stops[-1] + 1
             elif not stops and end < len(ids) and ids[end] in self._tokenizer.stop_ids:
                 end += 1
             is_learnt[start:end] = True
         return is_learnt
+
+
+def _is_learnt(span: Span) -> bool:
+    return span.is_learnt
 
 
 def _is_special(piece: Piece) -> bool:
@@ -275,9 +283,31 @@ def _marked(text: str, begin: str, end: str) -> list[Span]:
     for i, part in enumerate(text.split(begin)):
         if i:
             learnt, _, part = part.partition(end)
-            spans.append(Span(learnt, True, is_marked=True))
+            spans.append(Span(learnt, True))
         spans.append(Span(part, False))
     return spans
+
+
+def _behind_prompts(spans: Sequence[Span], prompts: Sequence[str]) -> list[Span]:
+    """Spans of which nothing is learnt that a prompt has: some templates enclose the end of the
+    line before an answer, which the model is given.
+    """
+    whole = "".join(span.text for span in spans)
+    ends = [len(prompt) for prompt in prompts if whole.startswith(prompt)]
+    cut, position = [], 0
+    for text, is_learnt in spans:
+        # How much of a learnt span its prompt has.
+        within = [end - position for end in ends if position < end < position + len(text)]
+        given = max(within, default=0) if is_learnt else len(text)
+        cut += [Span(text[:given], False), Span(text[given:], is_learnt)]
+        position += len(text)
+
+    # What isn't learnt is one text, and tokenized as one.
+    joined = []
+    for is_learnt, group in itertools.groupby(filter(lambda span: span.text, cut), _is_learnt):
+        group = list(group)
+        joined += group if is_learnt else [Span("".join(span.text for span in group), False)]
+    return joined
 
 
 def _only_last(spans: Sequence[Span]) -> list[Span]:
