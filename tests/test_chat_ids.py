@@ -205,6 +205,42 @@ def test_the_end_of_a_turn_is_learnt_wherever_the_marks_end(body):
     assert tokenizer.spell(row.ids) == render(tokenizer, CONVERSATIONS[2])
 
 
+@pytest.mark.parametrize("marks", [True, False])
+def test_marks_around_what_the_model_is_given(marks):
+    """Requirements 1, 3 and 7: trl's templates enclose the line's end before an answer and the one
+    behind its turn. A prompt is what is asked with, and an answer ends with its turn.
+    """
+    body = "{{ '\\n' + m.content + '<|im_end|>\\n' }}"
+    if marks:
+        body = "{% generation %}" + body + "{% endgeneration %}"
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}" + body + ""
+        "{% else %}{{ '\\n' + m.content }}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+    )
+    tokenizer = tokenizer_of(source, Merging)
+    messages = [user("q"), answer("\nx"), user("r"), answer(" y")]
+    (asked,) = render_all(tokenizer, [messages[:1]], asks=True)
+    asked_ids = chat.encode(tokenizer, asked)
+    for learnt, wanted in (
+        ("answers", ["\nx<|im_end|>", " y<|im_end|>"]),
+        ("last_answer", [" y<|im_end|>"]),
+    ):
+        row = encode_one(tokenizer, messages, learnt=learnt)
+        assert [tokenizer.spell(ids) for ids in runs(row)] == wanted
+        assert row.ids[: len(asked_ids)].tolist() == asked_ids or learnt == "last_answer"
+        assert tokenizer.spell(row.ids) == render(tokenizer, messages)
+
+
+def test_marks_around_everything():
+    """Requirement 1: the prompt isn't learnt."""
+    source = "{% generation %}{% for m in messages %}{{ m.content }}{{ eos_token if m.role[0] == "
+    source += "'a' }}{% endfor %}{% endgeneration %}"
+    tokenizer = tokenizer_of(source)
+    row = encode_one(tokenizer, CONVERSATIONS[0])
+    assert [tokenizer.spell(ids) for ids in runs(row)] == ["Here.</s>"]
+
+
 def test_an_answer_without_an_end_is_learnt_as_it_is():
     source = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
     source += "{% if add_generation_prompt %}a:{% endif %}"
@@ -215,7 +251,7 @@ def test_an_answer_without_an_end_is_learnt_as_it_is():
 @pytest.mark.parametrize(
     "source, learnt",
     [
-        ("{% generation %}{{ messages[1].content }}{% endgeneration %}", 1.0),
+        ("{% generation %}{{ messages | map(attribute='role') | list }}{% endgeneration %}", 1.0),
         ("{% if add_generation_prompt %}{% else %}{{ messages[1].content }}{% endif %}", 1.0),
         ("a{% if false %}{% generation %}x{% endgeneration %}{% endif %}", 0.0),
         ("a{% generation %}{% endgeneration %}", 0.0),
@@ -397,10 +433,9 @@ def test_special_tokens_within_others_are_text():
 def test_characters_for_private_use_are_text(marks):
     """Requirement 10: the encoder puts some of its own around things."""
     source = "{{ tools[0].name if tools }}|{{ messages[0].content }}|"
-    if marks:
-        source += "{% generation %}{{ messages[1].content + eos_token }}{% endgeneration %}"
-    else:
-        source += "{% if messages | length > 1 %}{{ messages[1].content + eos_token }}{% endif %}"
+    marked = ("{% generation %}", "{% endgeneration %}") if marks else ("", "")
+    said = marked[0] + "{{ messages[1].content + eos_token }}" + marked[1]
+    source += "{% if messages | length > 1 %}" + said + "{% endif %}"
     tokenizer = tokenizer_of(source)
     private = "".join(map(chr, range(0xE000, 0xE010)))
     messages = [user(private + "<s>"), answer(private + "</s>")]
@@ -501,8 +536,9 @@ def test_many_conversations_are_rendered_by_parts(monkeypatch):
         assert [tokenizer.decode(row.ids) for (row,) in rows] == wanted
         return list(sizes)
 
-    assert parts() == [20]
-    assert parts(CONVERSATIONS_PER_PROCESS=8) == [8, 8, 4]
+    # With their answers, and their prompts.
+    assert parts() == [20] * 2
+    assert parts(CONVERSATIONS_PER_PROCESS=8) == [8, 8, 4] * 2
     assert max(parts(CHARACTERS_PER_PROCESS=5000)) <= 5
 
 

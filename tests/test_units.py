@@ -27,9 +27,7 @@ from tests.helpers import assert_trees_close, model_config, random_model
 TOKENIZER = chat.with_template(ByteTokenizer(), "plain")
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 LENGTH = 32
-UNITS = {kind: batch_contract.ARRAYS | {"values": batch_contract.VALUES} for kind in ("any",)}[
-    "any"
-]
+UNITS = batch_contract.ARRAYS | {"values": batch_contract.VALUES}
 
 
 @pytest.fixture(autouse=True)
@@ -279,7 +277,7 @@ def test_cut_answer(caplog):
 
 MASKS = {
     "all ones": (
-        "{% generation %}{{ messages[0].content }}{{ messages[1].content }}{% endgeneration %}",
+        "{% generation %}{{ messages | length }}{{ messages[-1].content }}{% endgeneration %}",
         "all of it is learnt",
     ),
     "all ones by prefixes": (
@@ -308,8 +306,8 @@ def test_masks_that_teach_nothing_or_all_are_refused(name, too_long, caplog):
 def test_pairs_whose_prompts_have_other_ids_are_left_out(caplog):
     """Requirement 7: a template that writes the prompt by its answer."""
     source = (
-        "{{ messages[0].content }}{{ messages[1].content[:1] }}"
-        "{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
+        "{{ messages[0].content }}{{ messages[-1].content[:1] }}"
+        "{% generation %}{{ messages[-1].content }}{{ eos_token }}{% endgeneration %}"
     )
     tokenizer = TOKENIZER.with_chat_template(source)
     good = pair(("a",), "xb", "xc")
