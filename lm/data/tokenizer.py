@@ -773,6 +773,8 @@ class HuggingFaceTokenizer(Roles):
         return self._literal.encode(text, add_special_tokens=False).ids
 
     def encode_between(self, before: str, text: str, after: str) -> list[int]:
+        if self._tokenizer.encode_special_tokens:
+            return self.encode(text)  # it takes those around it for text, too
         # Some special tokens take white space with them, and some tokenizers put a space before the
         # first of all texts only.
         ids = self.encode(before + text + after)
