@@ -373,6 +373,21 @@ def test_what_stops_an_answer(directories, tmp_path):
     assert chat.template(again) == MARKED["chatml"]
 
 
+def test_a_tokenizer_that_splits_special_tokens(directories, tmp_path):
+    """Requirement 10: such a one takes them for text everywhere; those of a template are special."""
+    source = directories["Qwen"]
+    (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    config = TOKENIZERS["Qwen"][1] | dict(split_special_tokens=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text("{}")
+    splitting, plain = lm_tokenizers.load(tmp_path), lm_tokenizers.load(source)
+    assert splitting.encode("<|im_end|>") != plain.encode("<|im_end|>")
+    both = [encode(ours, MARKED["chatml"], CONVERSATIONS) for ours in (splitting, plain)]
+    for (row,), (wanted,) in zip(*both):
+        assert row.ids.tolist() == wanted.ids.tolist()
+        assert row.is_learnt.tolist() == wanted.is_learnt.tolist()
+
+
 def test_a_template_and_its_tokens_are_added_as_transformers_adds_them(tmp_path):
     """A base model without them is given ChatML."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
