@@ -232,6 +232,19 @@ def test_marks_around_what_the_model_is_given(marks):
         assert tokenizer.spell(row.ids) == render(tokenizer, messages)
 
 
+def test_all_that_ends_a_turn_is_learnt():
+    """Requirement 3: some templates write EOS behind the end of a turn."""
+    body = "{{ m.content + '<|im_end|>' + eos_token + '--' }}"
+    for source in (body, "{% generation %}" + body + "{% endgeneration %}"):
+        source = (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}" + source
+        )
+        row = encode_one(tokenizer_of(source + "{% endif %}{% endfor %}"), CONVERSATIONS[2])
+        tokenizer = tokenizer_of("chatml")
+        learnt = [tokenizer.spell(ids) for ids in runs(row)]
+        assert learnt == ["Here.<|im_end|></s>", "Me & you.<|im_end|></s>"]
+
+
 def test_marks_around_everything():
     """Requirement 1: the prompt isn't learnt."""
     source = "{% generation %}{% for m in messages %}{{ m.content }}{{ eos_token if m.role[0] == "

@@ -374,7 +374,7 @@ def test_what_stops_an_answer(directories, tmp_path):
 
 
 def test_a_tokenizer_that_splits_special_tokens(directories, tmp_path):
-    """Requirement 10: such a one takes them for text everywhere; those of a template are special."""
+    """Requirement 10: it takes them for text everywhere; those of a template are special."""
     source = directories["Qwen"]
     (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     config = TOKENIZERS["Qwen"][1] | dict(split_special_tokens=True)
