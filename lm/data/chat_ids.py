@@ -68,12 +68,12 @@ class ChatEncoder:
         self._special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
     def encode(
-        self, conversations: Sequence[Messages], tools: Sequence[Any] | None = None
+        self, conversations: Sequence[Messages], tools: Sequence[list | None] | None = None
     ) -> list[list[Encoded]]:
         """Returns each conversation's rows: one, or one for each answer.
 
         Args:
-          tools: JSON schemas of what the model may call in all of them.
+          tools: of each of them JSON schemas of what the model may call; of all or of none.
 
         Raises:
           ValueError: a template that refuses them, or writes a prompt otherwise once its answer
@@ -82,13 +82,13 @@ class ChatEncoder:
         source = chat.template(self._tokenizer, with_tools=bool(tools))
         guard, begin, end = _unused(source + json.dumps([conversations, tools], ensure_ascii=False))
         conversations = [self._guarded(messages, guard) for messages in conversations]
-        tools = self._guarded(tools, guard)
-        options = dict(tokens=self._tokens, tools=tools, add_generation_prompt=False)
+        tools = self._guarded(tools, guard) or [None] * len(conversations)
+        options = dict(tokens=self._tokens, add_generation_prompt=False)
 
         if _GENERATION.search(source):
-            rows = self._by_marks(source, conversations, (begin, end), options)
+            rows = self._by_marks(source, conversations, tools, (begin, end), options)
         else:
-            rows = self._by_prefixes(source, conversations, options)
+            rows = self._by_prefixes(source, conversations, tools, options)
 
         encoded = []
         for rows_of_conversation in rows:
@@ -114,16 +114,18 @@ class ChatEncoder:
         self,
         source: str,
         conversations: Sequence[Messages],
+        tools: Sequence[list | None],
         marks: tuple[str, str],
         options: Mapping[str, Any],
     ) -> Iterator[list[tuple[str, str]]]:
         """Yields, for each conversation, of each answer the prompt, and that with the answer."""
-        prompts, answered = [], []
-        for messages in conversations:
+        prompts, answered, tools_each = [], [], []
+        for messages, own_tools in zip(conversations, tools):
             for i in self._answers(messages):
                 prompts.append(messages[:i])
                 answered.append(messages[: i + 1])
-        options = dict(options)
+                tools_each.append(own_tools)
+        options = dict(options, tools_each=tools_each if any(tools_each) else None)
         wholes = iter(chat.render_all(source, answered, marks=marks, **options))
         options["add_generation_prompt"] = True
         starts = iter(chat.render_all(source, prompts, **options))
@@ -134,12 +136,13 @@ class ChatEncoder:
         self,
         source: str,
         conversations: Sequence[Messages],
+        tools: Sequence[list | None],
         marks: tuple[str, str],
         options: Mapping[str, Any],
     ) -> list[list[list[Span]]]:
         """The spans of each conversation's rows, by the marks around what is learnt."""
         rows = []
-        for turns in self._turns(source, conversations, marks, options):
+        for turns in self._turns(source, conversations, tools, marks, options):
             _, last = turns[-1]
             is_one_row = all(last.startswith(whole) for _, whole in turns)
             if is_one_row and self._learnt == "answers":
@@ -150,11 +153,15 @@ class ChatEncoder:
         return rows
 
     def _by_prefixes(
-        self, source: str, conversations: Sequence[Messages], options: Mapping[str, Any]
+        self,
+        source: str,
+        conversations: Sequence[Messages],
+        tools: Sequence[list | None],
+        options: Mapping[str, Any],
     ) -> list[list[list[Span]]]:
         """The spans of each conversation's rows, by what an answer adds to its prompt."""
         rows = []
-        for turns in self._turns(source, conversations, ("", ""), options):
+        for turns in self._turns(source, conversations, tools, ("", ""), options):
             for start, whole in turns:
                 if not whole.startswith(start):
                     raise ValueError(
