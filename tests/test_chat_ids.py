@@ -97,7 +97,9 @@ def unmarked(name):
 
 
 def encode(tokenizer, *conversations, learnt="answers", tools=None):
-    return chat_ids.ChatEncoder(tokenizer, learnt).encode(conversations, tools)
+    """Each conversation's rows; `tools` are those of each."""
+    tools_each = [tools] * len(conversations) if tools else None
+    return chat_ids.ChatEncoder(tokenizer, learnt).encode(conversations, tools_each)
 
 
 def encode_one(tokenizer, messages, **arguments):
@@ -540,11 +542,10 @@ def test_many_conversations_are_rendered_by_parts(monkeypatch):
     conversations = [[user(f"{i:02}"), answer("a")] for i in range(20)]
     wanted = [f"{i:02}a" for i in range(20)]
 
-    def parts(**limits):
+    def parts(tools=None, **limits):
         sizes.clear()
         for name, value in limits.items():
             monkeypatch.setattr(chat, name, value)
-        tools = [{"name": "t" * 1000}]
         rows = encode(tokenizer, *conversations, tools=tools)
         assert [tokenizer.decode(row.ids) for (row,) in rows] == wanted
         return list(sizes)
@@ -552,7 +553,8 @@ def test_many_conversations_are_rendered_by_parts(monkeypatch):
     # With their answers, and their prompts.
     assert parts() == [20] * 2
     assert parts(CONVERSATIONS_PER_PROCESS=8) == [8, 8, 4] * 2
-    assert max(parts(CHARACTERS_PER_PROCESS=5000)) <= 5
+    assert parts(CHARACTERS_PER_PROCESS=5000) == [8, 8, 4] * 2
+    assert max(parts([{"name": "t" * 1000}])) <= 5
 
 
 FAILING = {
