@@ -7,6 +7,7 @@ own.
 import importlib.util
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,22 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return tokens
 
 
+def encode(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Returns the ids of a rendered conversation, whose special tokens are spelt out."""
+    if tokenizer.files.keys() - {"chat_template.jinja"}:
+        return tokenizer.encode(rendered)
+
+    # Tokenizers that are made here take them for text.
+    texts = sorted(tokenizer.special, key=len, reverse=True)
+    ids: list[int] = []
+    for part in re.split(f"({'|'.join(map(re.escape, texts))})", rendered):
+        if part in tokenizer.special:
+            ids.append(tokenizer.special[part])
+        elif part:
+            ids += tokenizer.encode(part)
+    return ids
+
+
 def render(
     source: str,
     messages: Sequence[Mapping[str, Any]],
@@ -155,17 +172,20 @@ def render_all(
     documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     marks: tuple[str, str] = ("", ""),
+    tools_each: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
 ) -> list[str]:
     """Returns what `render` does for each conversation, faster than one by one.
 
     Args:
       marks: stand around what the template encloses in {% generation %}.
+      tools_each: in place of tools, those of each conversation.
     """
     if not importlib.util.find_spec("jinja2"):
         raise ValueError("chat templates need the package jinja2: pip install -e '.[hf]'")
     texts: list[str] = []
     try:
-        for batch in _batches(conversations):
+        characters_each = len(json.dumps([tools, documents]))
+        for batch, batch_tools in _batches(conversations, tools_each, characters_each):
             texts += limited.call(
                 "lm.data.templates:render_all",
                 source=source,
@@ -175,21 +195,29 @@ def render_all(
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 marks=marks,
+                tools_each=batch_tools,
             )
     except ValueError as error:
         raise ValueError(f"the chat template fails: {error}") from None
     return texts
 
 
-def _batches(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[list[list]]:
-    """Conversations by so many as a process renders."""
-    batch: list[list] = []
-    characters = 0
-    for messages in conversations:
-        batch.append(list(messages))
-        characters += len(json.dumps(batch[-1]))
-        if len(batch) == CONVERSATIONS_PER_PROCESS or characters > CHARACTERS_PER_PROCESS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _batches(
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    tools_each: Sequence | None,
+    characters_each: int,
+) -> Iterator[tuple[list[list], list | None]]:
+    """Conversations with their tools, by so many as a process renders.
+
+    Args:
+      characters_each: of what stands in each of them beside its messages and its own tools.
+    """
+    start, characters = 0, 0
+    for i, messages in enumerate(conversations, 1):
+        own_tools = tools_each[i - 1] if tools_each else None
+        characters += len(json.dumps([messages, own_tools])) + characters_each
+        is_full = i - start == CONVERSATIONS_PER_PROCESS or characters > CHARACTERS_PER_PROCESS
+        if is_full or i == len(conversations):
+            batch = [list(messages) for messages in conversations[start:i]]
+            yield batch, list(tools_each[start:i]) if tools_each else None
+            start, characters = i, 0

@@ -89,18 +89,19 @@ def _encode_all(
     examples: Documents, encoder: chat_ids.ChatEncoder
 ) -> list[tuple[Example, list[chat_ids.Encoded]]]:
     """The parts of each example's units, in order."""
-    # Templates take the tools of one call.
-    by_tools = collections.defaultdict(list)
+    # A tokenizer may have a template of its own for conversations with tools.
+    by_template = collections.defaultdict(list)
     for number, example in enumerate(examples):
-        by_tools[repr(example.tools)].append(number)
+        by_template[bool(example.tools)].append(number)
 
     rows: list[list] = [[] for _ in range(len(examples))]
-    with progress.activity("encoding conversations", len(by_tools), "sets of tools") as encoding:
-        for numbers in encoding.each(list(by_tools.values())):
-            conversations = []
+    with progress.activity("encoding conversations", len(by_template), "templates") as encoding:
+        for numbers in encoding.each(list(by_template.values())):
+            conversations, tools = [], []
             for number in numbers:
                 conversations += examples[number].conversations
-            encoded = iter(encoder.encode(conversations, examples[numbers[0]].tools))
+                tools += [examples[number].tools] * len(examples[number].conversations)
+            encoded = iter(encoder.encode(conversations, tools if any(tools) else None))
             for number in numbers:
                 rows[number] = [next(encoded) for _ in examples[number].conversations]
 
@@ -153,6 +154,8 @@ class _Cut(NamedTuple):
         Raises:
           Unusable: they don't, or nothing is learnt of one of them.
         """
+        if any(len(part.ids) and part.is_learnt.all() for part in parts):
+            raise Unusable("all of it is learnt: its template writes no prompt")
         # The last token of a conversation is nobody's input; of a pair it is scored.
         spare = 1 if len(parts) == 1 else 0
         excess = sum(len(part.ids) for part in parts) - spare - self.length
