@@ -19,6 +19,7 @@ from flax import nnx
 TARGETS = ("query", "key", "value", "out", "up", "gate", "down")
 PARAMS = "*_lora_?"  # what the adapters' parameters are called
 _A, _B = "_lora_a", "_lora_b"
+_KEY = 2**31 - 1
 
 _is_off = contextvars.ContextVar("lora_is_off", default=False)
 
@@ -102,6 +103,8 @@ def attach(module: nnx.Module, key: jax.Array, config, num_inputs: Mapping[str, 
         return
     targets = parse_targets(config.lora_targets)
     module.lora_scale = scale(config)
+    # A key of its own: fold_in(key, i) is split(key)[i], by which weights are drawn.
+    key = jax.random.fold_in(key, _KEY)
     for number, (name, inputs) in enumerate(num_inputs.items()):
         weight = getattr(module, name)
         if name not in targets or weight is None:

@@ -114,7 +114,8 @@ def make_prepare(*, loss: str = "dpo", reference: str = "model", chunk: int = 0,
         if loss == "kto":
             ratios = units_of(batch | {"reference_logprobs": reference_BT}, logprobs(model, batch))
             distance_BU = jnp.where(ratios.exists, ratios.second - ratios.second_reference, 0)
-            z0 = jnp.maximum(jnp.sum(distance_BU) / jnp.maximum(jnp.sum(ratios.exists), 1), 0)
+            count = jnp.maximum(jnp.sum(ratios.exists, dtype=jnp.float32), 1.0)
+            z0 = jnp.maximum(jnp.sum(distance_BU) / count, 0)
         return {"reference_logprobs": reference_BT, "z0": jnp.full(len(reference_BT), z0)}
 
     return prepare
