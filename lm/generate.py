@@ -312,7 +312,8 @@ def converse(
             return tokenizer.prompt(text)
         # The template writes BOS itself, where the model wants one.
         rendered = chat.render(template, [*first, *turns], tokens=special_tokens)
-        return tokenizer.encode(rendered) or [tokenizer.bos_id]
+        (ids,) = chat.encode(tokenizer, [rendered])
+        return ids or [tokenizer.bos_id]
 
     for line in lines:
         messages.append(dict(role="user", content=line))

@@ -7,6 +7,7 @@ own.
 import importlib.util
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -179,6 +180,26 @@ def render_all(
     except ValueError as error:
         raise ValueError(f"the chat template fails: {error}") from None
     return texts
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of texts that a template wrote, with special tokens where they are spelt out.
+
+    Tokenizers that are made here take what is spelt out for text.
+    """
+    special = tokenizer.special
+    first = next(iter(special), "")
+    if not special or tokenizer.encode(first) == [special[first]]:
+        return tokenizer.encode_batch(texts)
+
+    spelt = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    encoded = []
+    for text in texts:
+        ids: list[int] = []
+        for part in re.split(f"({spelt})", text):
+            ids += [special[part]] if part in special else tokenizer.encode(part)
+        encoded.append(ids)
+    return encoded
 
 
 def _batches(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[list[list]]:

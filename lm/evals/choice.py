@@ -192,7 +192,7 @@ class MultipleChoice:
     def _tokenize(self, text: str, options: Sequence[str]) -> tuple[Question, int]:
         """(a prompt and its choices as ids, how many tokens the prompt lost)."""
         prompt_ids, option_ids = tokenize_words_after(
-            self._tokenizer.encode_batch, text, options, self._boundary
+            self._format.encode_batch, text, options, self._boundary
         )
         start, prompt_ids = self._format.split(prompt_ids)
         prompt_ids, num_cut = prompts.truncate_prompt(
