@@ -89,7 +89,8 @@ def read(directory: Path, family: Family, shapes: Mapping[str, tuple[int, ...]],
             )
         for i, name in enumerate(lora.names(path)):
             params[name] = np.stack([of_layers[layer][i] for layer in range(num_layers)])
-    targets = ",".join(name for name in lora.TARGETS if any(p.endswith(f"/{name}") for p in layers))
+    adapted = {path.rpartition("/")[2] for path in layers}
+    targets = ",".join(name for name in lora.TARGETS if name in adapted)
     fields = dict(lora_rank=rank, lora_alpha=alpha, lora_scaling=scaling, lora_targets=targets)
     return Adapter(fields, params)
 
