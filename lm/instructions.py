@@ -82,6 +82,7 @@ def mixture(
         whose training split is evaluated, a template with an unknown column.
     """
     chosen = _not_held_out(tasks, _names(held_out_clusters), _names(held_out_tasks))
+
     how, examples = _wording(wording), []
     for task, number, (messages, _) in _mixed(split, chosen, how, rate_cap, rounds, seed):
         name = f"{task}[{number}]"
@@ -106,6 +107,7 @@ def preferences(
     for name, entry in tasks.items():
         if not _instructions(name, entry)["rejected"]:
             raise ValueError(f"the task {name!r} has no instructions.rejected, a wrong answer")
+
     how, examples = _wording(wording), []
     for task, number, sides in _mixed(split, tasks, how, rate_cap, rounds, seed):
         examples.append(Example(sides, "pair", 0.0, None, f"{task}[{number}]", source=task))
@@ -120,10 +122,13 @@ def _mixed(
         raise ValueError(f"a mixture of tasks has no split {split!r}; valid: {list(SPLITS)}")
     prompts.check_least("config.data.source_args.rate_cap", rate_cap, 1)
     prompts.check_least("config.data.source_args.rounds", rounds, 1)
+
     counts = {}
     for name, entry in tasks.items():
         task = _Task(name, entry, split, how)
+        # Its own, so that a task's conversations don't depend on the other tasks.
         rng = random.Random(f"{seed} {split} {name}")
+
         size = len(task.records)
         counts[name] = min(size, rate_cap) * rounds
         numbers: list[int] = []
@@ -145,6 +150,7 @@ def _wording(keys: Mapping[str, Any] | None) -> Wording:
     for key in keys or {}:
         if key not in valid:
             raise ValueError(f"{where}.{key} is no key; valid: {valid}")
+
     how = Wording(**(keys or {}))
     if not 0 <= how.options <= 1:
         raise ValueError(f"{where}.options = {how.options}; wanted a share, 0 to 1")
@@ -173,7 +179,7 @@ def _not_held_out(tasks: Mapping, clusters: Sequence[str], names: Sequence[str])
     by_cluster: dict[str, list[str]] = {}
     for name, entry in tasks.items():
         by_cluster.setdefault(_instructions(name, entry)["cluster"], []).append(name)
-    held_out = set(names)
+
     for key, given, valid in (("clusters", clusters, by_cluster), ("tasks", names, tasks)):
         for name in given:
             if name not in valid:
@@ -181,6 +187,8 @@ def _not_held_out(tasks: Mapping, clusters: Sequence[str], names: Sequence[str])
                     f"config.data.source_args.held_out_{key}: unknown {name!r}; valid: "
                     f"{sorted(valid)}"
                 )
+
+    held_out = set(names)
     for cluster in clusters:
         held_out.update(by_cluster[cluster])
     if held_out >= set(tasks):
@@ -209,6 +217,7 @@ class _Task:
         self.records = _records(name, entry, split)
         self._answer = _ANSWERERS[entry["type"]](name, entry, self.records)
 
+        # All ways to ask: those of the eval, and those of the instructions.
         instructions = _instructions(name, entry)
         where = f"config.data.source_args.tasks.{name}"
         prompt = entry["prompt"]
@@ -220,7 +229,10 @@ class _Task:
         for pair in instructions["reversed"]:
             question, answer = (prompts.Template(t, f"{where}.instructions.reversed") for t in pair)
             self._ways.append(_Way(question, answer))
-        self._rejected = prompts.Template(instructions["rejected"], f"{where}.rejected")
+        self._rejected = prompts.Template(
+            instructions["rejected"], f"{where}.instructions.rejected"
+        )
+
         # Which wording an example gets is drawn: what is wrong with one is found now.
         for way in self._ways:
             way.question.check_has_column()
@@ -242,6 +254,7 @@ class _Task:
         way = rng.choice(ways)
         lists_options = rng.random() < self._how.options
 
+        # The question is the last one. All are asked in the same way.
         asked = []
         for shown in (*self._shots(number, rng), record):
             options = self._options(shown, rng) if lists_options else []
@@ -254,6 +267,7 @@ class _Task:
         if self._how.shots_as == "text":
             question = "".join([f"{q}{a}\n\n" for q, a in shots]) + question
             shots = []
+
         messages: Messages = []
         for q, a in (*shots, (question, answer)):
             messages += [self._message("user", q), self._message("assistant", a)]
@@ -273,6 +287,7 @@ class _Task:
         """What is listed for a record, in random order, the right one among it."""
         answer, options = self._answer(record)
         others = [option for option in options if option != answer]
+        # The right one counts.
         most = self._how.most_options - 1
         drawn = [answer, *rng.sample(others, min(most, len(others)))]
         return rng.sample(drawn, len(drawn)) if options else []
@@ -288,6 +303,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
     """
     if not options:
         return question
+
     listed = "\n".join(["OPTIONS:", *(f"- {option.strip()}" for option in options)])
     before, _, cue = question.rpartition("\n")
     if before and cue.endswith(":"):
@@ -304,6 +320,8 @@ def _records(name: str, entry: Mapping, split: str) -> Sequence[dict]:
     source, trained = entry["source"], _instructions(name, entry)["split"]
     if split == "validation":
         return prompts.load(source, source["split"], name)
+
+    # A path without the split in it is the same file for both.
     files = [file for file in (source["path"], *source["lines"].values()) if file]
     if not trained or trained == source["split"] or not all("{split}" in file for file in files):
         raise ValueError(
@@ -320,7 +338,7 @@ def _records(name: str, entry: Mapping, split: str) -> Sequence[dict]:
 def _label_answerer(name: str, entry: Mapping, records: Sequence[Record]) -> Answerer:
     verbalizer = entry["verbalizer"]["words"][0]
     labels = [label for label, _ in verbalizer]
-    words = [words[0] for _, words in verbalizer]
+    words = [texts[0] for _, texts in verbalizer]
 
     def names(record: Record) -> list[str]:
         return labels
@@ -355,6 +373,7 @@ def _text_answerer(name: str, entry: Mapping, records: Sequence[Record]) -> Answ
     where = f"config.data.source_args.tasks.{name}"
     references = prompts.Template(entry["references"], f"{where}.references")
     target = prompts.Template(entry["target"] or entry["references"], f"{where}.target")
+    # Of records without references, where the eval has a text for that.
     no_answer = target.fill([entry["output"]["no_answer"]] * len(target.fields))
 
     def answer(record: Record) -> tuple[str, list[str]]:

@@ -88,6 +88,7 @@ class Docstring(NamedTuple):
     def excerpt(self, title: str, number: int) -> str:
         """Returns a section's entry, with as many around it as there is room for; "": too long."""
         entries = self.entries[title]
+
         excerpt = ""
         for radius in range(len(entries)):
             shown = entries[max(number - radius, 0) : number + radius + 1]
@@ -102,14 +103,17 @@ def parse(document: Document) -> Docstring:
     """Returns a docstring taken apart."""
     first, _, body = document.text.partition("\n\n")
     headings = list(_HEADING.finditer(document.text))
+
     sections, entries = {}, {}
     for i, heading in enumerate(headings):
         end = headings[i + 1].start() if i + 1 < len(headings) else len(document.text)
         content = document.text[heading.end() : end].strip("\n")
+
         is_google = heading[1] is None
         if is_google:
             # It ends where a line is no longer indented.
             content = textwrap.dedent(re.split(r"^(?=\S)", content, flags=re.MULTILINE)[0]).strip()
+
         title = heading[1] or heading[2]
         title = _ONE_TITLE.get(title, title)
         sections[title] = content
@@ -129,6 +133,7 @@ def _entries(section: str, is_google: bool) -> Iterator[Entry]:
             if found := _GOOGLE_ENTRY.match(block):
                 yield Entry(found[1], "", " ".join(found[2].split()))
             continue
+
         head, _, description = block.partition("\n")
         found = _NUMPY_ENTRY.match(head.strip())
         paragraph = textwrap.dedent(description).strip().partition("\n\n")[0]
@@ -159,6 +164,7 @@ def _section(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iterator[d
     titles = [title for title in SECTIONS if title in doc.sections]
     if not titles:
         return
+
     title = rng.choice(titles)
     lines = [line.strip() for line in doc.sections[title].split("\n")]
     lines = [line for line in lines if 20 <= len(line) <= 100]
@@ -173,6 +179,7 @@ def _optional(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iterator[
         if entry.type and entry.name.isidentifier() and doc.excerpt("Parameters", i):
             is_optional = "optional" in entry.type or "default" in entry.type
             by_label.setdefault("yes" if is_optional else "no", []).append(i)
+
     if by_label:
         label = rng.choice(sorted(by_label))
         number = rng.choice(by_label[label])
@@ -186,6 +193,7 @@ def _has_parameter(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iter
     excerpt = doc.excerpt("Parameters", 0) if own else ""
     if not excerpt:
         return
+
     label = rng.choice(("yes", "no"))
     names = [name for name in own if re.search(rf"^{re.escape(name)}\b", excerpt, re.MULTILINE)]
     if label == "no":
@@ -194,6 +202,7 @@ def _has_parameter(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iter
         for other in rng.choices(docs, k=8):
             others += other.entries.get("Parameters", ())
         names = [other.name for other in others if not _has_word(doc.text, other.name)]
+
     names = [name for name in names if name.isidentifier()]
     if names:
         yield dict(excerpt=excerpt, parameter=rng.choice(names), label=label)
@@ -217,6 +226,7 @@ def _raises(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iterator[di
     names = set(_EXCEPTION.findall(doc.text))
     if len(names) != 1 or doc.name.endswith(tuple(names)):
         return
+
     answer = names.pop()
     for paragraph in doc.text.split("\n\n")[1:]:
         excerpt = f"{doc.head}\n{paragraph}"
@@ -257,6 +267,7 @@ def _which_parameter(doc: Docstring, docs: Docstrings, rng: random.Random) -> It
     for entry in doc.entries.get("Parameters", ()):
         if entry.name.isidentifier() and len(entry.description) >= 20:
             entries.append(entry)
+
     if len(entries) >= 3:
         first, *others = rng.sample(entries, min(4, len(entries)))
         choices = list(dict.fromkeys([first.name, *(entry.name for entry in others)]))
@@ -304,9 +315,11 @@ def _asked(doc: Docstring, kinds: Collection[str]) -> Iterator[dict]:
                 continue
             if title != "Parameters" and len(entries) > 1:
                 continue
+
             answer = _answer(kind, entry)
             if not 1 <= len(answer) <= ANSWER_CHARS:
                 continue
+
             excerpt = doc.excerpt(title, number)
             if answer in excerpt:
                 question = wordings[number % len(wordings)].format(entry.name)
@@ -322,6 +335,7 @@ def _answer(kind: str, entry: Entry) -> str:
     if kind == "default":
         found = _DEFAULT.search(f"{entry.type} {entry.description}")
         return found[1] if found else ""
+
     # A sentence says what something is.
     sentence = re.split(r"[.;:](?=\s|$)", entry.description)[0]
     return sentence if " " in sentence else ""
@@ -342,6 +356,7 @@ def _with_wrong_answers(records: Sequence[dict]) -> Iterator[dict]:
     for number, record in enumerate(records):
         answer = record["answer"]
         rng = random.Random(f"{number} {record['name']}")
+
         pool: list[str] = []
         for length in range(len(answer) - 1, len(answer) + 2):
             pool += by_length.get((record["kind"], length), ())
@@ -353,6 +368,7 @@ def _with_wrong_answers(records: Sequence[dict]) -> Iterator[dict]:
             wrong = [span for span in spans if _is_wrong(span, answer)]
             if wrong:
                 sets.append(wrong)
+
         if sets:
             yield record | dict(wrong=rng.choice(rng.choice(sets)))
 
@@ -417,7 +433,9 @@ def records(docs: Docstrings, family: str) -> list[dict]:
     """Returns the records of a family from docstrings, each with the name of its own."""
     found = []
     for doc in docs:
+        # Its own, so that other docstrings don't change what is asked about this one.
         rng = random.Random(f"{family} {doc.name}")
         for record in FAMILIES[family](doc, docs, rng):
             found.append(record | dict(name=doc.name))
+
     return list(_with_wrong_answers(found)) if family == "questions" else found
