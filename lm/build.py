@@ -96,7 +96,7 @@ def documents(config: ConfigDict, split: str, key: str = "config.data.split") ->
         return source(split, **arguments)
     except ValueError as error:
         raise ValueError(
-            f"{error} ({key} = {split!r}, config.data.source_args = {arguments})"
+            f"{error} ({key} = {split!r}, config.data.source_args = {arguments!r:.400})"
         ) from None
 
 

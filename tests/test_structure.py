@@ -48,6 +48,7 @@ RANKS = {
     "lm/checkpoint.py": 6,
     "lm/evals/": 6,
     "lm/build.py": 7,
+    "lm/instructions.py": 7,
     "lm/weights.py": 8,
     "lm/plan/": 8,
     "lm/evaluate.py": 9,

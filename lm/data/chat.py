@@ -112,20 +112,23 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return tokens
 
 
-def encode(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Returns the ids of a rendered conversation, whose special tokens are spelt out."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of rendered conversations, whose special tokens are spelt out."""
     if tokenizer.files.keys() - {"chat_template.jinja"}:
-        return tokenizer.encode(rendered)
+        return tokenizer.encode_batch(texts)
 
     # Tokenizers that are made here take them for text.
-    texts = sorted(tokenizer.special, key=len, reverse=True)
-    ids: list[int] = []
-    for part in re.split(f"({'|'.join(map(re.escape, texts))})", rendered):
-        if part in tokenizer.special:
-            ids.append(tokenizer.special[part])
-        elif part:
-            ids += tokenizer.encode(part)
-    return ids
+    spelt = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
+    encoded = []
+    for text in texts:
+        ids: list[int] = []
+        for part in re.split(f"({spelt})", text):
+            if part in tokenizer.special:
+                ids.append(tokenizer.special[part])
+            elif part:
+                ids += tokenizer.encode(part)
+        encoded.append(ids)
+    return encoded
 
 
 def render(

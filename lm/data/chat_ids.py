@@ -95,6 +95,17 @@ class ChatEncoder:
             encoded.append([self._encoded(spans, guard) for spans in rows_of_conversation])
         return encoded
 
+    def prompt(self, messages: Messages) -> list[int]:
+        """Returns the ids of a conversation that the model is to answer.
+
+        Raises:
+          ValueError: a template that refuses it.
+        """
+        source = chat.template(self._tokenizer)
+        guard, *_ = _unused(source + json.dumps(messages, ensure_ascii=False))
+        text = chat.render(source, self._guarded(messages, guard), tokens=self._tokens)
+        return self._encoded([Span(text, False)], guard).ids.tolist()
+
     def _guarded(self, value, guard: str):
         """A message with a guard in each special token that it spells out."""
         if isinstance(value, str):

@@ -136,7 +136,7 @@ class MultipleChoice:
         prompts.check_choice(name, "boundary", boundary, BOUNDARIES)
         prompts.check_least(f"config.evals.{name}.prompt.shots", prompt["shots"], 0)
         prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
-        question_format = _question_format(name, prompt["template"], choices, answer, answers)
+        question_format = make_question_format(name, prompt["template"], choices, answer, answers)
 
         self._name = name
         self._predict_fns = predict_fns
@@ -192,7 +192,7 @@ class MultipleChoice:
     def _tokenize(self, text: str, options: Sequence[str]) -> tuple[Question, int]:
         """(a prompt and its choices as ids, how many tokens the prompt lost)."""
         prompt_ids, option_ids = tokenize_words_after(
-            self._tokenizer.encode_batch, text, options, self._boundary
+            self._format.encode_batch, text, options, self._boundary
         )
         start, prompt_ids = self._format.split(prompt_ids)
         prompt_ids, num_cut = prompts.truncate_prompt(
@@ -328,10 +328,10 @@ class MultipleChoice:
         return line
 
 
-def _question_format(
+def make_question_format(
     name: str, prompt: str, choices: Sequence[str], answer: str, answers: Sequence[str]
 ) -> QuestionFormat:
-    """How config.evals.NAME reads its records.
+    """Returns how config.evals.NAME reads its records.
 
     Raises:
       ValueError: a text that is no template, no choices, or no column in prompt and choices.

@@ -698,7 +698,7 @@ class QuestionTokenizer:
         """Returns (a prompt and the words as ids, how many tokens the prompt lost)."""
         texts = [word.text + self._terminator for word in words]
         prompt_ids, word_ids = tokenize_words_after(
-            self._tokenizer.encode_batch, prompt, texts, self.boundary
+            self._format.encode_batch, prompt, texts, self.boundary
         )
 
         # After most prompts the words are the same tokens: the checks need not be repeated.

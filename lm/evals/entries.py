@@ -27,7 +27,8 @@ _SOURCE = dict(
     path="",  # a .jsonl, .json, .csv or .tsv file; "{split}" in it is replaced
     lines={},  # column -> text file, line by line (parallel texts)
     tfds="",  # a data set of TFDS, for where there are neither path nor lines
-    data_dir="",  # where the TFDS data set is prepared; "": TFDS's default
+    pydocs="",  # or a family of lm.data.pydocs_tasks.FAMILIES
+    data_dir="",  # where the TFDS data set, or pydocs, is prepared; "": the default
     split="test",  # the split that is evaluated
     shots_split="",  # the split that examples come from: never the one that is evaluated
     citation="",
@@ -100,6 +101,15 @@ TASKS = {
     ),
 }
 
+# How a model is tuned on a task (lm/instructions.py): the table [instructions] of its TOML file,
+# which entries of `instructed` have and evals don't.
+INSTRUCTIONS = dict(
+    cluster="",  # tasks of a cluster are held out together
+    split="train",  # that is trained on
+    phrasings=(),  # templates of questions, beside those of the eval
+    reversed=(),  # pairs of templates, question and answer; {answer} is the task's own answer
+    rejected="",  # template of a wrong answer, where there are some for pairs
+)
 
 # The other types, with values of the types that their keys have.
 SCHEMAS = TASKS | {
@@ -213,15 +223,7 @@ def task(
       ValueError: no such task; a file that is not TOML; a key that the type doesn't have; a value
         that is of another type than the key's default.
     """
-    is_file = name.endswith(".toml")
-    path = epath.Path(files.expand(name) if is_file else TASKS_FOLDER / f"{name}.toml")
-    if not path.exists():
-        raise ValueError(f"no task {name!r}; valid: {shipped_tasks()}, and paths of .toml files")
-    try:
-        values = tomllib.loads(files.read_text(str(path)))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
-
+    path, values, _ = _read(name)
     base = values.pop("base", "")
     if base and base not in shipped_tasks():
         raise ValueError(f"{path}: base = {base!r}; valid: {shipped_tasks()}")
@@ -234,10 +236,50 @@ def task(
     # Defaults, what the file says, what the caller says: each overrides what is before it.
     defaults = {key: defaults.get(key, default) for key, default in TASKS[type].items()}
     values = _merge(defaults, values, str(path))
-    if is_file:
+    if name.endswith(".toml"):
         values["source"] = _relative_to(values["source"], str(path.parent))
     values = _merge(values, changes, f"task({name!r})")
     return ConfigDict(dict(type=type, every=every, batch_size=batch_size) | values)
+
+
+def instructed(name: str, **changes) -> ConfigDict:
+    """Makes the entry of a task that a model is tuned on: `task`'s, with the key `instructions`.
+
+    Args:
+      name, changes: see `task`.
+
+    Raises:
+      ValueError: see `task`; a task without a table [instructions] that names its cluster.
+    """
+    entry = task(name, **changes)
+    _, _, instructions = _read(name)
+    if not instructions["cluster"]:
+        valid = [task for task in shipped_tasks() if _read(task)[2]["cluster"]]
+        raise ValueError(
+            f"the task {name!r} has no instructions.cluster; wanted one of {valid}, or a .toml "
+            "file with a table [instructions]"
+        )
+    entry.instructions = ConfigDict(instructions)
+    return entry
+
+
+def _read(name: str) -> tuple[epath.Path, dict, dict]:
+    """(file of a task, what it says, its table [instructions] with all keys).
+
+    Raises:
+      ValueError: see `task`.
+    """
+    is_file = name.endswith(".toml")
+    path = epath.Path(files.expand(name) if is_file else TASKS_FOLDER / f"{name}.toml")
+    if not path.exists():
+        raise ValueError(f"no task {name!r}; valid: {shipped_tasks()}, and paths of .toml files")
+    try:
+        values = tomllib.loads(files.read_text(str(path)))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    table = dict(instructions=values.pop("instructions", {}))
+    instructions = _merge(dict(instructions=INSTRUCTIONS), table, str(path))["instructions"]
+    return path, values, instructions
 
 
 def tasks(names: str) -> dict[str, ConfigDict]:

@@ -313,7 +313,8 @@ class TextGeneration:
 
     def _encode_prompt(self, text: str) -> tuple[list[int], int]:
         """(the ids of a prompt, how many were cut off its beginning)."""
-        start, ids = self._format.split(self._tokenizer.encode(text))
+        (ids,) = self._format.encode_batch([text])
+        start, ids = self._format.split(ids)
         # + 1: a Generator wants room for the last token too, which a scored continuation doesn't
         # need.
         return prompts_lib.truncate_prompt(

@@ -46,6 +46,10 @@ class TextFormat:
         """What the model is to say for an answer, with the space before it."""
         return text
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of whole prompts, with what follows them or without it."""
+        return self._tokenizer.encode_batch(texts)
+
     def split(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """(ids that stay when the prompt is too long, the others), of the ids of a prompt."""
         return prefix_ids(self._tokenizer, ids), list(ids)
@@ -123,6 +127,10 @@ class ChatFormat:
     def answer(self, text: str) -> str:
         """See `TextFormat.answer`."""
         return self._space + text.lstrip()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `TextFormat.encode_batch`."""
+        return chat.encode(self._tokenizer, texts)
 
     def split(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """See `TextFormat.split`. The template writes BOS itself, where the model wants one."""

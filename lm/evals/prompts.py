@@ -204,7 +204,13 @@ class Shot(NamedTuple):
 
 def load(source: Mapping, split: str, name: str) -> Sequence[dict]:
     """The records of a split."""
+    has_files = source["path"] or any(source["lines"].values())
     try:
+        if source.get("pydocs") and not has_files:
+            # It imports TFDS, for half a second: only where used.
+            from lm.data import pydocs_tasks
+
+            return pydocs_tasks.load(split, source["pydocs"], source["data_dir"])
         return records_lib.load(
             split,
             path=source["path"],
