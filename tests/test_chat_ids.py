@@ -223,7 +223,7 @@ def test_marks_around_what_the_model_is_given(marks):
     tokenizer = tokenizer_of(source, Merging)
     messages = [user("q"), answer("\nx"), user("r"), answer(" y")]
     (asked,) = render_all(tokenizer, [messages[:1]], asks=True)
-    asked_ids = chat.encode(tokenizer, asked)
+    (asked_ids,) = chat.encode(tokenizer, [asked])
     for learnt, wanted in (
         ("answers", ["\nx<|im_end|>", " y<|im_end|>"]),
         ("last_answer", [" y<|im_end|>"]),
@@ -319,7 +319,7 @@ def test_a_prompt_has_the_same_ids_whatever_follows(name, learnt, marks, kind):
     prompt = [system("S"), user("Where?\n")]
     if learnt == "last_answer":
         prompt += [answer("Here."), user("a")]
-    asked = chat.encode(tokenizer, render(tokenizer, prompt, asks=True))
+    (asked,) = chat.encode(tokenizer, [render(tokenizer, prompt, asks=True)])
 
     conversations = [[*prompt, answer(start + "y")] for start in BEGINNINGS]
     texts = render_all(tokenizer, conversations)
@@ -335,8 +335,8 @@ def test_the_ids_of_a_rendered_prompt_when_the_model_is_asked():
     tokenizer = tokenizer_of("chatml")
     start, end = tokenizer.role_ids("turns")
     text = "<s><|im_start|>a<|im_end|>b<|im_start|>"
-    assert chat.encode(tokenizer, text) == [256, start, 97, end, 98, start]
-    assert chat.encode(tokenizer, "") == []
+    assert chat.encode(tokenizer, [text]) == [[256, start, 97, end, 98, start]]
+    assert chat.encode(tokenizer, [""]) == [[]]
     assert tokenizer.encode("<s>") == list(b"<s>")
 
 

@@ -213,7 +213,7 @@ def test_each_turn_of_a_conversation_sees_all_before_it():
     generate.converse(generator, chat_tokenizer(), OPTIONS, ["hi", "more"], out)
 
     assert out.getvalue() == "hello\nbye\n"
-    prompts = [bytes(ids).decode() for (ids,), _ in generator.calls]
+    prompts = [chat_tokenizer().spell(ids) for (ids,), _ in generator.calls]
     assert prompts == [
         "<s>[user]hi[assistant]",
         "<s>[user]hi[assistant]hello[user]more[assistant]",
@@ -235,7 +235,7 @@ def test_a_long_conversation_forgets_its_oldest_turns(caplog):
     lines = ["hi", "more" * 5, "x" * 60, "so?"]
     generate.converse(generator, chat_tokenizer(), OPTIONS, lines, io.StringIO(), system="S")
 
-    prompts = [bytes(ids).decode() for (ids,), _ in generator.calls]
+    prompts = [chat_tokenizer().spell(ids) for (ids,), _ in generator.calls]
     assert prompts == [
         "<s>[system]S[user]hi[assistant]",
         f"<s>[system]S[user]{'more' * 5}[assistant]",
@@ -249,7 +249,7 @@ def test_a_long_conversation_forgets_its_oldest_turns(caplog):
     generator.longest = 50
     lines = ["a", "b", "x" * 60, "c"]
     generate.converse(generator, chat_tokenizer(), OPTIONS, lines, io.StringIO(), system="S")
-    last = bytes(generator.calls[-1][0][0]).decode()
+    last = chat_tokenizer().spell(generator.calls[-1][0][0])
     assert last == "<s>[system]S[user]b[assistant]2[user]c[assistant]"
 
     # Without a template: the end of the text, after BOS.

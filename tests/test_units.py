@@ -27,7 +27,7 @@ from tests.helpers import assert_trees_close, model_config, random_model
 TOKENIZER = chat.with_template(ByteTokenizer(), "plain")
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 LENGTH = 32
-UNITS = batch_contract.ARRAYS | {"values": batch_contract.VALUES}
+UNITS = batch_contract.ARRAYS | batch_contract.UNIT_ARRAYS
 
 
 @pytest.fixture(autouse=True)
