@@ -62,6 +62,7 @@ def audit(config: ConfigDict, workdir: epath.Path, devices, num_rows: int) -> st
     sections = [page.Section("The first batch", [page.Table(["", ""], list(summary.items()))])]
     for segment in segments:
         sections.append(_section(segment, experiment.tokenizer))
+
     about = "What the model reads at each place, and what it is to predict there."
     files.write_whole(workdir / "audit.html", page.render("Audit", sections, about))
     return text
@@ -73,6 +74,7 @@ def _first_batch(experiment: build.Experiment) -> dict[str, np.ndarray]:
     if experiment.config.data.loader:
         # It may draw texts from the model.
         params = program.make_params(jax.random.key(experiment.config.seed))
+
     loader = experiment.make_loader()
     try:
         batch, _ = loader.next(params)
@@ -86,11 +88,13 @@ def summarize(batch: dict[str, np.ndarray], bos_id: int) -> dict[str, str]:
     is_token = batch["segments"] > 0
     num_tokens = int(is_token.sum())
     learnt = batch["weights"] > 0
+
     sizes, without, twice = [], 0, 0
     for segment in segments_of(batch, len(is_token)):
         sizes.append(len(segment.arrays["tokens"]))
         without += not (segment.arrays["weights"] > 0).any()
         twice += (segment.arrays["tokens"][:2] == bos_id).sum() == 2
+
     return {
         "rows": f"{len(is_token)} of {is_token.shape[1]} places, {is_token.mean():.1%} filled",
         "segments": f"{len(sizes)}, {np.mean(sizes):.1f} tokens on average",
@@ -152,6 +156,7 @@ def _section(segment: Segment, tokenizer: Tokenizer) -> page.Section:
             _number(weight),
         ]
         rows.append(row + [_number(arrays[name][i]) for name in others])
+
     columns = ["position", "reads", "predicts", "weight", *others]
     text = tokenizer.spell(arrays["tokens"].tolist())
     parts = [page.Preformatted("As it is read", text), page.Table(columns, rows)]

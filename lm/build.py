@@ -108,7 +108,7 @@ def encoded(config: ConfigDict, examples: Documents, tokenizer: tokenizers.Token
     """
     if examples.kind == "text":
         return examples
-    return units.encode(
+    packed = units.encode(
         examples,
         chat.with_template(tokenizer, config.chat.template),
         learnt=config.chat.learnt,
@@ -116,6 +116,14 @@ def encoded(config: ConfigDict, examples: Documents, tokenizer: tokenizers.Token
         length=config.data.length,
         seed=config.seed,
     )
+    stored = config.chat.reference_logprobs
+    is_stored = config.objective.get("reference") == "stored"
+    if is_stored != bool(stored):
+        raise ValueError(
+            f"config.chat.reference_logprobs = {stored!r} and config.objective.reference = "
+            f"{config.objective.get('reference')!r}; 'stored' needs a file, and no other does"
+        )
+    return units.with_stored(packed, stored) if stored else packed
 
 
 def _check_annotations(signature: inspect.Signature, arguments: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ RESUMABLE = (
     "data.source_args.data_dir",
     "data.source_args.held_out_by",
     "data.source_args.path",
+    "chat.reference_logprobs",
     "tokenizer.path",
     "tokenizer.reserve",
     # Another key that old runs don't have. It matters at step 0 only.
@@ -218,6 +219,8 @@ class Chat:
     learnt: str = one_of("answers", "last_answer")
     # longer than a row: left out | its beginning is cut off, but for BOS | its end is
     too_long: str = one_of("drop", "cut_prompt", "cut_answer")
+    # a file that --mode=reference wrote, for objective.reference = "stored"
+    reference_logprobs: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

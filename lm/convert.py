@@ -98,6 +98,7 @@ def import_adapter(
     # The tokenizer of the adapter, which may have a chat template of its own, where there is one.
     has_own = (source / "tokenizer.json").exists() or (source / "tokenizer.model").exists()
     tokenizer = tokenizers.load(source if has_own else base)
+
     abstract_base = build.abstract_model(config, devices, tokenizer.vocab_size).params
     shapes = {path: leaf.shape for path, leaf in checkpoint.flatten(abstract_base).items()}
     kv_heads = config.model.num_kv_heads
@@ -299,6 +300,7 @@ def export_adapter(
                 f"{workdir} trains {others[:3]}, which an adapter of peft's would lack; wanted a "
                 "run of adapters alone. python -m lm.convert merge makes one whole"
             )
+
         if base:
             target_family = hf.Checkpoint(Path(files.expand(base))).family
         else:
@@ -309,6 +311,7 @@ def export_adapter(
         abstract, _ = trained.split(model.params, lora.is_adapter)
         params = checkpoint.flatten(jax.device_get(saved.restore_params(abstract, averaged=True)))
     peft.write(target, target_family, fields, params, base or saved.meta["frozen"]["init_from"])
+
     tokenizer.save(epath.Path(target))
     (target / tokenizers.SPECIAL_IDS).unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from lm import build, checkpoint, command_line, escape, files, startup, weights
 from lm import config as config_lib
-from lm.data import chat
+from lm.data import chat, chat_ids
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import Tokenizer
 from lm.decoding import stop_strings
@@ -300,7 +300,8 @@ def converse(
     template = chat.template(tokenizer)
     if system and not template:
         raise ValueError("--system needs a chat template, which this checkpoint has none of")
-    special_tokens = chat.special_tokens(tokenizer)
+    # What people type is text, even where it spells out a special token.
+    encoder = chat_ids.ChatEncoder(tokenizer, "answers") if template else None
     longest = generator.longest_prompt(options.max_new_tokens)
 
     first = [dict(role="system", content=system)] if system else []
@@ -308,12 +309,10 @@ def converse(
     text = ""
 
     def prompt(turns: Sequence[dict[str, str]]) -> list[int]:
-        if not template:
+        if not encoder:
             return tokenizer.prompt(text)
         # The template writes BOS itself, where the model wants one.
-        rendered = chat.render(template, [*first, *turns], tokens=special_tokens)
-        (ids,) = chat.encode(tokenizer, [rendered])
-        return ids or [tokenizer.bos_id]
+        return encoder.prompt([*first, *turns]) or [tokenizer.bos_id]
 
     for line in lines:
         messages.append(dict(role="user", content=line))

@@ -54,9 +54,10 @@ _SHOW_PROMPTS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "audit"],
-    "Train; evaluate the newest checkpoint (or config.init_from); or show what would be trained "
-    "on, token by token, in WORKDIR/audit.html.",
+    ["train", "eval", "audit", "reference"],
+    "Train; evaluate the newest checkpoint (or config.init_from); show what would be trained on, "
+    "token by token, in WORKDIR/audit.html; or write what config.init_from says of pairs to "
+    "WORKDIR/reference.npz.",
 )
 _AUDIT_ROWS = flags.DEFINE_integer(
     "audit_rows", 2, "With --mode=audit: rows that are shown.", lower_bound=1
@@ -117,12 +118,15 @@ def main(argv: list[str]) -> None:
     # Seconds of imports, which neither --help nor a mistake in the flags waits for.
     import jax
 
-    from lm import audit, evaluate, startup, train
+    from lm import audit, evaluate, reference, startup, train
 
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     devices = startup.start(config.platform, processes if _COORDINATOR.value else None)
     if _MODE.value == "audit":
         print(audit.audit(config, workdir, devices, _AUDIT_ROWS.value))
+        return
+    if _MODE.value == "reference":
+        print(reference.write(config, workdir, devices))
         return
     if _MODE.value == "train":
         values = train.train(config, workdir, devices, profile_steps)

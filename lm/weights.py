@@ -47,6 +47,7 @@ def load_weights(
         _not_quantized(experiment.config), program.devices, program.model_config.vocab_size
     )
     params, step = _load_plain(experiment, source, plain.params, averaged, step)
+
     pack = functools.partial(nf4.packed, abstract=program.abstract_params, axes=plain.axes)
     layouts = jax.tree.map(_layout, program.abstract_params)
     return jax.jit(pack, out_shardings=layouts, donate_argnums=0)(params), step
@@ -193,6 +194,7 @@ def load_merged(
     whole = trained.merge(params, frozen)
     if not getattr(model.model_config, "lora_rank", 0):
         return model, whole
+
     merge = functools.partial(lora.merged, scale=lora.scale(model.model_config))
     without = _not_quantized(config)
     without.model.lora_rank = 0
@@ -206,6 +208,7 @@ def _load_base(base: str, abstract_frozen: dict, abstract_model: dict) -> dict:
     if not hf.is_checkpoint(directory):
         with checkpoint.open_run(directory) as saved:
             return saved.restore_params(abstract_frozen, averaged=False)
+
     # Its tensors are read all or none; no family has other heads than the vocabulary's.
     abstract_stored, _ = trained.split(abstract_model, lambda path: not path.startswith("heads/"))
     params = hf.Checkpoint(directory).load(abstract_stored, hf.progress_line(base))

@@ -14,9 +14,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The workers of pytest-xdist, and processes that tests start, inherit the cache of the session.
+# .ci/run has one for all its sessions.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="lm-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("LM_TESTS_CACHE", CACHE.name)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax

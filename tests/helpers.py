@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -36,8 +38,16 @@ def get_config():
     return ConfigDict(json.loads({text!r}))
 """
 
+# Python for a process of its own: the end of a run draws no curves, which would take as long as the
+# whole of a small run.
+NO_CURVES = """
+from lm import telemetry
+
+telemetry.plot_curves = lambda lines: b""
+"""
+
 # A data source slow enough for a test to stop the run between two given steps.
-SLOW_SOURCE = """
+SLOW_SOURCE = f"""{NO_CURVES}
 import time
 from lm.data import sources
 
@@ -49,6 +59,26 @@ class Slow(list):
 def jsonl(split, **arguments):
     documents = sources.jsonl(split, **arguments)
     return sources.Documents(Slow(documents.items), documents.fingerprint)
+"""
+
+# Forks a process for each command of argv[2] (JSON) of the module argv[1], which is imported once.
+FORKS = """
+import importlib, json, os, runpy, sys
+
+module, commands = sys.argv[1], json.loads(sys.argv[2])
+importlib.import_module(module)
+del sys.modules[module]
+for number, arguments in enumerate(commands):
+    pid = os.fork()
+    if not pid:
+        for stream in (1, 2):
+            file = os.open(f"{number}.{stream}", os.O_WRONLY | os.O_CREAT)
+            os.dup2(file, stream)
+        sys.argv[1:] = arguments
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    _, status = os.waitpid(pid, 0)
+    with open(f"{number}.status", "w") as file:
+        file.write(str(os.waitstatus_to_exitcode(status)))
 """
 
 
@@ -162,6 +192,34 @@ blue = [" blue"]
     text = text.replace("TEMPLATE", template)
     path.write_text(text)
     return str(path)
+
+
+# Commands.
+
+
+def xla_flags(devices):
+    """$XLA_FLAGS of the tests, with so many simulated devices."""
+    return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+
+
+def run_commands(module, commands, folder, devices=1):
+    """[(exit status, stdout, stderr)] of `python -m MODULE`, with each of some lists of arguments.
+
+    Imports take most of a small command's time: all are forks of one process, which has imported.
+    """
+    folder.mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": xla_flags(devices),
+    }
+    process = [sys.executable, "-c", FORKS, module, json.dumps(commands)]
+    subprocess.run(process, cwd=folder, env=environment, check=True)
+
+    results = []
+    for number in range(len(commands)):
+        status, out, err = (folder / f"{number}.{name}" for name in ("status", 1, 2))
+        results.append((int(status.read_text()), out.read_text(), err.read_text()))
+    return results
 
 
 # Runs.

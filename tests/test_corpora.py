@@ -51,6 +51,7 @@ def write_c4(data_dir):
     prepare(data_dir, "c4", features, splits, version="3.1.0", config="en")
 
 
+@pytest.mark.usefixtures("fast_runs")
 @pytest.mark.parametrize("name, write", [slow("lm1b", write_lm1b), ("c4", write_c4)])
 def test_config_trains_from_a_tiny_copy(name, write, tmp_path):
     config = runpy.run_path(f"configs/{name}.py")["get_config"]()

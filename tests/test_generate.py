@@ -2,22 +2,19 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from lm import checkpoint, generate, train
+from lm import checkpoint, generate
 from lm.data import chat
 from lm.data import tokenizer as tokenizers
 from lm.decoding.sampling import Sampling, row_keys
 from lm.decoding.stop_strings import TextStream, stream_texts
 from lm.generate import GenerationOptions
-from tests.helpers import ROOT
+from tests.helpers import run_commands, run_training
 
 BYTES = tokenizers.ByteTokenizer()
 
@@ -357,25 +354,20 @@ def test_templates_that_fail(source, message):
 # --- the command ---
 
 
+_RUN = []
+
+
 @pytest.fixture
-def run(tiny, tmp_path):
-    with tiny.unlocked():
-        tiny.optimizer.ema_decay = 0.5
-        tiny.model.param_dtype = "float32"
-    train.train(tiny, epath.Path(tmp_path / "run"), jax.devices()[:1])
-    return tmp_path / "run"
-
-
-def command(*arguments):
-    """(stdout, stderr) of lm.generate with four devices."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "lm.generate", *arguments],
-        env=dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return finished.stdout, finished.stderr
+def run(tiny, fast_runs, tmp_path_factory):
+    """A run that these tests only read."""
+    if not _RUN:
+        with tiny.unlocked():
+            tiny.optimizer.ema_decay = 0.5
+            tiny.model.param_dtype = "float32"
+        run = tmp_path_factory.mktemp("generate") / "run"
+        run_training(tiny, run)
+        _RUN.append(run)
+    return _RUN[0]
 
 
 @pytest.mark.slow
@@ -383,30 +375,35 @@ def test_the_command(run, tmp_path):
     """Greedy text of a run's average, alone and in a batch that is split over a mesh; and what is
     wrong with a command.
     """
-    common = (f"--workdir={run}", "--max_new_tokens=12", "--temperature=0")
+    common = [f"--workdir={run}", "--max_new_tokens=12", "--temperature=0"]
     (tmp_path / "p.txt").write_text("ab cde\nre\n")
+    wrong = [
+        (["--prompt=a"], "wanted --workdir=RUN or --from=DIR, and one of"),
+        (common, "and one of --prompt=TEXT"),
+        ([*common, "--prompt=a", "--top_p=2"], "top_p = 2.0; wanted above 0, up to 1"),
+        ([*common, "--prompt=a", "--seed=-1"], "error: --seed=-1; wanted 0 or above"),
+        ([*common, "--prompt=" + "a" * 30], "prompt 0 has 31 tokens; wanted 1 to 20"),
+        ([*common, "--prompt=a", "--mesh=tensor"], "--mesh=tensor; wanted AXIS=SIZE"),
+        ([f"--from={run}", "--prompt=a"], "is not the directory of a Hugging Face checkpoint"),
+        ([f"--workdir={tmp_path}/none", "--prompt=a"], "has no checkpoint that can be read"),
+    ]
+    commands = [
+        [*common, "--prompt=ab cde"],
+        [*common, f"--prompts={tmp_path}/p.txt", "--mesh=data=2,fsdp=2"],
+        *(arguments for arguments, _ in wrong),
+    ]
+    alone, batch, *failed = run_commands("lm.generate", commands, tmp_path / "commands", devices=4)
 
-    alone, log = command(*common, "--prompt=ab cde")
-    batch, _ = command(*common, f"--prompts={tmp_path}/p.txt", "--mesh=data=2,fsdp=2")
-
-    assert "step 6 of" in log
+    assert (alone[0], batch[0]) == (0, 0), (alone, batch)
+    assert "step 6 of" in alone[2]
     # One JSON object a prompt, in order; a single prompt's text is as it is.
-    first, second = [json.loads(line) for line in batch.splitlines()]
+    first, second = [json.loads(line) for line in batch[1].splitlines()]
     assert first["prompt"] == "ab cde"
     assert second["prompt"] == "re"
-    assert first["text"] + "\n" == alone
+    assert first["text"] + "\n" == alone[1]
 
-    for arguments, message in (
-        (("--prompt=a",), "wanted --workdir=RUN or --from=DIR, and one of"),
-        (common, "and one of --prompt=TEXT"),
-        ((*common, "--prompt=a", "--top_p=2"), "top_p = 2.0; wanted above 0, up to 1"),
-        ((*common, "--prompt=a", "--seed=-1"), "error: --seed=-1; wanted 0 or above"),
-        ((*common, "--prompt=" + "a" * 30), "prompt 0 has 31 tokens; wanted 1 to 20"),
-        ((*common, "--prompt=a", "--mesh=tensor"), "--mesh=tensor; wanted AXIS=SIZE"),
-        ((f"--from={run}", "--prompt=a"), "is not the directory of a Hugging Face checkpoint"),
-        ((f"--workdir={tmp_path}/none", "--prompt=a"), "has no checkpoint that can be read"),
-    ):
-        _, log = command(*arguments)
+    for (_, message), (status, _, log) in zip(wrong, failed, strict=True):
+        assert status == 1
         assert message in log
 
 

@@ -14,7 +14,7 @@ from etils import epath
 from lm import command_line, evaluate, startup, stopping, train
 from lm import config as config_lib
 from lm import main as main_lib
-from tests.helpers import CONFIG_FILE, ROOT, slow, write_task
+from tests.helpers import CONFIG_FILE, ROOT, slow, write_task, xla_flags
 
 KEYS = list(config_lib.flatten(config_lib.default()))
 # A config file with an argument and an eval.
@@ -394,7 +394,7 @@ def test_command_that_cannot_save(tiny, tmp_path, disk, advice):
         ],
         cwd=ROOT,
         # A cache of programs would fail too.
-        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""},
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": xla_flags(1)},
         capture_output=True,
         text=True,
         timeout=60,

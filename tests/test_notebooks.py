@@ -379,8 +379,3 @@ def test_colab(tmp_path):
     text = printed(notebook, "generate").partition(f"I step {STEPS} of ")[2].partition("\n")[2]
     assert len(text) > 20
     assert "  eval-12.md\n" in printed(notebook, "files")
-
-
-@pytest.mark.slow
-def test_checkpoints(tmp_path):
-    notebooks.check_checkpoints(execute("checkpoints.ipynb", tmp_path))

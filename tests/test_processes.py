@@ -17,6 +17,7 @@ from lm.evals import entries
 from tests.helpers import (
     CONFIG_FILE,
     LAST_STEP,
+    NO_CURVES,
     ROOT,
     SLOW_SOURCE,
     VERBALIZER,
@@ -25,6 +26,7 @@ from tests.helpers import (
     read_metrics,
     run_training,
     saved_steps,
+    xla_flags,
 )
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
@@ -81,12 +83,11 @@ class Hosts:
         ]
 
         # 8 devices in all, whatever the number of processes; their outputs would mix on a pipe.
-        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // count}")
         self.logs = [run.parent / f"{run.name}-{count}-{i}.log" for i in range(count)]
         self.children = []
         for i, log in enumerate(self.logs):
             env = os.environ | {
-                "XLA_FLAGS": flags,
+                "XLA_FLAGS": xla_flags(8 // count),
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(i),
@@ -166,9 +167,12 @@ def assert_close(run, reference):
             assert [line[key] for line in lines] == [line[key] for line in wanted_lines]
 
 
-def test_two_processes_are_one(config, tmp_path):
+def test_two_processes_are_one(config, tmp_path, monkeypatch):
     run_training(config, tmp_path / "one", devices=8)
-    codes, outputs = Hosts(2, config, tmp_path / "two").wait()
+    source = f"{NO_CURVES}\nfrom lm.data.sources import jsonl\n"
+    (tmp_path / "source.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    codes, outputs = Hosts(2, config, tmp_path / "two", "--config.data.source=source.jsonl").wait()
     assert codes == [0, 0], outputs
     assert_close(tmp_path / "two", tmp_path / "one")
 
@@ -178,7 +182,7 @@ def test_two_processes_are_one(config, tmp_path):
 
 
 # A data source whose import makes a bit of a parameter flip on the sixth device, after step 5.
-FLIPPING_SOURCE = """
+FLIPPING_SOURCE = f"""{NO_CURVES}
 import jax
 from lm import train
 from lm.data.sources import jsonl

@@ -30,6 +30,7 @@ from tests.helpers import (
     saved_steps,
     slow,
     terminate_at,
+    xla_flags,
 )
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
@@ -293,7 +294,6 @@ def start_program(config, tmp_path):
     """Starts the program itself on a slow source, in tmp_path / "run"."""
     (tmp_path / "slow_source.py").write_text(SLOW_SOURCE)
     (tmp_path / "config.py").write_text(CONFIG_FILE.format(text=json.dumps(config.to_dict())))
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return subprocess.Popen(
         [
             sys.executable,
@@ -305,7 +305,7 @@ def start_program(config, tmp_path):
             "--config.platform=cpu",
         ],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": flags},
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": xla_flags(1)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -340,20 +340,6 @@ def test_command_line(small, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     small.data.source = "slow_source.jsonl"
     run_training(small, run)
-    assert_same_run(run, whole, 60)
-
-
-@pytest.mark.slow
-def test_command_line_started_again(small, tmp_path):
-    """The very command, given twice, goes on to the same end and says how good the model is."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train_whole(small, whole)
-    terminate_program(start_program(small, tmp_path), run)
-
-    again = start_program(small, tmp_path)
-    out, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err[-3000:]
-    assert "bits_per_byte" in out
     assert_same_run(run, whole, 60)
 
 

@@ -53,6 +53,7 @@ RANKS = {
     "lm/plan/": 8,
     "lm/evaluate.py": 9,
     "lm/audit.py": 10,
+    "lm/reference.py": 10,
     "lm/train.py": 10,
     "lm/convert.py": 10,
     "lm/generate.py": 10,

@@ -91,6 +91,7 @@ def _config(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_runs")
 def test_the_words_that_were_trained_are_suggested(config, tmp_path):
     run = epath.Path(tmp_path / "run")
     devices = jax.devices()[:1]

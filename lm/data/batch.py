@@ -40,9 +40,8 @@ ARRAYS = {
 }
 # fmt: on
 
-# What objectives on pairs and judged answers declare: the value of a token's example, see
-# `lm.data.conversations.Example`.
-VALUES = Array(np.float32)
+# What rows of examples have besides, for objectives that declare it; see `lm.data.units.Unit`.
+UNIT_ARRAYS = {"values": Array(np.float32), "stored_logprobs": Array(np.float32)}
 
 
 def empty_row(length: int, arrays: Mapping[str, Array] = ARRAYS) -> dict[str, np.ndarray]:

@@ -112,6 +112,25 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return tokens
 
 
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of rendered conversations, whose special tokens are spelt out."""
+    if tokenizer.files.keys() - {"chat_template.jinja"}:
+        return tokenizer.encode_batch(texts)
+
+    # Tokenizers that are made here take them for text.
+    spelt = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
+    encoded = []
+    for text in texts:
+        ids: list[int] = []
+        for part in re.split(f"({spelt})", text):
+            if part in tokenizer.special:
+                ids.append(tokenizer.special[part])
+            elif part:
+                ids += tokenizer.encode(part)
+        encoded.append(ids)
+    return encoded
+
+
 def render(
     source: str,
     messages: Sequence[Mapping[str, Any]],
@@ -156,17 +175,20 @@ def render_all(
     documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     marks: tuple[str, str] = ("", ""),
+    tools_each: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
 ) -> list[str]:
     """Returns what `render` does for each conversation, faster than one by one.
 
     Args:
       marks: stand around what the template encloses in {% generation %}.
+      tools_each: in place of tools, those of each conversation.
     """
     if not importlib.util.find_spec("jinja2"):
         raise ValueError("chat templates need the package jinja2: pip install -e '.[hf]'")
     texts: list[str] = []
     try:
-        for batch in _batches(conversations):
+        characters_each = len(json.dumps([tools, documents]))
+        for batch, batch_tools in _batches(conversations, tools_each, characters_each):
             texts += limited.call(
                 "lm.data.templates:render_all",
                 source=source,
@@ -176,41 +198,29 @@ def render_all(
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 marks=marks,
+                tools_each=batch_tools,
             )
     except ValueError as error:
         raise ValueError(f"the chat template fails: {error}") from None
     return texts
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of texts that a template wrote, with special tokens where they are spelt out.
+def _batches(
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    tools_each: Sequence | None,
+    characters_each: int,
+) -> Iterator[tuple[list[list], list | None]]:
+    """Conversations with their tools, by so many as a process renders.
 
-    Tokenizers that are made here take what is spelt out for text.
+    Args:
+      characters_each: of what stands in each of them beside its messages and its own tools.
     """
-    special = tokenizer.special
-    first = next(iter(special), "")
-    if not special or tokenizer.encode(first) == [special[first]]:
-        return tokenizer.encode_batch(texts)
-
-    spelt = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    encoded = []
-    for text in texts:
-        ids: list[int] = []
-        for part in re.split(f"({spelt})", text):
-            ids += [special[part]] if part in special else tokenizer.encode(part)
-        encoded.append(ids)
-    return encoded
-
-
-def _batches(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[list[list]]:
-    """Conversations by so many as a process renders."""
-    batch: list[list] = []
-    characters = 0
-    for messages in conversations:
-        batch.append(list(messages))
-        characters += len(json.dumps(batch[-1]))
-        if len(batch) == CONVERSATIONS_PER_PROCESS or characters > CHARACTERS_PER_PROCESS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    start, characters = 0, 0
+    for i, messages in enumerate(conversations, 1):
+        own_tools = tools_each[i - 1] if tools_each else None
+        characters += len(json.dumps([messages, own_tools])) + characters_each
+        is_full = i - start == CONVERSATIONS_PER_PROCESS or characters > CHARACTERS_PER_PROCESS
+        if is_full or i == len(conversations):
+            batch = [list(messages) for messages in conversations[start:i]]
+            yield batch, list(tools_each[start:i]) if tools_each else None
+            start, characters = i, 0

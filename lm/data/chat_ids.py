@@ -42,7 +42,6 @@ class Span(NamedTuple):
 
     text: str
     is_learnt: bool
-    is_marked: bool = False  # learnt because the template says so
 
 
 class Piece(NamedTuple):
@@ -69,60 +68,111 @@ class ChatEncoder:
         self._special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
     def encode(
-        self, conversations: Sequence[Messages], tools: Sequence[Any] | None = None
+        self, conversations: Sequence[Messages], tools: Sequence[list | None] | None = None
     ) -> list[list[Encoded]]:
         """Returns each conversation's rows: one, or one for each answer.
 
         Args:
-          tools: JSON schemas of what the model may call in all of them.
+          tools: of each of them JSON schemas of what the model may call; of all or of none.
 
         Raises:
           ValueError: a template that refuses them, or writes a prompt otherwise once its answer
             follows.
         """
         source = chat.template(self._tokenizer, with_tools=bool(tools))
-        guard, begin, end = _unused(source + json.dumps(conversations, ensure_ascii=False))
+        guard, begin, end = _unused(source + json.dumps([conversations, tools], ensure_ascii=False))
         conversations = [self._guarded(messages, guard) for messages in conversations]
-        options = dict(tokens=self._tokens, tools=tools, add_generation_prompt=False)
+        tools = self._guarded(tools, guard) or [None] * len(conversations)
+        options = dict(tokens=self._tokens, add_generation_prompt=False)
 
         if _GENERATION.search(source):
-            texts = chat.render_all(source, conversations, marks=(begin, end), **options)
-            rows = [[_marked(text, begin, end)] for text in texts]
+            rows = self._by_marks(source, conversations, tools, (begin, end), options)
         else:
-            rows = self._by_prefixes(source, conversations, options)
+            rows = self._by_prefixes(source, conversations, tools, options)
 
         encoded = []
         for rows_of_conversation in rows:
             encoded.append([self._encoded(spans, guard) for spans in rows_of_conversation])
         return encoded
 
+    def prompt(self, messages: Messages) -> list[int]:
+        """Returns the ids of a conversation that the model is to answer.
+
+        Raises:
+          ValueError: a template that refuses it.
+        """
+        source = chat.template(self._tokenizer)
+        guard, *_ = _unused(source + json.dumps(messages, ensure_ascii=False))
+        text = chat.render(source, self._guarded(messages, guard), tokens=self._tokens)
+        return self._encoded([Span(text, False)], guard).ids.tolist()
+
     def _guarded(self, value, guard: str):
         """A message with a guard in each special token that it spells out."""
         if isinstance(value, str):
-            return self._special.sub(lambda found: found[0][0] + guard + found[0][1:], value)
+            return self._special.sub(lambda found: guard.join(found[0]), value)
         if isinstance(value, Mapping):
             return {name: self._guarded(item, guard) for name, item in value.items()}
         if isinstance(value, Sequence):
             return [self._guarded(item, guard) for item in value]
         return value
 
-    def _by_prefixes(
-        self, source: str, conversations: Sequence[Messages], options: Mapping[str, Any]
-    ) -> list[list[list[Span]]]:
-        """The spans of each conversation's rows, by what an answer adds to its prompt."""
-        prompts, answered = [], []
-        for messages in conversations:
-            for i in _answers(messages):
+    def _answers(self, messages: Messages) -> list[int]:
+        """The numbers of the answers that are learnt."""
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return answers[-1:] if self._learnt == "last_answer" else answers
+
+    def _turns(
+        self,
+        source: str,
+        conversations: Sequence[Messages],
+        tools: Sequence[list | None],
+        marks: tuple[str, str],
+        options: Mapping[str, Any],
+    ) -> Iterator[list[tuple[str, str]]]:
+        """Yields, for each conversation, of each answer the prompt, and that with the answer."""
+        prompts, answered, tools_each = [], [], []
+        for messages, own_tools in zip(conversations, tools):
+            for i in self._answers(messages):
                 prompts.append(messages[:i])
                 answered.append(messages[: i + 1])
-        options = dict(options)
-        wholes = iter(chat.render_all(source, answered, **options))
+                tools_each.append(own_tools)
+        options = dict(options, tools_each=tools_each if any(tools_each) else None)
+        wholes = iter(chat.render_all(source, answered, marks=marks, **options))
         options["add_generation_prompt"] = True
         starts = iter(chat.render_all(source, prompts, **options))
-
-        rows = []
         for messages in conversations:
-            turns = [(next(starts), next(wholes)) for _ in _answers(messages)]
+            yield [(next(starts), next(wholes)) for _ in self._answers(messages)]
+
+    def _by_marks(
+        self,
+        source: str,
+        conversations: Sequence[Messages],
+        tools: Sequence[list | None],
+        marks: tuple[str, str],
+        options: Mapping[str, Any],
+    ) -> list[list[list[Span]]]:
+        """The spans of each conversation's rows, by the marks around what is learnt."""
+        rows = []
+        for turns in self._turns(source, conversations, tools, marks, options):
+            _, last = turns[-1]
+            is_one_row = all(last.startswith(whole) for _, whole in turns)
+            if is_one_row and self._learnt == "answers":
+                rows.append([_behind_prompts(_marked(last, *marks), [start for start, _ in turns])])
+                continue
+            spans = [_behind_prompts(_marked(whole, *marks), [start]) for start, whole in turns]
+            rows.append(list(map(_only_last, spans)))
+        return rows
+
+    def _by_prefixes(
+        self,
+        source: str,
+        conversations: Sequence[Messages],
+        tools: Sequence[list | None],
+        options: Mapping[str, Any],
+    ) -> list[list[list[Span]]]:
+        """The spans of each conversation's rows, by what an answer adds to its prompt."""
+        rows = []
+        for turns in self._turns(source, conversations, tools, ("", ""), options):
             for start, whole in turns:
                 if not whole.startswith(start):
                     raise ValueError(
@@ -143,6 +193,7 @@ class ChatEncoder:
                 ids += [self._tokenizer.special[piece.text] for piece in group]
                 numbers += [piece.number for piece in group]
                 continue
+
             # What a text is tokenized to may depend on the special tokens around it.
             before = groups[i - 1][-1].text if i else ""
             after = groups[i + 1][0].text if i + 1 < len(groups) else ""
@@ -175,39 +226,59 @@ class ChatEncoder:
             behind = after if i == len(pieces) - 1 else ""
             added = _behind(left_ids, self._encode(before, left + text, behind, guard))
             if added is None:
-                # Most tokenizers begin anew behind a line's end.
-                line_ids = self._encode(before, "\n", "", guard)
-                added = _behind(line_ids, self._encode(before, "\n" + text, behind, guard))
-            if added is None:
-                added = self._encode("", text, behind, guard)
+                added = self._encode_behind_others(text, behind, guard)
             yield added, number
             left, left_ids = left + text, left_ids + added
 
     def _encode(self, before: str, text: str, after: str, guard: str) -> list[int]:
+        if guard in text and before:
+            return self._encode_behind_others(text, after, guard)
         if guard in text:
             return self._tokenizer.encode_literally(text.replace(guard, ""))
         return self._tokenizer.encode_between(before, text, after)
+
+    def _encode_behind_others(self, text: str, after: str, guard: str) -> list[int]:
+        """The ids of a text that isn't the first one, whatever stands before it."""
+        # Most tokenizers begin anew behind a line's end, or a word.
+        for start in ("\n", "a"):
+            if guard in text:
+                start_ids = self._tokenizer.encode_literally(start)
+                ids = self._tokenizer.encode_literally(start + text.replace(guard, ""))
+            else:
+                start_ids = self._tokenizer.encode_between("", start, "")
+                ids = self._tokenizer.encode_between("", start + text, after)
+            added = _behind(start_ids, ids)
+            if added is not None:
+                return added
+        return self._encode("", text, after, guard)
 
     def _learnt_ids(
         self, ids: Sequence[int], numbers: Sequence[int], spans: Sequence[Span]
     ) -> np.ndarray:
         """Which ids are learnt: those of the learnt spans, each with what ends its turn.
 
-        Behind that a span that was found by prefixes may have what the template writes between
-        turns, which the model needn't write.
+        Behind that a span may have what the template writes between turns, which the model needn't
+        write.
         """
         is_learnt = np.zeros(len(ids), bool)
         learnt = [number for number in sorted(set(numbers)) if spans[number].is_learnt]
+
         for number in learnt[-1:] if self._learnt == "last_answer" else learnt:
             start = bisect.bisect_left(numbers, number)
             end = bisect.bisect_right(numbers, number)
+
             stops = [i for i in range(start, end) if ids[i] in self._tokenizer.stop_ids]
-            if stops and not spans[number].is_marked:
+            if stops:
                 end = stops[-1] + 1
             elif not stops and end < len(ids) and ids[end] in self._tokenizer.stop_ids:
                 end += 1
             is_learnt[start:end] = True
+
         return is_learnt
+
+
+def _is_learnt(span: Span) -> bool:
+    return span.is_learnt
 
 
 def _is_special(piece: Piece) -> bool:
@@ -228,19 +299,47 @@ def _unused(text: str) -> list[str]:
     return unused[:3]
 
 
-def _answers(messages: Messages) -> list[int]:
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
 def _marked(text: str, begin: str, end: str) -> list[Span]:
     """The spans of a text with marks around what is learnt."""
     spans = []
     for i, part in enumerate(text.split(begin)):
         if i:
             learnt, _, part = part.partition(end)
-            spans.append(Span(learnt, True, is_marked=True))
+            spans.append(Span(learnt, True))
         spans.append(Span(part, False))
     return spans
+
+
+def _behind_prompts(spans: Sequence[Span], prompts: Sequence[str]) -> list[Span]:
+    """Spans of which nothing is learnt that a prompt has: some templates enclose the end of the
+    line before an answer, which the model is given.
+    """
+    whole = "".join(span.text for span in spans)
+    ends = [len(prompt) for prompt in prompts if whole.startswith(prompt)]
+    cut, position = [], 0
+    for text, is_learnt in spans:
+        # How much of a learnt span its prompt has.
+        within = [end - position for end in ends if position < end < position + len(text)]
+        given = max(within, default=0) if is_learnt else len(text)
+        cut += [Span(text[:given], False), Span(text[given:], is_learnt)]
+        position += len(text)
+
+    # What isn't learnt is one text, and tokenized as one.
+    joined = []
+    for is_learnt, group in itertools.groupby(filter(lambda span: span.text, cut), _is_learnt):
+        group = list(group)
+        joined += group if is_learnt else [Span("".join(span.text for span in group), False)]
+    return joined
+
+
+def _only_last(spans: Sequence[Span]) -> list[Span]:
+    """Spans of which the last one that is learnt still is. What stands before it is one text, as
+    when the model is asked.
+    """
+    learnt = [i for i, span in enumerate(spans) if span.is_learnt]
+    last = learnt[-1] if learnt else len(spans)
+    before = "".join(span.text for span in spans[:last])
+    return [Span(before, False), *spans[last:]]
 
 
 def _rows_of_turns(turns: Sequence[tuple[str, str]]) -> list[list[Span]]:

@@ -13,7 +13,8 @@ A format is known by its keys. Messages become token ids in lm/data/chat_ids.py.
 import collections
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm import files, progress
@@ -98,7 +99,7 @@ def conversations(
     with progress.activity(f"reading {path}", len(found), "files") as reading:
         for file in reading.each(found):
             in_file: list[Example] = []
-            for number, record in enumerate(records.read_table(file), 1):
+            for number, record in _numbered(file):
                 name = f"{file}:{number}"
                 try:
                     in_file.append(read(record, name, left_out))
@@ -110,6 +111,13 @@ def conversations(
     return as_documents(examples, held_out_part)
 
 
+def _numbered(file: str) -> Iterable[tuple[int, dict]]:
+    """The records of a file with their numbers: of JSONL those of their lines."""
+    if file.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
+        return files.read_jsonl(file)
+    return enumerate(records.read_table(file), 1)
+
+
 def as_documents(examples: Sequence[Example], held_out_part: HeldOut | None = None) -> Documents:
     """Returns examples of one kind as the documents of a split.
 
@@ -118,9 +126,11 @@ def as_documents(examples: Sequence[Example], held_out_part: HeldOut | None = No
     """
     if not examples:
         raise held_out_part.error_without_documents() if held_out_part else ValueError("no example")
-    kinds = collections.Counter(example.kind for example in examples)
+    kinds: dict[str, str] = {}  # -> the name of its first example
+    for example in examples:
+        kinds.setdefault(example.kind, example.name)
     if len(kinds) > 1:
-        raise ValueError(f"examples of several kinds: {dict(kinds)}; wanted one, of {list(KINDS)}")
+        raise ValueError(f"examples of several kinds: {kinds}; wanted one, of {list(KINDS)}")
     if held_out_part:
         held_out_part.log()
 
@@ -159,6 +169,14 @@ def read(record: Mapping[str, Any], name: str, left_out: LeftOut) -> Example:
       ValueError: it is in none of them.
       Unusable: nothing can be learnt from it.
     """
+    example = _example(record, name, left_out)
+    if not is_utf8_text(json.dumps(example, ensure_ascii=False)):
+        raise Unusable("it has characters that UTF-8 can't hold")
+    return example
+
+
+def _example(record: Mapping[str, Any], name: str, left_out: LeftOut) -> Example:
+    """See `read`."""
     tools = _tools(record.get("tools"), name)
     source = record.get("source")
     about = dict(tools=tools, name=name, source=source if isinstance(source, str) else "")
@@ -169,6 +187,7 @@ def read(record: Mapping[str, Any], name: str, left_out: LeftOut) -> Example:
         return Example((chosen, rejected), "pair", margin, **about)
 
     messages = _answered(_messages_of(record, name), name, left_out)
+
     label = record.get("label")
     if label is None:
         return Example((messages,), "conversation", 0.0, **about)
@@ -209,11 +228,12 @@ def _turns(value, role: str, name: str) -> list[dict[str, Any]]:
 
 def _alpaca(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """A question with its input apart too: Alpaca's own template puts a line between them."""
-    instruction, given = record["instruction"], record.get("input") or ""
+    instruction, given = record["instruction"] or "", record.get("input") or ""
     for key in ("instruction", "input", "output"):
-        if not isinstance(record.get(key) or "", str):
+        if not isinstance(record.get(key), (str, type(None))):
             raise ValueError(f"{name}: {key} is {record[key]!r:.60}; wanted a text")
     content = f"{instruction}\n\n{given}" if given else instruction
+
     question = dict(role="user", content=content, instruction=instruction, input=given)
     answer = dict(role="assistant", content=record.get("output"))
     return [*_system(record, name), question, answer]
@@ -245,7 +265,8 @@ def _pair(record: Mapping[str, Any], name: str, left_out: LeftOut) -> tuple[list
 def _margin(margin, name: str) -> float:
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    if not is_number or not math.isfinite(margin):
         raise ValueError(f"{name}: margin is {margin!r:.60}; wanted a number")
     return float(margin)
 
@@ -275,7 +296,7 @@ def _messages(value, name: str, key: str) -> list[dict[str, Any]]:
     messages = []
     for turn in value:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = _ROLES_ELSEWHERE.get(role, role)
+        role = _ROLES_ELSEWHERE.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"{name}: the role {role!r:.60}; valid: {list(ROLES)}")
         others = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
@@ -294,8 +315,6 @@ def _text(content, name: str) -> str | None:
         content = "".join(parts)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"{name}: a message's content is {content!r:.60}; wanted a text")
-    if content is not None and not is_utf8_text(content):
-        raise Unusable("a message has characters that UTF-8 can't hold")
     return content
 
 
@@ -320,6 +339,7 @@ def _answered(messages: list[dict[str, Any]], name: str, left_out: LeftOut) -> l
         kept = kept[:-1]
     if not kept:
         raise Unusable("there is no answer")
+
     if messages[-1]["role"] != "assistant":
         left_out.add("questions behind the last answer", name)
 

@@ -184,12 +184,12 @@ class UnitLayout(NamedTuple):
 
     parts: int
     numbered: bool = False
-    arrays = batch.ARRAYS | {"values": batch.VALUES}
+    arrays = batch.ARRAYS | batch.UNIT_ARRAYS
 
     @property
     def features(self) -> tuple[str, ...]:
         """The arrays that a unit has."""
-        features = ("tokens", "targets", "weights", "positions", "part", "values")
+        features = ("tokens", "targets", "weights", "positions", "part", *batch.UNIT_ARRAYS)
         return (*features, "number") if self.numbered else features
 
     def to_row(self, packed: dict) -> dict[str, np.ndarray]:
@@ -203,6 +203,7 @@ class UnitLayout(NamedTuple):
             positions=np.array(packed["positions"], np.int32),
             segments=np.array(segments, np.int32),
             values=np.array(packed["values"], np.float32),
+            stored_logprobs=np.array(packed["stored_logprobs"], np.float32),
         )
         if self.numbered:
             row["number"] = np.array(packed["number"], np.int32)

@@ -41,6 +41,8 @@ _SPELLINGS = {
         ("<start_of_turn>", "<end_of_turn>"),
     ),
 }
+# What ends a turn, in each of the ways.
+ENDS_OF_TURNS = tuple(texts[1] for texts in _SPELLINGS["turns"])
 _SENTINEL = "<extra_id_{}>"
 _LLAMA3_TURNS = "turns:llama3"
 

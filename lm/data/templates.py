@@ -22,11 +22,13 @@ def render_all(
     documents: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
     marks: Sequence[str] = ("", ""),
+    tools_each: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
 ) -> list[str]:
     """Returns the conversations as texts; see `lm.data.chat.render_all`.
 
     Args:
       marks: stand around what {% generation %} encloses.
+      tools_each: in place of tools, those of each conversation.
 
     Raises:
       ValueError: a template that is no Jinja, or refuses the messages.
@@ -34,10 +36,10 @@ def render_all(
     try:
         template = _sandbox(*marks).from_string(source)
         texts: list[str] = []
-        for messages in conversations:
+        for number, messages in enumerate(conversations):
             text = template.render(
                 messages=list(map(_with_reasoning, messages)),
-                tools=tools,
+                tools=tools_each[number] if tools_each else tools,
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 **tokens,

@@ -726,11 +726,12 @@ class HuggingFaceTokenizer(Roles):
         self.files = {**files, SPECIAL_IDS: json.dumps(kept).encode()}
 
     def _ends_of_turns(self, files: Mapping[str, bytes], settings: Mapping) -> tuple[int, ...]:
-        """What ends a turn in the chat template, if that is among the roles."""
+        """What ends a turn in the chat template."""
         templates = files.get(CHAT_TEMPLATE, b"").decode("utf-8", errors="replace")
         templates += str(settings.get("chat_template", ""))
-        ends = self.roles.get("turns", ())[1:2]
-        return tuple(i for i in ends if self._tokenizer.id_to_token(i) in templates)
+        # A tokenizer may have the tokens of several ways to write turns.
+        ends = [text for text in roles_lib.ENDS_OF_TURNS if text in templates]
+        return tuple(self.special[text] for text in ends if text in self.special)
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """[CLS] and [SEP] if these are what the files put around a text, else BOS and EOS."""
@@ -772,6 +773,8 @@ class HuggingFaceTokenizer(Roles):
         return self._literal.encode(text, add_special_tokens=False).ids
 
     def encode_between(self, before: str, text: str, after: str) -> list[int]:
+        if self._tokenizer.encode_special_tokens:
+            return self.encode(text)  # it takes those around it for text, too
         # Some special tokens take white space with them, and some tokenizers put a space before the
         # first of all texts only.
         ids = self.encode(before + text + after)

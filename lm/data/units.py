@@ -7,10 +7,15 @@ al. 2024, arXiv 2402.01306, section 4.1).
 """
 
 import collections
-from collections.abc import Sequence
+import dataclasses
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from lm import files, progress
 from lm.data import chat_ids
@@ -24,7 +29,8 @@ class Unit(NamedTuple):
 
     Attributes:
       arrays: tokens, targets, weights, positions as in a batch; part, 0 or 1; values, see
-        `lm.data.conversations.Example`.
+        `lm.data.conversations.Example`; stored_logprobs, those of the targets under a reference,
+        where they were computed beforehand.
       name, source: see there.
     """
 
@@ -50,6 +56,7 @@ def encode(
     """
     if examples.kind != "conversation":
         learnt = "last_answer"
+
     encoder = chat_ids.ChatEncoder(tokenizer, learnt)
     rows = _encode_all(examples, encoder)
     if examples.kind == "judged":
@@ -71,6 +78,7 @@ def encode(
             "all tokens are learnt, those of the prompts too: {% generation %} in the chat "
             "template encloses whole conversations"
         )
+
     contents = []
     for unit in units:
         contents += [array.tobytes() for array in unit.arrays.values()]
@@ -81,18 +89,19 @@ def _encode_all(
     examples: Documents, encoder: chat_ids.ChatEncoder
 ) -> list[tuple[Example, list[chat_ids.Encoded]]]:
     """The parts of each example's units, in order."""
-    # Templates take the tools of one call.
-    by_tools = collections.defaultdict(list)
+    # A tokenizer may have a template of its own for conversations with tools.
+    by_template = collections.defaultdict(list)
     for number, example in enumerate(examples):
-        by_tools[repr(example.tools)].append(number)
+        by_template[bool(example.tools)].append(number)
 
     rows: list[list] = [[] for _ in range(len(examples))]
-    with progress.activity("encoding conversations", len(by_tools), "sets of tools") as encoding:
-        for numbers in encoding.each(list(by_tools.values())):
-            conversations = []
+    with progress.activity("encoding conversations", len(by_template), "templates") as encoding:
+        for numbers in encoding.each(list(by_template.values())):
+            conversations, tools = [], []
             for number in numbers:
                 conversations += examples[number].conversations
-            encoded = iter(encoder.encode(conversations, examples[numbers[0]].tools))
+                tools += [examples[number].tools] * len(examples[number].conversations)
+            encoded = iter(encoder.encode(conversations, tools if any(tools) else None))
             for number in numbers:
                 rows[number] = [next(encoded) for _ in examples[number].conversations]
 
@@ -118,9 +127,11 @@ def _with_others_answers(rows: list, seed: int) -> list:
     with_answers = []
     for number, (example, (row,)) in enumerate(rows):
         _, (other,) = rows[following[number]]
+
         prompt, answer = _first_learnt(row), _first_learnt(other)
         ids = np.concatenate([row.ids[:prompt], other.ids[answer:]])
         is_learnt = np.concatenate([row.is_learnt[:prompt], other.is_learnt[answer:]])
+
         with_answers.append((example, [row, chat_ids.Encoded(ids, is_learnt)]))
     return with_answers
 
@@ -143,6 +154,8 @@ class _Cut(NamedTuple):
         Raises:
           Unusable: they don't, or nothing is learnt of one of them.
         """
+        if any(len(part.ids) and part.is_learnt.all() for part in parts):
+            raise Unusable("all of it is learnt: its template writes no prompt")
         # The last token of a conversation is nobody's input; of a pair it is scored.
         spare = 1 if len(parts) == 1 else 0
         excess = sum(len(part.ids) for part in parts) - spare - self.length
@@ -167,6 +180,7 @@ class _Cut(NamedTuple):
         if end < len(is_learnt) and is_learnt[end - 1]:
             rest = is_learnt[end:]
             rest[: len(rest) if rest.all() else int(np.argmin(rest))] = False
+
         ids = np.concatenate([part.ids[:kept], part.ids[end:]])
         return chat_ids.Encoded(ids, np.concatenate([is_learnt[:kept], is_learnt[end:]]))
 
@@ -188,10 +202,14 @@ def _unit(example: Example, parts: Sequence[chat_ids.Encoded]) -> Unit:
     arrays = []
     for number, part in enumerate(parts):
         arrays.append(_arrays(part, number, keep_last=len(parts) > 1))
+
     joined = {}
     for name in arrays[0]:
         joined[name] = np.concatenate([of_part[name] for of_part in arrays])
-    joined["values"] = np.full(len(joined["tokens"]), example.value, np.float32)
+
+    size = len(joined["tokens"])
+    joined["values"] = np.full(size, example.value, np.float32)
+    joined["stored_logprobs"] = np.zeros(size, np.float32)
     return Unit(joined, example.name, example.source)
 
 
@@ -207,3 +225,65 @@ def _arrays(row: chat_ids.Encoded, number: int, *, keep_last: bool) -> dict[str,
         positions=np.arange(end, dtype=np.int32),
         part=np.full(end, number, np.int32),
     )
+
+
+# --- what a reference says of them, computed beforehand (lm.reference) ---
+
+
+def key_of(unit: Unit) -> str:
+    """Returns what a unit is known by: its tokens, and which of them are learnt."""
+    arrays = (unit.arrays[name].tobytes() for name in ("tokens", "weights", "part"))
+    return files.short_hash_of_parts(arrays)
+
+
+def numbers(unit: Unit, number: int) -> np.ndarray:
+    """Returns an array by which a unit is found again in rows."""
+    return np.full(len(unit.arrays["tokens"]), number, np.int32)
+
+
+def pack_stored(by_key: Mapping[str, np.ndarray], fingerprint: str) -> bytes:
+    """Returns a file of log-probabilities.
+
+    Args:
+      by_key: key of a unit -> f32 [its places].
+      fingerprint: of the reference's parameters.
+    """
+    content = io.BytesIO()
+    np.savez(
+        content,
+        fingerprint=np.array(fingerprint),
+        keys=np.array(list(by_key)),
+        sizes=np.array([len(values) for values in by_key.values()]),
+        values=np.concatenate(list(by_key.values())).astype(np.float32),
+    )
+    return content.getvalue()
+
+
+def with_stored(documents: Documents, path: str) -> Documents:
+    """Returns units with the log-probabilities of a file that `lm.reference` wrote.
+
+    Raises:
+      ValueError: no such file, or it lacks an example.
+    """
+    where = f"config.chat.reference_logprobs = {path!r}"
+    try:
+        content = io.BytesIO(epath.Path(files.expand(path)).read_bytes())
+        stored = np.load(content, allow_pickle=False)
+        ends = np.cumsum(stored["sizes"])[:-1]
+        values = np.split(stored["values"], ends)
+        by_key = dict(zip(stored["keys"].tolist(), values, strict=True))
+        fingerprint = str(stored["fingerprint"])
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{where} can't be read ({error}); --mode=reference writes one") from None
+
+    for unit in documents:
+        logprobs = by_key.get(key_of(unit))
+        if logprobs is None or len(logprobs) != len(unit.arrays["tokens"]):
+            raise ValueError(
+                f"{where} lacks {unit.name}: the data, the tokenizer or config.chat changed since "
+                "--mode=reference wrote it"
+            )
+        unit.arrays["stored_logprobs"] = logprobs
+
+    facts = [documents.fingerprint, fingerprint]
+    return dataclasses.replace(documents, fingerprint=files.short_hash(json.dumps(facts).encode()))

@@ -9,7 +9,7 @@ import numpy as np
 from lm.data.pack import Encoder, UnitLayout, evaluation_rows
 from lm.data.records import take
 from lm.data.sources import Documents
-from lm.data.units import Unit
+from lm.data.units import Unit, numbers
 from lm.evals.predict import Artifact, PredictFns, predictions_artifact
 from lm.evals.prompts import check_least
 from lm.evals.scores import statistics
@@ -42,6 +42,7 @@ class AnswerLoss:
         check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         units = list(take(documents, max_documents))
         self._predict_fns = predict_fns
+
         windows = [unit.arrays for unit in units]
         self._rows = evaluation_rows(windows, predict_fns.length, UnitLayout(1))
         self._weights = np.stack([row["weights"] for row in self._rows])
@@ -87,8 +88,8 @@ class Preferences:
 
         numbered = []
         for number, unit in enumerate(self._units):
-            size = len(unit.arrays["tokens"])
-            numbered.append(unit.arrays | {"number": np.full(size, number, np.int32)})
+            numbered.append(unit.arrays | {"number": numbers(unit, number)})
+
         layout = UnitLayout(2, numbered=True)
         self._rows = evaluation_rows(numbered, predict_fns.length, layout)
         self.about = {"fingerprint": documents.fingerprint, "examples": len(self._units)}

@@ -70,10 +70,12 @@ def read(directory: Path, family: Family, shapes: Mapping[str, tuple[int, ...]],
         raise ValueError(
             f"{directory} adapts {unknown[:3]}, which is no matrix of the layers of a {family.name}"
         )
+
     starts = hf.first_outputs(family, shapes)
     layers: dict[str, dict[int, tuple]] = collections.defaultdict(dict)
     for module, (a, b) in pairs.items():
         _check_sizes(module, a, b, [(row, shapes[row.path][1:]) for row, _ in rows[module]])
+
         module_alpha = _pattern_value(config.get("alpha_pattern"), module, alpha)
         b = b * (lora.scale_of(a.shape[0], module_alpha, scaling) / scale)
         for row, layer in rows[module]:
@@ -89,6 +91,7 @@ def read(directory: Path, family: Family, shapes: Mapping[str, tuple[int, ...]],
             )
         for i, name in enumerate(lora.names(path)):
             params[name] = np.stack([of_layers[layer][i] for layer in range(num_layers)])
+
     adapted = {path.rpartition("/")[2] for path in layers}
     targets = ",".join(name for name in lora.TARGETS if name in adapted)
     fields = dict(lora_rank=rank, lora_alpha=alpha, lora_scaling=scaling, lora_targets=targets)
@@ -227,6 +230,7 @@ def write(
         a, b = _to_theirs(rows, params, fields["num_kv_heads"])
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
+
         # What stands behind the layer's number; c_proj alone would be two matrices of GPT-2.
         name = re.split(r"\.\d+\.", module)[-1]
         modules[name] = True
@@ -249,6 +253,7 @@ def write(
         fan_in_fan_out=any(row.layout == "conv1d" for row in family.tensors),
         inference_mode=True,
     )
+
     specs = {name: (array.dtype, array.shape) for name, array in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.write(directory / TENSORS, specs, iter(tensors.values()))

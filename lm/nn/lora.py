@@ -19,6 +19,7 @@ from flax import nnx
 TARGETS = ("query", "key", "value", "out", "up", "gate", "down")
 PARAMS = "*_lora_?"  # what the adapters' parameters are called
 _A, _B = "_lora_a", "_lora_b"
+_KEY = 2**31 - 1
 
 _is_off = contextvars.ContextVar("lora_is_off", default=False)
 
@@ -102,15 +103,19 @@ def attach(module: nnx.Module, key: jax.Array, config, num_inputs: Mapping[str, 
         return
     targets = parse_targets(config.lora_targets)
     module.lora_scale = scale(config)
+    # A key of its own: fold_in(key, i) is split(key)[i], by which weights are drawn.
+    key = jax.random.fold_in(key, _KEY)
     for number, (name, inputs) in enumerate(num_inputs.items()):
         weight = getattr(module, name)
         if name not in targets or weight is None:
             continue
+
         shape, axes = weight.shape, weight.get_metadata("logical_axes")
         fan_in = math.prod(shape[:inputs])
         a_shape = (*shape[:inputs], config.lora_rank)
         # As wide as PyTorch draws a layer's weights, Uniform(-1, 1) / sqrt(inputs).
         std = 1 / math.sqrt(3 * fan_in)
+
         draw = jax.random.normal(jax.random.fold_in(key, number), a_shape, jnp.float32)
         a = nnx.Param(std * draw, logical_axes=(*axes[:inputs], "rank"))
         b = jnp.zeros((config.lora_rank, *shape[inputs:]), jnp.float32)
@@ -169,8 +174,10 @@ def _merge(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.A
     rank = a.shape[-1]
     # In a stack both have the layers in front.
     layers = weight.shape[: a.ndim + b.ndim - 2 - weight.ndim]
+
     a_matrix = a.reshape(*layers, -1, rank)
     b_matrix = b.reshape(*layers, rank, -1)
     delta = jnp.matmul(a_matrix, b_matrix, precision=jax.lax.Precision.HIGHEST)
+
     total = weight.astype(jnp.float32) + scale * delta.reshape(weight.shape)
     return total.astype(weight.dtype)

@@ -202,6 +202,7 @@ def _logprobs_backward(logical_axes, dtype, chunk, saved, grads):
     start = jnp.zeros(gathered_VD.shape, jnp.float32)
     chunks = _chunks(chunk, hidden_BTD.astype(dtype), targets_BT, log_z_BT, grads[0])
     table_grad_VD, hidden_grad = jax.lax.scan(body, start, chunks)
+
     table_grad = collectives.scatter_grad(table_grad_VD, logical_axes, table.dtype)
     return _unchunked(hidden_grad), table_grad, None
 

@@ -98,6 +98,7 @@ def dequantize(
     blocks = QArray(
         unpacked.astype(jnp.uint4).reshape(-1, BLOCK), scales.reshape(-1, 1), None, "nf4"
     )
+
     matrix = dequantize_blocks(blocks).reshape(rows, columns)
     in_order = matrix.reshape([shape[dim] for dim in order])
     return in_order.transpose([order.index(dim) for dim in range(len(shape))])

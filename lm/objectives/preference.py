@@ -2,7 +2,8 @@
 
 A row has pairs as neighbouring segments, see `lm.data.units`: the better answer and the worse one;
 for KTO an answer, and another's answer to the same prompt. The reference is a model of its own
-(config.models.reference), the model without its adapters, or none.
+(config.models.reference), the model without its adapters, what was computed beforehand
+(lm.reference), or none.
 
 Letters: B batch, T length, U units of a row.
 """
@@ -20,7 +21,7 @@ from lm.objectives import units as units_lib
 from lm.objectives.preference_losses import LOSSES, WITHOUT_REFERENCE, Pairs
 
 token_logprobs = causal.token_logprobs
-ARRAYS = {"values": batch_contract.VALUES}
+ARRAYS = batch_contract.UNIT_ARRAYS
 PREPARED = {
     # log-probability of each target under the reference; 0 without one
     "reference_logprobs": batch_contract.Array(np.float32),
@@ -69,7 +70,7 @@ def check_no_dropout(model_config) -> None:
 def _check_arguments(loss: str, reference: str, label_smoothing: float) -> None:
     if loss not in (*LOSSES, "kto"):
         raise ValueError(f"config.objective.loss = {loss!r}; valid: {[*LOSSES, 'kto']}")
-    valid = ("none",) if loss in WITHOUT_REFERENCE else ("model", "base")
+    valid = ("none",) if loss in WITHOUT_REFERENCE else ("model", "base", "stored")
     if reference not in valid:
         raise ValueError(
             f"config.objective.reference = {reference!r}; valid with config.objective.loss = "
@@ -97,6 +98,8 @@ def make_prepare(*, loss: str = "dpo", reference: str = "model", chunk: int = 0,
         if reference == "base":
             with lora.off():
                 return logprobs(model, batch)
+        if reference == "stored":
+            return batch["stored_logprobs"]
         if "reference" not in models:
             raise ValueError(
                 "config.objective.reference = 'model' needs config.models.reference, with the "
@@ -106,11 +109,13 @@ def make_prepare(*, loss: str = "dpo", reference: str = "model", chunk: int = 0,
 
     def prepare(batch, model, **models):
         reference_BT = reference_logprobs(batch, model, models)
+
         z0 = jnp.zeros((), jnp.float32)
         if loss == "kto":
             ratios = units_of(batch | {"reference_logprobs": reference_BT}, logprobs(model, batch))
             distance_BU = jnp.where(ratios.exists, ratios.second - ratios.second_reference, 0)
-            z0 = jnp.maximum(jnp.sum(distance_BU) / jnp.maximum(jnp.sum(ratios.exists), 1), 0)
+            count = jnp.maximum(jnp.sum(ratios.exists, dtype=jnp.float32), 1.0)
+            z0 = jnp.maximum(jnp.sum(distance_BU) / count, 0)
         return {"reference_logprobs": reference_BT, "z0": jnp.full(len(reference_BT), z0)}
 
     return prepare
@@ -143,7 +148,7 @@ def make_unit_terms(
     Args:
       loss: of `lm.objectives.preference_losses.LOSSES`, or kto.
       reference: "model", that of config.models.reference; "base", the model without its adapters;
-        "none".
+        "stored", the file of config.chat.reference_logprobs; "none".
       beta, label_smoothing, margin, desirable_weight, undesirable_weight: see there.
       chunk: positions of each row whose logits exist at a time; 0: all.
 
@@ -168,6 +173,7 @@ def make_unit_terms(
             units.first_tokens,
             units.second_tokens,
         )
+
         losses_BU = preference_losses.pair_losses(
             pairs, name=loss, beta=beta, label_smoothing=label_smoothing, margin=margin
         )
@@ -200,6 +206,7 @@ def make_unit_terms(
     def unit_terms(model, batch, keys_B, **models):
         output = model(batch["tokens"], batch["positions"], batch["segments"], keys_B=keys_B)
         logprobs_BT, _ = causal.logprobs(model, output.hidden, batch["targets"], chunk)
+
         units = units_of(batch, logprobs_BT)
         terms = of_judged(units, batch["z0"][0]) if loss == "kto" else of_pairs(units)
         return units.weights, terms, output.aux
@@ -236,10 +243,12 @@ def units_of(batch, logprobs_BT: jax.Array) -> Units:
     weights_BT = batch["weights"]
     segments_BT = batch["segments"]
     first_tokens, second_tokens, parts = units_lib.sums(weights_BT, segments_BT)
+
     first, second, _ = units_lib.sums(logprobs_BT * weights_BT, segments_BT)
     references_BT = batch["reference_logprobs"] * weights_BT
     first_reference, second_reference, _ = units_lib.sums(references_BT, segments_BT)
     values, _, _ = units_lib.sums(batch["values"] * weights_BT, segments_BT)
+
     exists = first_tokens > 0
     return Units(
         exists,

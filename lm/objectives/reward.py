@@ -15,7 +15,7 @@ from lm.objectives import units as units_lib
 from lm.objectives.preference import check_no_dropout
 
 token_logprobs = causal.token_logprobs
-ARRAYS = {"values": batch_contract.VALUES}
+ARRAYS = {"values": batch_contract.UNIT_ARRAYS["values"]}
 
 
 def examples(**arguments) -> tuple[str, ...]:
@@ -68,6 +68,7 @@ def make_unit_terms(*, centring: float = 0.01, chunk: int = 0):
         losses_BU = preference_losses.reward_losses(
             chosen_BU, rejected_BU, margins_BU, centring=centring
         )
+
         terms = {
             "loss": losses_BU,
             "accuracy": (chosen_BU > rejected_BU).astype(jnp.float32),
@@ -83,6 +84,7 @@ def is_last(segments_BT: jax.Array) -> jax.Array:
     """1 at the last token of each segment, f32 [B, T]."""
     whole_BT = collectives.gather_sequence(segments_BT)
     following_BT = jnp.pad(whole_BT[:, 1:], ((0, 0), (0, 1)))
+
     places_T = collectives.places(segments_BT.shape[1])
     following_BT = following_BT[:, places_T]
     return ((segments_BT > 0) & (segments_BT != following_BT)).astype(jnp.float32)

@@ -1,10 +1,7 @@
 """lm.convert and config.init_from, from the command to what transformers makes of the result."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,7 +14,7 @@ from etils import epath
 from lm import build, claim, convert, evaluate, train
 from lm.data import pack
 from lm.data import tokenizer as lm_tokenizers
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_commands
 from tests.parity import references
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -87,18 +84,6 @@ def mean_loss_in_transformers(directory, texts, length):
 # --- the commands ---
 
 
-def command(*arguments):
-    """(exit status, output) of lm.convert."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "lm.convert", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=""),
-    )
-    return finished.returncode, finished.stdout + finished.stderr
-
-
 @pytest.mark.parametrize(
     "name, tokenizer_file, dtype",
     [("llama-3.2", "tokenizer.json", torch.bfloat16), ("gpt2", "vocab.json", torch.float32)],
@@ -108,29 +93,26 @@ def test_import_and_export(name, tokenizer_file, dtype, tmp_path):
     loads it, chat template included.
     """
     source = make_checkpoint(tmp_path / "source", name, tokenizer_file, dtype)
-    run, back = tmp_path / "run", tmp_path / "back"
+    run, back, other = tmp_path / "run", tmp_path / "back", tmp_path / "other"
+    import_it = ["import", f"--from={source}", f"--workdir={run}"]
+    export_it = ["export", f"--workdir={run}", f"--to={back}"]
+    wrong = [
+        # What is there is not written over.
+        (import_it, "is in use; take another --workdir"),
+        (export_it, "is not empty; take another --to"),
+        (["export", f"--workdir={run}", f"--to={other}", "--family=opt"], "no opt has"),
+    ]
+    commands = [import_it, export_it, *(arguments for arguments, _ in wrong)]
+    imported, exported, *failed = run_commands("lm.convert", commands, tmp_path / "commands")
 
-    code, output = command("import", f"--from={source}", f"--workdir={run}")
-    assert code == 0, output
-    assert "is the checkpoint at step 0" in output
-    code, output = command("export", f"--workdir={run}", f"--to={back}")
-    assert code == 0, output
-
+    assert (imported[0], exported[0]) == (0, 0), (imported, exported)
+    assert "is the checkpoint at step 0" in imported[1]
     assert_same_files(back, source)
     assert_same_tokenizer(run / "tokenizer", back)
 
-    # What is there is not written over.
-    code, output = command("import", f"--from={source}", f"--workdir={run}")
-    assert code == 1
-    assert "is in use; take another --workdir" in output
-    code, output = command("export", f"--workdir={run}", f"--to={back}")
-    assert code == 1
-    assert "is not empty; take another --to" in output
-
-    other = tmp_path / "other"
-    code, output = command("export", f"--workdir={run}", f"--to={other}", "--family=opt")
-    assert code == 1
-    assert "no opt has" in output
+    for (_, message), (status, _, log) in zip(wrong, failed, strict=True):
+        assert status == 1
+        assert message in log
     assert not other.exists()
 
 
@@ -208,11 +190,16 @@ def test_a_workdir_that_another_process_has(tmp_path):
 # --- runs ---
 
 
+# Without pictures.
+fast_runs = pytest.mark.usefixtures("fast_runs")
+
+
 def perplexity_entry(**options):
     """An entry of config.evals that evaluates the validation split at the end."""
     return dict(type="lm.evals.perplexity.Perplexity", every=0, split="validation", **options)
 
 
+@fast_runs
 def test_a_run_starts_from_a_directory(tiny, tmp_path):
     """init_from decides model and tokenizer. The loss of lm's evaluation is transformers'. Training
     goes on from there, and the export is a checkpoint of the same family.
@@ -252,6 +239,7 @@ def test_a_run_starts_from_a_directory(tiny, tmp_path):
     assert their_loss == pytest.approx(trained_loss, abs=1e-4)
 
 
+@fast_runs
 def test_a_checkpoint_gets_tokens(tiny, tmp_path):
     """Tokens that transformers adds to its tokenizer, with init_resize: the old ids' probabilities
     are those of the source, less the new ids' share, which is theirs by number.
@@ -294,14 +282,20 @@ def test_a_checkpoint_gets_tokens(tiny, tmp_path):
     np.testing.assert_allclose(new, np.broadcast_to(mean, new.shape), atol=0.02)
 
 
+@fast_runs
 def test_pydocs_is_exported(tmp_path):
-    """The README's configuration, trained for a few steps: transformers has the same validation
-    loss, with the same tokenizer.
+    """The README's configuration, trained for a few steps on our own pages: transformers has the
+    same validation loss, with the same tokenizer.
     """
     config = runpy.run_path(str(ROOT / "configs/pydocs.py"))["get_config"]("micro").unlock()
-    config.train.length = "24 steps"
-    config.optimizer.warmup_steps = 4
-    config.data.source_args.data_dir = config.data.cache_dir = str(tmp_path / "cache")
+    config.train.length = "4 steps"
+    config.optimizer.warmup_steps = 1
+    config.tokenizer.vocab_size = 512
+    config.data.source = "lm.data.sources.text"
+    config.data.source_args = dict(
+        path=str(ROOT / "docs/*.md"), held_out=0.1, held_out_by="hash", document_chars=1000
+    )
+    config.data.update(dict(length=128, batch_size=4, streams=4, cache_dir=str(tmp_path / "cache")))
     config.model.compute_dtype = "float32"
     config.mesh.fsdp = 1
     config.evals = dict(part=perplexity_entry(batch_size=16, max_documents=12))
