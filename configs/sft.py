@@ -102,6 +102,8 @@ def _opt_iml(c: ConfigDict, data: list[str]) -> None:
     """FLAN's with examples before the question, and a task of a seen cluster held out."""
     _mixture(c, data)
     c.data.source_args.held_out_tasks = "pydocs_raises"
+    # The examples are there to be read.
+    c.chat.learnt = "last_answer"
     # Tokens have some three characters.
     most_chars = 2 * c.data.length
     c.data.source_args.wording.update(dict(shots=4, shots_as="turns", most_chars=most_chars))

@@ -900,10 +900,12 @@ def build(
     train_documents = (
         _train_documents(run_program, read_train(), run_tokenizer) if training else None
     )
-    if unit == "epochs":
+    # Without training nothing depends on their number.
+    counts_epochs = unit == "epochs" and training
+    if counts_epochs:
         steps_of_epochs = functools.partial(_steps_of_epochs, c, train_documents, encoder)
         total_steps = count_steps(steps_of_epochs=steps_of_epochs)
-    if unit == "epochs" or run_tokenizer.vocab_size != vocab_size:
+    if counts_epochs or run_tokenizer.vocab_size != vocab_size:
         run_program = program(c, devices, run_tokenizer.vocab_size, total_steps)
     return Experiment(
         program=run_program,

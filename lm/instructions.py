@@ -226,9 +226,11 @@ class _Task:
         for key, texts in (("prompt", own), ("instructions.phrasings", instructions["phrasings"])):
             for text in texts:
                 self._ways.append(_Way(prompts.Template(text, f"{where}.{key}")))
+        key = f"{where}.instructions.reversed"
         for pair in instructions["reversed"]:
-            question, answer = (prompts.Template(t, f"{where}.instructions.reversed") for t in pair)
-            self._ways.append(_Way(question, answer))
+            if isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(f"{key}: {pair!r}; wanted pairs of a question and an answer")
+            self._ways.append(_Way(*(prompts.Template(text, key) for text in pair)))
         self._rejected = prompts.Template(
             instructions["rejected"], f"{where}.instructions.rejected"
         )

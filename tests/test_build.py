@@ -269,6 +269,14 @@ def test_an_epoch_is_every_document_once(tiny, one_device, packing):
 # What is built.
 
 
+def test_evals_count_no_epochs(tiny, one_device):
+    """There are no training documents then, and the run may be of epochs."""
+    experiment = build.build(
+        changed(tiny, {"train.length": "2 epochs"}), one_device, training=False
+    )
+    assert experiment.train_documents is None
+
+
 def test_build_computes_and_writes_nothing(tiny, tmp_path, one_device):
     before = sorted(tmp_path.rglob("*"))
     experiment = build.build(tiny, one_device)

@@ -261,6 +261,9 @@ def test_tasks_refused(tmp_path):
     task["instructions"]["phrasings"] = ("{text}?", "{sentence}?")
     with pytest.raises(ValueError, match=r"'sentence'; the record has \['label', 'text'\]"):
         instructions.mixture("train", tasks=dict(a=task))
+    task["instructions"] |= dict(phrasings=(), reversed=("{answer}?", "{text}"))
+    with pytest.raises(ValueError, match="reversed: '{answer}.'; wanted pairs of a question and"):
+        instructions.mixture("train", tasks=dict(a=task))
     with pytest.raises(ValueError, match="'a' has no instructions.rejected"):
         instructions.preferences("train", tasks=dict(a=task))
     del task["instructions"]
