@@ -485,6 +485,28 @@ def test_tools_take_their_own_template():
     assert tokenizer.decode(row.ids) == "t[1]"
 
 
+TEXTS = {
+    "plain": "<s>SabAcdB</s>".replace("A", "A</s>"),
+    "alpaca": "<s>S\n\n### Instruction:\nab\n\n### Response:\nA</s>\n\n"
+    "### Instruction:\ncd\n\n### Response:\nB</s>",
+    "chatml": "<s><|im_start|>system\nS<|im_end|>\n"
+    "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    "<|im_start|>user\ncd<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n",
+    "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nab [/INST] A </s><s>[INST] cd [/INST] B </s>",
+    "llama3": "<s>SYSTEMS<|eot_id|>USERab<|eot_id|>ASSISTANTA<|eot_id|>"
+    "USERcd<|eot_id|>ASSISTANTB<|eot_id|>",
+}
+for role in ("system", "user", "assistant"):
+    header = f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+    TEXTS["llama3"] = TEXTS["llama3"].replace(role.upper(), header)
+
+
+@pytest.mark.parametrize("name", chat.SHIPPED)
+def test_texts_of_shipped_templates(name):
+    messages = [system("S"), user("ab"), answer("A"), user("cd"), answer("B")]
+    assert render(tokenizer_of(name), messages) == TEXTS[name]
+
+
 def test_alpaca_gives_the_input_a_line_of_its_own():
     tokenizer = tokenizer_of("alpaca")
     question = user("Where?\n\nBern", instruction="Where?", input="Bern")

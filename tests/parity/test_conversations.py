@@ -388,6 +388,26 @@ def test_a_tokenizer_that_splits_special_tokens(directories, tmp_path):
         assert row.is_learnt.tolist() == wanted.is_learnt.tolist()
 
 
+def test_special_tokens_that_take_white_space_with_them(directories, tmp_path):
+    """As Phi-3's do: the ids of a text depend on the special tokens around it."""
+    saved = json.loads((directories["Qwen"] / "tokenizer.json").read_text())
+    for token in saved["added_tokens"]:
+        if token["content"] in TURNS:
+            token.update(lstrip=True, rstrip=True)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text("{}")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [user(" What? "), answer("The cat. \n"), user("then\n\n"), answer("a ")]
+    for source in (MARKED["chatml"], MARKED["content"]):
+        (row,) = encode(lm_tokenizers.load(tmp_path), source, [messages])[0]
+        wanted = theirs.apply_chat_template(
+            messages, chat_template=source, tokenize=True, return_dict=True
+        )
+        assert row.ids.tolist() == wanted["input_ids"]
+
+
 def test_a_template_and_its_tokens_are_added_as_transformers_adds_them(tmp_path):
     """A base model without them is given ChatML."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
