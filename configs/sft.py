@@ -1,9 +1,17 @@
 """Supervised tuning of a base model, a run's directory or a Hugging Face checkpoint's:
 
+    python -m lm.main --config=configs/sft.py:alpaca,BASE,alpaca_data.json --workdir=runs/alpaca
+    python -m lm.main --config=configs/sft.py:chat,BASE,chats.jsonl --workdir=runs/chat
+    python -m lm.main --config=configs/sft.py:questions,BASE --workdir=runs/questions
     python -m lm.main --config=configs/sft.py:flan,BASE --workdir=runs/flan
     python -m lm.main --config=configs/sft.py:opt_iml,BASE --workdir=runs/opt_iml
 
-flan and opt_iml are mixtures of instructions (lm/instructions.py) about the docstrings of this
+alpaca and chat read conversations in any of the formats of lm/data/conversations.py. A twentieth of
+them is held out. alpaca writes them as Stanford Alpaca does; chat in ChatML, whose tokens are added
+to a tokenizer that lacks them. --config.model.lora_rank=8 trains adapters.
+
+questions is docs/tuning.md's example: questions about functions, with short answers out of their
+docstrings. flan and opt_iml are mixtures of instructions (lm/instructions.py) about the docstrings of this
 machine; config.data.source_args.held_out_clusters names what isn't tuned on. More tasks follow with
 their files, for training and evals both:
 
@@ -13,13 +21,10 @@ All tasks are evaluated at the end, those that are held out too. --mode=eval in 
 with the same --config, evaluates the base model.
 """  # noqa: E501
 
-import json
-
 from etils import epath
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import files
 from lm.evals import entries
 
 PYDOCS = tuple(name for name in entries.shipped_tasks() if name.startswith("pydocs_"))
@@ -32,8 +37,7 @@ def get_config(argument: str = "flan") -> ConfigDict:
     base, *data = given or [""]
 
     c = config_lib.default()
-    c.init_from = base
-    _take_model(c, base)
+    config_lib.start_from(c, base)
     c.data.length = min(512, c.model.context_length)
     c.data.batch_size = 16
 
@@ -48,13 +52,38 @@ def get_config(argument: str = "flan") -> ConfigDict:
     return c
 
 
-def _take_model(c: ConfigDict, base: str) -> None:
-    """Takes model and tokenizer of a run. A Hugging Face checkpoint brings its own."""
-    file = epath.Path(files.expand(base)) / "config.json"
-    saved = json.loads(files.read_text(str(file))) if base and file.exists() else {}
-    if isinstance(saved.get("model"), dict):
-        c.model.update(config_lib.stored_model(dict(config=saved), str(file)))
-        c.tokenizer.path = str(file.parent / "tokenizer")
+def _conversations(c: ConfigDict, data: list[str]) -> None:
+    """Tunes on files."""
+    c.data.source = "lm.data.conversations.conversations"
+    c.data.source_args = ConfigDict(dict(path=",".join(data), held_out=0.05, held_out_by="hash"))
+    c.train.length = "3 epochs"
+    c.evals.held_out = entries.held_out("AnswerLoss", every=200, max_documents=500)
+
+
+def _alpaca(c: ConfigDict, data: list[str]) -> None:
+    _conversations(c, data)
+    c.chat.template = "alpaca"
+
+
+def _chat(c: ConfigDict, data: list[str]) -> None:
+    _conversations(c, data)
+    c.chat.template = "chatml"
+    c.tokenizer.reserve = "turns"
+    c.init_resize = bool(c.init_from)
+    c.model.vocab_size = 0  # the tokenizer's, with the new ones
+
+
+def _questions(c: ConfigDict, data: list[str]) -> None:
+    """Tunes on one task, which the base model is asked with four examples."""
+    _mixture(c, data)
+    name = "pydocs_questions"
+    c.data.source_args.update(
+        tasks=ConfigDict({name: entries.instructed(name)}), held_out_clusters="", rounds=2
+    )
+    c.evals = ConfigDict(dict(held_out=entries.held_out("AnswerLoss", every=100)))
+    c.evals.questions = entries.task(name, max_documents=500)
+    shots = dict(shots=4, sampler="random")
+    c.evals.with_examples = entries.task(name, max_documents=500, prompt=shots)
 
 
 def _mixture(c: ConfigDict, data: list[str]) -> None:
@@ -110,4 +139,10 @@ def _opt_iml(c: ConfigDict, data: list[str]) -> None:
 
 
 # What follows the colon -> the function that changes the configuration, by what follows BASE.
-SIZES = {"flan": _flan, "opt_iml": _opt_iml}
+SIZES = {
+    "alpaca": _alpaca,
+    "chat": _chat,
+    "questions": _questions,
+    "flan": _flan,
+    "opt_iml": _opt_iml,
+}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from lm import files
@@ -450,6 +451,26 @@ def check_model(fields: Mapping, where: str) -> None:
     """
     if problems := _problems(where, ModelFields, fields):
         raise ValueError("\n".join(problems))
+
+
+def start_from(config: ConfigDict, base: str) -> None:
+    """Lets a configuration start from a base: its weights, and where it is a run's directory its
+    model and its tokenizer. Those of a Hugging Face checkpoint are taken when it is read.
+
+    Args:
+      base: "" leaves the configuration as it is.
+
+    Raises:
+      ValueError: see `stored_model`.
+    """
+    config.init_from = base
+    directory = epath.Path(files.expand(base))
+    if not base or not (directory / "config.json").exists():
+        return
+    saved = files.read_json(directory / "config.json")
+    if isinstance(saved.get("model"), dict):
+        config.model.update(stored_model({"config": saved}, str(directory)))
+        config.tokenizer.path = str(directory / "tokenizer")
 
 
 def stored_model(meta: Mapping, where: str, model_type: str = "") -> dict:

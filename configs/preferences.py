@@ -1,0 +1,64 @@
+"""Preferences: a reward model, or a model that is tuned on pairs of a better and a worse answer.
+
+    python -m lm.main --config=configs/preferences.py:reward,BASE --workdir=runs/reward
+    python -m lm.main --config=configs/preferences.py:dpo,BASE --workdir=runs/dpo
+    python -m lm.main --config=configs/preferences.py:kto,BASE,judged.jsonl --workdir=runs/kto
+
+BASE is a run's directory or that of a Hugging Face checkpoint, mostly of supervised tuning. A size
+is reward, or a loss of lm/objectives/preference.py: dpo, robust, hinge, ipo, orpo, simpo, kto. What
+follows BASE is a file of pairs (for kto of judged answers) in a format of lm/data/conversations.py;
+without one the pairs are those of docs/tuning.md, answers to questions about docstrings with wrong
+ones as long.
+
+The reference is BASE itself. --config.model.lora_rank=8 --config.objective.reference=base trains
+adapters, and takes the model without them; --mode=reference computes what it says beforehand.
+"""
+
+from ml_collections import ConfigDict
+
+from lm import config as config_lib
+from lm.evals import entries
+from lm.objectives.preference_losses import LOSSES, WITHOUT_REFERENCE
+
+SIZES = {name: name for name in ("reward", "kto", *LOSSES)}
+
+
+def get_config(argument: str = "dpo") -> ConfigDict:
+    size, *given = argument.split(",")
+    loss = config_lib.sized(SIZES, size)
+    base, *paths = given or [""]
+
+    c = config_lib.default()
+    config_lib.start_from(c, base)
+    c.data.length = min(512, c.model.context_length)
+    c.data.batch_size = 16
+    if paths:
+        c.data.source = "lm.data.conversations.conversations"
+        path = ",".join(paths)
+        c.data.source_args = ConfigDict(dict(path=path, held_out=0.05, held_out_by="hash"))
+    else:
+        tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
+        c.data.source = "lm.instructions.preferences"
+        c.data.source_args = ConfigDict(dict(tasks=tasks, wording=dict(space=True)))
+    c.chat.template = "plain"
+
+    if loss == "reward":
+        c.objective = ConfigDict(dict(type="lm.objectives.reward", centring=0.01))
+        c.model.heads = "scalar"
+        c.init_new = "heads/*"
+        c.optimizer.learning_rate = 3e-4
+    else:
+        reference = "none" if loss in WITHOUT_REFERENCE else "model"
+        c.objective = ConfigDict(dict(type="lm.objectives.preference", loss=loss, beta=0.1))
+        c.objective.reference = reference
+        c.objective.chunk = 0
+        c.optimizer.learning_rate = 3e-5
+        if base and reference == "model":
+            c.models.reference = ConfigDict(dict(init_from=base, model={}))
+
+    c.optimizer.schedule = "linear"
+    c.optimizer.final_learning_rate = 0.0
+    c.optimizer.weight_decay = 0.0
+    c.train.length = "1 epochs"
+    c.evals.held_out = entries.held_out("Preferences", every=100, max_documents=500)
+    return c
