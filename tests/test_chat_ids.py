@@ -486,7 +486,7 @@ def test_tools_take_their_own_template():
 
 
 TEXTS = {
-    "plain": "<s>SabAcdB</s>".replace("A", "A</s>"),
+    "plain": "<s>SabA</s>cdB</s>",
     "alpaca": "<s>S\n\n### Instruction:\nab\n\n### Response:\nA</s>\n\n"
     "### Instruction:\ncd\n\n### Response:\nB</s>",
     "chatml": "<s><|im_start|>system\nS<|im_end|>\n"
