@@ -487,8 +487,8 @@ def test_tools_take_their_own_template():
 
 TEXTS = {
     "plain": "<s>SabA</s>cdB</s>",
-    "alpaca": "<s>S\n\n### Instruction:\nab\n\n### Response:\nA</s>\n\n"
-    "### Instruction:\ncd\n\n### Response:\nB</s>",
+    "alpaca": "<s>S\n\n### Instruction:\nab\n\n### Response:A</s>\n\n"
+    "### Instruction:\ncd\n\n### Response:B</s>",
     "chatml": "<s><|im_start|>system\nS<|im_end|>\n"
     "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
     "<|im_start|>user\ncd<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n",
@@ -512,7 +512,7 @@ def test_alpaca_gives_the_input_a_line_of_its_own():
     question = user("Where?\n\nBern", instruction="Where?", input="Bern")
     text = tokenizer.decode(encode_one(tokenizer, [question, answer("a")]).ids)
     assert "paired with an input" in text
-    assert text.endswith("### Instruction:\nWhere?\n\n### Input:\nBern\n\n### Response:\na")
+    assert text.endswith("### Instruction:\nWhere?\n\n### Input:\nBern\n\n### Response:a")
     plain = tokenizer.decode(encode_one(tokenizer, [user("Where?", input=""), answer("a")]).ids)
     assert "Input" not in plain and "paired" not in plain
     own = tokenizer.decode(encode_one(tokenizer, [system("Be brief."), question, answer("a")]).ids)

@@ -469,8 +469,9 @@ def test_a_score_is_that_of_the_last_token_alone():
 
     @jax.jit
     def compute(params, batch):
-        scores_BT = reward.scores(nnx.merge(graphdef, params), batch)
-        return scores_BT, reward.is_last(batch["segments"])
+        model = nnx.merge(graphdef, params)
+        hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
+        return model.head_outputs("scalar", hidden_BTD)[..., 0], reward.is_last(batch["segments"])
 
     def last_scores(rows):
         """The scores of rows' parts, sorted."""

@@ -11,6 +11,7 @@ A format is known by its keys. Messages become token ids in lm/data/chat_ids.py.
 """
 
 import collections
+import contextlib
 import json
 import logging
 import math
@@ -191,21 +192,26 @@ def _example(record: Mapping[str, Any], name: str, left_out: LeftOut) -> Example
     label = record.get("label")
     if label is None:
         return Example((messages,), "conversation", 0.0, **about)
+    # Of a CSV it is a text.
+    label = _LABELS.get(label.lower(), label) if isinstance(label, str) else label
     if not isinstance(label, (bool, int)) or label not in (0, 1):
         raise ValueError(f"{name}: label is {label!r:.60}; wanted true for a good answer, or false")
     return Example((messages,), "judged", 1.0 if label else -1.0, **about)
 
 
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
 def _messages_of(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """The messages of a record that has one conversation."""
+    system = _system(record, name)
     if "messages" in record:
-        return _messages(record["messages"], name, "messages")
+        return system + _messages(record["messages"], name, "messages")
     if "conversations" in record:
-        turns = _messages(record["conversations"], name, "conversations")
-        return _system(record, name) + turns
+        return system + _messages(record["conversations"], name, "conversations")
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
-        return _turns(prompt, "user", name) + _turns(completion, "assistant", name)
+        return system + _turns(prompt, "user", name) + _turns(completion, "assistant", name)
     if "instruction" in record and "output" in record:
         return _alpaca(record, name)
     raise ValueError(
@@ -263,8 +269,10 @@ def _pair(record: Mapping[str, Any], name: str, left_out: LeftOut) -> tuple[list
 
 
 def _margin(margin, name: str) -> float:
-    if margin is None:
+    if margin in (None, ""):
         return 0.0
+    with contextlib.suppress(ValueError):
+        margin = float(margin) if isinstance(margin, str) else margin
     is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
     if not is_number or not math.isfinite(margin):
         raise ValueError(f"{name}: margin is {margin!r:.60}; wanted a number")

@@ -741,7 +741,11 @@ class HuggingFaceTokenizer(Roles):
         return (self.bos_id,), (self.eos_id,)
 
     def reserving(self, reserve: str) -> "HuggingFaceTokenizer":
-        lacking = roles_lib.parse(roles_lib.lacking(reserve, self.roles))
+        present = dict(self.roles)
+        # It may have the turns of another template.
+        if any(text not in self.special for text in roles_lib.parse(reserve).get("turns", ())):
+            present.pop("turns", None)
+        lacking = roles_lib.parse(roles_lib.lacking(reserve, present))
         texts = list(itertools.chain.from_iterable(lacking.values()))
         if not texts:
             return self
