@@ -373,7 +373,7 @@ REFUSED = {
     "a label that is a text": (GOOD | {"label": "good"}, "label is 'good'; wanted true"),
     "a label out of range": (GOOD | {"label": -1}, "label is -1; wanted true"),
     "a label that is a list": (GOOD | {"label": []}, r"label is \[\]; wanted true"),
-    "a margin that is a text": (CHOSEN | {"margin": "1"}, "margin is '1'; wanted a number"),
+    "a margin that is a text": (CHOSEN | {"margin": "much"}, "margin is 'much'; wanted a number"),
     "a margin that is true": (CHOSEN | {"margin": True}, "margin is True; wanted a number"),
     "a margin that is NaN": (CHOSEN | {"margin": float("nan")}, "margin is nan; wanted a number"),
     "a margin without an end": (CHOSEN | {"margin": float("inf")}, "margin is inf; wanted"),
