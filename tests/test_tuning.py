@@ -22,6 +22,7 @@ from lm import config as config_lib
 from lm.data import pack
 from lm.data.loader import Loader
 from lm.decoding.sampling import Sampling, row_keys
+from lm.evals import entries
 from lm.nn import lora
 from lm.objectives import causal, reward
 from tests.helpers import (
@@ -214,6 +215,14 @@ def test_conversations_have_no_preference(answers, type_):
         build.build(answers, jax.devices()[:1])
 
 
+def test_conversations_have_no_perplexity(answers):
+    """Not that of a text: how they are divided into words and bytes isn't said."""
+    answers.evals.text = entries.perplexity(every=0, batch_size=8)
+    experiment = build.build(answers, jax.devices()[:1])
+    with pytest.raises(ValueError, match="evals.text is about texts, .* kind 'conversation'"):
+        experiment.make_evaluators()
+
+
 def test_a_reference_that_is_missing(preferred, tmp_path):
     config = with_model_as_reference(preferred)
     config.models.reference.init_from = str(tmp_path / "nowhere")
@@ -334,14 +343,14 @@ def test_a_rule_is_preferred(tiny, folder, tmp_path):
     config.init_from = str(tmp_path / "base")
     config.model.update(dict(lora_rank=8))
     config.train.length = "100 steps"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 5e-4
     moved = {}
     for beta in (0.05, 0.5):
         config.objective = ConfigDict(
             dict(type="lm.objectives.preference", loss="dpo", reference="base", beta=beta)
         )
-        # So that there is a distance at which it is least.
-        config.objective.label_smoothing = 0.1
+        # So that there is a distance at which it is least, and not only a direction.
+        config.objective.label_smoothing = 0.3
         config.train.log_every = 1
         run = tmp_path / f"{beta}"
         run_training(config, run)
