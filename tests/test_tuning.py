@@ -160,6 +160,7 @@ def test_preferences_begin_at_another_model(preferred, tmp_path, monkeypatch):
     stop_and_go_on(config, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_answers_resume(answers, tmp_path, monkeypatch):
     run_training(answers, tmp_path / "whole")
     stop_and_go_on(answers, tmp_path, monkeypatch)
@@ -167,13 +168,14 @@ def test_answers_resume(answers, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["answers", "adapters", "preferences"])
-def test_a_killed_run_goes_on_bit_equal(answers, preferred, tmp_path, name):
+def test_a_killed_run_goes_on_bit_equal(preferred, folder, tmp_path, name):
     """SIGKILL, on 8 devices, with the collectives written out, and rows in parts."""
     config = preferred
     if name != "preferences":
-        config.data.source_args.path = answers.data.source_args.path
+        config.data.source_args.path = write(folder / "answers.jsonl", answered(64))
         config.objective = ConfigDict(CAUSAL)
-        config.model.lora_rank = 4 if name == "adapters" else 0
+        if name == "answers":
+            config.model.lora_rank = 0
     config.mesh.update(dict(data=2, fsdp=2, sequence=2))
     config.train.update(dict(fsdp="by_hand", length="16 steps"))
     config.checkpoint.every = 4
