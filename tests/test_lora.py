@@ -2,6 +2,7 @@
 trains, keeps and costs.
 """
 
+import functools
 import itertools
 
 import jax
@@ -31,7 +32,7 @@ VARIANTS = {
     "parallel": dict(residual="parallel", gated_mlp=True, qk_norm=True),
 }
 ADAPTERS = dict(lora_rank=4, lora_alpha=6.0)
-GATED = dict(gated_mlp=True)
+GATED = dict(gated_mlp=True, embed_dim=64)
 SHAPE = (2, 16)
 TOKENS = np.random.default_rng(0).integers(0, 40, SHAPE).astype(np.int32)
 POSITIONS = np.broadcast_to(np.arange(16, dtype=np.int32), SHAPE)
@@ -49,6 +50,7 @@ def logits_of(graphdef):
     return compute
 
 
+@functools.cache
 def initialised(config):
     """(graphdef, parameters as a run draws them)."""
 
@@ -90,7 +92,7 @@ def test_adapters_are_nothing_at_first():
 
 def test_adapters_have_random_numbers_of_their_own():
     """Not those of a weight, nor each other's; as wide as 1 / sqrt(3 inputs)."""
-    _, params = initialised(model_config(embed_dim=64, **GATED, **ADAPTERS))
+    _, params = initialised(model_config(**GATED, **ADAPTERS))
     drawn = {path: x for path, x in flat(params).items() if x.any() and "scale" not in path}
     firsts = {}
     for path, leaf in drawn.items():
@@ -107,7 +109,7 @@ def test_adapters_have_random_numbers_of_their_own():
     assert out.std() == pytest.approx((3 * 4 * 8) ** -0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", ["gated", "with biases", slow("parallel")])
 def test_merged_is_unmerged(variant):
     """For each target by itself and for all, and in the form that decodes."""
     config = model_config(**ADAPTERS, **VARIANTS[variant])
@@ -312,10 +314,21 @@ def tuned(small, fast_runs, tmp_path_factory):
     return small
 
 
-def test_a_run_trains_adapters_alone(tuned, tmp_path):
+_RUN = []
+
+
+@pytest.fixture
+def adapted(tuned, tmp_path_factory):
+    """The run of `tuned`."""
+    if not _RUN:
+        _RUN.append(tmp_path_factory.mktemp("lora") / "run")
+        run_training(tuned, _RUN[0])
+    return _RUN[0]
+
+
+def test_a_run_trains_adapters_alone(tuned, adapted, tmp_path):
     """They alone are in its checkpoints, in f32. Its first loss is the base's."""
-    run_training(tuned, tmp_path / "run")
-    state, _ = read_checkpoint(tmp_path / "run", 6)
+    state, _ = read_checkpoint(adapted, 6)
     paths = {path for path in state if path.startswith("params/")}
     assert len(paths) == 12 and all(map(lora.is_adapter, paths))
     moments = [path for path, (_, shape, _) in state.items() if len(shape) > 1]
@@ -325,7 +338,7 @@ def test_a_run_trains_adapters_alone(tuned, tmp_path):
         assert any(state[path][2]), path  # B isn't 0 any more
 
     # 32: bf16 would lose them.
-    lines = read_metrics(tmp_path / "run")
+    lines = read_metrics(adapted)
     assert max(line["train/updates_lost"] for line in lines if "train/updates_lost" in line) < 0.01
 
     tuned.model.lora_rank = 0
@@ -333,29 +346,25 @@ def test_a_run_trains_adapters_alone(tuned, tmp_path):
     assert lines[0]["train/loss"] == read_metrics(tmp_path / "full")[0]["train/loss"]
 
 
-def test_the_base_stays_as_it_is(tuned, tmp_path):
-    """Bit for bit, also in memory; whoever loads the run gets both parts."""
-    run_training(tuned, tmp_path / "run")
+def test_the_base_stays_as_it_is(tuned, adapted):
+    """Bit for bit: whoever loads the run gets both parts."""
     experiment = build.build(tuned, jax.devices()[:1])
     with jax.set_mesh(experiment.program.mesh):
-        params, step = weights.load_weights(
-            experiment, epath.Path(tmp_path / "run"), averaged=False
-        )
+        params, step = weights.load_weights(experiment, epath.Path(adapted), averaged=False)
     assert step == 6
     base, _ = read_checkpoint(epath.Path(tuned.init_from), 6)
-    state, _ = read_checkpoint(tmp_path / "run", 6)
+    state, _ = read_checkpoint(adapted, 6)
     for path, leaf in flat(jax.device_get(params)).items():
         stored = (state if lora.is_adapter(path) else base)[f"params/{path}"]
         assert (str(leaf.dtype), leaf.shape, leaf.tobytes()) == stored, path
 
 
-def test_a_base_of_hugging_face_is_the_same(tuned, tmp_path):
+def test_a_base_of_hugging_face_is_the_same(tuned, adapted, tmp_path):
     """The first loss is that on the run's own weights, bit for bit."""
     convert.export_checkpoint(epath.Path(tuned.init_from), tmp_path / "hf", jax.devices()[:1])
-    run_training(tuned, tmp_path / "on the run")
     tuned.init_from = str(tmp_path / "hf")
     run_training(tuned, tmp_path / "on the directory")
-    lines = [read_metrics(tmp_path / name) for name in ("on the run", "on the directory")]
+    lines = [read_metrics(run) for run in (adapted, tmp_path / "on the directory")]
     assert lines[0][0]["train/loss"] == lines[1][0]["train/loss"]
     state, _ = read_checkpoint(tmp_path / "on the directory", 6)
     assert all(map(lora.is_adapter, (path for path in state if path.startswith("params/"))))
@@ -375,10 +384,9 @@ def test_adapters_need_a_base():
         build.build(config, jax.devices()[:1])
 
 
-def test_a_run_of_adapters_is_not_exported_without_its_base(tuned, tmp_path):
-    run_training(tuned, tmp_path / "run")
+def test_a_run_of_adapters_is_not_exported_without_its_base(adapted, tmp_path):
     with pytest.raises(ValueError, match="trained parameters only"):
-        convert.export_checkpoint(epath.Path(tmp_path / "run"), tmp_path / "hf", jax.devices()[:1])
+        convert.export_checkpoint(epath.Path(adapted), tmp_path / "hf", jax.devices()[:1])
 
 
 @pytest.mark.slow

@@ -348,6 +348,7 @@ def test_packing_changes_nothing(kind):
     assert_same_steps(one_device()(apart, apart), one_device()(packed, packed), 1e-6)
 
 
+@pytest.mark.slow
 def test_longer_rows_change_nothing():
     """More units in a row, and other shapes."""
     program = one_device()._program

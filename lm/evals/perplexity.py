@@ -33,7 +33,8 @@ class Perplexity:
         slower. 0: a whole row.
 
     Raises:
-      ValueError: a stride below 0 or above the row; max_documents below 0.
+      ValueError: a stride below 0 or above the row; max_documents below 0; documents that are no
+        texts.
     """
 
     asks = ("token_logprobs",)
@@ -54,6 +55,11 @@ class Perplexity:
         if not 0 <= stride <= length:
             raise ValueError(
                 f"config.evals.{name}.stride = {stride}; wanted 0 to config.data.length = {length}"
+            )
+        if documents.kind != "text":
+            raise ValueError(
+                f"config.evals.{name} is about texts, and config.data.source has examples of the "
+                f"kind {documents.kind!r}"
             )
         chosen = list(take(documents, max_documents))
 
