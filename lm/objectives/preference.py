@@ -8,6 +8,7 @@ for KTO an answer, and another's answer to the same prompt. The reference is a m
 Letters: B batch, T length, U units of a row.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -67,7 +68,16 @@ def check_no_dropout(model_config) -> None:
             )
 
 
-def _check_arguments(loss: str, reference: str, label_smoothing: float) -> None:
+# What only some of the losses have a use for -> these, and the value that says nothing.
+_ARGUMENTS = {
+    "label_smoothing": (("dpo", "robust", "simpo"), 0.0),
+    "margin": (("simpo",), 0.0),
+    "desirable_weight": (("kto",), 1.0),
+    "undesirable_weight": (("kto",), 1.0),
+}
+
+
+def _check_arguments(loss: str, reference: str, beta: float, **others: float) -> None:
     if loss not in (*LOSSES, "kto"):
         raise ValueError(f"config.objective.loss = {loss!r}; valid: {[*LOSSES, 'kto']}")
     valid = ("none",) if loss in WITHOUT_REFERENCE else ("model", "base", "stored")
@@ -76,9 +86,19 @@ def _check_arguments(loss: str, reference: str, label_smoothing: float) -> None:
             f"config.objective.reference = {reference!r}; valid with config.objective.loss = "
             f"{loss!r}: {list(valid)}"
         )
-    if not 0 <= label_smoothing < 0.5:
+    if not 0 < beta < math.inf:
+        raise ValueError(f"config.objective.beta = {beta}; wanted a number above 0")
+    for name, value in others.items():
+        losses, nothing = _ARGUMENTS[name]
+        if value != nothing and loss not in losses:
+            raise ValueError(
+                f"config.objective.{name} = {value} changes nothing with config.objective.loss = "
+                f"{loss!r}; it is for {list(losses)}"
+            )
+    if not 0 <= others["label_smoothing"] < 0.5:
         raise ValueError(
-            f"config.objective.label_smoothing = {label_smoothing}; wanted a share, 0 to below 0.5"
+            f"config.objective.label_smoothing = {others['label_smoothing']}; wanted a share, 0 to "
+            "below 0.5"
         )
 
 
@@ -160,9 +180,17 @@ def make_unit_terms(
       and the nats that good and bad answers gained.
 
     Raises:
-      ValueError: an unknown loss, or a reference that it has no use for.
+      ValueError: an unknown loss, or a reference or another argument that it has no use for.
     """
-    _check_arguments(loss, reference, label_smoothing)
+    _check_arguments(
+        loss,
+        reference,
+        beta,
+        label_smoothing=label_smoothing,
+        margin=margin,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
 
     def of_pairs(units: Units) -> dict[str, jax.Array]:
         pairs = Pairs(
