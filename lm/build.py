@@ -555,7 +555,7 @@ def program(
         train_step=jit_step(train_step, out_shardings=(shardings, whole), donate_argnums=0),
         look=jit_step(look, out_shardings=whole),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params),
-        eval_fns=make_eval_fns(graphdef, objective, others, mesh),
+        eval_fns=make_eval_fns(graphdef, objective, mesh, others),
     )
 
 
@@ -612,7 +612,10 @@ def _loss_by_position(config: ConfigDict, mesh: Mesh, graphdef, objective: Objec
 
 
 def make_eval_fns(
-    graphdef, objective: Objective, others: Mapping[str, AbstractModel], mesh: Mesh
+    graphdef,
+    objective: Objective,
+    mesh: Mesh,
+    others: Mapping[str, AbstractModel] = types.MappingProxyType({}),
 ) -> CompiledFns:
     """What evaluators may ask of a model. All models here are causal: another kind gets another
     object in the place of `CausalAnswers`.

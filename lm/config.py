@@ -374,6 +374,8 @@ class Run:
 
 
 MODEL = "lm.models.transformer"
+# Fields of config.model that checkpoints of older versions lack. They had none of it.
+NEWER_FIELDS = ("lora_rank", "lora_alpha", "lora_scaling", "lora_targets", "quantize")
 GROUPS = dict(
     data=Data,
     chat=Chat,
@@ -499,8 +501,8 @@ def stored_model(meta: Mapping, where: str, model_type: str = "") -> dict:
             f"you trust it, --model_type={stored_type} allows it"
         )
     if stored_type == MODEL:
-        # What an older version didn't know has its default.
-        fields = dataclasses.asdict(ModelFields()) | fields
+        defaults = dataclasses.asdict(ModelFields())
+        fields = {name: defaults[name] for name in NEWER_FIELDS} | fields
         check_model({k: v for k, v in fields.items() if k != "type"}, f"{where}: config.model")
     return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 

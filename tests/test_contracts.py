@@ -308,7 +308,7 @@ def test_what_is_frozen_is_in_no_checkpoint(tiny, tmp_path):
     assert one["eval/text/loss"] == losses[1]
 
     # Without the base there is no model, and another base is noticed.
-    with pytest.raises(ValueError, match="has trained parameters only .* --mode=eval"):
+    with pytest.raises(ValueError, match="has trained parameters only; .*which --base should name"):
         generate.load(
             epath.Path(tmp_path / "run"),
             jax.devices()[:1],

@@ -52,7 +52,7 @@ def model_fns():
     _, graphdef, _ = model()
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     objective = build.make_objective(config_lib.default())
-    fns = build.make_eval_fns(graphdef, objective, {}, mesh)
+    fns = build.make_eval_fns(graphdef, objective, mesh)
     fns = dataclasses.replace(fns, make_generator=make_generator)
     return PredictFns(fns, batch_size=2, length=LENGTH)
 

@@ -56,11 +56,6 @@ class Perplexity:
             raise ValueError(
                 f"config.evals.{name}.stride = {stride}; wanted 0 to config.data.length = {length}"
             )
-        if documents.kind != "text":
-            raise ValueError(
-                f"config.evals.{name} is about texts, and config.data.source has examples of the "
-                f"kind {documents.kind!r}"
-            )
         chosen = list(take(documents, max_documents))
 
         # Rows don't depend on batches: they are packed once.
