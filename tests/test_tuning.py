@@ -174,8 +174,6 @@ def test_a_killed_run_goes_on_bit_equal(preferred, folder, tmp_path, name):
     if name != "preferences":
         config.data.source_args.path = write(folder / "answers.jsonl", answered(64))
         config.objective = ConfigDict(CAUSAL)
-        if name == "answers":
-            config.model.lora_rank = 0
     config.mesh.update(dict(data=2, fsdp=2, sequence=2))
     config.train.update(dict(fsdp="by_hand", length="16 steps"))
     config.checkpoint.every = 4
