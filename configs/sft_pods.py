@@ -1,12 +1,11 @@
-"""Supervised tuning of Llama 3 on TPU pods, compiled for each of them: see configs/cards/.
+"""Supervised tuning of Llama 3 on TPU pods. lm.plan says what it takes there:
 
     python -m lm.plan --config=configs/sft_pods.py:llama3_8b-v5e-2x4-lora --topology=v5e:2x4
     python -m lm.main --config=configs/sft_pods.py:llama3_8b-v5e-2x4-lora --workdir=gs://BUCKET/RUN --config.init_from=DIR --config.data.source_args.path=chats.jsonl
 
 DIR is the directory of the Hugging Face checkpoint: Llama 3.2 1B, or Llama 3.1 8B. Conversations are
 in any of the formats of lm/data/conversations.py, and go by the checkpoint's own chat template; base
-models have none, and take `--config.chat.template=llama3`. Times on the cards are modelled, none was
-measured on a TPU.
+models have none, and take `--config.chat.template=llama3`.
 """  # noqa: E501
 
 import math
