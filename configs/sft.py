@@ -77,9 +77,10 @@ def _questions(c: ConfigDict, data: list[str]) -> None:
     """Tunes on one task, which the base model is asked with four examples."""
     _mixture(c, data)
     name = "pydocs_questions"
-    c.data.source_args.update(
-        tasks=ConfigDict({name: entries.instructed(name)}), held_out_clusters="", rounds=2
-    )
+    c.data.source_args.tasks = ConfigDict({name: entries.instructed(name)})
+    c.data.source_args.update(held_out_clusters="", rate_cap=9000)
+    c.optimizer.learning_rate = 1e-3
+    c.train.length = "2 epochs"
     c.evals = ConfigDict(dict(held_out=entries.held_out("AnswerLoss", every=100)))
     c.evals.questions = entries.task(name, max_documents=500)
     shots = dict(shots=4, sampler="random")
