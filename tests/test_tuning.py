@@ -320,7 +320,9 @@ def test_a_rule_is_rewarded(tiny, folder, tmp_path):
     @jax.jit
     def scores(params):
         model = nnx.merge(experiment.program.graphdef, params)
-        return reward.scores(model, rows), reward.is_last(rows["segments"])
+        hidden_BTD = model(rows["tokens"], rows["positions"], rows["segments"]).hidden
+        scores_BT = model.head_outputs("scalar", hidden_BTD)[..., 0]
+        return scores_BT, reward.is_last(rows["segments"])
 
     scores_BT, last_BT = scores(params)
     chosen, rejected = np.asarray(scores_BT)[np.asarray(last_BT) > 0].reshape(500, 2).T
