@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from lm import build, files, trained, weights
 from lm.data import units
-from lm.data.pack import UnitLayout, evaluation_rows
+from lm.data.pack import numbered_rows
 from lm.data.units import Unit
 from lm.evals.predict import PredictFns
 
@@ -72,11 +72,8 @@ def logprobs_of(
     """Returns {key of a unit: the log-probability of the target at each of its places, f32}."""
     c = experiment.config
     fns = PredictFns(experiment.eval_fns(), batch_size=c.data.batch_size, length=c.data.length)
-    numbered = [
-        unit.arrays | {"number": units.numbers(unit, i)} for i, unit in enumerate(all_units)
-    ]
 
-    rows = evaluation_rows(numbered, c.data.length, UnitLayout(2, numbered=True))
+    rows = numbered_rows(all_units, c.data.length)
     logprobs = fns.token_logprobs(params, rows)
 
     by_key = {}

@@ -435,6 +435,15 @@ def count_rows(
     return counts
 
 
+def numbered_rows(units: Sequence[Unit], length: int) -> list[dict[str, np.ndarray]]:
+    """Packs units of two parts into rows that say, as `number`, which of them lies where."""
+    numbered = []
+    for number, unit in enumerate(units):
+        places = np.full(len(unit.arrays["tokens"]), number, np.int32)
+        numbered.append(unit.arrays | {"number": places})
+    return evaluation_rows(numbered, length, UnitLayout(2, numbered=True))
+
+
 def evaluation_rows(
     windows_: list[dict[str, np.ndarray]],
     length: int,

@@ -231,11 +231,6 @@ def key_of(unit: Unit) -> str:
     return files.short_hash_of_parts(arrays)
 
 
-def numbers(unit: Unit, number: int) -> np.ndarray:
-    """Returns an array by which a unit is found again in rows."""
-    return np.full(len(unit.arrays["tokens"]), number, np.int32)
-
-
 def pack_stored(by_key: Mapping[str, np.ndarray], fingerprint: str) -> bytes:
     """Returns a file of log-probabilities.
 

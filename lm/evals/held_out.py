@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lm.data.pack import Encoder, UnitLayout, evaluation_rows
+from lm.data.pack import Encoder, UnitLayout, evaluation_rows, numbered_rows
 from lm.data.records import take
 from lm.data.sources import Documents
-from lm.data.units import Unit, numbers
+from lm.data.units import Unit
 from lm.evals.predict import Artifact, PredictFns, predictions_artifact
 from lm.evals.prompts import check_least
 from lm.evals.scores import statistics
@@ -86,12 +86,7 @@ class Preferences:
         self._predict_fns = predict_fns
         self._units = list(take(documents, max_documents))
 
-        numbered = []
-        for number, unit in enumerate(self._units):
-            numbered.append(unit.arrays | {"number": numbers(unit, number)})
-
-        layout = UnitLayout(2, numbered=True)
-        self._rows = evaluation_rows(numbered, predict_fns.length, layout)
+        self._rows = numbered_rows(self._units, predict_fns.length)
         self.about = {"fingerprint": documents.fingerprint, "examples": len(self._units)}
 
     def run(self, params) -> Iterator[tuple[str, float | Artifact]]:
