@@ -42,13 +42,12 @@ def make_loss(**arguments):
     return units_lib.summed(make_unit_terms(**arguments))
 
 
-def make_unit_terms(*, centring: float = 0.01, chunk: int = 0):
+def make_unit_terms(*, centring: float = 0.01):
     """Makes the terms of each pair of a batch.
 
     Args:
       centring: weight of the squared sum of a pair's scores, see
         `lm.objectives.preference_losses.reward_losses`.
-      chunk: of no use here: there are no logits.
 
     Returns:
       `unit_terms(model, batch, keys_B) -> (weights [B, U], {name: [B, U]}, aux)`: the loss, whether
