@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from lm import build, checkpoint, claim, command_line, files, startup, trained, weights
@@ -63,10 +63,7 @@ def import_checkpoint(
     """
     _check_unused(workdir)
     hf_checkpoint = hf.Checkpoint(source, ignored)
-    config = config_lib.default()
-    config.model.update(hf_checkpoint.fields)
-    config.model.param_dtype = param_dtype or hf_checkpoint.dtype()
-    config.data.length = min(config.data.length, config.model.context_length)
+    config = _config_of(hf_checkpoint, param_dtype)
 
     tokenizer = tokenizers.load(source)
     abstract_params = build.abstract_model(config, devices, tokenizer.vocab_size).params
@@ -89,10 +86,7 @@ def import_adapter(
     """
     _check_unused(workdir)
     hf_checkpoint = hf.Checkpoint(base, ignored)
-    config = config_lib.default()
-    config.model.update(hf_checkpoint.fields)
-    config.model.param_dtype = hf_checkpoint.dtype()
-    config.data.length = min(config.data.length, config.model.context_length)
+    config = _config_of(hf_checkpoint)
     config.init_from = str(base)
 
     # The tokenizer of the adapter, which may have a chat template of its own, where there is one.
@@ -107,19 +101,18 @@ def import_adapter(
     frozen = hf_checkpoint.load(abstract_base, hf.progress_line(f"import {base}"))
     meta = {"frozen": weights.describe_frozen(config, frozen)}
     config.model.update(adapter.fields)
-    _write_run(workdir, config, tokenizer, _nested(adapter.params), meta)
+    _write_run(
+        workdir, config, tokenizer, traverse_util.unflatten_dict(adapter.params, sep="/"), meta
+    )
 
 
-def _nested(flat: Mapping[str, np.ndarray]) -> dict:
-    """{"a/b": x} as {"a": {"b": x}}."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = value
-    return tree
+def _config_of(hf_checkpoint: hf.Checkpoint, param_dtype: str = "") -> ConfigDict:
+    """The default configuration with a checkpoint's model."""
+    config = config_lib.default()
+    config.model.update(hf_checkpoint.fields)
+    config.model.param_dtype = param_dtype or hf_checkpoint.dtype()
+    config.data.length = min(config.data.length, config.model.context_length)
+    return config
 
 
 def _check_unused(workdir: epath.Path) -> None:
@@ -206,8 +199,7 @@ def export_checkpoint(
     Raises:
       ValueError: no such checkpoint or family, no family that has this model, or a target in use.
     """
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; take another --to")
+    _check_empty(target)
     if family and family not in families.FAMILIES:
         raise ValueError(f"--family={family}; valid: {sorted(families.FAMILIES)}")
 
@@ -259,6 +251,11 @@ def export_checkpoint(
     return target_family.name
 
 
+def _check_empty(target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; take another --to")
+
+
 def _token_ids(
     tokenizer: tokenizers.Tokenizer, *, is_scorer: bool
 ) -> dict[str, int | list[int] | None]:
@@ -288,8 +285,7 @@ def export_adapter(
     Raises:
       ValueError: a run without adapters, or that trains more than them; a target in use.
     """
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; take another --to")
+    _check_empty(target)
     with checkpoint.open_run(workdir) as saved:
         checkpoint.check_meta(saved.meta, str(workdir))
         config = _config_with_model(saved.meta, str(workdir), model_type)
@@ -304,7 +300,7 @@ def export_adapter(
         if base:
             target_family = hf.Checkpoint(Path(files.expand(base))).family
         else:
-            target_family = _family_to_write(fields | {"lora_rank": 0}, None, family)
+            target_family = _family_to_write(fields, None, family)
 
         tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
         model = build.abstract_model(config, jax.devices()[:1], tokenizer.vocab_size)

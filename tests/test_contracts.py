@@ -445,6 +445,20 @@ def run_command(config_file, run):
     )
 
 
+def run_killed_once(config_file, run):
+    """A run that SIGKILL ends behind step 4, and that then goes on to its end."""
+    process = run_command(config_file, run)
+    while process.poll() is None and max(saved_steps(run), default=0) < 4:
+        time.sleep(0.02)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()[-2000:]
+
+    process = run_command(config_file, run)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["masked", "adapter", "sampling", "recurrent"])
 def test_a_killed_command_goes_on_bit_equal(tiny, tmp_path, name):
@@ -466,15 +480,7 @@ def test_a_killed_command_goes_on_bit_equal(tiny, tmp_path, name):
     config_file.write_text(NO_CURVES + CONFIG_FILE.format(text=json.dumps(config.to_dict())))
 
     run_training(config, tmp_path / "whole", devices=8)
-    process = run_command(config_file, tmp_path / "run")
-    while process.poll() is None and max(saved_steps(tmp_path / "run"), default=0) < 4:
-        time.sleep(0.02)
-    process.kill()
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()[-2000:]
-    process = run_command(config_file, tmp_path / "run")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()[-2000:]
+    run_killed_once(config_file, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole", 16)
 
 

@@ -5,9 +5,7 @@ bit-equal after a stop, and teach what their data say.
 import json
 import math
 import random
-import signal
 import string
-import time
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +28,9 @@ from tests.helpers import (
     assert_same_run,
     read_metrics,
     run_training,
-    saved_steps,
     terminate_at,
 )
-from tests.test_contracts import run_command
+from tests.test_contracts import run_killed_once
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
 
@@ -181,15 +178,7 @@ def test_a_killed_run_goes_on_bit_equal(preferred, folder, tmp_path, name):
     config_file.write_text(CONFIG_FILE.format(text=json.dumps(config.to_dict())))
 
     run_training(config, tmp_path / "whole", devices=8)
-    process = run_command(config_file, tmp_path / "run")
-    while process.poll() is None and max(saved_steps(tmp_path / "run"), default=0) < 4:
-        time.sleep(0.02)
-    process.kill()
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()[-2000:]
-    process = run_command(config_file, tmp_path / "run")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()[-2000:]
+    run_killed_once(config_file, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole", 16)
 
 
