@@ -48,7 +48,10 @@ def write(config: ConfigDict, workdir: epath.Path, devices) -> str:
 
         by_key = {}
         for split in sorted(splits):
-            documents = build.encoded(config, build.documents(config, split), experiment.tokenizer)
+            documents = experiment.train_documents
+            if split != config.data.split:
+                read = build.documents(config, split)
+                documents = build.encoded(config, read, experiment.tokenizer)
             if documents.kind not in ("pair", "judged"):
                 raise ValueError(
                     f"split {split!r} has examples of the kind {documents.kind!r}; a reference is "
