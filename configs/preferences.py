@@ -51,7 +51,8 @@ def get_config(argument: str = "dpo") -> ConfigDict:
         reference = "none" if loss in WITHOUT_REFERENCE else "model"
         c.objective = ConfigDict(dict(type="lm.objectives.preference", loss=loss, beta=0.1))
         c.objective.reference = reference
-        c.objective.chunk = 0
+        # The reference has the logits of a whole batch.
+        c.objective.chunk = 128 if c.data.length % 128 == 0 else 0
         c.optimizer.learning_rate = 3e-5
         if base and reference == "model":
             c.models.reference = ConfigDict(dict(init_from=base, model={}))

@@ -451,7 +451,7 @@ class Program:
     devices: Sequence[jax.Device]
     model_config: Any
     graphdef: Any
-    flops_per_token: Callable  # (length, causal=True) -> model FLOPs
+    flops_per_token: Callable  # (length, causal=True, backward=True) -> model FLOPs
     objective: Objective
     optimizer: optim.Optimizer
     # ShapeDtypeStructs with shardings: all parameters of the model; the state, with those that are

@@ -50,7 +50,7 @@ def load_weights(
 
     pack = functools.partial(nf4.packed, abstract=program.abstract_params, axes=plain.axes)
     layouts = jax.tree.map(_layout, program.abstract_params)
-    return jax.jit(pack, out_shardings=layouts, donate_argnums=0)(params), step
+    return jax.jit(pack, out_shardings=layouts)(params), step
 
 
 def _layout(leaf):
@@ -246,6 +246,12 @@ def _load_other(experiment: build.Experiment, name: str):
     if hf.is_checkpoint(source):
         return hf.Checkpoint(source).load(abstract_params, hf.progress_line(str(source)))
     with checkpoint.open_run(source) as saved:
+        if "frozen" in saved.meta:
+            raise ValueError(
+                f"config.models.{name}.init_from = {str(source)!r} has trained parameters only; "
+                f"the others are in {saved.meta['frozen']['init_from']!r}. python -m lm.convert "
+                "merge makes a run with the whole model"
+            )
         check_tokenizer(experiment, saved.meta, source)
         return saved.restore_params(abstract_params, averaged=True)
 
@@ -371,6 +377,8 @@ def _load_resized(
         return jax.ShapeDtypeStruct((num_rows, *leaf.shape[1:]), leaf.dtype, sharding=layout)
 
     are_tables = _vocabulary_tables(experiment, abstract_params)
+    if num_new:
+        _check_new_rows_are_trained(experiment, are_tables, num_new)
     params = load(jax.tree.map(as_stored, abstract_params, are_tables))
     logging.info("%s: %d rows are kept, %d ids have new ones", where, num_kept, num_new)
 
@@ -418,6 +426,27 @@ def _vocabulary_tables(experiment: build.Experiment, abstract_params: dict):
         return leaf.shape != larger_leaf.shape
 
     return jax.tree.map(is_larger, abstract_params, larger_params)
+
+
+def _check_new_rows_are_trained(experiment: build.Experiment, are_tables, num_new: int) -> None:
+    """Raises ValueError if a table that gets new rows stays as it is."""
+    frozen = []
+    for keys, is_table in jax.tree_util.tree_leaves_with_path(are_tables):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if is_table and not experiment.program.is_trained(path):
+            frozen.append(path)
+    if not frozen:
+        return
+
+    config = experiment.config
+    patterns = config.train.trained
+    if patterns == "*":
+        patterns = lora.PARAMS
+    raise ValueError(
+        f"config.init_resize = True draws rows for {num_new} new ids, and {frozen} would stay as "
+        f"they are drawn: config.train.trained = '{patterns},{','.join(frozen)}' trains them too; "
+        "or take a chat template without tokens of its own (config.tokenizer.reserve = '')"
+    )
 
 
 def _check_extends(new: Tokenizer, old: Tokenizer, where: epath.Path) -> None:

@@ -182,6 +182,20 @@ def test_templates_without_generation_give_the_same(name, kind, learnt):
         assert with_marks.is_learnt.tolist() == without.is_learnt.tolist()
 
 
+@pytest.mark.parametrize("learnt", chat_ids.LEARNT)
+@pytest.mark.parametrize("template", ["chatml", unmarked("chatml")], ids=["marked", "unmarked"])
+def test_answers_of_weight_0_are_read_and_not_learnt(template, learnt):
+    """OpenAI's key; the row is the same as without it."""
+    tokenizer = tokenizer_of(template)
+    messages = [dict(message) for message in CONVERSATIONS[3]]
+    messages[2]["weight"], messages[4]["weight"] = 0, 1
+    rows = encode(tokenizer, messages, learnt=learnt)[0]
+    answers = [[tokenizer.spell(ids) for ids in runs(row)] for row in rows]
+    wanted = ["d<|im_end|>", "f\n\ng<|im_end|>"]
+    assert sum(answers, []) == (wanted if learnt == "answers" else wanted[-1:])
+    assert tokenizer.spell(rows[-1].ids) == render(tokenizer, CONVERSATIONS[3])
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -175,6 +175,22 @@ PAIRS = {
         {"instruction": "Where?", "input": "Bern", "chosen": "Here.", "rejected": "Nowhere."},
         [("user", "Where?\n\nBern")],
     ),
+    "LLaMA-Factory": (
+        {
+            "system": "Be brief.",
+            "conversations": [{"from": "human", "value": "Where?"}],
+            "chosen": {"from": "gpt", "value": "Here."},
+            "rejected": {"from": "gpt", "value": "Nowhere."},
+        },
+        BRIEF[:2],
+    ),
+    "HH-RLHF": (
+        {
+            "chosen": "\n\nHuman: Who?\n\nAssistant: I.\n\nHuman: Where?\n\nAssistant: Here.",
+            "rejected": "\n\nHuman: Who?\n\nAssistant: I.\n\nHuman: Where?\n\nAssistant: Nowhere.",
+        },
+        [("user", "Who?"), ("assistant", "I."), ("user", "Where?")],
+    ),
 }
 
 
@@ -291,6 +307,7 @@ LEFT_OUT = {
     "a late system turn": ({"messages": [USER, ANSWER, SYSTEM, USER, ANSWER]}, "out of order"),
     "a result first": ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "out of order"),
     "two system turns": ({"messages": [SYSTEM, SYSTEM, USER, ANSWER]}, "out of order"),
+    "no weight": ({"messages": [USER, ANSWER | {"weight": 0}]}, "answers have the weight 0"),
     "a picture": ({"messages": [PICTURE, ANSWER]}, "a message has a part that is no text"),
     "a lone surrogate": ({"messages": [USER, ANSWER | {"content": SURROGATE}]}, "UTF-8 can't hold"),
     "one in a text": ({"prompt": "a" + SURROGATE, "completion": "b"}, "UTF-8 can't hold"),
@@ -350,6 +367,7 @@ def test_nothing_is_left(tmp_path, caplog):
 REFUSED = {
     "no format": ({"text": "a"}, r"has the keys \['text'\]; wanted messages, conversations"),
     "half of one": ({"prompt": "a"}, r"has the keys \['prompt'\]; wanted messages"),
+    "a weight": ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight is 0.5; wanted 0 or 1"),
     "half of a pair": ({"prompt": "a", "chosen": "b"}, "wanted messages"),
     "messages as a text": ({"messages": "a"}, "messages is 'a'; wanted a list of messages"),
     "messages of texts": ({"messages": ["a"]}, "wanted a list of messages"),

@@ -39,6 +39,9 @@ def test_flops_by_hand():
     per_token = flops_per_token(config, 1024, causal=False)
     assert per_token == 6 * num_weights + every_key
 
+    per_token = flops_per_token(config, 1024, backward=False)
+    assert per_token == 2 * num_weights + every_key / 6
+
     # A window, and a table whose rows are narrower than the model.
     config.window, config.table_dim = 256, 512
     num_weights += 50257 * (512 - 768) + 2 * 512 * 768
@@ -46,6 +49,19 @@ def test_flops_by_hand():
     num_keys = (sum(range(256)) + 128 + 256 * (1024 - 256)) / 1024
     per_token = flops_per_token(config, 1024)
     assert per_token == 6 * num_weights + 12 * 12 * 768 * num_keys
+
+
+def test_flops_with_adapters():
+    """Of a frozen weight there is no gradient; what the adapters have is counted whole."""
+    config = preset_config("gpt2")
+    plain = flops_per_token(config, 1024)
+    forward = flops_per_token(config, 1024, backward=False)
+
+    config.lora_rank, config.lora_targets = 8, "query"
+    num_weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 50257 * 768
+    num_adapters = 12 * 8 * 2 * 768
+    assert flops_per_token(config, 1024) == plain - 2 * num_weights + 6 * num_adapters
+    assert flops_per_token(config, 1024, backward=False) == forward + 2 * num_adapters
 
 
 def test_flops_of_experts_are_those_of_one_token():

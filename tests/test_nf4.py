@@ -1,15 +1,17 @@
-"""Weights in 4 bits: what the codes stand for, and models of them."""
+"""Weights in 4 bits: what the codes stand for, models of them, and runs on them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
-from lm import sharding, trained
+from lm import convert, sharding, trained
 from lm.models.transformer import Config, Transformer
 from lm.nn import lora, nf4
-from tests.helpers import assert_trees_close
+from tests.helpers import assert_trees_close, read_checkpoint, read_metrics, run_training
+from tests.test_tuning import answered, conversations, write
 
 # Dettmers et al. 2023, arXiv 2305.14314, appendix E.
 TABLE = np.array(
@@ -124,3 +126,60 @@ def test_a_model_is_that_of_what_its_codes_stand_for():
 def test_what_cannot_be_quantized(changes, message):
     with pytest.raises(ValueError, match=message):
         split(Config(**FIELDS | changes, quantize="nf4"))
+
+
+# --- runs ---
+
+
+def array_of(checkpoint, path):
+    dtype, shape, stored = checkpoint[path]
+    return np.frombuffer(stored, jnp.dtype(dtype)).reshape(shape).astype(np.float32)
+
+
+def table_values(weight, embed):
+    """What NF4 makes of a matrix, by the paper's table, in blocks along the other dim."""
+    blocks = np.moveaxis(weight, embed, 0).reshape(-1, 64)
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    codes = np.abs((blocks / largest)[..., None] - TABLE).argmin(axis=-1)
+    moved = np.moveaxis(weight, embed, 0).shape
+    return np.moveaxis((TABLE[codes] * largest).reshape(moved), 0, embed)
+
+
+def test_runs_on_a_base_in_4_bits(small, fast_runs, tmp_path):
+    """Their losses are within 3% of those on the whole base. 31: merging adds the adapters to what
+    the codes stand for, not to the base's own weights.
+    """
+    small.model.update(dict(mlp_dim=128, head_dim=32))
+    small.optimizer.learning_rate = 1e-2
+    small.train.length = "60 steps"
+    run_training(small, tmp_path / "base")
+
+    conversations(small, write(tmp_path / "answers.jsonl", answered(64)))
+    small.init_from = str(tmp_path / "base")
+    small.model.lora_rank = 4
+    run_training(small, tmp_path / "plain")
+    small.model.quantize = "nf4"
+    run_training(small, tmp_path / "nf4")
+
+    losses = {}
+    for name in ("plain", "nf4"):
+        lines = read_metrics(tmp_path / name)
+        losses[name] = np.array([line["train/loss"] for line in lines if "train/loss" in line])
+        assert losses[name][-10:].mean() < 0.8 * losses[name][0]
+    assert (losses["plain"] != losses["nf4"]).all()
+    np.testing.assert_allclose(losses["nf4"], losses["plain"], rtol=0.03)
+
+    run, target = epath.Path(tmp_path / "nf4"), epath.Path(tmp_path / "merged")
+    convert.merge(run, small.init_from, target, jax.devices()[:1])
+    base, _ = read_checkpoint(tmp_path / "base", 60)
+    adapters, _ = read_checkpoint(tmp_path / "nf4", 60)
+    merged, _ = read_checkpoint(tmp_path / "merged", 0)
+
+    path = "params/layers/mlp/up"
+    weight = array_of(base, path)[0]
+    a, b = array_of(adapters, f"{path}_lora_a")[0], array_of(adapters, f"{path}_lora_b")[0]
+    delta = small.model.lora_alpha / 4 * a @ b
+    # The values and the sum are rounded to bf16.
+    wanted = table_values(weight, 0) + delta
+    np.testing.assert_allclose(array_of(merged, path)[0], wanted, rtol=2**-7, atol=1e-3)
+    assert np.abs(wanted - weight - delta).max() > 0.01

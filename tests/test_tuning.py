@@ -226,6 +226,15 @@ def test_a_reference_that_is_missing(preferred, tmp_path):
         run_training(config, tmp_path / "run")
 
 
+def test_a_reference_of_adapters_alone(preferred, tmp_path):
+    base = preferred.init_from
+    run_training(preferred, tmp_path / "adapters")
+    config = with_model_as_reference(preferred)
+    config.models.reference.init_from = str(tmp_path / "adapters")
+    with pytest.raises(ValueError, match=f"are in '{base}'. python -m lm.convert merge makes"):
+        run_training(config, tmp_path / "run")
+
+
 # --- what is learnt ---
 
 

@@ -1,13 +1,15 @@
 """Weights of another run, with rows for new tokens."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from lm import weights
+from lm import convert, weights
 from tests.helpers import read_checkpoint, run_training
 
 TABLES = ("params/embed/table", "params/head/table")
@@ -104,3 +106,26 @@ def test_what_is_not_resized(source, tmp_path, changes, message):
     source.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         run_training(source, tmp_path / "run")
+
+
+def test_new_rows_under_a_frozen_table(source, tmp_path):
+    """33: nobody would learn them. Those that are trained go into the merged model."""
+    source.tokenizer.reserve = "mask,sep"
+    source.optimizer.learning_rate = 1e-2
+    source.model.lora_rank = 4
+    message = (
+        r"1 new ids, .*\['embed/table', 'head/table'\].* config.train.trained = '(\S+)' trains"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        run_training(source, tmp_path / "run")
+
+    source.train.trained = re.search(message, str(error.value))[1]
+    run_training(source, tmp_path / "run")
+    run = epath.Path(tmp_path / "run")
+    convert.merge(run, source.init_from, epath.Path(tmp_path / "merged"), jax.devices()[:1])
+    base, _ = read_checkpoint(source.init_from, 1)
+    tuned, _ = read_checkpoint(run, 1)
+    merged, _ = read_checkpoint(tmp_path / "merged", 0)
+    for path in TABLES:
+        assert merged[path] == tuned[path]
+        assert not merged[path][2].startswith(base[path][2])

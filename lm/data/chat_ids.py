@@ -118,7 +118,10 @@ class ChatEncoder:
 
     def _answers(self, messages: Messages) -> list[int]:
         """The numbers of the answers that are learnt."""
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and message.get("weight", 1):
+                answers.append(i)
         return answers[-1:] if self._learnt == "last_answer" else answers
 
     def _turns(
@@ -153,9 +156,12 @@ class ChatEncoder:
     ) -> list[list[list[Span]]]:
         """The spans of each conversation's rows, by the marks around what is learnt."""
         rows = []
-        for turns in self._turns(source, conversations, tools, marks, options):
+        all_turns = self._turns(source, conversations, tools, marks, options)
+        for messages, turns in zip(conversations, all_turns, strict=True):
             _, last = turns[-1]
-            is_one_row = all(last.startswith(whole) for _, whole in turns)
+            # The marks around an answer that isn't learnt look as the others do.
+            is_one_row = all(message.get("weight", 1) for message in messages)
+            is_one_row = is_one_row and all(last.startswith(whole) for _, whole in turns)
             if is_one_row and self._learnt == "answers":
                 rows.append([_behind_prompts(_marked(last, *marks), [start for start, _ in turns])])
                 continue

@@ -5,6 +5,8 @@
     {"instruction": ..., "input": ..., "output": ...}                           Alpaca's
     {"prompt": ..., "completion": ...}                                          text or messages
     {"prompt": ..., "chosen": ..., "rejected": ...}                             text or messages
+    {"conversations": [...], "chosen": {"from": ..., "value": ...}, ...}        LLaMA-Factory's
+    {"chosen": "\\n\\nHuman: ... \\n\\nAssistant: ...", "rejected": ...}        HH-RLHF's
     {"prompt": ..., "completion": ..., "label": true}                           KTO's
 
 A format is known by its keys. Messages become token ids in lm/data/chat_ids.py.
@@ -15,6 +17,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +40,9 @@ _ROLES_ELSEWHERE = {
     "observation": "tool",
     "function_call": "assistant",
 }
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 class Example(NamedTuple):
@@ -226,10 +232,20 @@ def _system(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _turns(value, role: str, name: str) -> list[dict[str, Any]]:
-    """The messages of a text, or of a list of messages."""
+    """The messages of a text, of a message, or of a list of them."""
     if isinstance(value, str):
         return [dict(role=role, content=value)]
-    return _messages(value, name, role)
+    return _messages([value] if isinstance(value, dict) else value, name, role)
+
+
+def _dialogue(text: str) -> list[dict[str, Any]] | str:
+    """The messages of a text that has all turns of a conversation, as Anthropic's HH-RLHF writes
+    them; other texts as they are.
+    """
+    before, *parts = _TURN.split(text)
+    if before or not parts:
+        return text
+    return [{"from": role.lower(), "value": said} for role, said in zip(parts[::2], parts[1::2])]
 
 
 def _alpaca(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
@@ -249,12 +265,17 @@ def _pair(record: Mapping[str, Any], name: str, left_out: LeftOut) -> tuple[list
     """The chosen and the rejected conversation, which differ in their last answer alone."""
     if "prompt" in record:
         prompt = _turns(record["prompt"], "user", name)
+    elif "messages" in record or "conversations" in record:
+        prompt = _messages_of(record, name)
     else:
         # Alpaca's way, or the prompt is in the answers' messages.
         prompt = _alpaca(record, name)[:-1] if "instruction" in record else []
     sides = []
     for key in ("chosen", "rejected"):
-        turns = _turns(record[key], "assistant", name)
+        answer = record[key]
+        if not prompt and isinstance(answer, str):
+            answer = _dialogue(answer)
+        turns = _turns(answer, "assistant", name)
         # Some sets have the prompt in the answers' messages too.
         has_prompt = bool(prompt) and turns[: len(prompt)] == prompt
         turns = turns if has_prompt else prompt + turns
@@ -308,6 +329,9 @@ def _messages(value, name: str, key: str) -> list[dict[str, Any]]:
         if role not in ROLES:
             raise ValueError(f"{name}: the role {role!r:.60}; valid: {list(ROLES)}")
         others = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
+        # OpenAI's: whether an answer is learnt.
+        if others.get("weight", 1) not in (0, 1):
+            raise ValueError(f"{name}: weight is {others['weight']!r:.60}; wanted 0 or 1")
         messages.append(dict(role=role, content=_text(content, name)) | others)
     return messages
 
@@ -361,4 +385,7 @@ def _answered(messages: list[dict[str, Any]], name: str, left_out: LeftOut) -> l
         if role == "user" and not content.strip():
             raise Unusable("a question is empty")
         before = role
+
+    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in kept):
+        raise Unusable("all answers have the weight 0")
     return kept

@@ -33,10 +33,12 @@ def render_all(
     Raises:
       ValueError: a template that is no Jinja, or refuses the messages.
     """
+    where = ""
     try:
         template = _sandbox(*marks).from_string(source)
         texts: list[str] = []
         for number, messages in enumerate(conversations):
+            where = f" (in the conversation that begins with {messages[:1]!r:.120})"
             text = template.render(
                 messages=list(map(_with_reasoning, messages)),
                 tools=tools_each[number] if tools_each else tools,
@@ -47,7 +49,7 @@ def render_all(
             texts.append(text)
         return texts
     except Exception as error:  # whatever a stranger's template does
-        raise ValueError(str(error) or type(error).__name__) from None
+        raise ValueError(f"{str(error) or type(error).__name__}{where}") from None
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -189,9 +189,11 @@ class Config(config_lib.ModelFields):
         return tuple(name for name in self.bias.split(",") if name)
 
 
-def flops_per_token(config: Config, length: int, *, causal: bool = True) -> float:
-    """Model FLOPs of one token in training (forward and backward), by the matmuls that the model
-    needs, recomputation not counted.
+def flops_per_token(
+    config: Config, length: int, *, causal: bool = True, backward: bool = True
+) -> float:
+    """Model FLOPs of one token in training (forward and, unless told otherwise, backward), by the
+    matmuls that the model needs, recomputation not counted.
 
     6 per weight of a matmul that the token meets (of the experts, those of one token; 2 forward, 4
     backward; Kaplan et al. 2020, arXiv 2001.08361, section 2.1; the head is one, the embedding
@@ -212,9 +214,15 @@ def flops_per_token(config: Config, length: int, *, causal: bool = True) -> floa
     weights = c.num_layers * (attention + mlp + router) + c.vocab_size * table_dim + projections
     window = min(c.window or length, length)
     keys = window - window**2 / (2 * length) if causal else length
-    # Of a weight that only its adapter trains no gradient is computed.
-    of_weights = 4.0 * weights + 6.0 * _adapter_size(c) if c.lora_rank else 6.0 * weights
-    return of_weights + 12.0 * c.num_layers * c.num_heads * c.head_dim * keys
+    adapters = _adapter_size(c) if c.lora_rank else 0
+    scores = c.num_layers * c.num_heads * c.head_dim * keys
+
+    forward = 2.0 * (weights + adapters) + 4.0 * scores
+    if not backward:
+        return forward
+    # A weight passes a gradient on, and gets one, unless only its adapter is trained.
+    of_weights = 2.0 * weights + 4.0 * adapters if c.lora_rank else 4.0 * weights
+    return forward + of_weights + 8.0 * scores
 
 
 def _adapter_size(config: Config) -> int:

@@ -180,14 +180,14 @@ class _Job(NamedTuple):
     model_flops: ModelFlops
 
 
-def _model_flops(program: build.Program, rows: int, length: int, share: float = 1) -> ModelFlops:
-    """Model FLOPs of `rows` rows of `length` tokens; a forward pass is a `share` of 1/3 of a train
-    step.
-    """
+def _model_flops(
+    program: build.Program, rows: int, length: int, *, backward: bool = False
+) -> ModelFlops:
+    """Model FLOPs of `rows` rows of `length` tokens."""
 
     def total(causal: bool) -> float:
-        per_token = program.flops_per_token(length, causal=causal)
-        return share * rows * length * per_token
+        per_token = program.flops_per_token(length, causal=causal, backward=backward)
+        return rows * length * per_token
 
     return ModelFlops(causal=total(True), full=total(False))
 
@@ -197,7 +197,7 @@ def _train_job(config: ConfigDict, program: build.Program) -> _Job:
     return _Job(
         program.train_step,
         (program.abstract_state, batch, program.abstract_fixed),
-        _model_flops(program, config.data.batch_size, config.data.length),
+        _model_flops(program, config.data.batch_size, config.data.length, backward=True),
     )
 
 
@@ -207,7 +207,7 @@ def _eval_job(config: ConfigDict, program: build.Program) -> _Job:
     return _Job(
         jax.jit(token_logprobs),
         (program.abstract_params, batch),
-        _model_flops(program, config.data.batch_size, config.data.length, 1 / 3),
+        _model_flops(program, config.data.batch_size, config.data.length),
     )
 
 
@@ -231,7 +231,7 @@ def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
     return _Job(
         jax.jit(run),
         (program.abstract_params, prompts_BT, lengths_B),
-        _model_flops(program, rows, length, 1 / 3),
+        _model_flops(program, rows, length),
     )
 
 
@@ -257,7 +257,7 @@ def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
     return _Job(
         jax.jit(run, donate_argnums=3),
         (params, ids_B, ids_B, cache),
-        _model_flops(program, rows, 1, 1 / 3),
+        _model_flops(program, rows, 1),
     )
 
 

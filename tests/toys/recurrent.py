@@ -53,5 +53,6 @@ class Model(CachedDecoding, nnx.Module):
         return jnp.zeros((batch_size, self.config.embed_dim), self.config.compute_dtype)
 
 
-def flops_per_token(config, length, *, causal=True):
-    return 6.0 * config.embed_dim * (config.embed_dim + config.vocab_size)
+def flops_per_token(config, length, *, causal=True, backward=True):
+    passes = 6.0 if backward else 2.0
+    return passes * config.embed_dim * (config.embed_dim + config.vocab_size)

@@ -57,5 +57,6 @@ class Model(nnx.Module):
         return self.heads[name](hidden)
 
 
-def flops_per_token(config, length, *, causal=True):
-    return 6.0 * config.embed_dim * (config.embed_dim + config.vocab_size)
+def flops_per_token(config, length, *, causal=True, backward=True):
+    passes = 6.0 if backward else 2.0
+    return passes * config.embed_dim * (config.embed_dim + config.vocab_size)
