@@ -17,7 +17,7 @@ from lm.plan import cards
 from lm.plan import compile as plan_lib
 from tests.helpers import ROOT
 
-PODS = runpy.run_path(str(ROOT / "configs/pods.py"))
+PODS = ("configs/pods.py", "configs/sft_pods.py")  # files whose sizes have cards
 V5E_FLOPS = 197e12  # of a chip, a second
 
 
@@ -150,6 +150,30 @@ def test_the_report_of_all_programs(small):
     assert accumulated["executed_tflops"] == pytest.approx(whole["executed_tflops"], rel=0.01)
     assert accumulated["temporaries_gib"] < whole["temporaries_gib"]
     assert accumulated["wire_gb"] > 2 * whole["wire_gb"]
+
+
+@pytest.mark.slow
+def test_what_adapters_save(small):
+    """A TPU's program of adapters has two thirds of full tuning's FLOPs and little more; the state
+    has 2 bytes a parameter in place of 10. A forward pass is counted as one.
+    """
+    small.model.update(dict(vocab_size=8192, remat="query,key,value,attention,out,gate,up"))
+    whole = plan_lib.plan(small, "v5e:2x2")
+    small.model.lora_rank = 8
+    small.init_from = "a base"
+    adapted = plan_lib.plan(small, "v5e:2x2", programs=("train", "eval"))
+
+    ratio = adapted["train"]["executed_tflops"] / whole["train"]["executed_tflops"]
+    assert 0.6 < ratio <= 0.72
+    assert adapted["train"]["model_tflops"] / whole["train"]["model_tflops"] < 0.72
+
+    def state_bytes(report):
+        return (report["parameters_gib"] + report["optimizer_gib"]) * 2**30 * 4
+
+    assert state_bytes(whole) / whole["parameters"] == pytest.approx(10, rel=0.01)
+    assert state_bytes(adapted) / whole["parameters"] < 2.5
+    executed = adapted["eval"]["executed_tflops"]
+    assert adapted["eval"]["model_tflops"] == pytest.approx(executed, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -298,9 +322,12 @@ def test_every_pod_configuration_has_its_card():
     libtpu = next(pin.split("==")[1] for pin in pins if pin.startswith("libtpu=="))
     card_of = {path.stem: json.loads(path.read_text()) for path in cards.CARDS.glob("*.json")}
 
-    assert card_of.keys() == PODS["SIZES"].keys()
+    sizes = {}
+    for file in PODS:
+        sizes |= {name: file for name in runpy.run_path(str(ROOT / file))["SIZES"]}
+    assert card_of.keys() == sizes.keys()
     for name, card in card_of.items():
-        assert card["config"] == ["configs/pods.py", name]
+        assert card["config"] == [sizes[name], name]
         assert name.split("-")[1:3] == card["topology"].split(":")
         assert card["train"]["memory_gib"] < card["train"]["limit_gib"]
         assert card["versions"]["libtpu"] == libtpu

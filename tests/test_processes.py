@@ -11,9 +11,15 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
+from etils import epath
+from ml_collections import ConfigDict
 
+from lm import convert
 from lm.evals import entries
+from lm.hf import safetensors
 from tests.helpers import (
     CONFIG_FILE,
     LAST_STEP,
@@ -179,6 +185,44 @@ def test_two_processes_are_one(config, tmp_path, monkeypatch):
     # There was something to be put in order.
     answers = read_jsonl(tmp_path / "two" / "predictions" / "answers-8.jsonl")
     assert len({line["text"] for line in answers}) > 1
+
+
+def tensors(directory):
+    """name -> array of all files of a Hugging Face directory."""
+    arrays = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        for name, entry in safetensors.entries(file).items():
+            arrays[name] = np.asarray(entry.read(), np.float32)
+    return arrays
+
+
+@pytest.mark.slow
+def test_adapters_of_two_processes(config, tmp_path):
+    """38: what two trained and saved is merged and exported, and is that of one."""
+    config = config.copy_and_resolve_references().unlock()
+    config.evals = ConfigDict()
+    config.checkpoint.best = ""
+    run_training(config, tmp_path / "base", devices=8)
+    config.init_from = str(tmp_path / "base")
+    config.model.lora_rank = 4
+    config.optimizer.learning_rate = 1e-2
+
+    run_training(config, tmp_path / "one", devices=8)
+    codes, outputs = Hosts(2, config, tmp_path / "two").wait()
+    assert codes == [0, 0], outputs
+
+    for name in ("one", "two"):
+        run, merged = epath.Path(tmp_path / name), epath.Path(tmp_path / f"{name}-merged")
+        convert.export_adapter(run, "", tmp_path / f"{name}-adapter")
+        convert.merge(run, config.init_from, merged, jax.devices()[:1])
+        convert.export_checkpoint(merged, tmp_path / f"{name}-hf", jax.devices()[:1])
+    for kind in ("adapter", "hf"):
+        one, two = tensors(tmp_path / f"one-{kind}"), tensors(tmp_path / f"two-{kind}")
+        assert one.keys() == two.keys() and one
+        for name, array in one.items():
+            np.testing.assert_allclose(two[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+    for name, array in tensors(tmp_path / "two-adapter").items():
+        assert np.abs(array).max() > 0, name
 
 
 # A data source whose import makes a bit of a parameter flip on the sixth device, after step 5.
