@@ -1,0 +1,126 @@
+"""The figures and the picture of docs/tuning.md, from the runs of its commands.
+
+python experiments/tuning/walk.py --runs=runs --picture=docs/tuning.png
+"""
+
+import collections
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags
+from etils import epath
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for lm
+from lm import files
+from lm.data import pydocs_tasks
+from lm.evals.scores import statistics, text_metrics
+from lm.reports import runs as runs_lib
+from lm.reports.comparison import newest_predictions
+from lm.reports.tables import align
+
+_RUNS = flags.DEFINE_string("runs", "runs", "Where the runs before, sft, reward and dpo are.")
+_PICTURE = flags.DEFINE_string("picture", "tuning.png", "The picture to write.")
+
+SCORES = ("exact_match", "f1")
+
+
+class Answered(NamedTuple):
+    """The scores of an answer to each of the questions."""
+
+    name: str
+    by_score: dict[str, np.ndarray]  # [questions] each
+
+    def interval(self, score: str) -> tuple[float, float, float]:
+        """(the mean, its 95% interval), by the bootstrap."""
+        values = self.by_score[score]
+        low, high = statistics.bootstrap_interval(lambda i: float(values[i].mean()), len(values))
+        return float(values.mean()), low, high
+
+
+def read_answers(run: Path, eval_name: str, name: str) -> tuple[Answered, list[list[str]]]:
+    """The scores of a run's answers, and the references."""
+    _, path = newest_predictions(epath.Path(run))[eval_name]
+    lines = [line for _, line in files.read_jsonl(str(path))]
+    by_score = {}
+    for score in SCORES:
+        by_score[score] = np.array([line["scores"][score] for line in lines])
+    return Answered(name, by_score), [line["references"] for line in lines]
+
+
+def most_frequent(references: Sequence[Sequence[str]]) -> Answered:
+    """The answer that is most frequent in the training split, to all questions."""
+    records = pydocs_tasks.load("train", "questions")
+    counts = collections.Counter(record["answer"] for record in records)
+    ((answer, _),) = counts.most_common(1)
+
+    by_score = {}
+    for score in SCORES:
+        each = [max(getattr(text_metrics, score)(answer, r) for r in rs) for rs in references]
+        by_score[score] = np.array(each)
+    return Answered(f"always {answer!r}", by_score)
+
+
+def plot(answered: Sequence[Answered], folder: Path, picture: Path) -> None:
+    """Draws the loss of SFT, the answers' scores, and what is learnt of pairs."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    losses, scores, pairs = figure.subplots(1, 3)
+
+    sft = runs_lib.read(epath.Path(folder / "sft"), "sft")
+    losses.plot(*sft.curves["train/loss"], alpha=0.6, label="training")
+    losses.plot(*sft.curves["eval/held_out/loss"], marker=".", label="held out")
+    losses.set(title="SFT", xlabel="step", ylabel="nats per token of an answer")
+    losses.legend()
+
+    width = 0.38
+    for number, score in enumerate(SCORES):
+        intervals = np.array([a.interval(score) for a in answered])
+        places = np.arange(len(answered)) + (number - 0.5) * width
+        errors = [intervals[:, 0] - intervals[:, 1], intervals[:, 2] - intervals[:, 0]]
+        scores.barh(places, intervals[:, 0], width, xerr=errors, capsize=2, label=score)
+    scores.set_yticks(range(len(answered)), [a.name for a in answered])
+    scores.invert_yaxis()
+    scores.set(title="answers to held-out questions", xlim=(0, 1))
+    scores.legend()
+
+    for name, title in (("reward", "reward model"), ("dpo", "DPO")):
+        run = runs_lib.read(epath.Path(folder / name), name)
+        pairs.plot(*run.curves["eval/held_out/accuracy"], marker=".", label=title)
+    pairs.axhline(0.5, color="gray", linewidth=0.8)
+    pairs.set(title="held-out pairs of equal length", xlabel="step", ylabel="better answer wins")
+    pairs.set_ylim(0.4, 1)
+    pairs.legend()
+
+    for axis in (losses, scores, pairs):
+        axis.grid(alpha=0.3)
+    figure.savefig(picture, dpi=110)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    folder = Path(_RUNS.value)
+    before, references = read_answers(folder / "before", "questions", "base")
+    answered = [most_frequent(references), before]
+    for run, eval_name, name in (
+        ("before", "with_examples", "base, 4 examples"),
+        ("sft", "questions", "tuned"),
+        ("sft", "with_examples", "tuned, 4 examples"),
+    ):
+        answered.append(read_answers(folder / run, eval_name, name)[0])
+
+    rows = [("answers", *SCORES)]
+    for a in answered:
+        cells = [a.name]
+        for score in SCORES:
+            mean, low, high = a.interval(score)
+            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
+        rows.append(tuple(cells))
+    print(align(rows))
+    plot(answered, folder, Path(_PICTURE.value))
+
+
+if __name__ == "__main__":
+    app.run(main)
