@@ -63,6 +63,13 @@ def _not_quantized(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _without_adapters(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references().unlock()
+    if "lora_rank" in config.model:
+        config.model.update(lora_rank=0, quantize="")
+    return config
+
+
 def _load_plain(
     experiment: build.Experiment,
     source: epath.Path,
@@ -183,7 +190,7 @@ def load_merged(
     stored = saved.paths()
     abstract_trained, abstract_frozen = trained.split(plain.params, stored.__contains__)
     params = saved.restore_params(abstract_trained, averaged=True)
-    frozen = _load_base(base, abstract_frozen, lora.without(plain.params))
+    frozen = _load_base(base, abstract_frozen, config, devices)
     if plain is not model:
         as_trained = nf4.packed(frozen, model.params, plain.axes)
         check_frozen(as_trained, frozen_meta, where, base)
@@ -196,22 +203,28 @@ def load_merged(
         return model, whole
 
     merge = functools.partial(lora.merged, scale=lora.scale(model.model_config))
-    without = _not_quantized(config)
-    without.model.lora_rank = 0
-    target = build.abstract_model(without, devices, vocab_size)
+    target = build.abstract_model(_without_adapters(config), devices, vocab_size)
     return target, jax.jit(merge, out_shardings=jax.tree.map(_layout, target.params))(whole)
 
 
-def _load_base(base: str, abstract_frozen: dict, abstract_model: dict) -> dict:
-    """The frozen parameters, out of the checkpoint of a whole model."""
+def _load_base(base: str, abstract_frozen: dict, config: ConfigDict, devices) -> dict:
+    """The frozen parameters, out of the checkpoint of a whole model.
+
+    Args:
+      config: of the run that was trained on it.
+    """
     directory = build.checkpoint_directory(base, "--base")
     if not hf.is_checkpoint(directory):
         with checkpoint.open_run(directory) as saved:
             return saved.restore_params(abstract_frozen, averaged=False)
 
-    # Its tensors are read all or none; no family has other heads than the vocabulary's.
-    abstract_stored, _ = trained.split(abstract_model, lambda path: not path.startswith("heads/"))
-    params = hf.Checkpoint(directory).load(abstract_stored, hf.progress_line(base))
+    # Its tensors are read all or none. The run may have more tokens, and heads that no family has.
+    hf_checkpoint = hf.Checkpoint(directory)
+    whole = _without_adapters(config)
+    whole.model.vocab_size = hf_checkpoint.fields["vocab_size"]
+    model = build.abstract_model(whole, devices, whole.model.vocab_size)
+    abstract_stored, _ = trained.split(model.params, lambda path: not path.startswith("heads/"))
+    params = hf_checkpoint.load(abstract_stored, hf.progress_line(base))
     frozen_paths = set(trained.paths_of(abstract_frozen))
     return trained.split(params, frozen_paths.__contains__)[0]
 

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from lm import convert, weights
-from tests.helpers import read_checkpoint, run_training
+from tests.helpers import read_checkpoint, run_training, slow
 
 TABLES = ("params/embed/table", "params/head/table")
 SIZE = 259  # of the bytes, BOS, EOS and a mask: no number that a mesh can divide
@@ -108,24 +108,40 @@ def test_what_is_not_resized(source, tmp_path, changes, message):
         run_training(source, tmp_path / "run")
 
 
+TRAINED = "*_lora_?,embed/table,head/table"
+
+
 def test_new_rows_under_a_frozen_table(source, tmp_path):
-    """33: nobody would learn them. Those that are trained go into the merged model."""
+    """33: nobody would learn them."""
     source.tokenizer.reserve = "mask,sep"
-    source.optimizer.learning_rate = 1e-2
     source.model.lora_rank = 4
-    message = (
-        r"1 new ids, .*\['embed/table', 'head/table'\].* config.train.trained = '(\S+)' trains"
-    )
+    message = r"1 new ids, .*\['embed/table', 'head/table'\].*trained = '(\S+)' trains"
     with pytest.raises(ValueError, match=message) as error:
         run_training(source, tmp_path / "run")
+    assert re.search(message, str(error.value))[1] == TRAINED
 
-    source.train.trained = re.search(message, str(error.value))[1]
-    run_training(source, tmp_path / "run")
-    run = epath.Path(tmp_path / "run")
-    convert.merge(run, source.init_from, epath.Path(tmp_path / "merged"), jax.devices()[:1])
+
+@pytest.mark.parametrize("kind", ["a run", slow("a Hugging Face directory")])
+def test_new_rows_that_are_trained_are_merged(source, tmp_path, kind):
+    """33: by the key that the error names."""
     base, _ = read_checkpoint(source.init_from, 1)
+    if kind == "a run":
+        source.tokenizer.reserve = "mask,sep"
+    else:
+        directory = tmp_path / "base"
+        convert.export_checkpoint(epath.Path(source.init_from), directory, jax.devices()[:1])
+        source.init_from = source.tokenizer.path = str(directory)
+        source.tokenizer.reserve = "sep"
+    source.optimizer.learning_rate = 1e-2
+    source.model.lora_rank = 4
+    source.train.trained = TRAINED
+    run_training(source, tmp_path / "run")
+
+    run, target = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "merged")
+    convert.merge(run, source.init_from, target, jax.devices()[:1])
     tuned, _ = read_checkpoint(run, 1)
-    merged, _ = read_checkpoint(tmp_path / "merged", 0)
+    merged, _ = read_checkpoint(target, 0)
     for path in TABLES:
         assert merged[path] == tuned[path]
+        assert merged[path][1][0] == SIZE + 1
         assert not merged[path][2].startswith(base[path][2])
