@@ -20,6 +20,7 @@ from lm import config as config_lib
 from lm.evals import entries
 from lm.objectives.preference_losses import LOSSES, WITHOUT_REFERENCE
 
+LENGTH = 512
 SIZES = {name: name for name in ("reward", "kto", *LOSSES)}
 
 
@@ -29,8 +30,13 @@ def get_config(argument: str = "dpo") -> ConfigDict:
     base, *paths = given or [""]
 
     c = config_lib.default()
+    # Most checkpoints have longer contexts.
+    c.model.context_length = LENGTH
     config_lib.start_from(c, base)
-    c.data.length = min(512, c.model.context_length)
+    if c.model.positions == "rope":
+        # A row has both answers with their prompts, and each of these begins at position 0.
+        c.model.context_length = max(LENGTH, c.model.context_length)
+    c.data.length = min(LENGTH, c.model.context_length)
     c.data.batch_size = 16
     if paths:
         c.data.source = "lm.data.conversations.conversations"

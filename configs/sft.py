@@ -29,6 +29,7 @@ from lm.evals import entries
 
 PYDOCS = tuple(name for name in entries.shipped_tasks() if name.startswith("pydocs_"))
 EVALUATED = 200  # records of each task
+LENGTH = 512
 
 
 def get_config(argument: str = "flan") -> ConfigDict:
@@ -37,8 +38,10 @@ def get_config(argument: str = "flan") -> ConfigDict:
     base, *data = given or [""]
 
     c = config_lib.default()
+    # Most checkpoints have longer contexts.
+    c.model.context_length = LENGTH
     config_lib.start_from(c, base)
-    c.data.length = min(512, c.model.context_length)
+    c.data.length = min(LENGTH, c.model.context_length)
     c.data.batch_size = 16
 
     c.optimizer.name = "adamw"
