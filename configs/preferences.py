@@ -45,14 +45,15 @@ def get_config(argument: str = "dpo") -> ConfigDict:
     else:
         tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
         c.data.source = "lm.instructions.preferences"
-        c.data.source_args = ConfigDict(dict(tasks=tasks, wording=dict(space=True)))
+        about = dict(tasks=tasks, rate_cap=9000, wording=dict(space=True))
+        c.data.source_args = ConfigDict(about)
     c.chat.template = "plain"
 
     if loss == "reward":
         c.objective = ConfigDict(dict(type="lm.objectives.reward", centring=0.01))
         c.model.heads = "scalar"
         c.init_new = "heads/*"
-        c.optimizer.learning_rate = 3e-4
+        c.optimizer.learning_rate = 5e-4
     else:
         reference = "none" if loss in WITHOUT_REFERENCE else "model"
         c.objective = ConfigDict(dict(type="lm.objectives.preference", loss=loss, beta=0.1))
