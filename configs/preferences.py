@@ -45,9 +45,12 @@ def get_config(argument: str = "dpo") -> ConfigDict:
     else:
         tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
         c.data.source = "lm.instructions.preferences"
-        about = dict(tasks=tasks, rate_cap=9000, wording=dict(space=True))
+        # The reward model needs all of them; for the others it is a matter of time.
+        rate_cap = 9000 if loss == "reward" else 3000
+        about = dict(tasks=tasks, rate_cap=rate_cap, wording=dict(space=True))
         c.data.source_args = ConfigDict(about)
-    c.chat.template = "plain"
+    # A tuned base has its template with its tokenizer.
+    c.chat.template = "" if base else "plain"
 
     if loss == "reward":
         c.objective = ConfigDict(dict(type="lm.objectives.reward", centring=0.01))
