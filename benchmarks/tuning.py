@@ -27,7 +27,7 @@ from lm.data import pydocs_tasks
 from lm.models import presets
 
 LENGTH = 256
-STEPS = 100
+STEPS = 60
 LOG_EVERY = 10
 CONTENDERS = ("pretraining", "tuning")
 
