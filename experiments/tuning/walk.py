@@ -5,7 +5,7 @@ python experiments/tuning/walk.py --runs=runs --picture=docs/tuning.png
 
 import collections
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ _RUNS = flags.DEFINE_string("runs", "runs", "Where the runs before, sft, reward 
 _PICTURE = flags.DEFINE_string("picture", "tuning.png", "The picture to write.")
 
 SCORES = ("exact_match", "f1")
+# ending of the accuracy of such pairs -> what the picture calls them
+WHICH = {"": "any", "_longer": "longer", "_equal": "the same", "_shorter": "shorter"}
 
 
 class Answered(NamedTuple):
@@ -64,6 +66,15 @@ def most_frequent(references: Sequence[Sequence[str]]) -> Answered:
     return Answered(f"always {answer!r}", by_score)
 
 
+def of_pairs(values: Mapping[str, float], which: str) -> tuple[float, float, float]:
+    """(the share of held-out pairs whose better answer wins, its 95% interval)."""
+    share, count = (
+        values[f"eval/held_out/accuracy{which}"],
+        values[f"eval/held_out/examples{which}"],
+    )
+    return share, *statistics.proportion_interval(round(share * count), int(count))
+
+
 def plot(answered: Sequence[Answered], folder: Path, picture: Path) -> None:
     """Draws the loss of SFT, the answers' scores, and what is learnt of pairs."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -86,13 +97,21 @@ def plot(answered: Sequence[Answered], folder: Path, picture: Path) -> None:
     scores.set(title="answers to held-out questions", xlim=(0, 1))
     scores.legend()
 
-    for name, title in (("reward", "reward model"), ("dpo", "DPO")):
-        run = runs_lib.read(epath.Path(folder / name), name)
-        pairs.plot(*run.curves["eval/held_out/accuracy"], marker=".", label=title)
+    for number, (name, title) in enumerate((("reward", "reward model"), ("dpo", "DPO"))):
+        values = runs_lib.read(epath.Path(folder / name), name).last_values
+        shares = [of_pairs(values, which) for which in WHICH]
+        heights = np.array([share for share, _, _ in shares])
+        errors = [
+            heights - [low for _, low, _ in shares],
+            [high for _, _, high in shares] - heights,
+        ]
+        places = np.arange(len(WHICH)) + (number - 0.5) * width
+        pairs.bar(places, heights, width, yerr=errors, capsize=2, label=title)
+    pairs.set_xticks(range(len(WHICH)), list(WHICH.values()))
     pairs.axhline(0.5, color="gray", linewidth=0.8)
-    pairs.set(title="held-out pairs of equal length", xlabel="step", ylabel="better answer wins")
-    pairs.set_ylim(0.4, 1)
-    pairs.legend()
+    pairs.set(title="the better answer wins", xlabel="its length beside the worse one's")
+    pairs.set_ylim(0, 1)
+    pairs.legend(loc="lower right")
 
     for axis in (losses, scores, pairs):
         axis.grid(alpha=0.3)
