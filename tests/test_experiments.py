@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import re
+import types
 
 import numpy as np
 import pytest
+from etils import epath
 
 from lm.sweep import plan
 from tests.helpers import ROOT
@@ -131,3 +133,68 @@ def test_the_parts_of_a_way_of_asking_are_told_apart(tmp_path, capsys):
     assert ["words", "lower", *["90.0% ± 0.0%"] * 4] in printed(capsys)
     table.plot(answers, tmp_path / "ways.png")
     assert (tmp_path / "ways.png").exists()
+
+
+def write_answers(folder, answers):
+    """The predictions of a run: eval -> whether each of its answers is right."""
+    (folder / "predictions").mkdir(parents=True)
+    for name, rights in answers.items():
+        lines = []
+        for number, is_right in enumerate(rights):
+            line = dict(name=str(number), text="a", references=["a"])
+            line["scores"] = dict(exact_match=float(is_right), f1=float(is_right))
+            lines.append(json.dumps(line) + "\n")
+        (folder / "predictions" / f"{name}-2.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_what_tuning_changed_is_told_by_task(tmp_path):
+    table = module("experiments/instructions/table.py")
+    before = write_answers(tmp_path / "before", dict(seen=[False] * 40, kept=[True, False] * 20))
+    runs = []
+    for seed, num_right in enumerate((28, 30, 32)):
+        rights = [number < num_right for number in range(40)]
+        folder = write_answers(tmp_path / f"{seed}", dict(seen=rights, kept=[True, False] * 20))
+        tasks = dict(
+            seen=dict(instructions=dict(cluster="b")), kept=dict(instructions=dict(cluster="z"))
+        )
+        source_args = dict(held_out_clusters="z,y", tasks=tasks)
+        (folder / "config.json").write_text(json.dumps(dict(data=dict(source_args=source_args))))
+        (folder / "run.json").write_text(json.dumps(dict(finished=True, total_steps=2)))
+        runs.append(dict(name=folder.name, changes=dict(seed=seed)))
+    (tmp_path / "sweep.json").write_text(json.dumps(dict(runs=runs)))
+
+    kept, seen = table.rows_of(epath.Path(tmp_path), epath.Path(before))
+    assert kept[:5] == ("kept", "z, held out", "exact_match", "0.500", "0.500")
+    assert kept[5:] == ("+0.000 (+0.000 to +0.000)", "1, 1, 1")
+    # Student's t: 4.303 times 0.05 / sqrt(3).
+    assert seen[3:6] == ("0.000", "0.750", "+0.750 (+0.626 to +0.874)")
+    assert all(float(p) < 0.01 for p in seen[6].split(", "))
+
+
+def test_the_walk_has_its_table_and_its_picture(tmp_path, monkeypatch, capsys):
+    walk = module("experiments/tuning/walk.py")
+    both = dict(questions=[False] * 20, with_examples=[True, False] * 10)
+    for name in ("before", "sft"):
+        write_answers(tmp_path / name, both)
+    curve = {"step": 2, "train/loss": 1.0, "eval/held_out/loss": 1.0}
+    (tmp_path / "sft" / "metrics.jsonl").write_text(json.dumps(curve) + "\n")
+    for name in ("reward", "dpo"):
+        line = {"step": 2}
+        for which in walk.WHICH:
+            line |= {f"eval/held_out/accuracy{which}": 0.75, f"eval/held_out/examples{which}": 40}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    records = [dict(answer=answer) for answer in "aab"]
+    monkeypatch.setattr(walk.pydocs_tasks, "load", lambda split, family: records)
+
+    picture = str(tmp_path / "walk.png")
+    monkeypatch.setattr(walk, "_RUNS", types.SimpleNamespace(value=str(tmp_path)))
+    monkeypatch.setattr(walk, "_PICTURE", types.SimpleNamespace(value=picture))
+    walk.main([])
+    rows = printed(capsys)
+    assert rows[1] == ["always 'a'", *["1.000 (1.000 to 1.000)"] * 2]
+    assert [row[1][:5] for row in rows[2:]] == ["0.000", "0.500", "0.000", "0.500"]
+    assert (tmp_path / "walk.png").exists()
+    share, low, high = walk.of_pairs(line, "_longer")
+    assert 0.59 < low < share == 0.75 < high < 0.87

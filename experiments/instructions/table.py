@@ -25,14 +25,14 @@ def main_score(comparison: Mapping) -> str:
     return "accuracy" if "accuracy" in names else names[0]
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    runs = finished_runs(epath.Path(_WORKDIR.value))
+def rows_of(workdir: epath.Path, before: epath.Path) -> list[tuple[str, ...]]:
+    """A row for each task: held-out clusters first."""
+    runs = finished_runs(workdir)
     source_args = runs[0].run.config["data"]["source_args"]
     held_out = source_args["held_out_clusters"].split(",")
-    comparisons = [compare_runs(run.run.path, epath.Path(_BEFORE.value)) for run in runs]
+    comparisons = [compare_runs(run.run.path, before) for run in runs]
 
-    rows = [("task", "cluster", "score", "base", "tuned", "difference", "p of each seed")]
+    rows = []
     for task, entry in source_args["tasks"].items():
         cluster = entry["instructions"]["cluster"]
         of_seeds = [comparison[task] for comparison in comparisons]
@@ -51,8 +51,18 @@ def main(argv: list[str]) -> None:
                 ", ".join(f"{result['p_holm']:.2g}" for result in of_seeds),
             )
         )
-    rows[1:] = sorted(rows[1:], key=lambda row: ("held out" not in row[1], row[1], row[0]))
-    print(align(rows))
+    return sorted(rows, key=_held_out_first)
+
+
+def _held_out_first(row: tuple[str, ...]) -> tuple:
+    task, cluster, *_ = row
+    return not cluster.endswith("held out"), cluster, task
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    header = ("task", "cluster", "score", "base", "tuned", "difference", "p of each seed")
+    print(align([header, *rows_of(epath.Path(_WORKDIR.value), epath.Path(_BEFORE.value))]))
 
 
 if __name__ == "__main__":

@@ -68,10 +68,8 @@ def most_frequent(references: Sequence[Sequence[str]]) -> Answered:
 
 def of_pairs(values: Mapping[str, float], which: str) -> tuple[float, float, float]:
     """(the share of held-out pairs whose better answer wins, its 95% interval)."""
-    share, count = (
-        values[f"eval/held_out/accuracy{which}"],
-        values[f"eval/held_out/examples{which}"],
-    )
+    share = values[f"eval/held_out/accuracy{which}"]
+    count = values[f"eval/held_out/examples{which}"]
     return share, *statistics.proportion_interval(round(share * count), int(count))
 
 
