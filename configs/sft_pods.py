@@ -30,7 +30,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "llama3_1b-v5e-2x4": Size(dict(fsdp=8), 2, "query,key,value,attention,out", "joint"),
-    "llama3_8b-v5e-2x4-lora": Size(dict(fsdp=8), 1, "attention,out", "joint"),
+    "llama3_8b-v5e-2x4-lora": Size(dict(fsdp=8), 1, "query,key,value,attention,out,up", "joint"),
     "llama3_8b-v5p-2x2x4": Size(
         dict(fsdp=4, fsdp2=4), 2, "query,key,value,attention,out", "staged"
     ),  # noqa: E501
