@@ -167,7 +167,8 @@ def test_what_adapters_save():
     state_bytes, flops = of_card("llama3_8b-v5p-2x2x4")
     adapted_bytes, adapted_flops = of_card("llama3_8b-v5e-2x4-lora")
     assert state_bytes == pytest.approx(10, rel=0.01)
-    assert 2 < adapted_bytes < 2.1
+    # Each chip has all of B, in f32 with two moments.
+    assert 2 < adapted_bytes < 2.4
     assert 0.6 < adapted_flops / flops < 0.72
 
 
