@@ -28,12 +28,11 @@ class Size(NamedTuple):
     gather: str  # config.train.fsdp_gather
 
 
+_KEPT = "query,key,value,attention,out"
 SIZES = {
-    "llama3_1b-v5e-2x4": Size(dict(fsdp=8), 2, "query,key,value,attention,out", "joint"),
-    "llama3_8b-v5e-2x4-lora": Size(dict(fsdp=8), 1, "query,key,value,attention,out,up", "joint"),
-    "llama3_8b-v5p-2x2x4": Size(
-        dict(fsdp=4, fsdp2=4), 2, "query,key,value,attention,out", "staged"
-    ),  # noqa: E501
+    "llama3_1b-v5e-2x4": Size(dict(fsdp=8), 2, f"{_KEPT},gate,up", "joint"),
+    "llama3_8b-v5e-2x4-lora": Size(dict(fsdp=8), 1, f"{_KEPT},up", "joint"),
+    "llama3_8b-v5p-2x2x4": Size(dict(fsdp=4, fsdp2=4), 2, f"{_KEPT},gate,up", "staged"),
 }
 
 

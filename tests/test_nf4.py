@@ -101,7 +101,7 @@ def test_a_model_is_that_of_what_its_codes_stand_for():
         def loss(adapters):
             return jnp.sum(jnp.square(hidden(graphdef, trained.merge(adapters, frozen))))
 
-        return jax.value_and_grad(loss)
+        return jax.jit(jax.value_and_grad(loss))
 
     adapters, frozen = trained.split(quantized, lora.is_adapter)
     keys = iter(jax.random.split(jax.random.key(2), 99))
@@ -145,6 +145,7 @@ def table_values(weight, embed):
     return np.moveaxis((TABLE[codes] * largest).reshape(moved), 0, embed)
 
 
+@pytest.mark.slow
 def test_runs_on_a_base_in_4_bits(small, fast_runs, tmp_path):
     """Their losses are within 3% of those on the whole base. 31: merging adds the adapters to what
     the codes stand for, not to the base's own weights.

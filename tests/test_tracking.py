@@ -195,7 +195,12 @@ def test_a_run_continues_its_rows(config, tmp_path):
     writer.write(5, {"train/loss": 1 / 5})
     writer.close()
 
+    # W&B writes in a process of its own.
     rows = read_rows(tmp_path / "sent")
+    patience = time.monotonic() + 30
+    while rows[-1]["step"] < 5 and time.monotonic() < patience:
+        time.sleep(0.2)
+        rows = read_rows(tmp_path / "sent")
     losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     assert losses == [(step, 1 / step) for step in (1, 2, 3, 4, 5)]
     evals = [(row["step"], row["eval/v/loss"]) for row in rows if "eval/v/loss" in row]
