@@ -134,7 +134,7 @@ def _checkpoint_facts(run: runs_lib.Run) -> dict[str, str]:
 
 
 def _cards_section(runs: Sequence[runs_lib.Run]) -> page.Section:
-    """The compile cards of the runs that are of configs/pods.py."""
+    """The compile cards of the runs that are of a configuration with one."""
     of_cards: dict[str, list[str]] = {}
     for run in runs:
         if name := card_of(run.config):

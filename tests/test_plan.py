@@ -169,7 +169,7 @@ def test_what_adapters_save():
     assert state_bytes == pytest.approx(10, rel=0.01)
     # Each chip has all of B, in f32 with two moments.
     assert 2 < adapted_bytes < 2.4
-    assert 0.6 < adapted_flops / flops < 0.72
+    assert 0.6 < adapted_flops / flops <= 0.72
 
 
 @pytest.mark.parametrize(

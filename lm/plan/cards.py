@@ -1,4 +1,6 @@
-"""Cards: the reports of the configurations of configs/pods.py, how they are checked and shown."""
+"""Cards: the reports of the configurations of configs/pods.py and configs/sft_pods.py, how they are
+checked and shown.
+"""
 
 import json
 import runpy
