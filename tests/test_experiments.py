@@ -189,8 +189,8 @@ def test_the_walk_has_its_table_and_its_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(walk.pydocs_tasks, "load", lambda split, family: records)
 
     picture = str(tmp_path / "walk.png")
-    monkeypatch.setattr(walk, "_RUNS", types.SimpleNamespace(value=str(tmp_path)))
-    monkeypatch.setattr(walk, "_PICTURE", types.SimpleNamespace(value=picture))
+    monkeypatch.setattr(walk, "_RUNS", types.SimpleNamespace(value=str(tmp_path)), raising=False)
+    monkeypatch.setattr(walk, "_PICTURE", types.SimpleNamespace(value=picture), raising=False)
     walk.main([])
     rows = printed(capsys)
     assert rows[1] == ["always 'a'", *["1.000 (1.000 to 1.000)"] * 2]

@@ -15,9 +15,6 @@ from lm.reports.comparison import compare_runs
 from lm.reports.sweeps import finished_runs, mean_interval
 from lm.reports.tables import align
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/instructions", "The sweep's directory.")
-_BEFORE = flags.DEFINE_string("before", "runs/before", "The run with the base's evals.")
-
 
 def main_score(comparison: Mapping) -> str:
     """The first score of an eval: accuracy, or what its texts are scored by."""
@@ -66,4 +63,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/instructions", "The sweep's directory.")
+    _BEFORE = flags.DEFINE_string("before", "runs/before", "The run with the base's evals.")
     app.run(main)

@@ -22,9 +22,6 @@ from lm.reports import runs as runs_lib
 from lm.reports.comparison import newest_predictions
 from lm.reports.tables import align
 
-_RUNS = flags.DEFINE_string("runs", "runs", "Where the runs before, sft, reward and dpo are.")
-_PICTURE = flags.DEFINE_string("picture", "tuning.png", "The picture to write.")
-
 SCORES = ("exact_match", "f1")
 # ending of the accuracy of such pairs -> what the picture calls them
 WHICH = {"": "any", "_longer": "longer", "_equal": "the same", "_shorter": "shorter"}
@@ -140,4 +137,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    _RUNS = flags.DEFINE_string("runs", "runs", "Where the runs before, sft, reward and dpo are.")
+    _PICTURE = flags.DEFINE_string("picture", "tuning.png", "The picture to write.")
     app.run(main)
