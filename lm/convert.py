@@ -174,9 +174,7 @@ def merge(
         tokenizer = checkpoint.tokenizer_from_meta(saved.meta["tokenizer"])
         size = tokenizer.vocab_size
         _, params = weights.load_merged(saved, config, devices, size, base, workdir)
-    if "lora_rank" in config.model:
-        config.model.update(lora_rank=0, quantize="")
-    _write_run(target, config, tokenizer, params, {})
+    _write_run(target, weights.without_adapters(config), tokenizer, params, {})
 
 
 # --- export ---

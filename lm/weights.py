@@ -63,7 +63,8 @@ def _not_quantized(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _without_adapters(config: ConfigDict) -> ConfigDict:
+def without_adapters(config: ConfigDict) -> ConfigDict:
+    """Returns a configuration whose model has its weights whole."""
     config = config.copy_and_resolve_references().unlock()
     if "lora_rank" in config.model:
         config.model.update(lora_rank=0, quantize="")
@@ -203,7 +204,7 @@ def load_merged(
         return model, whole
 
     merge = functools.partial(lora.merged, scale=lora.scale(model.model_config))
-    target = build.abstract_model(_without_adapters(config), devices, vocab_size)
+    target = build.abstract_model(without_adapters(config), devices, vocab_size)
     return target, jax.jit(merge, out_shardings=jax.tree.map(_layout, target.params))(whole)
 
 
@@ -220,7 +221,7 @@ def _load_base(base: str, abstract_frozen: dict, config: ConfigDict, devices) ->
 
     # Its tensors are read all or none. The run may have more tokens, and heads that no family has.
     hf_checkpoint = hf.Checkpoint(directory)
-    whole = _without_adapters(config)
+    whole = without_adapters(config)
     whole.model.vocab_size = hf_checkpoint.fields["vocab_size"]
     model = build.abstract_model(whole, devices, whole.model.vocab_size)
     abstract_stored, _ = trained.split(model.params, lambda path: not path.startswith("heads/"))

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import types
 
 import numpy as np
 import pytest
@@ -188,10 +187,7 @@ def test_the_walk_has_its_table_and_its_picture(tmp_path, monkeypatch, capsys):
     records = [dict(answer=answer) for answer in "aab"]
     monkeypatch.setattr(walk.pydocs_tasks, "load", lambda split, family: records)
 
-    picture = str(tmp_path / "walk.png")
-    monkeypatch.setattr(walk, "_RUNS", types.SimpleNamespace(value=str(tmp_path)), raising=False)
-    monkeypatch.setattr(walk, "_PICTURE", types.SimpleNamespace(value=picture), raising=False)
-    walk.main([])
+    walk.report(tmp_path, tmp_path / "walk.png")
     rows = printed(capsys)
     assert rows[1] == ["always 'a'", *["1.000 (1.000 to 1.000)"] * 2]
     assert [row[1][:5] for row in rows[2:]] == ["0.000", "0.500", "0.000", "0.500"]

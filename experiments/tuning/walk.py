@@ -58,8 +58,8 @@ def most_frequent(references: Sequence[Sequence[str]]) -> Answered:
 
     by_score = {}
     for score in SCORES:
-        each = [max(getattr(text_metrics, score)(answer, r) for r in rs) for rs in references]
-        by_score[score] = np.array(each)
+        scored = text_metrics.SCORES[score]([answer] * len(references), references)
+        by_score[score] = np.array(scored.each)
     return Answered(f"always {answer!r}", by_score)
 
 
@@ -113,9 +113,8 @@ def plot(answered: Sequence[Answered], folder: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    folder = Path(_RUNS.value)
+def report(folder: Path, picture: Path) -> None:
+    """Prints the table of the runs in a folder, and draws them."""
     before, references = read_answers(folder / "before", "questions", "base")
     answered = [most_frequent(references), before]
     for run, eval_name, name in (
@@ -133,7 +132,12 @@ def main(argv: list[str]) -> None:
             cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
         rows.append(tuple(cells))
     print(align(rows))
-    plot(answered, folder, Path(_PICTURE.value))
+    plot(answered, folder, picture)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    report(Path(_RUNS.value), Path(_PICTURE.value))
 
 
 if __name__ == "__main__":

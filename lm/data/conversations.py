@@ -40,8 +40,6 @@ _ROLES_ELSEWHERE = {
     "observation": "tool",
     "function_call": "assistant",
 }
-
-
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
