@@ -82,9 +82,9 @@ def _questions(c: ConfigDict, data: list[str]) -> None:
     name = "pydocs_questions"
     c.data.source_args.tasks = ConfigDict({name: entries.instructed(name)})
     c.data.source_args.update(held_out_clusters="", rate_cap=9000)
+    c.data.batch_size = 8
     c.optimizer.learning_rate = 1e-3
-    c.train.length = "2 epochs"
-    c.evals = ConfigDict(dict(held_out=entries.held_out("AnswerLoss", every=100)))
+    c.evals = ConfigDict(dict(held_out=entries.held_out("AnswerLoss", every=200)))
     c.evals.questions = entries.task(name, max_documents=500)
     shots = dict(shots=4, sampler="random")
     c.evals.with_examples = entries.task(name, max_documents=500, prompt=shots)
