@@ -16,7 +16,7 @@ from lm.models import presets
 
 def get_config(size: str = "gpt2") -> ConfigDict:
     c = config_lib.default()
-    c.model.update(presets.get(size))
+    c.model = config_lib.model(**presets.get(size))
     c.model.vocab_size = 0  # the tokenizer's
 
     c.data.source = "lm.data.sources.tfds"

@@ -34,6 +34,7 @@ from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
 from lm.evals import entries
 from lm.evals.causal_answers import CausalAnswers
+from lm.evals.masked_answers import MaskedAnswers
 from lm.evals.predict import CompiledFns, Evaluator, PredictFns, compiled, never_stop
 from lm.hf import directory as hf
 from lm.models.transformer import EXECUTION_FIELDS
@@ -186,7 +187,8 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
     `init_resize` its vocabulary may be larger. Other configurations come back as they are.
 
     Args:
-      training: the parameters have the dtype of the configuration; else the checkpoint's own.
+      training: the parameters have the dtype of the configuration; else the checkpoint's own, and
+        the objective is the one that the model can have.
 
     Raises:
       ValueError: a checkpoint that can't be read, see `lm.hf.directory.Checkpoint`; with
@@ -207,6 +209,8 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
         config.model.vocab_size = max(sizes)
     if not training:
         config.model.param_dtype = hf_checkpoint.dtype()
+        if config.model.visible == "full" and config.objective.type == config_lib.Objective.type:
+            config.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.15))
     elif hf_checkpoint.dtype() == "float32" and config.model.param_dtype == "bfloat16":
         logging.warning(
             "%s has float32 weights, and config.model.param_dtype = 'bfloat16' rounds them; "
@@ -277,6 +281,11 @@ def make_model_fn(config: ConfigDict, vocab_size: int, platform: str) -> tuple[A
 def _abstract(make_model: Callable):
     """Returns (graphdef, abstract parameters) of a model."""
     return nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+
+
+def sees_all(model_config) -> bool:
+    """Whether a model is an encoder, which sees all of a text."""
+    return getattr(model_config, "visible", "causal") == "full"
 
 
 class AbstractModel(NamedTuple):
@@ -366,6 +375,8 @@ class Objective(NamedTuple):
       arrays: those of a batch, from the loader.
       prepared: those that `prepare` adds.
       prepare: (batch, model, **others) -> the arrays of `prepared`; None: there are none.
+      make_windows: tokenizer -> a function (ids of a document, length, numpy Generator) -> its
+        windows; None: those of `lm.data.pack.windows`.
       make_transform: tokenizer -> a function (row, numpy Generator) -> row; None: rows stay as
         they are.
       examples: kinds of documents that it is for.
@@ -378,6 +389,7 @@ class Objective(NamedTuple):
     arrays: Mapping[str, batch_contract.Array]
     prepared: Mapping[str, batch_contract.Array]
     prepare: Callable | None
+    make_windows: Callable | None
     make_transform: Callable | None
     examples: tuple[str, ...]
     check: Callable
@@ -417,9 +429,10 @@ def make_objective(config: ConfigDict) -> Objective:
     examples = ("text", "conversation")
     if hasattr(module, "examples"):
         examples = module.examples(**arguments)
-    make_transform = None
-    if hasattr(module, "make_transform"):
-        make_transform = functools.partial(module.make_transform, **arguments)
+    transforms = {}
+    for name in ("make_windows", "make_transform"):
+        make = getattr(module, name, None)
+        transforms[name] = functools.partial(make, **arguments) if make else None
     unit_terms = None
     if hasattr(module, "make_unit_terms"):
         unit_terms = module.make_unit_terms(**arguments)
@@ -429,7 +442,7 @@ def make_objective(config: ConfigDict) -> Objective:
         arrays=arrays,
         prepared=prepared,
         prepare=module.make_prepare(**arguments) if has_prepare else None,
-        make_transform=make_transform,
+        **transforms,
         examples=examples,
         check=functools.partial(getattr(module, "check", _check_nothing), **arguments),
         unit_terms=unit_terms,
@@ -555,7 +568,9 @@ def program(
         train_step=jit_step(train_step, out_shardings=(shardings, whole), donate_argnums=0),
         look=jit_step(look, out_shardings=whole),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params),
-        eval_fns=make_eval_fns(graphdef, objective, mesh, others),
+        eval_fns=make_eval_fns(
+            graphdef, objective, mesh, others, branches=step.branches(model_config)
+        ),
     )
 
 
@@ -616,13 +631,22 @@ def make_eval_fns(
     objective: Objective,
     mesh: Mesh,
     others: Mapping[str, AbstractModel] = types.MappingProxyType({}),
+    *,
+    branches: bool = True,
 ) -> CompiledFns:
-    """What evaluators may ask of a model. All models here are causal: another kind gets another
-    object in the place of `CausalAnswers`.
+    """What evaluators may ask of a causal model. What an encoder has instead depends on its
+    tokenizer: `Experiment.eval_fns`.
+
+    Args:
+      branches: see `lm.step.branches`.
     """
     answers = CausalAnswers(
-        mesh, step.make_tree_logprobs(graphdef), step.make_tree_states(graphdef)
+        mesh,
+        step.make_tree_logprobs(graphdef),
+        step.make_tree_states(graphdef),
+        branches,
     )
+    target_logprobs = compiled(step.make_token_logprobs(graphdef, objective.token_logprobs), mesh)
     unit_terms = None
     if objective.unit_terms:
         loss_fns = objective.loss_fns(others)
@@ -631,7 +655,8 @@ def make_eval_fns(
         mesh,
         arrays=objective.arrays,
         unit_terms=unit_terms,
-        token_logprobs=compiled(step.make_token_logprobs(graphdef, objective.token_logprobs), mesh),
+        target_logprobs=target_logprobs,
+        token_logprobs=target_logprobs,
         logprobs=answers.logprobs,
         states=answers.states,
         head_rows=compiled(step.make_head_rows(graphdef), mesh),
@@ -838,10 +863,33 @@ class Experiment:
         def unit_terms(params, batch):
             return p.eval_fns.unit_terms(params, batch, self.others)
 
+        fns = p.eval_fns
+        if sees_all(p.model_config):
+            return self._encoder_fns()
+        return dataclasses.replace(
+            fns,
+            make_generator=make_generator,
+            unit_terms=unit_terms if fns.unit_terms else None,
+        )
+
+    def _encoder_fns(self) -> CompiledFns:
+        """What evaluators may ask of an encoder: it fills blanks, and continues nothing."""
+        p = self.program
+        _, end = self.tokenizer.around
+        answers = MaskedAnswers(
+            p.mesh,
+            step.make_tree_logprobs(p.graphdef),
+            step.make_tree_states(p.graphdef),
+            mask_id=self.tokenizer.role("mask"),
+            end=end,
+        )
         return dataclasses.replace(
             p.eval_fns,
-            make_generator=make_generator,
-            unit_terms=unit_terms if p.eval_fns.unit_terms else None,
+            reserved=1 + len(end),  # the mask of the last token, which a causal model doesn't read
+            token_logprobs=None,
+            logprobs=answers.logprobs,
+            infill=answers.infill,
+            states=answers.states,
         )
 
 
@@ -899,7 +947,10 @@ def build(
 
     if is_trained:
         run_tokenizer = make_tokenizer(c, read_train)
-    encoder = pack.Encoder(run_tokenizer, c.data.label_prompt)
+    make_windows = run_program.objective.make_windows
+    encoder = pack.Encoder(
+        run_tokenizer, c.data.label_prompt, make_windows(run_tokenizer) if make_windows else None
+    )
     train_documents = (
         _train_documents(run_program, read_train(), run_tokenizer) if training else None
     )

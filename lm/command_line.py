@@ -205,7 +205,16 @@ def _flag_values(name: str, argv: list[str]) -> list[str]:
 
 
 # The last names of keys that are texts, in which a newline typed as \n is meant as one.
-TEXT_KEYS = ("separator", "label_prompt", "template", "templates", "target", "terminator", "stop")
+TEXT_KEYS = (
+    "separator",
+    "label_prompt",
+    "template",
+    "templates",
+    "target",
+    "terminator",
+    "after",
+    "stop",
+)
 
 
 def _unescape_overrides() -> None:

@@ -136,6 +136,9 @@ class ModelFields:
     normalize_router: bool = True  # the probabilities of a token's experts sum to 1
     # of an expert that takes every token; 0: none
     shared_mlp_dim: int = integer(0, most=2**20)
+    # what a token sees of its text: causal (what is up to it) | full (all of it: an encoder, which
+    # continues no text)
+    visible: str = one_of("causal", "full")
     positions: str = one_of("rope", "learned")
     # learned: rows of the table before that of position 0
     position_offset: int = integer(0, most=2**24)
@@ -147,8 +150,13 @@ class ModelFields:
     rope_scaling: tuple[str | float, ...] = ()
     # positions that a query sees, itself included; 0: all before it
     window: int = integer(0)
+    embed_norm: bool = False  # a norm of the embedding's output (BERT)
+    # rows of a table of which the first is added to each token (BERT's kinds of text); 0: none
+    token_types: int = integer(0, most=2**10)
+    # The vocabulary's head sees norm(activation(a dense layer)) of a state (BERT).
+    head_transform: bool = False
     # where there are biases, with commas between them: qkv, out (of attention), mlp, norm
-    # (layernorm)
+    # (layernorm), head (of the vocabulary's logits)
     bias: str = ""
     tie_embeddings: bool = True
     # of the embedding and the head, with a projection between them and the layers; 0: embed_dim
@@ -185,6 +193,27 @@ class ModelFields:
     remat: str = "none"
     # layers in one iteration of the loop over them; all: faster on CPU, slower to compile
     scan_unroll: int = integer(1, least=1, most=2**12)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentFields:
+    """config.model of the type lm.models.recurrent: the fields of its Config."""
+
+    vocab_size: int = integer(0, most=2**24)  # 0: the tokenizer's
+    context_length: int = integer(2**20, least=1, most=2**24)  # longest sequence
+    cell: str = one_of("lstm", "gru", "rnn")
+    num_layers: int = integer(2, least=1, most=2**8)
+    embed_dim: int = integer(256, least=1, most=2**18)
+    hidden_dim: int = integer(256, least=1, most=2**18)  # units of a layer
+    # The head is the embedding, and the last layer has its size (AWD-LSTM).
+    tie_embeddings: bool = True
+    head_bias: bool = False  # of the vocabulary's logits
+    # share of what layers and head read that is set to 0 in training
+    dropout: float = number(0.0, least=0, below=1)
+    init_std: float = number(0.05, least=0, most=100)  # of the tables; cells as torch.nn's
+    param_dtype: str = one_of("bfloat16", "float32")
+    # "": bfloat16 on TPU and GPU, float32 on CPU
+    compute_dtype: str = one_of("", "bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,7 +404,17 @@ class Run:
 
 MODEL = "lm.models.transformer"
 # Fields of config.model that checkpoints of older versions lack. They had none of it.
-NEWER_FIELDS = ("lora_rank", "lora_alpha", "lora_scaling", "lora_targets", "quantize")
+NEWER_FIELDS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_scaling",
+    "lora_targets",
+    "quantize",
+    "visible",
+    "embed_norm",
+    "token_types",
+    "head_transform",
+)
 GROUPS = dict(
     data=Data,
     chat=Chat,
@@ -445,13 +484,22 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def check_model(fields: Mapping, where: str) -> None:
-    """Checks the fields of a Transformer's Config; `where` is what errors call them.
+# The fields of the shipped models, by config.model.type. Others check their own.
+MODELS = {MODEL: ModelFields, "lm.models.recurrent": RecurrentFields}
+
+
+def model(type: str = MODEL, **fields) -> ConfigDict:
+    """A config.model of a type of `MODELS`, with its other fields' defaults."""
+    return ConfigDict(dict(type=type) | dataclasses.asdict(MODELS[type]()) | fields)
+
+
+def check_model(fields: Mapping, where: str, type: str = MODEL) -> None:
+    """Checks the fields of a model's Config; `where` is what errors call them.
 
     Raises:
       ValueError: see `check`.
     """
-    if problems := _problems(where, ModelFields, fields):
+    if problems := _problems(where, MODELS[type], fields):
         raise ValueError("\n".join(problems))
 
 
@@ -500,10 +548,12 @@ def stored_model(meta: Mapping, where: str, model_type: str = "") -> dict:
             f"{where} has a model of the module {stored_type!r}, which would be imported. Where "
             f"you trust it, --model_type={stored_type} allows it"
         )
-    if stored_type == MODEL:
-        defaults = dataclasses.asdict(ModelFields())
-        fields = {name: defaults[name] for name in NEWER_FIELDS} | fields
-        check_model({k: v for k, v in fields.items() if k != "type"}, f"{where}: config.model")
+    if stored_type in MODELS:
+        defaults = dataclasses.asdict(MODELS[stored_type]())
+        newer = {name: value for name, value in defaults.items() if name in NEWER_FIELDS}
+        fields = newer | fields
+        values = {name: value for name, value in fields.items() if name != "type"}
+        check_model(values, f"{where}: config.model", stored_type)
     return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
 
@@ -516,9 +566,10 @@ def _problems_of_group(name: str, group: type, values) -> list[str]:
         model_type = values.pop("type", None)
         if not isinstance(model_type, str):
             return [f"{name}.type = {model_type!r}; wanted the dotted path of a module"]
-        # Another model has fields of its own, and checks them.
-        if model_type != MODEL:
+        # A model of one's own has fields of its own, and checks them.
+        if model_type not in MODELS:
             return []
+        group = MODELS[model_type]
     # An objective of its own takes what it likes.
     if group is Objective and values.get("type") != Objective.type:
         if not isinstance(values.get("type"), str):

@@ -78,7 +78,8 @@ def decay_mask(axes) -> Any:
     """
 
     def has_two_dims(names):
-        return len([n for n in names if n not in ("layers", "head_dim", "head_dim_bias")]) > 1
+        others = ("layers", "head_dim", "head_dim_bias", "gates")
+        return len([n for n in names if n not in others]) > 1
 
     return jax.tree.map(has_two_dims, axes, is_leaf=_is_axes)
 

@@ -33,6 +33,7 @@ RULES = {
     "expert": ("expert",),
     "router": (),
     "rank": (),  # of an adapter
+    "gates": (),  # of a recurrent cell
     "outputs": (),  # of a head other than the vocabulary's
     # These biases have no embed dim that the fsdp axes could split.
     "mlp_bias": ("fsdp", "fsdp2", "tensor"),

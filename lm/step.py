@@ -284,7 +284,11 @@ def deal(batch, number: int):
 
 
 def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:
-    """Returns a function (params, batch) -> [B, T] f32: the log-probability of each target."""
+    """Returns a function (params, batch) -> [B, T] f32: the log-probability of each target.
+
+    Args:
+      token_logprobs: the objective's.
+    """
 
     def eval_step(params, batch):
         return token_logprobs(nnx.merge(graphdef, params), batch)[0]
@@ -351,9 +355,18 @@ def make_tree_states(graphdef) -> Callable:
 
 
 def _tree_hidden(model, batch) -> jax.Array:
-    """The hidden states [B, T, D] of rows in which sequences branch."""
-    visible = masks.by_tree(batch["until"])
-    return model(batch["tokens"], batch["positions"], batch["segments"], visible=visible).hidden
+    """The hidden states [B, T, D] of rows in which sequences branch; of a model that can't read
+    such rows, of plain ones.
+    """
+    arrays = (batch["tokens"], batch["positions"], batch["segments"])
+    if not branches(model.config):
+        return model(*arrays).hidden
+    return model(*arrays, visible=masks.by_tree(batch["until"])).hidden
+
+
+def branches(model_config) -> bool:
+    """Whether a model reads rows in which sequences branch (lm/evals/tree.py)."""
+    return getattr(model_config, "branches", True)
 
 
 def make_head_rows(graphdef) -> Callable:

@@ -20,7 +20,8 @@ class Model:
     """
 
     def __init__(self, distribution, length=64):
-        self.length = length
+        self.length = self.prompt_length = length
+        self.fills_blanks = False
         self.questions = []  # all that were asked
         self._distribution = distribution
 

@@ -30,6 +30,10 @@ PARAMETERS = {
     "llama2_13b": 13.02e9,
     "llama2_70b": 68.98e9,
     "gpt3_175b": 175e9,
+    "awd_lstm": 33.55e6,
+    "bert_base": 109.5e6,
+    "bert_large": 335.2e6,
+    "roberta_base": 124.7e6,
     "mixtral_8x7b": 46.7e9,
     "qwen3_30b_a3b": 30.5e9,
 }
@@ -86,6 +90,8 @@ def test_every_configuration_builds(path, size):
     missing = all_keys(config_lib.default()) - all_keys(c)
     if c.objective.type != config_lib.Objective.type:
         missing = {key for key in missing if not key.startswith("objective.")}
+    if c.model.type != config_lib.MODEL:
+        missing = {key for key in missing if not key.startswith("model.")}
     assert missing <= {"data.source_args.data_dir"}
 
     # The model, the optimizer and the objective.
@@ -170,6 +176,8 @@ lines = { en = "a.en", de = "/b.de", fr = "gs://c/d" }
 def test_presets_have_their_published_sizes(preset):
     c = config_lib.default()
     fields = presets.get(preset)
+    if "type" in fields:
+        c.model = config_lib.model(**fields)
     c.model.update(fields)
     c.data.length = c.model.context_length
     model_config, abstract = abstract_model(c, 0)

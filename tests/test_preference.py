@@ -18,6 +18,7 @@ from lm import config as config_lib
 from lm.data import batch as batch_contract
 from lm.data import chat, conversations, pack, units
 from lm.data.tokenizer import ByteTokenizer
+from lm.nn.layers import VocabHead
 from lm.nn.loss import chunked_logprobs
 from lm.objectives import preference, preference_losses, reward
 from tests.helpers import assert_trees_close, model_config, random_model, slow
@@ -408,7 +409,8 @@ def test_chunks_are_the_whole():
 
     def chunked(hidden, table, chunk=4):
         weight = nnx.Param(table, logical_axes=("vocab", "embed"))
-        logprobs, log_z = chunked_logprobs(hidden, weight, targets, chunk=chunk, dtype=jnp.float32)
+        head = VocabHead(hidden, weight, None)
+        logprobs, log_z = chunked_logprobs(head, targets, chunk=chunk, dtype=jnp.float32)
         return jnp.sum(logprobs * factors), (logprobs, log_z)
 
     def of(function, **options):

@@ -22,8 +22,9 @@ RECORDS = [dict(text=f"text {i}", label=("red", "green")[i % 2], number=i % 2) f
 class FakeFns:
     """PredictFns of a model whose log-probabilities and texts are arbitrary."""
 
-    length = 64
+    length = prompt_length = 64
     batch_size = 4
+    fills_blanks = False
 
     def check_stop(self):
         pass

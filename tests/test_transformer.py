@@ -384,6 +384,10 @@ ALTERNATIVES = {
     "residual": ("post_norm", {}),
     "window": (3, {}),
     "position_offset": (2, dict(positions="learned")),
+    "visible": ("full", {}),
+    "embed_norm": (True, {}),
+    "token_types": (2, {}),
+    "head_transform": (True, {}),
     "rope_fraction": (0.5, {}),
     "rope_interleaved": (True, {}),
     "rope_scaling": ((8.0, 1.0, 4.0, 4), {}),
@@ -524,9 +528,9 @@ def test_execution_fields_are_fields():
             r"config.model.residual = 'sandwich'; valid: \['parallel', 'post_norm', 'pre_norm'\]",
         ),
         (
-            dict(bias="qkv,head"),
-            r"config.model.bias = 'qkv,head': \['head'\]; "
-            r"valid: names of \['qkv', 'out', 'mlp', 'norm'\]",
+            dict(bias="qkv,table"),
+            r"config.model.bias = 'qkv,table': \['table'\]; "
+            r"valid: names of \['qkv', 'out', 'mlp', 'norm', 'head'\]",
         ),
         (dict(attention_dropout=0.1, attention="splash"), "attention_dropout = 0.1 needs"),
         (dict(window=-1), "window = -1; wanted 0 to"),

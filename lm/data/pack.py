@@ -38,10 +38,12 @@ class Encoder:
       label_prompt: the line that asks for the label; "" if labels are not part of the training
         text. Text, prompt and label word are tokenized apart and their ids joined, so that no token
         spans two of them.
+      transform: the objective's, (ids, length, numpy Generator) -> windows; None: `windows`.
     """
 
     tokenizer: Tokenizer
     label_prompt: str
+    transform: Callable | None = None
 
     def training(self, document: Document) -> list[int]:
         """Returns the ids of BOS, text, label line and EOS."""
@@ -51,6 +53,18 @@ class Encoder:
             ids = self.text(document)
         _, after = self.tokenizer.around
         return [*ids, *after]
+
+    def windows(
+        self, ids: list[int], length: int, seed: Sequence[int]
+    ) -> list[dict[str, np.ndarray]]:
+        """Returns the windows of a training document's ids.
+
+        Args:
+          seed: of the transform's random numbers.
+        """
+        if self.transform is None:
+            return windows(ids, length)
+        return self.transform(ids, length, np.random.default_rng(seed))
 
     def text(self, document: Document) -> list[int]:
         """Returns the ids of BOS and text.
@@ -259,8 +273,9 @@ class _Unpack(grain_experimental.FlatMapTransform):
         return element
 
 
-def windows_of_unit(unit: Unit) -> list[dict[str, np.ndarray]]:
+def windows_of_unit(unit: Unit, seed: Sequence[int]) -> list[dict[str, np.ndarray]]:
     """A unit is one window."""
+    del seed
     return [unit.arrays]
 
 
@@ -273,7 +288,8 @@ class Stream:
 
     Args:
       items: documents, or what stands for them.
-      to_windows: item -> its windows.
+      to_windows: (item, seed) -> its windows. The seed is that of the run with the numbers of
+        the epoch and the item: what is drawn depends on nothing else.
       layout: how they lie in rows.
       epochs: after so many it gives rows of padding; None: there is always another.
     """
@@ -281,7 +297,7 @@ class Stream:
     def __init__(
         self,
         items: Sequence,
-        to_windows: Callable[[Any], list[dict[str, np.ndarray]]],
+        to_windows: Callable[[Any, Sequence[int]], list[dict[str, np.ndarray]]],
         packing: Packing,
         *,
         layout: TextLayout | UnitLayout,
@@ -293,20 +309,24 @@ class Stream:
         # The epochs of a stream have seeds that are neighbours: two streams must not.
         seeds = np.random.SeedSequence([seed, number]).generate_state(2)
         self._shuffle_seed, self._pack_seed = int(seeds[0]), int(seeds[1])
-        self._items = grain.MapDataset.source(items)[number::num_streams]
+        self._seed, self._items = seed, items
+        self._numbers = grain.MapDataset.source(range(len(items)))[number::num_streams]
         self._to_windows, self._layout = to_windows, layout
         self._packing, self._epochs = packing, epochs
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
         self._epoch, self._num_started = epoch, 0
-        items = self._items.shuffle(seed=(self._shuffle_seed + epoch) % 2**32)
+        numbers = self._numbers.shuffle(seed=(self._shuffle_seed + epoch) % 2**32)
         if self._epochs is not None:
             # Of the last epoch perhaps a part.
-            items = items[: math.ceil(min(self._epochs - epoch, 1) * len(items))]
+            numbers = numbers[: math.ceil(min(self._epochs - epoch, 1) * len(numbers))]
+
+        def to_windows(number: int) -> list[dict[str, np.ndarray]]:
+            return self._to_windows(self._items[number], (self._seed, epoch, number))
 
         # Packing is sequential: from here on rows have no random access.
-        dataset = items.map(self._to_windows).to_iter_dataset(
+        dataset = numbers.map(to_windows).to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=32)
         )
         dataset = grain_experimental.FlatMapIterDataset(dataset, _Unpack())
@@ -331,7 +351,7 @@ class Stream:
 
     def epochs_begun(self) -> float:
         """Returns the epochs whose items have begun: 1.5 after half of the second one's."""
-        return self._epoch + self._num_started / len(self._items)
+        return self._epoch + self._num_started / len(self._numbers)
 
     def get_state(self) -> dict:
         """Returns the state, JSON-able."""
@@ -356,8 +376,8 @@ class Stream:
 def stream(documents: Documents, encoder: Encoder, packing: Packing, **arguments) -> Stream:
     """Returns a `Stream` of documents' training rows; `arguments` are Stream's."""
 
-    def to_windows(document: Document) -> list[dict[str, np.ndarray]]:
-        return windows(encoder.training(document), packing.length)
+    def to_windows(document: Document, seed: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        return encoder.windows(encoder.training(document), packing.length, seed)
 
     layout = layout_of(documents.kind, encoder.tokenizer)
     if documents.kind != "text":
@@ -413,9 +433,9 @@ def count_rows(
     else:
         sizes = [len(unit.arrays["tokens"]) + 1 for unit in documents]
 
-    def to_windows(size: int) -> list[dict[str, np.ndarray]]:
+    def to_windows(size: int, seed: Sequence[int]) -> list[dict[str, np.ndarray]]:
         # The sizes alone decide where windows go.
-        return windows([0] * size, packing.length)
+        return encoder.windows([0] * size, packing.length, seed)
 
     counts = []
     for number in range(num_streams):

@@ -168,7 +168,8 @@ def load(path: str | epath.Path) -> Tokenizer:
     model_config = files.read_json(config) if config.exists() else {}
 
     # A tokenizer.json is preferred to the other forms, as in transformers.
-    if "tokenizer.json" in contents or {"vocab.json", "merges.txt"} <= set(contents):
+    forms = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"})
+    if any(form <= set(contents) for form in forms):
         return HuggingFaceTokenizer(contents, model_config, str(path))
     if "tokenizer.model" in contents:
         if _is_own(contents, model_config):
@@ -186,7 +187,7 @@ def load(path: str | epath.Path) -> Tokenizer:
     if path.is_dir() or not path.exists():
         raise ValueError(
             f"no tokenizer at {path}: wanted a SentencePiece model file, or a directory with "
-            "tokenizer.model, tokenizer.json, or vocab.json and merges.txt in it"
+            "tokenizer.model, tokenizer.json, vocab.json and merges.txt, or vocab.txt in it"
         )
     return SentencePieceTokenizer(_read(path), str(path))
 

@@ -1,13 +1,14 @@
 """The tokenizer that the files of a Hugging Face checkpoint describe, with the ids that
 transformers' AutoTokenizer gives.
 
-A checkpoint has its tokenizer in one of three forms: a tokenizer.json, a SentencePiece
-tokenizer.model, or byte-pair encoding's vocab.json and merges.txt. All three become a tokenizer of
-the `tokenizers` library. Around them stand files that name special tokens, and the name of a class
-of transformers. A class has rules of its own, which take the place of those in tokenizer.json.
+A checkpoint has its tokenizer in one of four forms: a tokenizer.json, a SentencePiece
+tokenizer.model, byte-pair encoding's vocab.json and merges.txt, or WordPiece's vocab.txt. All of
+them become a tokenizer of the `tokenizers` library. Around them stand files that name special
+tokens, and the name of a class of transformers. A class has rules of its own, which take the place
+of those in tokenizer.json.
 
-A new form or class is a row of `_CLASSES`, and a branch of `_from_vocabulary`. WordPiece's
-vocab.txt and Unigram's spiece.model are refused by name (`FOREIGN`).
+A new form or class is a row of `_CLASSES`, and a branch of `_from_vocabulary`. Unigram's
+spiece.model is refused by name (`FOREIGN`).
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,7 +39,6 @@ FILES = (
 SPECIAL_IDS = "special_ids.json"
 # What isn't read: file -> its form.
 FOREIGN = {
-    "vocab.txt": "a WordPiece vocabulary",
     "spiece.model": "a Unigram model",
     "sentencepiece.bpe.model": "a SentencePiece model in fairseq's order of ids",
     "spm.model": "a SentencePiece model of DeBERTa's",
@@ -83,13 +84,15 @@ class _Class:
       form: the file that holds the vocabulary where there is no tokenizer.json or tokenizer.model.
       special: special tokens that no file need name.
       rules: settings -> normalizer, pre_tokenizer and decoder, as a tokenizer.json has them.
-      model: settings of the byte-pair model.
+      model: settings of the model, which is byte-pair encoding's, or WordPiece's.
+      around: roles of what stands before and behind every text, whatever a file says.
     """
 
     form: str
     special: Mapping[str, str]
     rules: Callable[[Mapping[str, Any]], dict]
     model: Mapping[str, Any]
+    around: tuple[str, ...] = ()
 
 
 def _byte_level(settings: Mapping[str, Any], **fields) -> dict:
@@ -156,6 +159,20 @@ def _llama(settings: Mapping[str, Any]) -> dict:
     return dict(normalizer=None, pre_tokenizer=metaspace, decoder=decoder)
 
 
+def _bert(settings: Mapping[str, Any]) -> dict:
+    normalizer = dict(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
+    return dict(
+        normalizer=dict(type="BertNormalizer") | normalizer,
+        pre_tokenizer=dict(type="BertPreTokenizer"),
+        decoder=dict(type="WordPiece", prefix="##", cleanup=True),
+    )
+
+
 _END = "<|endoftext|>"
 _BPE = dict(continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
 _CLASSES = {
@@ -177,6 +194,34 @@ _CLASSES = {
         _openai_gpt,
         _BPE | dict(end_of_word_suffix="</w>", unk_token="<unk>"),
     ),
+    "BertTokenizer": _Class(
+        "vocab.txt",
+        dict(
+            unk_token="[UNK]",
+            sep_token="[SEP]",
+            pad_token="[PAD]",
+            cls_token="[CLS]",
+            mask_token="[MASK]",
+        ),
+        _bert,
+        dict(unk_token="[UNK]"),
+        around=("cls_token", "sep_token"),
+    ),
+    "RobertaTokenizer": _Class(
+        "vocab.json",
+        dict(
+            bos_token="<s>",
+            eos_token="</s>",
+            sep_token="</s>",
+            cls_token="<s>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+            mask_token="<mask>",
+        ),
+        _gpt2,
+        _BPE,
+        around=("cls_token", "sep_token"),
+    ),
     "LlamaTokenizer": _Class(
         "tokenizer.model",
         dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>"),
@@ -194,6 +239,8 @@ _BY_MODEL_TYPE = {
     "jais2": "GPT2Tokenizer",
     "openai-gpt": "OpenAIGPTTokenizer",
     "gpt_neox": "GPTNeoXTokenizer",
+    "bert": "BertTokenizer",
+    "roberta": "RobertaTokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
@@ -542,6 +589,8 @@ def _from_json(library, files: Mapping[str, bytes], class_name: str) -> Built:
         # It never takes BOS from the file.
         tokenizer.post_processor = library.processors.TemplateProcessing(single="$A")
     _add_tokens(library, tokenizer, settings, class_name)
+    if known and known.around:
+        _set_around(library, tokenizer, known, settings)
     tokenizer.encode_special_tokens = bool(settings.values.get("split_special_tokens"))
 
     after = _described(tokenizer)
@@ -593,17 +642,19 @@ def _rebuilt(library, model: Mapping, known: _Class, settings: _Settings):
     merges = []
     for merge in model.get("merges") or []:
         merges.append(tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge))
-    bpe = library.models.BPE(vocab=vocab, merges=merges, **_model_options(known, settings))
-    return _with_rules(library, bpe, known.rules(settings.values))
+    model = _model_of(library, known, settings, vocab, merges)
+    return _with_rules(library, model, known.rules(settings.values))
 
 
-def _model_options(known: _Class, settings: _Settings) -> dict:
-    """The settings of a class's byte-pair model."""
+def _model_of(library, known: _Class, settings: _Settings, vocab: dict, merges: list):
+    """A class's model of a vocabulary: WordPiece's, or byte-pair encoding's."""
     options = dict(known.model)
     if "unk_token" in options:
         unknown = settings.named.get("unk_token", options["unk_token"])
         options["unk_token"] = token_text(unknown)
-    return options
+    if known.form == "vocab.txt":
+        return library.models.WordPiece(vocab, **options)
+    return library.models.BPE(vocab=vocab, merges=merges, **options)
 
 
 def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str) -> Built:
@@ -614,6 +665,11 @@ def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str) -> Bu
         settings = _read_settings(files, known.special if known else pieces.special, pieces.added)
         vocab = {piece: i for i, (piece, _) in enumerate(pieces.scored)}
         merges = _merges(vocab)
+    elif known and known.form == "vocab.txt" and "vocab.txt" in files:
+        settings = _read_settings(files, known.special)
+        lines = files["vocab.txt"].decode().split("\n")
+        vocab = {line.removesuffix("\r"): i for i, line in enumerate(lines) if line}
+        merges = []
     elif known and known.form == "vocab.json" and "merges.txt" in files:
         settings = _read_settings(files, known.special)
         vocab = parse_json(files, "vocab.json")
@@ -626,14 +682,17 @@ def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str) -> Bu
         )
 
     if known:
-        bpe = library.models.BPE(vocab=vocab, merges=merges, **_model_options(known, settings))
-        tokenizer = _with_rules(library, bpe, known.rules(settings.values))
+        model = _model_of(library, known, settings, vocab, merges)
+        tokenizer = _with_rules(library, model, known.rules(settings.values))
     else:
         by_id = settings.values.get("added_tokens_decoder") or {}
         texts = {int(i): token_text(token) for i, token in by_id.items()}
         tokenizer = _of_pieces(library, pieces, vocab, merges, texts)
     _add_tokens(library, tokenizer, settings, class_name)
-    _set_template(library, tokenizer, settings)
+    if known and known.around:
+        _set_around(library, tokenizer, known, settings)
+    else:
+        _set_template(library, tokenizer, settings)
     tokenizer.encode_special_tokens = bool(settings.values.get("split_special_tokens"))
 
     special = {role: token_text(token) for role, token in settings.named.items()}
@@ -659,6 +718,15 @@ def _set_template(library, tokenizer, settings: _Settings) -> None:
         tokenizer.post_processor = library.processors.TemplateProcessing(
             single=[*before, "$A:0", *after], special_tokens=special
         )
+
+
+def _set_around(library, tokenizer, known: _Class, settings: _Settings) -> None:
+    """Has the tokens of a class's roles stand around a text."""
+    before, after = [token_text(settings.named[role]) for role in known.around]
+    ids = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys((before, after))]
+    tokenizer.post_processor = library.processors.TemplateProcessing(
+        single=[f"{before}:0", "$A:0", f"{after}:0"], special_tokens=ids
+    )
 
 
 # --- what is refused ---

@@ -1,20 +1,16 @@
 """How a causal model answers: each prompt and its continuations are a tree (lm/evals/tree.py), and
-trees go through the model in batches of rows.
-
-Letters in shapes: B rows, T tokens of a row, P tokens after which something is asked, Q queries.
+trees that begin alike share a row. Of a model that can't branch, such as a recurrent one, each
+continuation is a tree of its own.
 """
 
-import collections
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lm import sharding
+from lm.evals.asked_rows import run_rows
 from lm.evals.predict import Answer, Limits, Prompt, Question, compiled
-from lm.evals.tree import MergedTree, Tree, build_tree, merge_trees
+from lm.evals.tree import Tree, alone, build_tree, merge_trees
 
 
 class CausalAnswers:
@@ -23,10 +19,14 @@ class CausalAnswers:
     Args:
       tree_logprobs: see `lm.step.make_tree_logprobs`.
       tree_states: see `lm.step.make_tree_states`.
+      branches: whether the model reads rows in which sequences branch.
     """
 
-    def __init__(self, mesh: Mesh, tree_logprobs: Callable, tree_states: Callable):
+    def __init__(
+        self, mesh: Mesh, tree_logprobs: Callable, tree_states: Callable, branches: bool = True
+    ):
         self._mesh = mesh
+        self._branches = branches
         self._tree_logprobs = compiled(tree_logprobs, mesh)
         self._tree_states = compiled(tree_states, mesh)
 
@@ -34,16 +34,44 @@ class CausalAnswers:
         """For each question, in order, the answer to each of its continuations.
 
         Raises:
-          ValueError: a prompt of more than tokens.
+          ValueError: a prompt of more than tokens, or blanks to be filled in another order.
         """
-        trees = [build_tree(_ids(prompt), continuations) for prompt, continuations in questions]
-        outputs = self._run_on_trees(self._tree_logprobs, params, trees, limits)
+        trees = []
+        members = []  # of each question, (its tree, its continuation there)
+        for question in questions:
+            if question.fill != "ltr":
+                raise ValueError(
+                    f"fill = {question.fill!r} is for masked models; a causal one has only 'ltr'"
+                )
+            groups = self._groups(question.continuations)
+            of_question = {}
+            for numbers in groups:
+                for place, number in enumerate(numbers):
+                    of_question[number] = (len(trees), place)
+                ids = [question.continuations[number] for number in numbers]
+                trees.append(build_tree(_ids(question.prompt), ids))
+            members.append([of_question[number] for number in sorted(of_question)])
+        outputs = self._run(self._tree_logprobs, params, trees, limits)
 
         answers = []
-        for tree, (logprobs, is_best) in zip(trees, outputs):
-            paths = tree.continuation_queries
-            answers.append([Answer(logprobs[queries], is_best[queries]) for queries in paths])
+        for of_question in members:
+            answers.append([])
+            for tree, place in of_question:
+                queries = trees[tree].continuation_queries[place]
+                logprobs, is_best = outputs[tree]
+                answers[-1].append(Answer(logprobs[queries], is_best[queries]))
         return answers
+
+    def _groups(self, continuations: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The numbers of the continuations that share a tree: all, or those of one token and each
+        of the others.
+        """
+        numbers = range(len(continuations))
+        if self._branches:
+            return [list(numbers)]
+        short = [number for number in numbers if len(continuations[number]) == 1]
+        others = [[number] for number in numbers if len(continuations[number]) > 1]
+        return [short, *others] if short else others
 
     def states(self, params, prompts: Sequence[Prompt], limits: Limits) -> np.ndarray:
         """[prompts, D] f32, the state that the head sees after each prompt.
@@ -53,66 +81,17 @@ class CausalAnswers:
         """
         # A tree with a single query, whose target doesn't matter.
         trees = [build_tree(_ids(prompt), [[0]]) for prompt in prompts]
-        return np.concatenate(self._run_on_trees(self._tree_states, params, trees, limits))
+        return np.concatenate(self._run(self._tree_states, params, trees, limits))
 
-    def _run_on_trees(
-        self, function: Callable, params, trees: Sequence[Tree], limits: Limits
-    ) -> list:
-        """What a compiled function of trees returns for the queries of each tree, in the trees'
-        order. Trees that begin alike share a row of the batch.
+    def _run(self, function: Callable, params, trees: Sequence[Tree], limits: Limits) -> list:
+        """What a compiled function says of each tree's queries. Trees that begin alike share a row
+        of the batch, where the model can branch.
         """
-        results: list = [None] * len(trees)
-        running = None  # the rows and the output of the batch before
-        for rows, shape in self._tree_batches(merge_trees(trees, limits.length), limits):
-            limits.check_stop()
-            arrays = _pack([row.tree for row in rows], shape)
-            output = function(params, *jax.tree.map(self._put_rows, arrays))
-
-            # Read one batch late: the device works on this one meanwhile.
-            if running is not None:
-                _split_by_tree(*running, results)
-            running = rows, output
-
-        if running is not None:
-            _split_by_tree(*running, results)
-        return results
-
-    def _tree_batches(
-        self, rows: Sequence[MergedTree], limits: Limits
-    ) -> Iterator[tuple[Sequence[MergedTree], "_TreeBatchShape"]]:
-        """Yields rows that go through the model together, and the shape of their batch.
-
-        A batch holds rows of about the same length, and about as many tokens as one of whole rows.
-        There are only a few shapes, so that little is padding and few programs are compiled.
-        """
-        rows_by_length = collections.defaultdict(list)
-        for row in rows:
-            rows_by_length[_padded_size(len(row.tree.tokens))].append(row)
-
-        num_parts = sharding.batch_parts(self._mesh)
-        # What needs most memory comes first.
-        for length, group in sorted(rows_by_length.items(), reverse=True):
-            # Batches of the same length are as equal as they can be, each a multiple of the parts
-            # that the mesh splits a batch into.
-            most_rows = max(limits.batch_size * limits.length // length, 1)
-            num_batches = _divide_up(len(group), most_rows)
-            num_rows = _divide_up(_divide_up(len(group), num_batches), num_parts) * num_parts
-
-            most_parents = max(len(np.unique(row.tree.query_parents)) for row in group)
-            most_queries = max(len(row.tree.query_targets) for row in group)
-            shape = _TreeBatchShape(
-                rows=num_rows,
-                length=length,
-                parents=_padded_size(most_parents, 1),
-                queries=_padded_size(most_queries, 1),
-            )
-            for start in range(0, len(group), num_rows):
-                yield group[start : start + num_rows], shape
-
-    def _put_rows(self, x: np.ndarray) -> jax.Array:
-        """A host array [B, ...] on the mesh, its rows distributed."""
-        layout = jax.sharding.NamedSharding(self._mesh, sharding.spec(("batch", None), self._mesh))
-        return jax.make_array_from_callback(x.shape, layout, x.__getitem__)
+        if self._branches:
+            rows = merge_trees(trees, limits.length)
+        else:
+            rows = [alone(tree, number) for number, tree in enumerate(trees)]
+        return run_rows(self._mesh, function, params, rows, len(trees), limits)
 
 
 def _ids(prompt: Prompt) -> Sequence[int] | np.ndarray:
@@ -122,76 +101,3 @@ def _ids(prompt: Prompt) -> Sequence[int] | np.ndarray:
             f"a prompt has the arrays {sorted(prompt.arrays)}; a causal model reads only ids"
         )
     return prompt.ids
-
-
-class _TreeBatchShape(NamedTuple):
-    rows: int
-    length: int  # tokens of a row
-    parents: int  # tokens of a row after which something is asked for
-    queries: int  # of a row
-
-
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _padded_size(size: int, least: int = 32) -> int:
-    """The next of the sizes that are compiled: eight to each doubling, none below `least`."""
-    power_of_two = 1 << (size - 1).bit_length()  # the one at or above `size`
-    step = max(power_of_two // 16, least // 8, 1)
-    return max(_divide_up(size, step) * step, least)
-
-
-def _pack(
-    trees: Sequence[Tree], shape: _TreeBatchShape
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Trees as the arguments of `lm.step.make_tree_logprobs` behind `params`, one tree a row.
-
-    Returns:
-      The batch; parents_BP, the indices of the tokens in each row after which something is asked
-      for; parent_of_BQ, the column of parents_BP that each query is about. All are filled up with
-      zeros.
-    """
-    by_token = (shape.rows, shape.length)
-    by_query = (shape.rows, shape.queries)
-    batch = {
-        "tokens": np.zeros(by_token, np.int32),
-        "positions": np.zeros(by_token, np.int32),
-        "segments": np.zeros(by_token, np.int32),
-        "until": np.zeros(by_token, np.int32),
-        "targets": np.zeros(by_query, np.int32),
-    }
-    parents_BP = np.zeros((shape.rows, shape.parents), np.int32)
-    parent_of_BQ = np.zeros(by_query, np.int32)
-
-    for row, tree in enumerate(trees):
-        num_tokens = len(tree.tokens)
-        batch["tokens"][row, :num_tokens] = tree.tokens
-        batch["positions"][row, :num_tokens] = tree.positions
-        batch["segments"][row, :num_tokens] = 1  # 0 is padding
-        batch["until"][row, :num_tokens] = tree.until
-
-        # Queries with the same parent share its logits, which are computed once.
-        parents, parent_of = np.unique(tree.query_parents, return_inverse=True)
-        parents_BP[row, : len(parents)] = parents
-        parent_of_BQ[row, : len(parent_of)] = parent_of
-        batch["targets"][row, : len(parent_of)] = tree.query_targets
-    return batch, parents_BP, parent_of_BQ
-
-
-def _split_by_tree(rows: Sequence[MergedTree], output, results: list) -> None:
-    """Puts the part of a batch's output that is each tree's into `results`.
-
-    Args:
-      output: arrays [B, Q, ...].
-      results: one entry for each tree, by its number.
-    """
-    arrays = jax.device_get(output)
-    for row_number, row in enumerate(rows):
-        for tree_number, queries in row.members:
-            results[tree_number] = _select(arrays, row_number, queries)
-
-
-def _select(arrays, row: int, queries: slice):
-    """The queries of one row of each array [B, Q, ...]."""
-    return jax.tree.map(lambda x: x[row, queries], arrays)

@@ -199,7 +199,7 @@ class MultipleChoice:
             start,
             prompt_ids,
             max(map(len, option_ids)),
-            self._predict_fns.length,
+            self._predict_fns.prompt_length,
             self._name,
         )
         return Question(Prompt(np.asarray(prompt_ids, np.int32)), option_ids), num_cut

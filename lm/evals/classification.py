@@ -5,6 +5,7 @@ asks by templates about the records of a data set. What they yield is in label_r
 """
 
 import itertools
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -24,6 +25,7 @@ from lm.evals.label_results import (
     results,
     score_prompts,
 )
+from lm.evals.masked_answers import AFTER, FILLS
 from lm.evals.predict import Artifact, PredictFns, Prompt, Question, ShownPrompt
 from lm.evals.prompt_format import ChatFormat, TextFormat
 from lm.evals.scores.label_scores import (
@@ -95,7 +97,7 @@ class DocumentClassification:
         check_word_lengths(name, length_norm, words)
 
         question = encoder.tokenizer.encode(encoder.label_prompt)
-        room = prompt_room(name, predict_fns.length, question, word_ids)
+        room = prompt_room(name, predict_fns.prompt_length, question, word_ids)
 
         # A prompt ends with the question: what is cut off is the beginning of the document.
         labels = label_names(verbalizer)
@@ -262,7 +264,8 @@ class PromptClassification:
         with its bootstrap interval), and to compare with them majority_accuracy.
       nll, brier, ece (also with bins of equal mass, and classwise), auroc, auroc_ovo,
         confidence_auroc, selective_accuracy (the mean over all coverages).
-      label_mass: the mean probability of all label words together.
+      label_mass: the mean probability of all label words together; of a masked model, whose
+        probabilities are conditional on the number of tokens, also label_mass_N of words of N.
       accuracy_PRIOR, nll_PRIOR, ece_PRIOR after a prior correction: the distributions are divided
         by the mean distribution after prompts without content (content_free), with random words of
         the data in their columns (domain), after the end of the template alone (pmi_dc), or over
@@ -292,7 +295,8 @@ class PromptClassification:
         it (examples are answered with the first word of their label); terminator, text after each
         word that is scored with it, so that a word that begins another one can be told from it;
         boundary, see `verbalizer.tokenize_words_after`; aggregate, length_norm and weights, see
-        lm/evals/scores/label_scores.py.
+        lm/evals/scores/label_scores.py; of masked models after, text behind the word that is given,
+        and fill, how blanks are filled, see lm/evals/masked_answers.py.
       label: the column of the right label, which holds its name, or its number in the order of the
         verbalizer.
       priors: which corrections to make, of PRIORS.
@@ -307,8 +311,6 @@ class PromptClassification:
       ValueError: no such data, column, label or choice; a number below 0; words that can't be told
         apart; see `verbalizer.tokenize_words_after`.
     """
-
-    asks = ("logprobs",)
 
     def __init__(
         self,
@@ -345,8 +347,9 @@ class PromptClassification:
             np.asarray(verbalizer["weights"]) if verbalizer["weights"] else None,
         )
         self._format = prompt_format.make(encoder.tokenizer, prompt, name, is_scored=True)
+        length = predict_fns.prompt_length
         self._question_tokenizer = QuestionTokenizer(
-            encoder.tokenizer, self._labels, verbalizer, self._format, predict_fns.length, name
+            encoder.tokenizer, self._labels, verbalizer, self._format, length, name
         )
 
         split = source["split"]
@@ -460,6 +463,8 @@ class PromptClassification:
             around = self._format.around(examples)
             asked = prompts.describe(template, shots, shots_split, around, name)
             variants.append(self._build_variant(asked, examples, template, words))
+        if self.predict_fns.fills_blanks:
+            _warn_of_lengths(self._name, variants)
         return variants
 
     def _label_words(
@@ -568,6 +573,10 @@ class PromptClassification:
         return self._format.wrap(examples, list(map(template.fill, columns)))
 
     @property
+    def asks(self) -> tuple[str, ...]:
+        return ("infill",) if self._question_tokenizer.is_blank else ("logprobs",)
+
+    @property
     def metrics(self) -> list[str]:
         return metric_names(self.prompt_set, batch_prior="batch" in self._priors)
 
@@ -578,10 +587,27 @@ class PromptClassification:
             self._scorer,
             ensemble=self._ensemble,
             batch_prior="batch" in self._priors,
+            by_length=self.predict_fns.fills_blanks,
         )
 
     def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
         return self.prompt_set.shown_prompts(count, self._tokenizer.spell)
+
+
+def _warn_of_lengths(name: str, variants: Sequence[Variant]) -> None:
+    """Warns where a masked model is to compare words of different numbers of tokens."""
+    for variant in variants:
+        lengths = {}
+        for word, ids in zip(variant.words, variant.questions[0].continuations):
+            lengths[word.text] = len(ids)
+        if len(set(lengths.values())) > 1:
+            logging.warning(
+                "config.evals.%s: the label words have different numbers of tokens (%s), and a "
+                "masked model's probabilities are conditional on them: the longer ones may be "
+                "overrated",
+                name,
+                lengths,
+            )
 
 
 def _parse_templates(name: str, texts: Sequence[str]) -> list[prompts.Template]:
@@ -609,6 +635,7 @@ def _check_choices(
     prompts.check_choice(name, "verbalizer.boundary", verbalizer["boundary"], BOUNDARIES)
     prompts.check_choice(name, "verbalizer.aggregate", verbalizer["aggregate"], AGGREGATES)
     prompts.check_choice(name, "verbalizer.length_norm", verbalizer["length_norm"], NORMS)
+    prompts.check_choice(name, "verbalizer.fill", verbalizer["fill"], FILLS)
 
     if not verbalizer["words"] or not prompt["templates"] or not prompt["seeds"]:
         raise ValueError(
@@ -669,7 +696,7 @@ class QuestionTokenizer:
     Args:
       labels: the labels that `LabelWord.label` indexes.
       verbalizer: boundary, see `verbalizer.tokenize_words_after`; terminator, text after each word,
-        scored with it.
+        scored with it; after, text behind that, which is given; fill, see `Question`.
       format: that of the prompts.
       length: the tokens that a row holds.
       name: the eval's, for messages.
@@ -689,7 +716,11 @@ class QuestionTokenizer:
         self._labels = labels
         self._terminator = verbalizer["terminator"]
         self._format = format
-        self._length = length
+        self._after = tokenizer.encode(verbalizer["after"])
+        self._fill = verbalizer["fill"]
+        # What only a masked model can answer.
+        self.is_blank = bool(self._after) or self._fill != "ltr"
+        self._length = length - len(self._after)
         self._name = name
         # Token ids of words that have passed the checks.
         self._checked: set[tuple[tuple[int, ...], ...]] = set()
@@ -714,4 +745,6 @@ class QuestionTokenizer:
         prompt_ids, num_cut = prompts.truncate_prompt(
             start, prompt_ids, longest, self._length, self._name
         )
-        return _question(prompt_ids, word_ids), num_cut
+        arrays = {AFTER: np.asarray(self._after, np.int32)} if self._after else {}
+        prompt = Prompt(np.asarray(prompt_ids, np.int32), arrays)
+        return Question(prompt, word_ids, self._fill), num_cut

@@ -56,6 +56,10 @@ TASKS = {
             aggregate="sum",  # sum | mean | max | logmeanexp, of the words of a label
             length_norm="none",  # none | token | char | byte
             weights=(),  # one for each word, with aggregate="sum"
+            # of masked models: text behind the word, given | ltr | parallel | max_first, how the
+            # blanks are filled (lm/evals/masked_answers.py)
+            after="",
+            fill="ltr",
         ),
         priors=("content_free", "domain", "pmi_dc", "batch"),
         ensemble="mean_prob",  # mean_prob | mean_logprob
@@ -93,7 +97,7 @@ TASKS = {
         source=_SOURCE,
         prompt=_PROMPT | dict(templates=(), seeds=(0,)),
         label="label",
-        verbalizer=dict(words=(), boundary="strict"),
+        verbalizer=dict(words=(), boundary="strict", after=""),
         max_documents=0,
         train_examples=256,  # of shots_split
         init="label_words",  # label_words | prototype
@@ -114,6 +118,8 @@ INSTRUCTIONS = dict(
 # The other types, with values of the types that their keys have.
 SCHEMAS = TASKS | {
     "lm.evals.perplexity.Perplexity": dict(split="", max_documents=0, stride=0),
+    "lm.evals.perplexity.PseudoPerplexity": dict(split="", max_documents=0),
+    "lm.evals.held_out.TextLoss": dict(split="", max_documents=0),
     "lm.evals.held_out.AnswerLoss": dict(split="", max_documents=0),
     "lm.evals.held_out.Preferences": dict(split="", max_documents=0),
     "lm.evals.classification.DocumentClassification": dict(
@@ -425,6 +431,23 @@ def perplexity(
     )
 
 
+def pseudo_perplexity(
+    *, every: int, split: str = "validation", batch_size: int = 16, max_documents: int = 0
+) -> ConfigDict:
+    """Makes the entry of `lm.evals.perplexity.PseudoPerplexity`, of masked models. The arguments
+    are those of `perplexity`. Each token is a row: take few documents.
+    """
+    return ConfigDict(
+        dict(
+            type="lm.evals.perplexity.PseudoPerplexity",
+            every=every,
+            batch_size=batch_size,
+            split=split,
+            max_documents=max_documents,
+        )
+    )
+
+
 def held_out(
     kind: str,
     *,
@@ -436,7 +459,8 @@ def held_out(
     """Makes the entry of an evaluator of lm/evals/held_out.py.
 
     Args:
-      kind: "AnswerLoss", of conversations, or "Preferences", of pairs and judged answers.
+      kind: "TextLoss", of texts; "AnswerLoss", of conversations; "Preferences", of pairs and judged
+        answers.
       every, batch_size, split: see the top of this file.
       max_documents: how many examples, evenly out of the split; 0: all.
     """

@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):
         self._predict_fns = predict_fns
         self._params = params
         self._tokenizer = tokenizer
-        self.max_length = predict_fns.length
+        self.max_length = predict_fns.prompt_length
         self.max_gen_toks = 256
         self.num_cut: dict[str, int] = {}
 

@@ -1,5 +1,5 @@
-"""Examples that are held out of tuning: the loss of answers, and what the objective says of pairs
-and judged answers.
+"""What is held out of training, by the objective: the loss of texts and of answers, and what it
+says of pairs and judged answers.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,55 @@ from lm.data.units import Unit
 from lm.evals.predict import Artifact, PredictFns, predictions_artifact
 from lm.evals.prompts import check_least
 from lm.evals.scores import statistics
+
+
+class TextLoss:
+    """Yields loss (nats per target), perplexity of the targets, and the targets and texts counted:
+    what the objective makes of texts in training, such as masked tokens. What is drawn is the same
+    whenever it is asked. The perplexity is one of a text only where targets are next tokens.
+
+    Args:
+      name: for messages.
+      max_documents: number of texts, taken evenly out of the split; 0: all.
+
+    Raises:
+      ValueError: max_documents below 0; no targets.
+    """
+
+    asks = ("target_logprobs",)
+    metrics = ("loss", "perplexity")
+
+    def __init__(
+        self,
+        predict_fns: PredictFns,
+        *,
+        name: str,
+        documents: Documents,
+        encoder: Encoder,
+        max_documents: int,
+    ):
+        check_least(f"config.evals.{name}.max_documents", max_documents, 0)
+        chosen = list(take(documents, max_documents))
+        self._predict_fns = predict_fns
+
+        windows = []
+        for number, document in enumerate(chosen):
+            ids = encoder.training(document)
+            windows += encoder.windows(ids, predict_fns.length, (0, 0, number))
+        self._rows = evaluation_rows(windows, predict_fns.length)
+        self._weights = np.stack([row["weights"] for row in self._rows])
+        if not self._weights.any():
+            raise ValueError(f"config.evals.{name}: the texts have no targets")
+        self.about = {"fingerprint": documents.fingerprint, "examples": len(chosen)}
+
+    def run(self, params) -> Iterator[tuple[str, float]]:
+        logprobs = self._predict_fns.target_logprobs(params, self._rows)
+        num_targets = float(self._weights.sum(dtype=np.float64))
+        loss = -float(np.sum(logprobs * self._weights, dtype=np.float64)) / num_targets
+        yield "loss", loss
+        yield "perplexity", statistics.exp(loss)
+        yield "targets", num_targets
+        yield "examples", self.about["examples"]
 
 
 class AnswerLoss:

@@ -108,7 +108,9 @@ def score_prompts(predict_fns: PredictFns, params, prompt_set: PromptSet) -> lis
         for prior_questions in variant.prior_questions.values():
             questions += prior_questions
         questions += variant.calibration_questions
-    answers = iter(predict_fns.logprobs(params, questions))
+    has_text_behind = any(question.prompt.arrays for question in questions)
+    ask = predict_fns.infill if has_text_behind else predict_fns.logprobs
+    answers = iter(ask(params, questions))
 
     # Taken off again in the order of `questions`.
     variant_logprobs = []
@@ -143,12 +145,14 @@ def results(
     *,
     ensemble: str = "mean_prob",
     batch_prior: bool = True,
+    by_length: bool = False,
 ) -> Iterator[tuple[str, float | Artifact]]:
     """Yields all metrics and artifacts, see `lm.evals.classification.PromptClassification`.
 
     Args:
       ensemble: one of ENSEMBLES.
       batch_prior: whether to correct by the mean distribution too.
+      by_length: whether probabilities are conditional on the number of a word's tokens.
 
     Raises:
       ValueError: log-probabilities that aren't finite.
@@ -166,6 +170,8 @@ def results(
     mass = np.mean(masses, axis=0)
     yield from label_metrics(P, gold)
     yield "label_mass", float(np.mean(mass))
+    if by_length:
+        yield from mass_by_length(variant_logprobs)
 
     # Prior correction: what the prompt says beyond the label's own probability.
     priors = mean_priors(variant_logprobs, scorer)
@@ -230,6 +236,15 @@ def metric_names(prompt_set: PromptSet, *, batch_prior: bool = True) -> list[str
     if len(prompt_set.variants) > 1:
         names += [f"accuracy_{over}" for over in ("mean", "min", "max")]
     return names
+
+
+def mass_by_length(variant_logprobs: Sequence[VariantLogprobs]) -> Iterator[tuple[str, float]]:
+    """Yields label_mass_N of the words of N tokens, where words have several lengths."""
+    examples = [logprobs.examples for logprobs in variant_logprobs]
+    lengths = sorted(set().union(*(np.unique(words.num_tokens).tolist() for words in examples)))
+    for length in lengths if len(lengths) > 1 else ():
+        masses = [label_mass(words, length) for words in examples]
+        yield f"label_mass_{length}", float(np.mean(masses))
 
 
 def _check_finite(name: str, variant_logprobs: Sequence[VariantLogprobs]) -> None:

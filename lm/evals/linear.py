@@ -63,7 +63,7 @@ class LinearVerbalizer:
         # The prompts are those of PromptClassification; the records that would fit its temperature
         # train the vectors.
         # How it would score words doesn't matter: they only say where the vectors start.
-        scoring = dict(terminator="", aggregate="sum", length_norm="none", weights=())
+        scoring = dict(terminator="", aggregate="sum", length_norm="none", weights=(), fill="ltr")
         task = PromptClassification(
             predict_fns,
             name=name,

@@ -1,4 +1,6 @@
-"""Perplexity and bits per byte of a split, each document exactly once."""
+"""Perplexity and bits per byte of a split, each document exactly once; pseudo-perplexity of masked
+models.
+"""
 
 import lzma
 import math
@@ -9,7 +11,7 @@ import numpy as np
 from lm.data.pack import Encoder, evaluation_rows, windows
 from lm.data.records import take
 from lm.data.sources import Documents
-from lm.evals.predict import PredictFns
+from lm.evals.predict import PredictFns, Prompt, Question
 from lm.evals.prompts import check_least
 from lm.evals.scores import statistics
 
@@ -94,3 +96,66 @@ class Perplexity:
         yield "tokens", self._num_tokens
         yield "bytes", self._num_bytes
         yield "documents", self._num_documents
+
+
+class PseudoPerplexity:
+    """Yields loss (nats per token), pseudo_perplexity, and the tokens and documents counted: each
+    token is asked for given all others of its window, with a mask in its place (Salazar et al.
+    2020, arXiv 1910.14659, section 2).
+
+    Its losses don't sum to that of a text, since they are no factors of one distribution: they
+    compare masked models with each other, of one tokenizer, and with nothing else. Words of several
+    tokens are overrated, whose tokens tell each other.
+
+    Args:
+      name: for messages.
+      max_documents: number of documents, taken evenly out of the split; 0: all. Each of their
+        tokens is a row.
+
+    Raises:
+      ValueError: max_documents below 0.
+    """
+
+    asks = ("infill",)
+    metrics = ("pseudo_perplexity", "loss")
+
+    def __init__(
+        self,
+        predict_fns: PredictFns,
+        *,
+        name: str,
+        documents: Documents,
+        encoder: Encoder,
+        max_documents: int,
+    ):
+        check_least(f"config.evals.{name}.max_documents", max_documents, 0)
+        chosen = list(take(documents, max_documents))
+        before, _ = encoder.tokenizer.around
+        length = predict_fns.prompt_length
+
+        self._predict_fns = predict_fns
+        self._questions = []
+        for document in chosen:
+            ids = np.asarray(encoder.text(document), np.int32)
+            for start in range(0, len(ids), length):
+                # What begins a document is given.
+                first = len(before) if start == 0 else 0
+                self._questions += _each_token(ids[start : start + length], first)
+        self.about = {"fingerprint": documents.fingerprint, "examples": len(chosen)}
+
+    def run(self, params) -> Iterator[tuple[str, float]]:
+        nll = 0.0
+        for ((logprobs, _),) in self._predict_fns.infill(params, self._questions):
+            nll -= float(logprobs.sum())
+        num_tokens = len(self._questions)
+        yield "loss", nll / num_tokens
+        yield "pseudo_perplexity", statistics.exp(nll / num_tokens)
+        yield "tokens", num_tokens
+        yield "documents", self.about["examples"]
+
+
+def _each_token(ids: np.ndarray, first: int) -> Iterator[Question]:
+    """Asks for each token of a window from the place `first` on."""
+    for place in range(first, len(ids)):
+        prompt = Prompt(ids[:place], {"after": ids[place + 1 :]})
+        yield Question(prompt, [[int(ids[place])]])

@@ -5,12 +5,15 @@ entry with a `split` gets `documents` too. A float is a metric, an `Artifact` is
 directory. An evaluator sees neither the model nor the trainer, only `PredictFns`:
 
   logprobs(params, questions)       for each `Question`, for each of its continuations an `Answer`
-  token_logprobs(params, rows)      f32 [rows, T]: the log-probability of each target
+  infill(params, questions)         the same, with text behind what is asked for
+  token_logprobs(params, rows)      f32 [rows, T]: the log-probability of each next token
+  target_logprobs(params, rows)     the same of the objective's own targets, wherever they stand
   states(params, prompts)           f32 [prompts, D]: the state that the head sees after each prompt
   head_rows(params, ids)            f32 [ids, D]: what the head multiplies a state with for each id
   make_generator(params, sampling)  a Generator (lm/decoding/generator.py), which continues prompts
 
-A model may lack some of them. How it answers is its own matter: see lm/evals/causal_answers.py.
+A model may lack some of them. How it answers is its own matter: see lm/evals/causal_answers.py and
+lm/evals/masked_answers.py.
 
 Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly
 once, whatever the batch size, the mesh and the number of hosts. Batches are filled up with padding,
@@ -92,6 +95,7 @@ class Question(NamedTuple):
 
     prompt: Prompt
     continuations: Sequence[Sequence[int]]  # ids, none empty
+    fill: str = "ltr"  # of a masked model: lm.evals.masked_answers.FILLS
 
 
 class Answer(NamedTuple):
@@ -115,7 +119,8 @@ class CompiledFns:
     None: the model can't do that.
 
     The functions of questions and prompts are how this kind of model answers; a causal model's are
-    those of `lm.evals.causal_answers.CausalAnswers`.
+    those of `lm.evals.causal_answers.CausalAnswers`, a masked one's those of
+    `lm.evals.masked_answers.MaskedAnswers`.
     """
 
     mesh: Mesh
@@ -123,8 +128,11 @@ class CompiledFns:
     arrays: Mapping[str, batch_contract.Array] = dataclasses.field(
         default_factory=lambda: batch_contract.ARRAYS
     )
-    token_logprobs: Callable | None = None  # see lm.step.make_token_logprobs
+    reserved: int = 0  # tokens of a row that a question takes beside its own
+    target_logprobs: Callable | None = None  # see lm.step.make_token_logprobs
+    token_logprobs: Callable | None = None  # the same where targets are next tokens
     logprobs: Callable | None = None  # (params, questions, limits) -> [[Answer]]
+    infill: Callable | None = None  # the same, of prompts with an array "after"
     states: Callable | None = None  # (params, prompts, limits) -> [prompts, D]
     head_rows: Callable | None = None  # see lm.step.make_head_rows
     unit_terms: Callable | None = None  # (params, batch) -> see lm.step.make_unit_terms
@@ -152,7 +160,8 @@ class PredictFns:
     """What one evaluator asks of a model. It compiles nothing itself.
 
     Args:
-      batch_size, length, check_stop: see `Limits`. An evaluation ends early where `check_stop`
+      batch_size, length, check_stop: see `Limits`. `prompt_length` is what there is for a prompt
+        with its continuation. An evaluation ends early where `check_stop`
         raises.
       asked_by: the evaluator, for messages.
     """
@@ -168,10 +177,16 @@ class PredictFns:
     ):
         self.batch_size = batch_size
         self.length = length
+        self.prompt_length = length - compiled_fns.reserved
         self.check_stop = check_stop
         self._compiled_fns = compiled_fns
         self._limits = Limits(batch_size, length, check_stop)
         self._asked_by = asked_by
+
+    @property
+    def fills_blanks(self) -> bool:
+        """Whether the model is a masked one, whose answers are conditional on their length."""
+        return self._compiled_fns.infill is not None
 
     def require(self, names: Iterable[str], asked_by: str = "") -> None:
         """Raises ValueError where the model lacks one of these functions, by their names here.
@@ -180,7 +195,7 @@ class PredictFns:
           asked_by: who asks for them, if not the evaluator.
         """
         functions = vars(self._compiled_fns).items()
-        others = ("mesh", "arrays")
+        others = ("mesh", "arrays", "reserved")
         available = [n for n, value in functions if n not in others and value is not None]
         missing = [name for name in names if name not in available]
         if missing:
@@ -197,14 +212,26 @@ class PredictFns:
         """For each question, in order, the answer to each of its continuations."""
         return self._function("logprobs")(params, questions, self._limits)
 
+    def infill(self, params, questions: Sequence[Question]) -> list[list[Answer]]:
+        """What `logprobs` gives, of prompts with the array "after": ids behind the continuation."""
+        return self._function("infill")(params, questions, self._limits)
+
     def token_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
-        """[rows, T] f32, the log-probability of each target. What the objective declares beside
-        the five arrays of a row has its padding value where a row lacks it.
+        """[rows, T] f32, the log-probability of each target, which is the token after. What the
+        objective declares beside the five arrays of a row has its padding value where a row lacks
+        it.
         """
-        self.require(["token_logprobs"])
+        return self._logprobs_of_rows("token_logprobs", params, rows)
+
+    def target_logprobs(self, params, rows: Sequence[dict]) -> np.ndarray:
+        """[rows, T] f32, the log-probability of each of the objective's targets."""
+        return self._logprobs_of_rows("target_logprobs", params, rows)
+
+    def _logprobs_of_rows(self, name: str, params, rows: Sequence[dict]) -> np.ndarray:
+        self.require([name])
         if not rows:
             return np.zeros((0, self.length), np.float32)
-        return self._of_rows("token_logprobs", params, rows)
+        return self._of_rows(name, params, rows)
 
     def unit_terms(self, params, rows: Sequence[dict]) -> dict[str, np.ndarray]:
         """{name: [rows, units of a row] f32}, what the objective says of each unit; `weight` is 0

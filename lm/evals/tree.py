@@ -147,6 +147,11 @@ class MergedTree(NamedTuple):
     members: list[tuple[int, slice]]  # (number of a tree, its queries among the merged tree's)
 
 
+def alone(tree: Tree, number: int) -> MergedTree:
+    """The tree of this number as a row of its own."""
+    return MergedTree(tree, [(number, slice(0, len(tree.query_targets)))])
+
+
 def merge_trees(trees: Sequence[Tree], max_tokens: int, min_shared: int = 32) -> list[MergedTree]:
     """Puts trees whose prompts begin alike into one row (the same examples before each question,
     for instance), so that their common beginning is computed once. Each tree's log-probabilities
@@ -186,7 +191,7 @@ def _merge(trees: Sequence[Tree], group: Sequence[int], shared: int) -> MergedTr
     """One tree of those in `group`, whose first `shared` tokens are the same."""
     first = trees[group[0]]
     if len(group) == 1:
-        return MergedTree(first, [(group[0], slice(0, len(first.query_targets)))])
+        return alone(first, group[0])
 
     tokens = [first.tokens[:shared]]
     positions = [first.positions[:shared]]

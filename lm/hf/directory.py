@@ -108,7 +108,9 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{directory}/{error}") from None
 
-        self.entries = _read_entries(self.directory)
+        self.entries = {}
+        for name, entry in _read_entries(self.directory).items():
+            self.entries[_newer_name(name, self.family)] = entry
         self._check_sizes()
         self._lacks_prefix = self._add_missing_prefix()
 
@@ -210,11 +212,11 @@ class Checkpoint:
         "" of others.
         """
         others = self.config.get("architectures") or []
-        if not others or re.search("ForCausalLM|LMHeadModel", str(others)):
+        if not others or re.search("ForCausalLM|LMHeadModel|ForMaskedLM", str(others)):
             return ""
         return (
             f". config.json says architectures = {others}, and this reads "
-            f"{self.family.architecture}, whose head gives the next token; of a classifier, or "
+            f"{self.family.architecture}, whose head gives tokens; of a classifier, or "
             "another such model, the checkpoint that it was trained from can be read"
         )
 
@@ -296,6 +298,14 @@ class Checkpoint:
         row = param_slice.row
         kv_heads, first_output = self.fields["num_kv_heads"], self._first_outputs[row.path]
         return to_param(row, tensor, shape, kv_heads, first_output)
+
+
+def _newer_name(hf_name: str, family: Family) -> str:
+    """The name that newer files of a family have for a tensor."""
+    for older, newer in family.older_endings.items():
+        if hf_name.endswith(older):
+            return hf_name.removesuffix(older) + newer
+    return hf_name
 
 
 class _LocalPart(NamedTuple):

@@ -36,6 +36,7 @@ class Key(NamedTuple):
     null: Any = REQUIRED  # where it is null
     # Hugging Face's value -> ours, or a function of the fields, where they differ
     values: Mapping[Any, Any] | None = None
+    more: int = 0  # what Hugging Face's number has more than ours
 
 
 class Rope(NamedTuple):
@@ -96,10 +97,11 @@ class Family:
     window: int | None = None
     has_window_switch: bool = False  # the window is off unless use_sliding_window turns it on
 
-    # Names of tensors: how those of the body begin, which some checkpoints leave out, and a regular
-    # expression of those that are no parameters.
+    # Names of tensors: how those of the body begin, which some checkpoints leave out; a regular
+    # expression of those that are no parameters of ours; endings of older files -> of newer ones.
     body_prefix: str = ""
     buffer_pattern: str = r"$."  # matches nothing
+    older_endings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 # --- parts of the tables ---
@@ -154,6 +156,8 @@ _LLAMA3_SCALING = (
 _CONFIG_FIELDS = {field.name: field for field in dataclasses.fields(config_lib.ModelFields)}
 # Fields of a model with learned positions, which doesn't use them.
 _NO_ROPE = dict(rope_theta=10000.0, rope_fraction=1.0, rope_scaling=(), rope_interleaved=False)
+# Fields of a model that continues texts.
+_DECODER = dict(visible="causal", embed_norm=False, token_types=0, head_transform=False)
 # Fields of a model without experts, which uses the first one only.
 _DENSE = dict(num_experts=0, experts_per_token=2, normalize_router=True, shared_mlp_dim=0)
 
@@ -759,11 +763,95 @@ _GPT_NEOX = Family(
     buffer_pattern=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
 )
 
+# --- encoders ---
+
+
+_BERT_KEYS = (
+    *_COMMON_SIZES,
+    Key("mlp_dim", "intermediate_size"),
+    Key("num_kv_heads", "", _all_heads),
+    Key("head_dim", "", _even_head_dim),
+    Key("norm_eps", "layer_norm_eps", 1e-12),
+    Key("activation", "hidden_act", "gelu", values=ACTIVATIONS),
+    Key("token_types", "type_vocab_size", 2),
+)
+_BERT_CONSTANTS = dict(
+    visible="full", norm="layernorm", gated_mlp=False, positions="learned", qk_norm=False,
+    residual="post_norm", embed_norm=True, head_transform=True, table_dim=0, position_offset=0,
+    tie_embeddings=True,
+) | _DENSE
+
+
+def _bert_tensors(body: str, transform: str, norm: str, bias: str, head: str) -> tuple[Tensor, ...]:
+    """BERT's tensors, by the name of its body and those of its head's parts."""
+    return (
+        Tensor("embed/table", f"{body}.embeddings.word_embeddings.weight", "table"),
+        Tensor("position_embed/table", f"{body}.embeddings.position_embeddings.weight", "table"),
+        Tensor("type_embed/table", f"{body}.embeddings.token_type_embeddings.weight", "table"),
+        *_norm("embed_norm", f"{body}.embeddings.LayerNorm"),
+        *_in_layers(
+            f"{body}.encoder.layer",
+            *_linear("attention/query", "attention.self.query"),
+            *_linear("attention/key", "attention.self.key"),
+            *_linear("attention/value", "attention.self.value"),
+            *_linear("attention/out", "attention.output.dense", 2),
+            *_norm("attention_norm", "attention.output.LayerNorm"),
+            *_linear("mlp/up", "intermediate.dense"),
+            *_linear("mlp/down", "output.dense"),
+            *_norm("mlp_norm", "output.LayerNorm"),
+        ),
+        Tensor("head_transform/weight", f"{transform}.weight", "linear"),
+        Tensor("head_transform/bias", f"{transform}.bias", "vector"),
+        *_norm("head_transform/norm", norm),
+        Tensor("head_bias", bias, "vector"),
+        Tensor("head/table", head, "table"),
+    )
+
+
+_BERT_SUPPORTED = dict(
+    position_embedding_type=("absolute",), is_decoder=(False,), add_cross_attention=(False,),
+    tie_word_embeddings=(True,),
+)
+_BERT_BIASES = ("qkv", "out", "mlp", "norm", "head")
+# What predicts the next sentence is read over, and so is the bias where it is there twice.
+_BERT_BUFFERS = r"(\.position_ids|^cls\.seq_relationship\..*|\.pooler\.dense\..*|\.decoder\.bias)$"
+_BERT = Family(
+    "bert", "BertForMaskedLM",
+    _BERT_KEYS,
+    _bert_tensors(
+        "bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
+        "cls.predictions.bias", "cls.predictions.decoder.weight",
+    ),
+    _BERT_CONSTANTS,
+    biases=_BERT_BIASES, supported_values=_BERT_SUPPORTED,
+    ignored_keys=(  # of a multilingual one, for a pooler that none has
+        "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+        "pooler_size_per_head", "pooler_type",
+    ),
+    body_prefix="bert.", buffer_pattern=_BERT_BUFFERS,
+    older_endings={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+)
+_ROBERTA = Family(  # positions begin behind that of padding; the head has this activation always
+    "roberta", "RobertaForMaskedLM",
+    _replaced(
+        _BERT_KEYS,
+        Key("context_length", "max_position_embeddings", more=2),
+        Key("activation", "hidden_act", "gelu", values={"gelu": "gelu"}),
+    ),
+    _bert_tensors(
+        "roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight"
+    ),
+    _BERT_CONSTANTS | dict(position_offset=2),
+    biases=_BERT_BIASES,
+    supported_values=_BERT_SUPPORTED | dict(pad_token_id=(1,)),
+    body_prefix="roberta.", buffer_pattern=_BERT_BUFFERS,
+)
+
 # In this order: a model that several families have is written as the first of them.
 _IN_ORDER = (
     _GPT2, _OPENAI_GPT, _OPT, _GPT_NEOX, _LLAMA, _MISTRAL, _MIXTRAL, _QWEN2, _QWEN3, _QWEN2_MOE,
     _QWEN3_MOE, _ARCEE, _STABLELM, _GLM, _PHI3, _STARCODER2, _ERNIE4_5, _HELIUM, _SEED_OSS, _JAIS2,
-    _INTERNLM3, _IQUESTCODER, _GPT_BIGCODE,
+    _INTERNLM3, _IQUESTCODER, _GPT_BIGCODE, _BERT, _ROBERTA,
 )
 # fmt: on
 FAMILIES = {family.name: family for family in _IN_ORDER}
@@ -842,7 +930,7 @@ def read_config(config: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[
         if alias in config:
             config[hf_name] = config.pop(alias)
 
-    fields = dict(family.constants)
+    fields = _DECODER | dict(family.constants)
     for key in family.keys:
         fields[key.field] = _read_key(family, key, config, fields)
     _check_sizes(family, fields)
@@ -902,6 +990,8 @@ def _read_key(family: Family, key: Key, config: Mapping[str, Any], fields: Mappi
             f"config.json: {key.hf_name} is {problem}; a {family.name} can't do without"
         )
     value = _our_value(value, fields)
+    if key.more and type(value) is int:
+        value -= key.more
 
     if key.values is not None:
         # Not every value can be looked up, and to Python 1 is True.
@@ -957,7 +1047,7 @@ def _read_biases(family: Family, config: Mapping[str, Any]) -> str:
             raise _unsupported(family, name, flag, [True, False])
         if flag:
             biased |= set(parts)
-    return ",".join(part for part in ("qkv", "out", "mlp", "norm") if part in biased)
+    return ",".join(part for part in ("qkv", "out", "mlp", "norm", "head") if part in biased)
 
 
 def _read_rope(
@@ -1284,7 +1374,7 @@ def _write_keys(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
         if not key.hf_name:
             continue
         if key.values is None:
-            config[key.hf_name] = value
+            config[key.hf_name] = value + key.more if key.more else value
             continue
 
         # Of several words for a value the first is written.

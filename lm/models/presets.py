@@ -1,5 +1,5 @@
 """Sizes of published models, and small ones for CPU: data only. `get(name)` gives the fields of
-`transformer.Config`.
+`transformer.Config`, or with a key `type` those of another model's.
 """
 
 _GPT2 = dict(
@@ -48,6 +48,26 @@ _SMALL = dict(
 _MIXTRAL = _LLAMA2 | dict(
     context_length=32768, rope_theta=1e6, num_experts=8, experts_per_token=2, normalize_router=True
 )
+_BERT = dict(
+    visible="full",
+    context_length=512,
+    norm="layernorm",
+    norm_eps=1e-12,
+    residual="post_norm",
+    embed_norm=True,
+    token_types=2,
+    activation="gelu",
+    gated_mlp=False,
+    positions="learned",
+    bias="qkv,out,mlp,norm,head",
+    head_transform=True,
+    tie_embeddings=True,
+    dropout=0.1,
+    attention_dropout=0.1,
+    init_std=0.02,
+    vocab_size=30522,
+)
+_ROBERTA = _BERT | dict(norm_eps=1e-5, token_types=1, position_offset=2, vocab_size=50265)
 _QWEN3_MOE = _LLAMA2 | dict(
     context_length=32768,
     norm_eps=1e-6,
@@ -85,6 +105,9 @@ def _sized(
     )
 
 
+_LSTM = dict(type="lm.models.recurrent", cell="lstm")
+
+
 # fmt: off
 PRESETS = {
     # For CPU: squared ReLU, rotary positions, RMSNorm, no biases.
@@ -94,6 +117,20 @@ PRESETS = {
     # nanoGPT's CPU recipe for tiny Shakespeare (config/train_shakespeare_char.py and the README's
     # flags): GPT-2 without biases.
     "nanogpt_cpu": _sized(_GPT2, 4, 128, 4, context_length=64, bias=""),
+    # Encoders: BERT (Devlin et al. 2019, section 3) and RoBERTa (Liu et al. 2019, arXiv 1907.11692,
+    # table 9); and one as small as "mini".
+    "bert_mini": _sized(
+        _BERT, 3, 192, 2, context_length=256, vocab_size=2048, dropout=0.0, attention_dropout=0.0
+    ),
+    "bert_base": _sized(_BERT, 12, 768, 12),
+    "bert_large": _sized(_BERT, 24, 1024, 16),
+    "roberta_base": _sized(_ROBERTA, 12, 768, 12),
+    # Recurrent: as many weights as "mini"; AWD-LSTM's sizes (Merity et al. 2018, arXiv 1708.02182,
+    # section 5), without its weight dropping, on the words of WikiText-2.
+    "lstm_mini": _LSTM | dict(vocab_size=2048, num_layers=2, embed_dim=256, hidden_dim=384),
+    "awd_lstm": _LSTM | dict(
+        vocab_size=33278, num_layers=3, embed_dim=400, hidden_dim=1150, dropout=0.4, head_bias=True
+    ),
     # GPT-2 (Radford et al. 2019, table 2).
     "gpt2": _sized(_GPT2, 12, 768, 12),
     "gpt2_medium": _sized(_GPT2, 24, 1024, 16),

@@ -1,5 +1,5 @@
-"""The decoder-only Transformer, its layers stacked and scanned. One model; its presets are data
-(presets.py).
+"""The Transformer of one stack, its layers scanned: a decoder, or an encoder that sees all of a
+text (config.model.visible). One model; its presets are data (presets.py).
 
 Letters: B batch, T length, D embed, F mlp, N heads, K kv heads, H head size, V vocab, L layers.
 """
@@ -17,13 +17,25 @@ from lm.collectives import gather_sequence
 from lm.models.cached import CachedDecoding
 from lm.nn import lora, masks, watch
 from lm.nn.attention import SPLASH, SPLASH_KINDS, Attention, Cache
-from lm.nn.layers import MLP, NORMS, Embed, Head, dense, dropout, fold_in_each, param
+from lm.nn.layers import (
+    MLP,
+    NORMS,
+    Embed,
+    Head,
+    HeadTransform,
+    VocabHead,
+    add_bias,
+    dense,
+    dropout,
+    fold_in_each,
+    param,
+)
 from lm.nn.masks import Mask, Visible
 from lm.nn.moe import MoE
 from lm.nn.positions import parse_scaling
 from lm.sharding import check_heads, constrain
 
-BIASES = ("qkv", "out", "mlp", "norm")
+BIASES = ("qkv", "out", "mlp", "norm", "head")
 # Heads beside the vocabulary's -> their outputs; None: config.model.heads says how many.
 HEADS = {"scalar": 1, "classes": None, "token_labels": None}
 # What the backward pass may find saved of each layer: results of matmuls, and the attention
@@ -31,7 +43,8 @@ HEADS = {"scalar": 1, "classes": None, "token_labels": None}
 REMAT_NAMES = ("query", "key", "value", "attention", "out", "up", "gate", "down")
 # "none" saves all else too, see `remat_policy`.
 REMAT = {"none": REMAT_NAMES, "full": (), "dots": REMAT_NAMES}
-ACTIVATIONS = "activations"  # in a layer's aux: what lm.nn.watch.squares gives
+VISIBLE = {"causal": masks.CAUSAL, "full": masks.FULL}
+SQUARES = "activations"  # in a layer's aux: what lm.nn.watch.squares gives
 
 
 def saved_names(remat: str) -> tuple[list[str], list[str]]:
@@ -105,6 +118,7 @@ class Config(config_lib.ModelFields):
                 f"{self.compute_dtype!r}: a model of its own needs both"
             )
         self._check_biases()
+        masks.static_kind(VISIBLE[self.visible], self.window)
         self._check_heads()
         self._check_experts()
         self._check_rope()
@@ -178,6 +192,11 @@ class Config(config_lib.ModelFields):
         check_heads(mesh, self.num_heads)
 
     @property
+    def branches(self) -> bool:
+        """Whether it reads rows in which sequences branch: an encoder would see all branches."""
+        return self.visible == "causal"
+
+    @property
     def shortest_row(self) -> int:
         """Tokens of the shortest row that is worth a compilation of its own."""
         # Splash attention's tiles are 128 positions wide. Elsewhere 16 saves compilations for
@@ -203,6 +222,7 @@ def flops_per_token(
 
     Args:
       length: tokens a row. Packed documents count as one sequence of that length.
+      causal: counts the keys up to each query only; those of an encoder are counted all.
     """
     c = config
     attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
@@ -211,9 +231,11 @@ def flops_per_token(
     router = c.embed_dim * (c.num_experts + (1 if c.shared_mlp_dim else 0))
     table_dim = c.table_dim or c.embed_dim
     projections = 2 * table_dim * c.embed_dim if table_dim != c.embed_dim else 0
-    weights = c.num_layers * (attention + mlp + router) + c.vocab_size * table_dim + projections
+    head = c.vocab_size * table_dim + (table_dim**2 if c.head_transform else 0)
+    weights = c.num_layers * (attention + mlp + router) + head + projections
     window = min(c.window or length, length)
-    keys = window - window**2 / (2 * length) if causal else length
+    sees_all = c.visible == "full" or not causal
+    keys = length if sees_all else window - window**2 / (2 * length)
     adapters = _adapter_size(c) if c.lora_rank else 0
     scores = c.num_layers * c.num_heads * c.head_dim * keys
 
@@ -292,7 +314,7 @@ class Block(nnx.Module):
         self, x_BTD, positions_BT, mask: Mask, valid_BT, cache=None, *, decode=False, keys_B=None
     ):
         """Returns (x_BTD, cache, aux). The arguments are those of `Attention` and `MoE`; aux has
-        `ACTIVATIONS` besides that of `MoE`.
+        `SQUARES` besides that of `MoE`.
         """
         probs_keys, attention_keys, mlp_keys = _keys_of_sites(keys_B, 3)
 
@@ -326,7 +348,7 @@ class Block(nnx.Module):
             x_BTD = _stream(x_BTD + out_BTD)
 
         activations = dict(attention=attended_BTD, mlp=out_BTD, residual=x_BTD)
-        return x_BTD, cache, aux | {ACTIVATIONS: watch.squares(valid_BT, activations)}
+        return x_BTD, cache, aux | {SQUARES: watch.squares(valid_BT, activations)}
 
     def _mlp(self, x_BTD, valid_BT):
         if isinstance(self.mlp, MoE):
@@ -383,11 +405,16 @@ class Transformer(CachedDecoding, nnx.Module):
         else:
             self.layers = nnx.List([make_block(key) for key in keys])
 
-        if c.residual != "post_norm":
-            use_bias = "norm" in c.biases
-            self.norm = NORMS[c.norm](c.embed_dim, eps=c.norm_eps, use_bias=use_bias)
+        def norm(dim: int):
+            return NORMS[c.norm](dim, eps=c.norm_eps, use_bias="norm" in c.biases)
+
+        self.norm = norm(c.embed_dim) if c.residual != "post_norm" else None
+        self.embed_norm = norm(c.embed_dim) if c.embed_norm else None
+        if c.token_types:
+            type_key = jax.random.fold_in(key, 4)
+            self.type_embed = Embed(type_key, c.token_types, c.embed_dim, axis="position", **table)
         else:
-            self.norm = None
+            self.type_embed = None
         # Tied weights are one parameter that is called twice; the same Param under two attributes
         # would break tree transforms.
         if c.tie_embeddings:
@@ -402,6 +429,17 @@ class Transformer(CachedDecoding, nnx.Module):
             head_key = jax.random.fold_in(jax.random.fold_in(key, 3), number)
             heads[name] = Head(head_key, table_dim, size, **options)
         self.heads = nnx.Dict(heads) if heads else None
+        if c.head_transform:
+            transform_key = jax.random.fold_in(key, 5)
+            self.head_transform = HeadTransform(
+                transform_key, table_dim, c.activation, norm(table_dim), **options
+            )
+        else:
+            self.head_transform = None
+        if "head" in c.biases:
+            self.head_bias = param(None, (c.vocab_size,), ("vocab",), c.param_dtype)
+        else:
+            self.head_bias = None
 
         # OPT-350M projects after the embedding and before the head.
         if table_dim != c.embed_dim:
@@ -419,7 +457,7 @@ class Transformer(CachedDecoding, nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         *,
-        visible: Visible = masks.CAUSAL,
+        visible: Visible | None = None,
         cache: Cache | list[Cache] | None = None,
         decode: bool = False,
         keys_B: jax.Array | None = None,
@@ -431,7 +469,7 @@ class Transformer(CachedDecoding, nnx.Module):
           positions_BT: int32, each token's place in its document.
           segments_BT: int32; tokens attend within their segment only. With a cache each row is one
             sequence, and 0 is padding behind it.
-          visible: what each token attends to within its segment.
+          visible: what each token attends to within its segment; None: what config.visible says.
           cache: keys and values of all layers, see `init_cache`. The first call with one (prefill)
             fills it.
           decode: this is a later call: T is 1, and the token attends to the cache.
@@ -443,16 +481,21 @@ class Transformer(CachedDecoding, nnx.Module):
             x_BTD = dense("btp,pd->btd", x_BTD, self.project_in, c.compute_dtype, "project_in")
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
+        if self.type_embed is not None:
+            x_BTD = x_BTD + self.type_embed(jnp.zeros_like(tokens_BT))
+        if self.embed_norm is not None:
+            x_BTD = self.embed_norm(x_BTD)
         is_random = c.dropout or c.attention_dropout
         embed_keys, layer_keys = _keys_of_sites(keys_B if is_random else None, 2)
         x_BTD = _stream(dropout(x_BTD, c.dropout, embed_keys))
 
         valid_BT = segments_BT > 0
+        visible = visible or VISIBLE[c.visible]
         mask = self._mask(positions_BT, segments_BT, visible, cache, decode)
         run = self._loop_layers if isinstance(self.layers, nnx.List) else self._scan_layers
         seen = watch.squares(valid_BT, {"embed": x_BTD})
         x_BTD, cache, aux = run(x_BTD, cache, (positions_BT, mask, valid_BT), decode, layer_keys)
-        for name, sums_L in aux.pop(ACTIVATIONS).items():
+        for name, sums_L in aux.pop(SQUARES).items():
             seen[f"layers/*/{name}"] = sums_L
         watch.report(self, seen)
 
@@ -542,6 +585,12 @@ class Transformer(CachedDecoding, nnx.Module):
         """The head's weight, [V, D]."""
         return (self.head or self.embed).table
 
+    def vocab_head(self, hidden: jax.Array) -> VocabHead:
+        """What makes the logits of hidden states [..., D]."""
+        if self.head_transform is not None:
+            hidden = self.head_transform(hidden)
+        return VocabHead(hidden, self.head_table, self.head_bias)
+
     def head_outputs(self, name: str, hidden: jax.Array) -> jax.Array:
         """f32 [..., K] of hidden states [..., D], by one of config.model.heads.
 
@@ -556,14 +605,25 @@ class Transformer(CachedDecoding, nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32 logits [..., V] of hidden states [..., D]."""
-        logits = (self.head or self.embed).attend(hidden)
+        state = hidden if self.head_transform is None else self.head_transform(hidden)
+        logits = (self.head or self.embed).attend(state)
+        if self.head_bias is not None:
+            logits = add_bias(logits, self.head_bias)
         return constrain(logits, "batch", "length", "act_vocab") if logits.ndim == 3 else logits
 
     def init_cache(self, batch_size: int, length: int) -> Cache | list[Cache]:
         """An empty cache for `batch_size` sequences of up to `length` tokens, or of the window's
         size if that is less; stacked as the layers are.
+
+        Raises:
+          ValueError: an encoder, which continues no text.
         """
         c = self.config
+        if c.visible == "full":
+            raise ValueError(
+                "config.model.visible = 'full': the model sees texts whole, and continues none; "
+                "wanted a causal model"
+            )
         shape = (batch_size, c.num_kv_heads, min(length, c.window or length), c.head_dim)
         axes = ("batch", "kv_heads", None, None)
         if isinstance(self.layers, nnx.List):

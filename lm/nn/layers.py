@@ -5,6 +5,7 @@ Letters: B batch, T length, D embed, F mlp, V vocab.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -305,3 +306,32 @@ class Embed(nnx.Module):
         """Logits [..., num] in f32 from vectors [B, T, D] or [B, D]."""
         spec = "btd,vd->btv" if x.ndim == 3 else "bd,vd->bv"
         return dense(spec, x.astype(jnp.float32), self.table, self.compute_dtype, "logits")
+
+
+class VocabHead(NamedTuple):
+    """The vocabulary's logits are state @ table.T + bias."""
+
+    state: jax.Array  # [..., D]
+    table: nnx.Param  # [V, D]
+    bias: nnx.Param | None  # [V]
+
+
+class HeadTransform(nnx.Module):
+    """norm(activation(a dense layer)), before the vocabulary's head (Devlin et al. 2019, arXiv
+    1810.04805: of the released code).
+    """
+
+    def __init__(
+        self, key: jax.Array, dim: int, activation: str, norm, *, std, dtype, compute_dtype
+    ):
+        self.activation = activation
+        self.compute_dtype = compute_dtype
+        self.weight = param(key, (dim, dim), ("embed", "table"), dtype, std=std)
+        self.bias = param(None, (dim,), ("embed",), dtype)
+        self.norm = norm
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Of states [B, T, D] or [B, D], the same shape."""
+        spec = "btd,de->bte" if hidden.ndim == 3 else "bd,de->be"
+        x = add_bias(dense(spec, hidden, self.weight, self.compute_dtype, "transform"), self.bias)
+        return self.norm(ACTIVATIONS[self.activation](x))

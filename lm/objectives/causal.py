@@ -18,12 +18,22 @@ def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
 def logprobs(model, hidden_BTD, targets_BT, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
     """What `token_logprobs` gives, of hidden states; `chunk` positions at a time, 0: all."""
     if chunk:
-        dtype = model.config.compute_dtype
-        return chunked_logprobs(hidden_BTD, model.head_table, targets_BT, chunk=chunk, dtype=dtype)
+        head, dtype = model.vocab_head(hidden_BTD), model.config.compute_dtype
+        return chunked_logprobs(head, targets_BT, chunk=chunk, dtype=dtype)
     logits_BTV = model.logits(hidden_BTD)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return target_BT - log_z_BT, log_z_BT
+
+
+def check(model_config, trained: list[str], **arguments) -> None:
+    """Raises ValueError for a model that sees the token that it is to predict."""
+    if getattr(model_config, "visible", "causal") != "causal":
+        raise ValueError(
+            "config.objective.type = 'lm.objectives.causal' predicts the next token, and "
+            f"config.model.visible = {model_config.visible!r}: the model sees it; wanted "
+            "lm.objectives.masked"
+        )
 
 
 def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
@@ -57,8 +67,7 @@ def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
 
         if chunk:
             total, nll_sum, z_sum = chunked_cross_entropy(
-                hidden_BTD,
-                model.head_table,
+                model.vocab_head(hidden_BTD),
                 batch["targets"],
                 weights_BT,
                 z_loss=z_loss,

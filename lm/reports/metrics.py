@@ -11,8 +11,8 @@ HIGHER = frozenset(
     "exact_match f1 rouge1 rouge2 rougeL rougeLsum bleu chrf chrf++ acc acc_norm".split()
 )
 LOWER = frozenset(
-    "loss perplexity word_perplexity byte_perplexity bits_per_byte nll brier ece ece_equal_mass "
-    "classwise_ece ter".split()
+    "loss perplexity pseudo_perplexity word_perplexity byte_perplexity bits_per_byte nll brier ece "
+    "ece_equal_mass classwise_ece ter".split()
 )
 # The same metric of other predictions: after a correction, by another norm, over variants.
 OF_OTHER_PREDICTIONS = (

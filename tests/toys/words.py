@@ -10,7 +10,7 @@ from flax import nnx
 
 from lm.models.transformer import Output
 from lm.nn import lora
-from lm.nn.layers import Embed, Head, dense, param
+from lm.nn.layers import Embed, Head, VocabHead, dense, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Model(nnx.Module):
     @property
     def head_table(self):
         return self.embed.table
+
+    def vocab_head(self, hidden):
+        return VocabHead(hidden, self.head_table, None)
 
     def logits(self, hidden):
         return self.embed.attend(hidden)

@@ -159,13 +159,20 @@ def _aggregate(words: np.ndarray, aggregate: str) -> np.ndarray:
     return total
 
 
-def label_mass(logprobs: WordLogprobs) -> np.ndarray:
+def label_mass(logprobs: WordLogprobs, num_tokens: int = 0) -> np.ndarray:
     """Probability of all label words together, [n]: how much of the model's distribution the
     verbalizer sees. A low one says that the words, or the boundary before them, are wrong.
+
+    Args:
+      num_tokens: counts the words of so many tokens only, which a masked model tells from each
+        other; 0: all.
     """
     from scipy.special import logsumexp
 
-    return np.exp(logsumexp(word_scores(logprobs), axis=1))
+    scores = word_scores(logprobs)
+    if num_tokens:
+        scores = np.where(logprobs.num_tokens == num_tokens, scores, -np.inf)
+    return np.exp(logsumexp(scores, axis=1))
 
 
 class LabelScorer(NamedTuple):

@@ -1,0 +1,58 @@
+"""Models of other families on the main job's texts, the docstrings of this machine's packages:
+
+    python -m lm.main --config=configs/families.py:bert --workdir=runs/bert
+
+bert is an encoder as small as configs/pydocs.py's model. It finds masked tokens again, and is asked
+for the library of a document by the same label words: a mask stands behind the question. lstm is a
+recurrent net of that size, which predicts the next token.
+"""
+
+from ml_collections import ConfigDict
+
+from lm import config as config_lib
+from lm.evals import entries
+from lm.models import presets
+
+VERBALIZER = {"python": (" python",), "numpy": (" numpy",), "scipy": (" scipy",), "jax": (" jax",)}
+
+
+def get_config(size: str = "bert") -> ConfigDict:
+    change = config_lib.sized(SIZES, size)
+
+    c = config_lib.default()
+    c.data.label_prompt = "\n\nLibrary:"
+    c.data.length = 256
+    c.data.batch_size = 16
+    c.optimizer.name = "muon"
+    c.optimizer.learning_rate = 5e-3
+    c.optimizer.schedule = "linear"
+    c.optimizer.final_learning_rate = 0.0
+    c.optimizer.weight_decay = 0.05
+    c.train.length = "500 steps"
+    c.checkpoint.every = 100
+
+    change(c)
+    c.model.vocab_size = 0  # the tokenizer's
+    c.evals.library = entries.classification(VERBALIZER, every=0)
+    return c
+
+
+def _bert(c: ConfigDict) -> None:
+    c.model.update(presets.get("bert_mini"))
+    c.model.scan_unroll = c.model.num_layers
+    c.tokenizer.reserve = "mask"
+    c.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.15, whole_words=False))
+    c.objective.update(random_share=0.1, kept_share=0.1, chunk=64, z_loss=0.0)
+    c.evals.masked = entries.held_out("TextLoss", every=100)
+    c.evals.pseudo = entries.pseudo_perplexity(every=0, max_documents=20)
+
+
+def _lstm(c: ConfigDict) -> None:
+    c.model = config_lib.model(**presets.get("lstm_mini"))
+    c.optimizer.name = "adamw"
+    c.evals.part = entries.perplexity(every=100, max_documents=120)
+    c.evals.validation = entries.perplexity(every=0)
+
+
+# What follows the colon -> the function that changes the configuration.
+SIZES = {"bert": _bert, "lstm": _lstm}

@@ -1,0 +1,359 @@
+"""Recurrent language models: stacked LSTM, GRU or plain RNN layers, scanned over time.
+
+A state begins anew with each segment of a row, so that packed texts are as texts alone. The cells
+are torch.nn's (lm/hf/torch_recurrent.py reads and writes its weights).
+
+Letters: B batch, T length, D embed, H units of a layer, G gates, V vocab.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lm import collectives
+from lm import config as config_lib
+from lm.models.cached import CachedDecoding
+from lm.models.transformer import Output
+from lm.nn import watch
+from lm.nn.layers import Embed, VocabHead, add_bias, dense, dropout, fold_in_each, gather, param
+from lm.nn.masks import Visible
+from lm.sharding import constrain
+
+
+class State(NamedTuple):
+    """What a layer keeps of the tokens before, f32 [B, H] each."""
+
+    hidden: jax.Array
+    memory: jax.Array | None  # an LSTM's
+
+
+def _lstm(inputs_BGH, recurrent_BGH, state: State) -> State:
+    """Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000."""
+    in_gate, forget, candidate, out_gate = jnp.moveaxis(inputs_BGH + recurrent_BGH, -2, 0)
+    memory = jax.nn.sigmoid(forget) * state.memory
+    memory = memory + jax.nn.sigmoid(in_gate) * jnp.tanh(candidate)
+    return State(jax.nn.sigmoid(out_gate) * jnp.tanh(memory), memory)
+
+
+def _gru(inputs_BGH, recurrent_BGH, state: State) -> State:
+    """Cho et al. 2014, arXiv 1406.1078, as cuDNN has it: the reset gate is applied to the matmul's
+    result, which has a bias of its own.
+    """
+    reset, update, candidate = jnp.moveaxis(inputs_BGH, -2, 0)
+    reset_h, update_h, candidate_h = jnp.moveaxis(recurrent_BGH, -2, 0)
+    reset = jax.nn.sigmoid(reset + reset_h)
+    update = jax.nn.sigmoid(update + update_h)
+    candidate = jnp.tanh(candidate + reset * candidate_h)
+    return State((1 - update) * candidate + update * state.hidden, None)
+
+
+def _rnn(inputs_BGH, recurrent_BGH, state: State) -> State:
+    """Elman 1990."""
+    return State(jnp.tanh(inputs_BGH + recurrent_BGH)[..., 0, :], None)
+
+
+class Cell(NamedTuple):
+    num_gates: int
+    update: Callable  # (inputs [B, G, H], recurrent [B, G, H], State) -> State
+
+
+# The gates' order is torch.nn's: i, f, g, o of an LSTM, r, z, n of a GRU.
+CELLS = {"lstm": Cell(4, _lstm), "gru": Cell(3, _gru), "rnn": Cell(1, _rnn)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(config_lib.RecurrentFields):
+    """The model's fields (lm.config.RecurrentFields), checked.
+
+    Raises:
+      ValueError: values that no model can have.
+    """
+
+    def __post_init__(self):
+        config_lib.check_model(dataclasses.asdict(self), "config.model", "lm.models.recurrent")
+        if not self.vocab_size or not self.compute_dtype:
+            raise ValueError(
+                f"config.model.vocab_size = {self.vocab_size}, compute_dtype = "
+                f"{self.compute_dtype!r}: a model of its own needs both"
+            )
+
+    branches = False  # a state can't be shared by continuations of the same row
+    shortest_row = 16
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises ValueError for a mesh that splits rows: each state needs the one before."""
+        if mesh.shape["sequence"] > 1:
+            raise ValueError(
+                "config.mesh.sequence splits rows, which a recurrent model reads from left to "
+                "right; wanted 1"
+            )
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(inputs, units) of each layer. Where the head is the embedding, the last has its size."""
+        last = self.embed_dim if self.tie_embeddings else self.hidden_dim
+        units = [self.hidden_dim] * (self.num_layers - 1) + [last]
+        return list(zip([self.embed_dim, *units], units))
+
+
+def flops_per_token(
+    config: Config, length: int, *, causal: bool = True, backward: bool = True
+) -> float:
+    """Model FLOPs of a token in training, or of its forward pass: 6, or 2, a weight of a matmul.
+    They don't depend on the length.
+    """
+    gates = CELLS[config.cell].num_gates
+    weights = sum(gates * units * (inputs + units) for inputs, units in config.sizes)
+    _, last = config.sizes[-1]
+    return (6.0 if backward else 2.0) * (weights + config.vocab_size * last)
+
+
+class Layer(nnx.Module):
+    """One layer of cells."""
+
+    def __init__(self, key: jax.Array, config: Config, inputs: int, units: int):
+        c = config
+        in_key, state_key, bias_key, candidate_key = jax.random.split(key, 4)
+        self.cell = CELLS[c.cell]
+        self.compute_dtype = c.compute_dtype
+        gates = self.cell.num_gates
+        # As torch.nn draws them, in its way: uniform up to 1 / sqrt(H), here normal of the same
+        # variance.
+        std = (3 * units) ** -0.5
+
+        axes = ("embed", "gates", "mlp")
+        options = dict(dtype=c.param_dtype, std=std)
+        self.input_weight = param(in_key, (inputs, gates, units), axes, **options)
+        self.state_weight = param(state_key, (units, gates, units), axes, **options)
+        self.bias = param(bias_key, (gates, units), ("gates", "mlp"), **options)
+        # A GRU's reset gate comes between its candidate's two biases.
+        is_gru = c.cell == "gru"
+        self.candidate_bias = (
+            param(candidate_key, (units,), ("mlp",), **options) if is_gru else None
+        )
+
+    def __call__(self, x_BTD, starts_BT, valid_BT, state: State) -> tuple[jax.Array, State]:
+        """(hidden states [B, T, H] in x's dtype, the state behind each row's last valid token).
+
+        Args:
+          starts_BT: bool, where a text begins.
+          valid_BT: bool; padding leaves the state as it is.
+        """
+        inputs_BTGH = dense("btd,dgh->btgh", x_BTD, self.input_weight, self.compute_dtype, "gates")
+        inputs_BTGH = add_bias(inputs_BTGH, self.bias).astype(jnp.float32)
+        candidate_bias = None
+        if self.candidate_bias is not None:
+            candidate_bias = gather(self.candidate_bias, jnp.float32)
+
+        how = _How(
+            self.cell.update,
+            self.state_weight.get_metadata("logical_axes"),
+            jnp.dtype(self.compute_dtype),
+        )
+        by_time = (inputs_BTGH, starts_BT, valid_BT)
+        by_time = tuple(x.swapaxes(0, 1) for x in by_time)
+        hidden_TBH, state = _scan_time(how, self.state_weight[...], candidate_bias, *by_time, state)
+        return hidden_TBH.swapaxes(0, 1).astype(x_BTD.dtype), state
+
+
+class _How(NamedTuple):
+    """What is known when a program is traced."""
+
+    update: Callable
+    axes: tuple[str, ...]  # logical ones of the state's weight
+    dtype: jnp.dtype  # of the matmul's operands
+
+
+def _advance(how: _How, inputs_BGH, recurrent_BGH, start_B, valid_B, state: State, bias_H):
+    """One step of time, but for its matmul."""
+    if bias_H is not None:
+        recurrent_BGH = recurrent_BGH.at[:, -1].add(bias_H[None])
+    new = how.update(inputs_BGH, recurrent_BGH, _begun(state, start_B))
+    return jax.tree.map(functools.partial(jnp.where, valid_B[:, None]), new, state)
+
+
+def _begun(state: State, start_B) -> State:
+    """The state, or 0 where a text begins."""
+    return jax.tree.map(lambda x: jnp.where(start_B[:, None], 0.0, x), state)
+
+
+def _recurrent(how: _How, weight, hidden_BH):
+    return jnp.einsum(
+        "bh,hgk->bgk", hidden_BH.astype(how.dtype), weight, preferred_element_type=jnp.float32
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan_time(how: _How, weight, bias_H, inputs_TBGH, starts_TB, valid_TB, state: State):
+    """(hidden states [T, B, H] f32, the last state).
+
+    The backward pass goes through time for the states' gradients alone. The weight's is one matmul
+    over all steps, where differentiating the loop would add up one for each.
+    """
+    (hidden_TBH, last), _ = _scan_time_forward(
+        how, weight, bias_H, inputs_TBGH, starts_TB, valid_TB, state
+    )
+    return hidden_TBH, last
+
+
+def _scan_time_forward(how: _How, weight, bias_H, inputs_TBGH, starts_TB, valid_TB, state: State):
+    gathered = collectives.gather_weight(weight, how.axes, how.dtype)
+
+    def step(state, inputs):
+        inputs_BGH, start_B, valid_B = inputs
+        recurrent_BGH = _recurrent(how, gathered, _begun(state, start_B).hidden)
+        new = _advance(how, inputs_BGH, recurrent_BGH, start_B, valid_B, state, bias_H)
+        return new, (state, recurrent_BGH, new.hidden)
+
+    by_time = (inputs_TBGH, starts_TB, valid_TB)
+    last, (states, recurrent_TBGH, hidden_TBH) = jax.lax.scan(step, state, by_time)
+    like = jnp.zeros((), weight.dtype)
+    return (hidden_TBH, last), (gathered, like, bias_H, by_time, states, recurrent_TBGH)
+
+
+def _scan_time_backward(how: _How, saved, grads):
+    gathered, like, bias_H, by_time, states, recurrent_TBGH = saved
+    inputs_TBGH, starts_TB, valid_TB = by_time
+    hidden_grads_TBH, last_grad = grads
+    zero_bias = None if bias_H is None else jnp.zeros_like(bias_H)
+
+    def step(carry, inputs):
+        state_grad, bias_grad = carry
+        inputs_BGH, start_B, valid_B, state, recurrent_BGH, hidden_grad_BH = inputs
+        state_grad = state_grad._replace(hidden=state_grad.hidden + hidden_grad_BH)
+
+        def advance(inputs_BGH, recurrent_BGH, state, bias_H):
+            return _advance(how, inputs_BGH, recurrent_BGH, start_B, valid_B, state, bias_H)
+
+        _, pull_back = jax.vjp(advance, inputs_BGH, recurrent_BGH, state, bias_H)
+        inputs_grad, recurrent_grad, before, of_bias = pull_back(state_grad)
+
+        # Through the matmul, to the hidden state before; none where a text begins.
+        hidden_grad_BH = jnp.einsum(
+            "bgk,hgk->bh",
+            recurrent_grad.astype(how.dtype),
+            gathered,
+            preferred_element_type=jnp.float32,
+        )
+        hidden_grad_BH = jnp.where(start_B[:, None], 0.0, hidden_grad_BH)
+        before = before._replace(hidden=before.hidden + hidden_grad_BH)
+        bias_grad = None if bias_H is None else bias_grad + of_bias
+        return (before, bias_grad), (inputs_grad, recurrent_grad)
+
+    inputs = (*by_time, states, recurrent_TBGH, hidden_grads_TBH)
+    (state_grad, bias_grad), (inputs_grads, recurrent_grads) = jax.lax.scan(
+        step, (last_grad, zero_bias), inputs, reverse=True
+    )
+
+    begun_TBH = jnp.where(starts_TB[..., None], 0.0, states.hidden)
+    weight_grad = jnp.einsum(
+        "tbh,tbgk->hgk",
+        begun_TBH.astype(how.dtype),
+        recurrent_grads.astype(how.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    weight_grad = collectives.scatter_grad(weight_grad, how.axes, like.dtype)
+    return weight_grad, bias_grad, inputs_grads, None, None, state_grad
+
+
+_scan_time.defvjp(_scan_time_forward, _scan_time_backward)
+
+
+class Recurrent(CachedDecoding, nnx.Module):
+    """A recurrent language model, called as a Transformer is. Its cache is a list of states.
+
+    Dropout is that of torch.nn: of what each layer reads, and of what the head does.
+    """
+
+    def __init__(self, config: Config, key: jax.Array):
+        c = self.config = config
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        table = dict(
+            axis="vocab", std=c.init_std, dtype=c.param_dtype, compute_dtype=c.compute_dtype
+        )
+        self.embed = Embed(embed_key, c.vocab_size, c.embed_dim, **table)
+        layers = []
+        for number, (inputs, units) in enumerate(c.sizes):
+            layers.append(Layer(jax.random.fold_in(layers_key, number), c, inputs, units))
+        self.layers = nnx.List(layers)
+        _, last = c.sizes[-1]
+        self.head = None if c.tie_embeddings else Embed(head_key, c.vocab_size, last, **table)
+        self.head_bias = (
+            param(None, (c.vocab_size,), ("vocab",), c.param_dtype) if c.head_bias else None
+        )
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        *,
+        visible: Visible | None = None,
+        cache: list[State] | None = None,
+        decode: bool = False,
+        keys_B: jax.Array | None = None,
+    ) -> Output:
+        """Hidden states of each position.
+
+        Args:
+          visible: None, or causal.
+          cache: the states behind what was read before, see `init_cache`.
+          decode: this is a later call: the text goes on.
+          others: see `lm.models.transformer.Transformer`.
+        """
+        assert visible is None or visible.kind == "causal", visible
+        c = self.config
+        x_BTD = self.embed(tokens_BT)
+        valid_BT = segments_BT > 0
+        starts_BT = positions_BT == 0
+        states = cache if decode else self.init_cache(len(tokens_BT), 0)
+        keys_BN = None
+        if keys_B is not None and c.dropout:
+            keys_BN = fold_in_each(keys_B, jnp.arange(c.num_layers + 1))
+
+        seen = {"embed": x_BTD}
+        new_states = []
+        for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            x_BTD = _drop(x_BTD, c.dropout, keys_BN, number)
+            x_BTD, state = layer(x_BTD, starts_BT, valid_BT, state)
+            new_states.append(state)
+            seen[f"layers/{number}/hidden"] = x_BTD
+        watch.report(self, watch.squares(valid_BT, seen))
+        x_BTD = _drop(x_BTD, c.dropout, keys_BN, c.num_layers)
+        return Output(x_BTD, new_states, {})
+
+    @property
+    def head_table(self) -> nnx.Param:
+        """The head's weight, [V, D]."""
+        return (self.head or self.embed).table
+
+    def vocab_head(self, hidden: jax.Array) -> VocabHead:
+        """What makes the logits of hidden states [..., D]."""
+        return VocabHead(hidden, self.head_table, self.head_bias)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """f32 logits [..., V] of hidden states [..., D]."""
+        logits = (self.head or self.embed).attend(hidden)
+        return logits if self.head_bias is None else add_bias(logits, self.head_bias)
+
+    def init_cache(self, batch_size: int, length: int) -> list[State]:
+        """The states of `batch_size` texts that have not begun; of any length."""
+        del length
+        states = []
+        for _, units in self.config.sizes:
+            zeros = constrain(jnp.zeros((batch_size, units), jnp.float32), "batch", "act_mlp")
+            states.append(State(zeros, zeros if self.config.cell == "lstm" else None))
+        return states
+
+
+def _drop(x_BTD, rate: float, keys_BN, number: int) -> jax.Array:
+    return dropout(x_BTD, rate, None if keys_BN is None else keys_BN[:, number])
+
+
+Model = Recurrent  # what lm.build takes of a module

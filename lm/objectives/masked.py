@@ -1,0 +1,87 @@
+"""Masked language modelling: some tokens of a text are found again, at their own places, by all of
+the rest of it (Devlin et al. 2019, arXiv 1810.04805, section 3.1). Which ones is a matter of data:
+lm/data/masking.py.
+
+Letters: B batch, T length, D embed.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lm.data.masking import Masking
+from lm.nn import masks
+from lm.nn.loss import chunked_cross_entropy
+from lm.objectives import causal
+
+
+def make_windows(tokenizer, *, chunk: int = 0, z_loss: float = 0.0, **masking):
+    """Returns `windows(ids, length, random)`, see `lm.data.masking.Masking`.
+
+    Raises:
+      ValueError: see `Masking`.
+    """
+    return Masking(tokenizer, **masking).windows
+
+
+def examples(**arguments) -> tuple[str, ...]:
+    """Texts alone: of an answer's tokens the prompt would have to be told from the rest."""
+    return ("text",)
+
+
+def check(model_config, trained: list[str], **arguments) -> None:
+    """Raises ValueError for a model that sees only what is before a token."""
+    visible = getattr(model_config, "visible", "full")
+    if visible != "full":
+        raise ValueError(
+            f"config.objective.type = 'lm.objectives.masked' trains encoders, and "
+            f"config.model.visible = {visible!r}; wanted 'full', or lm.objectives.causal"
+        )
+
+
+def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target at its own place, and the log-partition function, both [B, T]
+    in f32.
+    """
+    return causal.logprobs(model, _hidden(model, batch, None), batch["targets"])
+
+
+def _hidden(model, batch, keys_B) -> jax.Array:
+    arrays = (batch["tokens"], batch["positions"], batch["segments"])
+    return model(*arrays, visible=masks.FULL, keys_B=keys_B).hidden
+
+
+def make_loss(*, chunk: int = 0, z_loss: float = 0.0, **masking):
+    """Makes the loss: cross entropy of the masked tokens, in nats, with `z_loss` as in
+    `lm.objectives.causal`.
+
+    Args:
+      chunk: positions of each row whose logits exist at a time; 0: all. With it the head sees
+        little more than the masked ones.
+
+    Returns:
+      `loss(model, batch, keys_B) -> (loss_sum, count, {name: (sum, count)})`.
+    """
+
+    def loss(model, batch, keys_B):
+        weights_BT = batch["weights"]
+        count = jnp.sum(weights_BT)
+        hidden_BTD = _hidden(model, batch, keys_B)
+        if chunk:
+            total, nll_sum, z_sum = chunked_cross_entropy(
+                model.vocab_head(hidden_BTD),
+                batch["targets"],
+                weights_BT,
+                z_loss=z_loss,
+                chunk=chunk,
+                dtype=model.config.compute_dtype,
+                sparse=True,
+            )
+        else:
+            logprobs_BT, log_z_BT = causal.logprobs(model, hidden_BTD, batch["targets"])
+            nll_sum = -jnp.sum(logprobs_BT * weights_BT)
+            z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
+            total = nll_sum + z_loss * z_sum
+
+        return total, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count)}
+
+    return loss
