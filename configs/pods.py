@@ -41,6 +41,7 @@ SIZES = {
     "gpt3_small-v6e-2x4": Size(dict(fsdp=8), 16, 2048, NO_GATE, 256, "joint"),
     "gpt3_medium-v5e-1x1": Size(dict(), 8, 2048, ATTENTION, 256, "joint"),
     "gpt3_medium-v6e-2x4": Size(dict(fsdp=8), 16, 2048, NO_GATE, 256, "joint"),
+    "bert_large-v5e-2x4": Size(dict(fsdp=8), 32, 512, NO_GATE, 128, "joint"),
     "llama3_1b-v5e-4x4": Size(dict(fsdp=4, fsdp2=4), 4, 2048, ALL, 512, "joint"),
     "llama3_1b-v5e-4x4-lean": Size(dict(fsdp=4, fsdp2=4), 4, 2048, ATTENTION, 512, "joint"),
     "llama3_1b-v6e-4x4": Size(dict(fsdp=4, fsdp2=4), 8, 2048, ALL, 256, "staged"),
@@ -87,8 +88,14 @@ def get_config(size: str = "llama2_7b-v5p-4x4x4") -> ConfigDict:
     c.tokenizer.vocab_size = min(c.model.vocab_size, 32000)
     c.tokenizer.max_documents = 200_000
 
-    c.objective.chunk = setting.chunk
-    c.objective.balance_loss = 0.02 if c.model.num_experts else 0.0  # Mixtral's
+    if c.model.visible == "full":
+        c.tokenizer.reserve = "mask"
+        # Splash attention has no probabilities that could be dropped.
+        c.model.attention_dropout = 0.0
+        c.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.15, chunk=setting.chunk))
+    else:
+        c.objective.chunk = setting.chunk
+        c.objective.balance_loss = 0.02 if c.model.num_experts else 0.0  # Mixtral's
 
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 3e-4
@@ -107,7 +114,9 @@ def get_config(size: str = "llama2_7b-v5p-4x4x4") -> ConfigDict:
     c.checkpoint.every = 1000
     c.checkpoint.best = "eval/validation/loss"
 
-    c.evals.validation = entries.perplexity(
-        every=1000, batch_size=c.data.batch_size, max_documents=5000
-    )
+    about = dict(every=1000, batch_size=c.data.batch_size, max_documents=5000)
+    if c.model.visible == "full":
+        c.evals.validation = entries.held_out("TextLoss", **about)
+    else:
+        c.evals.validation = entries.perplexity(**about)
     return c

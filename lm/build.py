@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from lm import checkpoint, collectives, files, looking, optim, sharding, startup, step, trained
 from lm import config as config_lib
 from lm.data import batch as batch_contract
-from lm.data import chat, pack, roles, units
+from lm.data import chat, labelled, pack, roles, units
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
@@ -109,6 +109,10 @@ def encoded(config: ConfigDict, examples: Documents, tokenizer: tokenizers.Token
     """
     if examples.kind == "text":
         return examples
+    if examples.kind == "labelled":
+        # What an encoder says of a text stands at [CLS]; another model has read it at its end.
+        place = "first" if config.model.get("visible") == "full" else "last"
+        return labelled.encode(examples, tokenizer, length=config.data.length, place=place)
     packed = units.encode(
         examples,
         chat.with_template(tokenizer, config.chat.template),
@@ -380,8 +384,10 @@ class Objective(NamedTuple):
       make_transform: tokenizer -> a function (row, numpy Generator) -> row; None: rows stay as
         they are.
       examples: kinds of documents that it is for.
+      head_share: of the tokens, those whose logits are needed.
       check: (the model's Config, paths of the trained parameters) -> None; raises ValueError.
       unit_terms: what the loss sums, see `lm.step.make_unit_terms`; None: not units' terms.
+      outputs: (model, batch) -> (what a head says at each place, aux); None: there is no head.
     """
 
     loss: Callable
@@ -392,8 +398,10 @@ class Objective(NamedTuple):
     make_windows: Callable | None
     make_transform: Callable | None
     examples: tuple[str, ...]
+    head_share: float
     check: Callable
     unit_terms: Callable | None
+    outputs: Callable | None
 
     def loss_fns(self, others: Mapping[str, AbstractModel]) -> step.LossFns:
         """What a step computes, with the other models by name."""
@@ -444,8 +452,10 @@ def make_objective(config: ConfigDict) -> Objective:
         prepare=module.make_prepare(**arguments) if has_prepare else None,
         **transforms,
         examples=examples,
+        head_share=module.head_share(**arguments) if hasattr(module, "head_share") else 1.0,
         check=functools.partial(getattr(module, "check", _check_nothing), **arguments),
         unit_terms=unit_terms,
+        outputs=getattr(module, "outputs", None),
     )
 
 
@@ -556,7 +566,7 @@ def program(
         model_config=model_config,
         graphdef=graphdef,
         objective=objective,
-        flops_per_token=functools.partial(model_module(c).flops_per_token, model_config),
+        flops_per_token=_flops_per_token(c, model_config, objective),
         optimizer=optimizer,
         abstract_params=params.whole,
         abstract_state=abstract_state,
@@ -572,6 +582,12 @@ def program(
             graphdef, objective, mesh, others, branches=step.branches(model_config)
         ),
     )
+
+
+def _flops_per_token(config: ConfigDict, model_config, objective: Objective) -> Callable:
+    """The model's function, with what it needs to know of the objective."""
+    counted = {} if objective.head_share == 1 else {"head": objective.head_share}
+    return functools.partial(model_module(config).flops_per_token, model_config, **counted)
 
 
 class _Parameters(NamedTuple):
@@ -651,9 +667,13 @@ def make_eval_fns(
     if objective.unit_terms:
         loss_fns = objective.loss_fns(others)
         unit_terms = compiled(step.make_unit_terms(graphdef, loss_fns, objective.unit_terms), mesh)
+    head_outputs = None
+    if objective.outputs:
+        head_outputs = compiled(step.make_head_outputs(graphdef, objective.outputs), mesh)
     return CompiledFns(
         mesh,
         arrays=objective.arrays,
+        head_outputs=head_outputs,
         unit_terms=unit_terms,
         target_logprobs=target_logprobs,
         token_logprobs=target_logprobs,
@@ -875,6 +895,11 @@ class Experiment:
     def _encoder_fns(self) -> CompiledFns:
         """What evaluators may ask of an encoder: it fills blanks, and continues nothing."""
         p = self.program
+        fns = dataclasses.replace(p.eval_fns, token_logprobs=None, logprobs=None, states=None)
+        if "mask" not in self.tokenizer.roles:
+            logging.info("the tokenizer has no mask: the encoder is asked for no words")
+            return fns
+
         _, end = self.tokenizer.around
         answers = MaskedAnswers(
             p.mesh,
@@ -884,9 +909,8 @@ class Experiment:
             end=end,
         )
         return dataclasses.replace(
-            p.eval_fns,
+            fns,
             reserved=1 + len(end),  # the mask of the last token, which a causal model doesn't read
-            token_logprobs=None,
             logprobs=answers.logprobs,
             infill=answers.infill,
             states=answers.states,

@@ -15,8 +15,9 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lm.data import conversations
+from lm.data import conversations, labelled
 from lm.data.conversations import Example
+from lm.data.labelled import Labelled, LabelledTexts
 from lm.data.sources import Documents
 from lm.evals import choice, prompts
 from lm.evals.answer_column import AnswerColumn
@@ -112,6 +113,50 @@ def preferences(
     for task, number, sides in _mixed(split, tasks, how, rate_cap, rounds, seed):
         examples.append(Example(sides, "pair", 0.0, None, f"{task}[{number}]", source=task))
     return conversations.as_documents(examples)
+
+
+def labelled_texts(
+    split: str, *, task: Mapping, template: int = 0, rate_cap: int = 0, seed: int = 0
+) -> LabelledTexts:
+    """Returns the texts of a classification task with their classes, for lm.objectives.labels: the
+    same prompts that label words are asked after.
+
+    Args:
+      split: "train", what the task's instructions.split says; "validation", what its eval reads.
+      task: an entry of `lm.evals.entries.instructed`.
+      template: which of its templates makes the texts.
+      rate_cap: of the training split so many, drawn by `seed`; 0: all.
+
+    Raises:
+      ValueError: a task that has no classes, no such template; see `mixture`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"a task has no split {split!r} here; valid: {list(SPLITS)}")
+    if "verbalizer" not in task:
+        raise ValueError(f"a task of the type {task['type']} has no classes")
+    templates = task["prompt"]["templates"]
+    if not 0 <= template < len(templates):
+        raise ValueError(
+            f"config.data.source_args.template = {template}; wanted 0 to {len(templates) - 1}"
+        )
+
+    records = _records("task", task, split)
+    labels = [label for label, _ in task["verbalizer"]["words"][0]]
+    column = _label_column("task", task, labels, records)
+    write = prompts.Template(templates[template], "config.data.source_args.task.prompt.templates")
+
+    numbers = range(len(records))
+    if split == "train" and 0 < rate_cap < len(records):
+        numbers = random.Random(seed).sample(numbers, rate_cap)
+    name = (
+        task["source"]["split"] if split == "validation" else _instructions("task", task)["split"]
+    )
+    items = []
+    for number in numbers:
+        record = records[number]
+        value = float(column.index(record))
+        items.append(Labelled((write(record),), (value,), f"{name}[{number}]"))
+    return labelled.as_documents(items, "class", labels)
 
 
 def _mixed(
@@ -341,8 +386,20 @@ def _label_answerer(name: str, entry: Mapping, records: Sequence[Record]) -> Ans
     verbalizer = entry["verbalizer"]["words"][0]
     labels = [label for label, _ in verbalizer]
     words = [texts[0] for _, texts in verbalizer]
+    column = _label_column(name, entry, labels, records)
 
-    def names(record: Record) -> list[str]:
+    def answer(record: Record) -> tuple[str, list[str]]:
+        return words[column.index(record)], words
+
+    return answer
+
+
+def _label_column(
+    name: str, entry: Mapping, labels: Sequence[str], records: Sequence[Record]
+) -> AnswerColumn:
+    """The column of the right label."""
+
+    def names(record: Record) -> Sequence[str]:
         return labels
 
     def size(record: Record) -> int:
@@ -350,11 +407,7 @@ def _label_answerer(name: str, entry: Mapping, records: Sequence[Record]) -> Ans
 
     column = AnswerColumn(name, "label", entry["label"], names, size)
     column.settle(records, records)
-
-    def answer(record: Record) -> tuple[str, list[str]]:
-        return words[column.index(record)], words
-
-    return answer
+    return column
 
 
 def _choice_answerer(name: str, entry: Mapping, records: Sequence[Record]) -> Answerer:

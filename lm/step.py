@@ -296,6 +296,19 @@ def make_token_logprobs(graphdef, token_logprobs: Callable) -> Callable:
     return eval_step
 
 
+def make_head_outputs(graphdef, outputs: Callable) -> Callable:
+    """Returns a function (params, batch) -> f32 [B, T, K]: what a head says at each place.
+
+    Args:
+      outputs: the objective's.
+    """
+
+    def head_outputs(params, batch):
+        return outputs(nnx.merge(graphdef, params), batch)[0]
+
+    return head_outputs
+
+
 def make_unit_terms(graphdef, loss_fns: LossFns, unit_terms: Callable) -> Callable:
     """Returns a function (params, batch, others) -> {name: [B, U] f32}: what the objective says of
     each unit, `weight` among it, which is 0 where there is none.

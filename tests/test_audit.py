@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from ml_collections import ConfigDict
 
 from lm import audit
 from tests.helpers import with_conversations
@@ -41,6 +42,19 @@ def test_special_tokens_in_messages_are_text(tiny, tmp_path):
     starts = [line for line in lines if line.split()[1:2] == ["'<|im_start|>'"]]
     segments = [line for line in lines if line.startswith("row ")]
     assert len(ends) == len(starts) == 2 * len(segments)
+
+
+def test_masked_tokens_are_shown_at_their_places(tiny, tmp_path):
+    tiny.unlock()
+    tiny.model.visible = "full"
+    tiny.tokenizer.reserve = "mask"
+    tiny.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.3))
+    lines = run_audit(tiny, tmp_path, num_rows=8)
+    learnt = [line.split("->") for line in lines if line.endswith("  1")]
+    masked = [target for read, target in learnt if "'<mask>'" in read]
+    assert 0.6 < len(masked) / len(learnt) < 0.95
+    # Some stay as they are: each at its own place.
+    assert any(read.split()[1] == target.split()[0] for read, target in learnt)
 
 
 def test_texts_are_shown_too(tiny, tmp_path):

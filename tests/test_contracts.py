@@ -30,6 +30,7 @@ from tests.helpers import (
     read_metrics,
     run_training,
     saved_steps,
+    slow,
     terminate_at,
 )
 from tests.toys import sampling
@@ -39,7 +40,20 @@ pytestmark = pytest.mark.usefixtures("fast_runs")
 OBJECTIVES = {
     "masked": ({"type": "tests.toys.masked", "rate": 0.3}, {"model.heads": "classes:3"}),
     "weighted": ({"type": "tests.toys.weighted"}, {"model.dropout": 0.2}),
+    "encoder": (
+        {"type": "lm.objectives.masked", "rate": 0.3, "chunk": 8},
+        {
+            "model.visible": "full",
+            "model.embed_norm": True,
+            "model.token_types": 2,
+            "model.head_transform": True,
+            "model.bias": "qkv,out,mlp,head",
+            "model.dropout": 0.2,
+            "tokenizer.reserve": "mask",
+        },
+    ),
 }
+NAMES = ["masked", "weighted", slow("encoder")]
 # (mesh, who writes the collectives, microbatches)
 EXECUTIONS = {
     "accumulated": ({}, "partitioner", 4),
@@ -71,12 +85,14 @@ def configure(tiny, folder, name):
     config.objective = ConfigDict(objective)
     config.model.param_dtype = "float32"
     config.evals.text = entries.perplexity(every=3, batch_size=8)
+    if name == "encoder":
+        config.evals.text = entries.held_out("TextLoss", every=3, batch_size=8)
     config.update_from_flattened_dict(changes)
     config.model.scan_unroll = config.model.num_layers  # see build._check_simulated
     return config
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", NAMES)
 def test_objectives_are_the_same_on_every_mesh(tiny, tmp_path, name):
     config = configure(tiny, tmp_path, name)
     wanted = run_training(config, tmp_path / "one")
@@ -94,7 +110,7 @@ def test_objectives_are_the_same_on_every_mesh(tiny, tmp_path, name):
                 assert other[key] == pytest.approx(line[key], rel=1e-4), (execution, key)
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", NAMES)
 def test_objectives_resume_bit_equal(tiny, tmp_path, monkeypatch, name):
     config = configure(tiny, tmp_path, name)
     run_training(config, tmp_path / "whole")

@@ -381,9 +381,9 @@ def test_no_config_json(tmp_path, directory):
     "changes, message",
     [
         (
-            dict(model_type="bert"),
-            r"model_type = 'bert' is none of the families that can be read: "
-            r"\['arcee', 'ernie4_5', 'glm', 'gpt2'",
+            dict(model_type="bloom"),
+            r"model_type = 'bloom' is none of the families that can be read: "
+            r"\['arcee', 'bert', 'ernie4_5', 'glm', 'gpt2'",
         ),
         (
             dict(hidden_act="tanh"),

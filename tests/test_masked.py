@@ -334,6 +334,8 @@ def test_flops_count_all_keys():
     plain = dataclasses.replace(config, visible="causal", head_transform=False)
     transform = 6 * config.embed_dim**2
     assert per_token() == per_token(causal=False)
+    head = 6 * (config.vocab_size * config.embed_dim + transform / 6)
+    assert per_token() - per_token(head=0.25) == pytest.approx(0.75 * head)
     assert per_token() - transform == transformer.flops_per_token(plain, 16, causal=False)
 
 

@@ -389,8 +389,8 @@ def test_bos_of_vocab_and_merges(tmp_path):
 
 
 def test_forms_that_are_not_read(tmp_path):
-    (tmp_path / "vocab.txt").write_text("a")
-    with pytest.raises(ValueError, match="vocab.txt is .*, which lm doesn't read; this command"):
+    (tmp_path / "spiece.model").write_text("a")
+    with pytest.raises(ValueError, match="spiece.model is .*, which lm doesn't read; this command"):
         tokenizers.load(tmp_path)
 
     ByteTokenizer().save(epath.Path(tmp_path))

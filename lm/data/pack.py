@@ -233,7 +233,7 @@ def layout_of(kind: str, tokenizer: Tokenizer) -> TextLayout | UnitLayout:
     if kind == "text":
         before, _ = tokenizer.around
         return TextLayout(before[0])
-    return UnitLayout(1 if kind == "conversation" else 2)
+    return UnitLayout(2 if kind in ("pair", "judged") else 1)
 
 
 class Packing(NamedTuple):
@@ -455,13 +455,15 @@ def count_rows(
     return counts
 
 
-def numbered_rows(units: Sequence[Unit], length: int) -> list[dict[str, np.ndarray]]:
-    """Packs units of two parts into rows that say, as `number`, which of them lies where."""
+def numbered_rows(
+    units: Sequence[Unit], length: int, parts: int = 2
+) -> list[dict[str, np.ndarray]]:
+    """Packs units of so many parts into rows that say, as `number`, which of them lies where."""
     numbered = []
     for number, unit in enumerate(units):
         places = np.full(len(unit.arrays["tokens"]), number, np.int32)
         numbered.append(unit.arrays | {"number": places})
-    return evaluation_rows(numbered, length, UnitLayout(2, numbered=True))
+    return evaluation_rows(numbered, length, UnitLayout(parts, numbered=True))
 
 
 def evaluation_rows(

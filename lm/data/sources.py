@@ -31,7 +31,7 @@ class Documents:
 
     items: Sequence[Document]
     fingerprint: str
-    # text, or of lm.data.conversations.KINDS: then items are Examples
+    # text; of lm.data.conversations.KINDS, whose items are Examples; labelled (lm/data/labelled.py)
     kind: str = "text"
 
     def __len__(self) -> int:

@@ -122,6 +122,7 @@ SCHEMAS = TASKS | {
     "lm.evals.held_out.TextLoss": dict(split="", max_documents=0),
     "lm.evals.held_out.AnswerLoss": dict(split="", max_documents=0),
     "lm.evals.held_out.Preferences": dict(split="", max_documents=0),
+    "lm.evals.heads.HeadOutputs": dict(split="", max_documents=0),
     "lm.evals.classification.DocumentClassification": dict(
         split="", max_documents=0, verbalizer=(), aggregate="", length_norm=""
     ),
@@ -467,6 +468,21 @@ def held_out(
     return ConfigDict(
         dict(
             type=f"lm.evals.held_out.{kind}",
+            every=every,
+            batch_size=batch_size,
+            split=split,
+            max_documents=max_documents,
+        )
+    )
+
+
+def head_outputs(
+    *, every: int, split: str = "validation", batch_size: int = 16, max_documents: int = 0
+) -> ConfigDict:
+    """Makes the entry of `lm.evals.heads.HeadOutputs`. The arguments are those of `perplexity`."""
+    return ConfigDict(
+        dict(
+            type="lm.evals.heads.HeadOutputs",
             every=every,
             batch_size=batch_size,
             split=split,

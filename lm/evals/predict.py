@@ -8,6 +8,7 @@ directory. An evaluator sees neither the model nor the trainer, only `PredictFns
   infill(params, questions)         the same, with text behind what is asked for
   token_logprobs(params, rows)      f32 [rows, T]: the log-probability of each next token
   target_logprobs(params, rows)     the same of the objective's own targets, wherever they stand
+  head_outputs(params, rows)        f32 [rows, T, K]: what the objective's head says at each place
   states(params, prompts)           f32 [prompts, D]: the state that the head sees after each prompt
   head_rows(params, ids)            f32 [ids, D]: what the head multiplies a state with for each id
   make_generator(params, sampling)  a Generator (lm/decoding/generator.py), which continues prompts
@@ -135,6 +136,7 @@ class CompiledFns:
     infill: Callable | None = None  # the same, of prompts with an array "after"
     states: Callable | None = None  # (params, prompts, limits) -> [prompts, D]
     head_rows: Callable | None = None  # see lm.step.make_head_rows
+    head_outputs: Callable | None = None  # (params, batch) -> see lm.step.make_head_outputs
     unit_terms: Callable | None = None  # (params, batch) -> see lm.step.make_unit_terms
     make_generator: Callable | None = None  # (params, Sampling) -> Generator
 
@@ -232,6 +234,10 @@ class PredictFns:
         if not rows:
             return np.zeros((0, self.length), np.float32)
         return self._of_rows(name, params, rows)
+
+    def head_outputs(self, params, rows: Sequence[dict]) -> np.ndarray:
+        """[rows, T, K] f32, what the objective's head says at each place."""
+        return self._of_rows("head_outputs", params, rows)
 
     def unit_terms(self, params, rows: Sequence[dict]) -> dict[str, np.ndarray]:
         """{name: [rows, units of a row] f32}, what the objective says of each unit; `weight` is 0

@@ -103,15 +103,18 @@ class Config(config_lib.RecurrentFields):
 
 
 def flops_per_token(
-    config: Config, length: int, *, causal: bool = True, backward: bool = True
+    config: Config, length: int, *, causal: bool = True, backward: bool = True, head: float = 1.0
 ) -> float:
     """Model FLOPs of a token in training, or of its forward pass: 6, or 2, a weight of a matmul.
     They don't depend on the length.
+
+    Args:
+      head: share of the tokens whose logits are needed.
     """
     gates = CELLS[config.cell].num_gates
     weights = sum(gates * units * (inputs + units) for inputs, units in config.sizes)
     _, last = config.sizes[-1]
-    return (6.0 if backward else 2.0) * (weights + config.vocab_size * last)
+    return (6.0 if backward else 2.0) * (weights + head * config.vocab_size * last)
 
 
 class Layer(nnx.Module):

@@ -209,7 +209,7 @@ class Config(config_lib.ModelFields):
 
 
 def flops_per_token(
-    config: Config, length: int, *, causal: bool = True, backward: bool = True
+    config: Config, length: int, *, causal: bool = True, backward: bool = True, head: float = 1.0
 ) -> float:
     """Model FLOPs of one token in training (forward and, unless told otherwise, backward), by the
     matmuls that the model needs, recomputation not counted.
@@ -223,6 +223,7 @@ def flops_per_token(
     Args:
       length: tokens a row. Packed documents count as one sequence of that length.
       causal: counts the keys up to each query only; those of an encoder are counted all.
+      head: share of the tokens whose logits are needed.
     """
     c = config
     attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
@@ -231,7 +232,7 @@ def flops_per_token(
     router = c.embed_dim * (c.num_experts + (1 if c.shared_mlp_dim else 0))
     table_dim = c.table_dim or c.embed_dim
     projections = 2 * table_dim * c.embed_dim if table_dim != c.embed_dim else 0
-    head = c.vocab_size * table_dim + (table_dim**2 if c.head_transform else 0)
+    head *= c.vocab_size * table_dim + (table_dim**2 if c.head_transform else 0)
     weights = c.num_layers * (attention + mlp + router) + head + projections
     window = min(c.window or length, length)
     sees_all = c.visible == "full" or not causal

@@ -38,6 +38,11 @@ def check(model_config, trained: list[str], **arguments) -> None:
         )
 
 
+def head_share(*, rate: float, **arguments) -> float:
+    """The share of the tokens whose logits are needed."""
+    return rate
+
+
 def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target at its own place, and the log-partition function, both [B, T]
     in f32.
