@@ -3,7 +3,7 @@
 A state begins anew with each segment of a row, so that packed texts are as texts alone. The cells
 are torch.nn's (lm/hf/torch_recurrent.py reads and writes its weights).
 
-Letters: B batch, T length, D embed, H units of a layer, G gates, V vocab.
+Letters: B batch, T length, D embed, H units of a layer, G gates, X = G * H, V vocab.
 """
 
 import dataclasses
@@ -186,10 +186,11 @@ def _begun(state: State, start_B) -> State:
     return jax.tree.map(lambda x: jnp.where(start_B[:, None], 0.0, x), state)
 
 
-def _recurrent(how: _How, weight, hidden_BH):
-    return jnp.einsum(
-        "bh,hgk->bgk", hidden_BH.astype(how.dtype), weight, preferred_element_type=jnp.float32
-    )
+# Gates and units are one dim in matmuls, X: on CPUs XLA is a fifth slower with two.
+def _flat_matmul(how: _How, spec: str, a, b):
+    """einsum(spec, a, b) of matrices, operands in `how.dtype`, sums in f32."""
+    a, b = a.astype(how.dtype), b.astype(how.dtype)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -207,10 +208,13 @@ def _scan_time(how: _How, weight, bias_H, inputs_TBGH, starts_TB, valid_TB, stat
 
 def _scan_time_forward(how: _How, weight, bias_H, inputs_TBGH, starts_TB, valid_TB, state: State):
     gathered = collectives.gather_weight(weight, how.axes, how.dtype)
+    weight_HX = gathered.reshape(gathered.shape[0], -1)
 
     def step(state, inputs):
         inputs_BGH, start_B, valid_B = inputs
-        recurrent_BGH = _recurrent(how, gathered, _begun(state, start_B).hidden)
+        hidden_BH = _begun(state, start_B).hidden
+        recurrent_BX = _flat_matmul(how, "bh,hx->bx", hidden_BH, weight_HX)
+        recurrent_BGH = recurrent_BX.reshape(inputs_BGH.shape)
         new = _advance(how, inputs_BGH, recurrent_BGH, start_B, valid_B, state, bias_H)
         return new, (state, recurrent_BGH, new.hidden)
 
@@ -225,6 +229,8 @@ def _scan_time_backward(how: _How, saved, grads):
     inputs_TBGH, starts_TB, valid_TB = by_time
     hidden_grads_TBH, last_grad = grads
     zero_bias = None if bias_H is None else jnp.zeros_like(bias_H)
+    # Turned once, not at each step.
+    weight_XH = jax.lax.optimization_barrier(gathered.reshape(gathered.shape[0], -1).T)
 
     def step(carry, inputs):
         state_grad, bias_grad = carry
@@ -238,12 +244,8 @@ def _scan_time_backward(how: _How, saved, grads):
         inputs_grad, recurrent_grad, before, of_bias = pull_back(state_grad)
 
         # Through the matmul, to the hidden state before; none where a text begins.
-        hidden_grad_BH = jnp.einsum(
-            "bgk,hgk->bh",
-            recurrent_grad.astype(how.dtype),
-            gathered,
-            preferred_element_type=jnp.float32,
-        )
+        recurrent_grad_BX = recurrent_grad.reshape(len(recurrent_grad), -1)
+        hidden_grad_BH = _flat_matmul(how, "bx,xh->bh", recurrent_grad_BX, weight_XH)
         hidden_grad_BH = jnp.where(start_B[:, None], 0.0, hidden_grad_BH)
         before = before._replace(hidden=before.hidden + hidden_grad_BH)
         bias_grad = None if bias_H is None else bias_grad + of_bias
@@ -254,13 +256,11 @@ def _scan_time_backward(how: _How, saved, grads):
         step, (last_grad, zero_bias), inputs, reverse=True
     )
 
+    # All steps of all rows at once.
     begun_TBH = jnp.where(starts_TB[..., None], 0.0, states.hidden)
-    weight_grad = jnp.einsum(
-        "tbh,tbgk->hgk",
-        begun_TBH.astype(how.dtype),
-        recurrent_grads.astype(how.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    begun = begun_TBH.reshape(-1, begun_TBH.shape[-1])
+    recurrent_grads = recurrent_grads.reshape(len(begun), -1)
+    weight_grad = _flat_matmul(how, "nh,nx->hx", begun, recurrent_grads).reshape(gathered.shape)
     weight_grad = collectives.scatter_grad(weight_grad, how.axes, like.dtype)
     return weight_grad, bias_grad, inputs_grads, None, None, state_grad
 
