@@ -213,8 +213,7 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
         config.model.vocab_size = max(sizes)
     if not training:
         config.model.param_dtype = hf_checkpoint.dtype()
-        if config.model.visible == "full" and config.objective.type == config_lib.Objective.type:
-            config.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.15))
+        fit_objective(config)
     elif hf_checkpoint.dtype() == "float32" and config.model.param_dtype == "bfloat16":
         logging.warning(
             "%s has float32 weights, and config.model.param_dtype = 'bfloat16' rounds them; "
@@ -223,6 +222,13 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
         )
     logging.info("model and tokenizer from %s: %s", directory, hf_checkpoint.family.name)
     return config.lock()
+
+
+def fit_objective(config: ConfigDict) -> None:
+    """Gives an encoder masked language modelling in the place of the default objective."""
+    is_default = config.objective.type == config_lib.Objective.type
+    if config.model.get("visible") == "full" and is_default:
+        config.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.15))
 
 
 # What is compiled: the model, and the steps of a run.

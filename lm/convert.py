@@ -112,6 +112,7 @@ def _config_of(hf_checkpoint: hf.Checkpoint, param_dtype: str = "") -> ConfigDic
     config.model.update(hf_checkpoint.fields)
     config.model.param_dtype = param_dtype or hf_checkpoint.dtype()
     config.data.length = min(config.data.length, config.model.context_length)
+    build.fit_objective(config)
     return config
 
 

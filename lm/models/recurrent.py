@@ -126,8 +126,7 @@ class Layer(nnx.Module):
         self.cell = CELLS[c.cell]
         self.compute_dtype = c.compute_dtype
         gates = self.cell.num_gates
-        # As torch.nn draws them, in its way: uniform up to 1 / sqrt(H), here normal of the same
-        # variance.
+        # The variance of torch.nn's draw, which is uniform up to 1 / sqrt(H).
         std = (3 * units) ** -0.5
 
         axes = ("embed", "gates", "mlp")

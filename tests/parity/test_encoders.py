@@ -1,6 +1,8 @@
 """BERT and RoBERTa against transformers, in f32, on models drawn at random; their tokenizers."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from lm.data import tokenizer as lm_tokenizers
 from lm.hf import directory as hf
 from lm.hf import families
 from lm.objectives import masked
+from tests.helpers import ROOT, read_jsonl, run_commands
 from tests.parity.test_families import load
 from tests.parity.test_tokenizers import CORPUS, STRINGS
 
@@ -44,11 +47,11 @@ LENGTHS = np.array([40, 23, 1])
 RIGHT = np.arange(40) < LENGTHS[:, None]
 
 
-def make(name, directory):
+def make(name, directory, **changes):
     """A model of transformers whose biases and norms aren't what they begin as, saved."""
     torch.manual_seed(0)
     config_class, arguments = CONFIGS[name]
-    model = t.AutoModelForMaskedLM.from_config(config_class(**arguments)).eval()
+    model = t.AutoModelForMaskedLM.from_config(config_class(**arguments | changes)).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -296,3 +299,94 @@ def test_robertas_tokens_are_the_same(form, tmp_path):
         assert ours.prompt(text) == theirs.encode(text), text
     assert ours.role("mask") == theirs.mask_token_id
     assert ours.around == ((theirs.cls_token_id,), (theirs.sep_token_id,))
+
+
+# --- what it is asked ---
+
+TASK = """
+type = "lm.evals.classification.PromptClassification"
+label = "label"
+priors = []
+
+[source]
+path = "data.jsonl"
+split = "test"
+
+[prompt]
+templates = ["{text}\\nIt was"]
+
+[[verbalizer.words]]
+short = [" the"]
+long = [" other hat"]
+
+[verbalizer]
+after = " ."
+"""
+
+
+def their_distribution(model, tokenizer, text, fill):
+    """Of the words "the" and "other hat", by transformers, row by row."""
+    before = [
+        tokenizer.cls_token_id,
+        *tokenizer(text + "\nIt was", add_special_tokens=False).input_ids,
+    ]
+    after = [*tokenizer(" .", add_special_tokens=False).input_ids, tokenizer.sep_token_id]
+
+    def logprobs(blank):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*before, *blank, *after]])).logits[0]
+        return torch.log_softmax(logits, -1).numpy()[len(before) :]
+
+    scores = []
+    for word in ("the", "other hat"):
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        blank = [tokenizer.mask_token_id] * len(ids)
+        score = 0.0
+        for place, token in enumerate(ids):
+            score += logprobs(blank)[place, token]
+            if fill == "ltr":
+                blank[place] = token
+        scores.append(score)
+    return np.exp(scores) / np.exp(scores).sum()
+
+
+@pytest.mark.parametrize("fill", ["ltr", "parallel"])
+def test_a_checkpoint_is_asked_for_label_words(fill, tmp_path):
+    """As by hand in transformers, by the command; and it is imported and exported as it was."""
+    model = make("bert", tmp_path / "bert", vocab_size=400)
+    config_json = (tmp_path / "bert" / "config.json").read_text()
+    word_piece(tmp_path / "bert", {}, "vocab")
+    (tmp_path / "bert" / "config.json").write_text(config_json)
+    tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    texts = ["the cat", "the other one, the hat and the cat", "12"]
+    lines = [json.dumps(dict(text=text, label="short")) for text in texts]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "words.toml").write_text(TASK)
+
+    arguments = [
+        f"--config={ROOT}/configs/tasks.py:{tmp_path}/words.toml",
+        f"--workdir={tmp_path}/run",
+        "--mode=eval",
+        f"--config.init_from={tmp_path}/bert",
+        "--config.data.length=48",
+        f"--config.evals.words.verbalizer.fill={fill}",
+    ]
+    command = [sys.executable, "-m", "lm.main", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for text, line in zip(texts, read_jsonl(tmp_path / "run" / "predictions" / "words-0.jsonl")):
+        wanted = their_distribution(model, tokenizer, text, fill)
+        got = [line["distribution"][label] for label in ("short", "long")]
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+
+    if fill == "ltr":
+        imported = ["import", f"--from={tmp_path}/bert", f"--workdir={tmp_path}/imported"]
+        exported = ["export", f"--workdir={tmp_path}/imported", f"--to={tmp_path}/again"]
+        for status, _, err in run_commands(
+            "lm.convert", [imported, exported], tmp_path / "convert"
+        ):
+            assert status == 0, err
+        again = t.AutoModelForMaskedLM.from_pretrained(tmp_path / "again")
+        for key, tensor in model.state_dict().items():
+            np.testing.assert_array_equal(again.state_dict()[key].numpy(), tensor.numpy())
+        assert t.AutoTokenizer.from_pretrained(tmp_path / "again")(texts) == tokenizer(texts)
