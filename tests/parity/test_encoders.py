@@ -99,7 +99,9 @@ def test_logits_are_the_same(name, side, tmp_path):
         ).logits.numpy()[valid]
     ours = np.asarray(call(params))[valid]
     assert np.abs(theirs).max() > 1
-    assert np.abs(ours - theirs).max() < 1e-4
+    difference = np.abs(ours - theirs).max()
+    print(f"{name}: {difference:.1e}")
+    assert difference < 1e-4
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
