@@ -16,7 +16,7 @@ from lm.models import presets
 VERBALIZER = {"python": (" python",), "numpy": (" numpy",), "scipy": (" scipy",), "jax": (" jax",)}
 
 
-def get_config(size: str = "bert") -> ConfigDict:
+def get_config(size: str = "encoder") -> ConfigDict:
     change = config_lib.sized(SIZES, size)
 
     c = config_lib.default()
@@ -38,10 +38,21 @@ def get_config(size: str = "bert") -> ConfigDict:
 
 
 def _bert(c: ConfigDict) -> None:
+    _encoder(c)
     c.model.update(presets.get("bert_mini"))
+    c.objective.rate = 0.15
+    c.train.length = "5000 steps"
+    c.checkpoint.every = 500
+    c.evals.masked.every = 500
+
+
+def _encoder(c: ConfigDict) -> None:
+    c.model.update(presets.get("mini"))
+    c.model.visible = "full"
     c.model.scan_unroll = c.model.num_layers
     c.tokenizer.reserve = "mask"
-    c.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.15, whole_words=False))
+    # Twice BERT's: a step has twice the targets.
+    c.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.3, whole_words=False))
     c.objective.update(random_share=0.1, kept_share=0.1, chunk=64, z_loss=0.0)
     c.evals.masked = entries.held_out("TextLoss", every=100)
     c.evals.pseudo = entries.pseudo_perplexity(every=0, max_documents=20)
@@ -55,4 +66,4 @@ def _lstm(c: ConfigDict) -> None:
 
 
 # What follows the colon -> the function that changes the configuration.
-SIZES = {"bert": _bert, "lstm": _lstm}
+SIZES = {"encoder": _encoder, "bert": _bert, "lstm": _lstm}

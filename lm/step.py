@@ -360,9 +360,13 @@ def make_tree_states(graphdef) -> Callable:
     """
 
     def tree_states(params, batch, parents_BP, parent_of_BQ):
-        hidden_BTD = _tree_hidden(nnx.merge(graphdef, params), batch)
+        model = nnx.merge(graphdef, params)
+        hidden_BTD = _tree_hidden(model, batch)
         parents_BQ = jnp.take_along_axis(parents_BP, parent_of_BQ, axis=1)
-        return jnp.take_along_axis(hidden_BTD, parents_BQ[:, :, None], axis=1).astype(jnp.float32)
+        hidden_BQD = jnp.take_along_axis(hidden_BTD, parents_BQ[:, :, None], axis=1)
+        if hasattr(model, "vocab_head"):
+            hidden_BQD = model.vocab_head(hidden_BQD).state
+        return hidden_BQD.astype(jnp.float32)
 
     return tree_states
 
