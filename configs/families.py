@@ -1,10 +1,12 @@
 """Models of other families on the main job's texts, the docstrings of this machine's packages:
 
-    python -m lm.main --config=configs/families.py:bert --workdir=runs/bert
+    python -m lm.main --config=configs/families.py:encoder --workdir=runs/encoder
 
-bert is an encoder as small as configs/pydocs.py's model. It finds masked tokens again, and is asked
-for the library of a document by the same label words: a mask stands behind the question. lstm is a
-recurrent net of that size, which predicts the next token.
+encoder is configs/pydocs.py's model that sees all of a text. It finds masked tokens again, and is
+asked for the library of a document by the same label words: a mask stands behind the question. bert
+is BERT's architecture in that size. In its first hundreds of steps it learns little more than how
+frequent tokens are, and it has ten times as many. lstm is a recurrent net, which predicts the next
+token.
 """
 
 from ml_collections import ConfigDict
@@ -54,7 +56,7 @@ def _encoder(c: ConfigDict) -> None:
     # Twice BERT's: a step has twice the targets.
     c.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.3, whole_words=False))
     c.objective.update(random_share=0.1, kept_share=0.1, chunk=64, z_loss=0.0)
-    c.evals.masked = entries.held_out("TextLoss", every=100)
+    c.evals.masked = entries.held_out("TextLoss", every=100, max_documents=120)
     c.evals.pseudo = entries.pseudo_perplexity(every=0, max_documents=20)
 
 

@@ -1,7 +1,7 @@
 """A head on top of a base model, trained on a classification task beside the way by label words:
 
     python -m lm.main --config=configs/finetune.py:sst2,BASE,data/sst2/{split}.tsv --workdir=runs/sst2
-    python -m lm.main --config=configs/finetune.py:pydocs_section,runs/bert --workdir=runs/kind
+    python -m lm.main --config=configs/finetune.py:pydocs_section,runs/encoder --workdir=runs/kind
 
 The first name is a task with a table [instructions] (lm/evals/tasks/) or the path of a .toml file,
 BASE a run's directory or that of a Hugging Face checkpoint, the third the task's files where it has
