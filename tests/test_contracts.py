@@ -44,6 +44,7 @@ OBJECTIVES = {
         {"type": "lm.objectives.masked", "rate": 0.3, "chunk": 8},
         {
             "model.visible": "full",
+            "model.vocab_size": 260,  # the mask is the 259th id, and the mesh splits them
             "model.embed_norm": True,
             "model.token_types": 2,
             "model.head_transform": True,
