@@ -9,8 +9,8 @@ any. The head reads the same prompts that label words are asked after: at [CLS] 
 last token of another model. All weights are trained; --config.model.lora_rank=8 with
 --config.train.trained='*_lora_?,heads/*' trains adapters and the head.
 
-`eval/head` is what the head says, `eval/words` what the label words say, of the same records:
-python -m lm.report compares them. Before any training the words are those of the base.
+`eval/head` is what the head says, `eval/words` what the label words say, of the same records; with
+--mode=eval in another --workdir, what the words of the base say.
 """  # noqa: E501
 
 from ml_collections import ConfigDict

@@ -229,6 +229,7 @@ def fit_objective(config: ConfigDict) -> None:
     is_default = config.objective.type == config_lib.Objective.type
     if config.model.get("visible") == "full" and is_default:
         config.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.15))
+        logging.info("the model is an encoder: its objective is %s", config.objective.type)
 
 
 # What is compiled: the model, and the steps of a run.

@@ -18,8 +18,7 @@ class HeadOutputs:
     (`lm.evals.label_results.label_metrics`); of scores mse, mae, and Pearson's and Spearman's
     correlation with the right ones.
 
-    The predictions of classes are named as those of the task's label words are, so that
-    `lm.report` compares the two ways.
+    The predictions of classes are named, and their metrics are, as those of a task's label words.
 
     Args:
       name: names the artifacts.

@@ -2,7 +2,7 @@
 says of pairs and judged answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -43,68 +43,47 @@ class TextLoss:
         check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         chosen = list(take(documents, max_documents))
         self._predict_fns = predict_fns
-
-        windows = []
-        for number, document in enumerate(chosen):
-            ids = encoder.training(document)
-            windows += encoder.windows(ids, predict_fns.length, (0, 0, number))
-        self._rows = evaluation_rows(windows, predict_fns.length)
+        self._rows = self._make_rows(chosen, encoder, predict_fns.length)
         self._weights = np.stack([row["weights"] for row in self._rows])
         if not self._weights.any():
-            raise ValueError(f"config.evals.{name}: the texts have no targets")
+            raise ValueError(f"config.evals.{name}: nothing of it is a target")
         self.about = {"fingerprint": documents.fingerprint, "examples": len(chosen)}
+
+    def _make_rows(self, texts: Sequence, encoder: Encoder, length: int) -> list[dict]:
+        windows = []
+        for number, text in enumerate(texts):
+            windows += encoder.windows(encoder.training(text), length, (0, 0, number))
+        return evaluation_rows(windows, length)
 
     def run(self, params) -> Iterator[tuple[str, float]]:
         logprobs = self._predict_fns.target_logprobs(params, self._rows)
+        yield from self._losses(logprobs, "targets")
+
+    def _losses(self, logprobs: np.ndarray, counted: str) -> Iterator[tuple[str, float]]:
+        """What is yielded; the targets are called `counted`."""
         num_targets = float(self._weights.sum(dtype=np.float64))
         loss = -float(np.sum(logprobs * self._weights, dtype=np.float64)) / num_targets
         yield "loss", loss
         yield "perplexity", statistics.exp(loss)
-        yield "targets", num_targets
+        yield counted, num_targets
         yield "examples", self.about["examples"]
 
 
-class AnswerLoss:
+class AnswerLoss(TextLoss):
     """Yields loss (nats per learnt token), perplexity, and the tokens and answers counted.
 
-    Args:
-      name: for messages.
-      max_documents: number of conversations, taken evenly out of the split; 0: all.
-
-    Raises:
-      ValueError: max_documents below 0.
+    The arguments and errors are those of `TextLoss`.
     """
 
     asks = ("token_logprobs",)
-    metrics = ("loss", "perplexity")
     examples = ("conversation",)
 
-    def __init__(
-        self,
-        predict_fns: PredictFns,
-        *,
-        name: str,
-        documents: Documents,
-        encoder: Encoder,
-        max_documents: int,
-    ):
-        check_least(f"config.evals.{name}.max_documents", max_documents, 0)
-        units = list(take(documents, max_documents))
-        self._predict_fns = predict_fns
-
-        windows = [unit.arrays for unit in units]
-        self._rows = evaluation_rows(windows, predict_fns.length, UnitLayout(1))
-        self._weights = np.stack([row["weights"] for row in self._rows])
-        self.about = {"fingerprint": documents.fingerprint, "examples": len(units)}
+    def _make_rows(self, texts: Sequence[Unit], encoder: Encoder, length: int) -> list[dict]:
+        return evaluation_rows([unit.arrays for unit in texts], length, UnitLayout(1))
 
     def run(self, params) -> Iterator[tuple[str, float]]:
         logprobs = self._predict_fns.token_logprobs(params, self._rows)
-        num_tokens = float(self._weights.sum(dtype=np.float64))
-        loss = -float(np.sum(logprobs * self._weights, dtype=np.float64)) / num_tokens
-        yield "loss", loss
-        yield "perplexity", statistics.exp(loss)
-        yield "tokens", num_tokens
-        yield "examples", self.about["examples"]
+        yield from self._losses(logprobs, "tokens")
 
 
 class Preferences:

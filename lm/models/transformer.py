@@ -606,8 +606,7 @@ class Transformer(CachedDecoding, nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32 logits [..., V] of hidden states [..., D]."""
-        state = hidden if self.head_transform is None else self.head_transform(hidden)
-        logits = (self.head or self.embed).attend(state)
+        logits = (self.head or self.embed).attend(self.vocab_head(hidden).state)
         if self.head_bias is not None:
             logits = add_bias(logits, self.head_bias)
         return constrain(logits, "batch", "length", "act_vocab") if logits.ndim == 3 else logits

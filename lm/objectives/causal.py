@@ -26,6 +26,33 @@ def logprobs(model, hidden_BTD, targets_BT, chunk: int = 0) -> tuple[jax.Array, 
     return target_BT - log_z_BT, log_z_BT
 
 
+def cross_entropy(
+    model, hidden_BTD, batch, z_loss: float, chunk: int, *, sparse: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (nll_sum + z_loss * z_sum, nll_sum, z_sum), sums over the batch's weights: of the
+    targets' negative log-probabilities, and of log(Z)^2.
+
+    Args:
+      chunk: positions of each row whose logits exist at a time; 0: all.
+      sparse: see `lm.nn.loss.chunked_cross_entropy`.
+    """
+    targets_BT, weights_BT = batch["targets"], batch["weights"]
+    if chunk:
+        return chunked_cross_entropy(
+            model.vocab_head(hidden_BTD),
+            targets_BT,
+            weights_BT,
+            z_loss=z_loss,
+            chunk=chunk,
+            dtype=model.config.compute_dtype,
+            sparse=sparse,
+        )
+    logprobs_BT, log_z_BT = logprobs(model, hidden_BTD, targets_BT)
+    nll_sum = -jnp.sum(logprobs_BT * weights_BT)
+    z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
+    return nll_sum + z_loss * z_sum, nll_sum, z_sum
+
+
 def check(model_config, trained: list[str], **arguments) -> None:
     """Raises ValueError for a model that sees the token that it is to predict."""
     if getattr(model_config, "visible", "causal") != "causal":
@@ -54,8 +81,7 @@ def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
     """
 
     def loss(model, batch, keys_B):
-        weights_BT = batch["weights"]
-        count = jnp.sum(weights_BT)
+        count = jnp.sum(batch["weights"])
         hidden_BTD, _, aux = model(
             batch["tokens"], batch["positions"], batch["segments"], keys_B=keys_B
         )
@@ -65,20 +91,7 @@ def make_loss(*, z_loss: float, chunk: int, balance_loss: float = 0.0):
                 "config.model.num_experts is 0"
             )
 
-        if chunk:
-            total, nll_sum, z_sum = chunked_cross_entropy(
-                model.vocab_head(hidden_BTD),
-                batch["targets"],
-                weights_BT,
-                z_loss=z_loss,
-                chunk=chunk,
-                dtype=model.config.compute_dtype,
-            )
-        else:
-            logprobs_BT, log_z_BT = logprobs(model, hidden_BTD, batch["targets"])
-            nll_sum = -jnp.sum(logprobs_BT * weights_BT)
-            z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
-            total = nll_sum + z_loss * z_sum
+        total, nll_sum, z_sum = cross_entropy(model, hidden_BTD, batch, z_loss, chunk)
 
         # The balance is a mean over tokens: times `count`, it takes part in the one division.
         if balance_loss:

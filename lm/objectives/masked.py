@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from lm.data.masking import Masking
 from lm.nn import masks
-from lm.nn.loss import chunked_cross_entropy
 from lm.objectives import causal
 
 
@@ -68,25 +67,11 @@ def make_loss(*, chunk: int = 0, z_loss: float = 0.0, **masking):
     """
 
     def loss(model, batch, keys_B):
-        weights_BT = batch["weights"]
-        count = jnp.sum(weights_BT)
+        count = jnp.sum(batch["weights"])
         hidden_BTD = _hidden(model, batch, keys_B)
-        if chunk:
-            total, nll_sum, z_sum = chunked_cross_entropy(
-                model.vocab_head(hidden_BTD),
-                batch["targets"],
-                weights_BT,
-                z_loss=z_loss,
-                chunk=chunk,
-                dtype=model.config.compute_dtype,
-                sparse=True,
-            )
-        else:
-            logprobs_BT, log_z_BT = causal.logprobs(model, hidden_BTD, batch["targets"])
-            nll_sum = -jnp.sum(logprobs_BT * weights_BT)
-            z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
-            total = nll_sum + z_loss * z_sum
-
+        total, nll_sum, z_sum = causal.cross_entropy(
+            model, hidden_BTD, batch, z_loss, chunk, sparse=True
+        )
         return total, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count)}
 
     return loss
