@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from lm import checkpoint, collectives, files, looking, optim, sharding, startup, step, trained
 from lm import config as config_lib
 from lm.data import batch as batch_contract
-from lm.data import chat, labelled, pack, roles, units
+from lm.data import chat, labelled, pack, roles, seq2seq, units
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
@@ -36,6 +36,7 @@ from lm.evals import entries
 from lm.evals.causal_answers import CausalAnswers
 from lm.evals.masked_answers import MaskedAnswers
 from lm.evals.predict import CompiledFns, Evaluator, PredictFns, compiled, never_stop
+from lm.evals.source_answers import SourceAnswers
 from lm.hf import directory as hf
 from lm.models.transformer import EXECUTION_FIELDS
 from lm.nn import lora
@@ -113,6 +114,11 @@ def encoded(config: ConfigDict, examples: Documents, tokenizer: tokenizers.Token
         # What an encoder says of a text stands at [CLS]; another model has read it at its end.
         place = "first" if config.model.get("visible") == "full" else "last"
         return labelled.encode(examples, tokenizer, length=config.data.length, place=place)
+    if examples.kind == seq2seq.KIND:
+        source_length = config.objective.get("source_length", 0)
+        return seq2seq.encode(
+            examples, tokenizer, length=config.data.length, source_length=source_length
+        )
     packed = units.encode(
         examples,
         chat.with_template(tokenizer, config.chat.template),
@@ -170,7 +176,7 @@ def _make_plain_tokenizer(
             raise ValueError(f"config.tokenizer.path = {c.path!r}: {error}") from None
     if c.kind == "bytes":
         return tokenizers.ByteTokenizer()
-    if read_train().kind != "text":
+    if read_train().kind not in ("text", seq2seq.KIND):
         raise ValueError(
             f"config.tokenizer.path is empty, and config.data.source = {config.data.source!r} has "
             "no texts to train a tokenizer on; wanted that of the model in config.init_from"
@@ -205,7 +211,7 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
     hf_checkpoint = hf.Checkpoint(directory)
     config = config.copy_and_resolve_references().unlock()
     asked_size = config.model.vocab_size
-    config.model.update(hf_checkpoint.fields)
+    config.model = hf_checkpoint.model(config.model)
     config.tokenizer.path = config.tokenizer.path or str(directory)
     if config.init_resize:
         tokenizer = make_tokenizer(config, functools.partial(documents, config, config.data.split))
@@ -299,6 +305,11 @@ def sees_all(model_config) -> bool:
     return getattr(model_config, "visible", "causal") == "full"
 
 
+def reads_sources(model_config) -> bool:
+    """Whether a model is an encoder-decoder."""
+    return bool(getattr(model_config, "source_length", 0))
+
+
 class AbstractModel(NamedTuple):
     """A model without a run, and without its weights."""
 
@@ -362,7 +373,7 @@ def other_model(
     directory = checkpoint_directory(entry.init_from, f"config.models.{name}.init_from")
     if hf.is_checkpoint(directory):
         hf_checkpoint = hf.Checkpoint(directory)
-        fields = config_lib.default().model.to_dict() | hf_checkpoint.fields
+        fields = hf_checkpoint.model(config_lib.default().model).to_dict()
         fields["param_dtype"] = hf_checkpoint.dtype()
     else:
         with checkpoint.open_run(directory) as saved:
@@ -377,6 +388,29 @@ def other_model(
     other.model = ConfigDict(fields)
     other.model.update(entry.model)
     return abstract_model(other, devices, vocab_size)
+
+
+def generator_of(model, params, sampling: Sampling, tokenizer: tokenizers.Tokenizer) -> Generator:
+    """A Generator that continues prompts of a tokenizer's ids.
+
+    Args:
+      model: what has model_config, graphdef and mesh: an `AbstractModel` or a `Program`.
+    """
+    of_sources = {}
+    if reads_sources(model.model_config):
+        _, end = tokenizer.around
+        # No target has padding in it, and Marian's decoder begins with it.
+        of_sources = dict(source_end=end, never_ids=tokenizer.roles.get("pad", ()))
+    return Generator(
+        model.model_config,
+        model.graphdef,
+        params,
+        model.mesh,
+        sampling,
+        stop_ids=tokenizer.stop_ids,
+        vocab_size=tokenizer.vocab_size,
+        **of_sources,
+    )
 
 
 class Objective(NamedTuple):
@@ -433,7 +467,8 @@ def make_objective(config: ConfigDict) -> Objective:
 
     arrays = dict(batch_contract.ARRAYS)
     prepared = dict(getattr(module, "PREPARED", {}))
-    for name, array in getattr(module, "ARRAYS", {}).items():
+    declared = module.arrays(**arguments) if hasattr(module, "arrays") else {}
+    for name, array in {**getattr(module, "ARRAYS", {}), **declared}.items():
         if name in arrays or name in prepared:
             raise ValueError(f"{where}: ARRAYS has {name!r}, which is there already")
         arrays[name] = array
@@ -594,6 +629,8 @@ def program(
 def _flops_per_token(config: ConfigDict, model_config, objective: Objective) -> Callable:
     """The model's function, with what it needs to know of the objective."""
     counted = {} if objective.head_share == 1 else {"head": objective.head_share}
+    if "source" in objective.arrays:
+        (counted["source_length"],) = objective.arrays["source"].dims
     return functools.partial(model_module(config).flops_per_token, model_config, **counted)
 
 
@@ -877,15 +914,7 @@ class Experiment:
         p = self.program
 
         def make_generator(params, sampling: Sampling) -> Generator:
-            return Generator(
-                p.model_config,
-                p.graphdef,
-                params,
-                p.mesh,
-                sampling,
-                stop_ids=self.tokenizer.stop_ids,
-                vocab_size=self.tokenizer.vocab_size,
-            )
+            return generator_of(p, params, sampling, self.tokenizer)
 
         def unit_terms(params, batch):
             return p.eval_fns.unit_terms(params, batch, self.others)
@@ -893,6 +922,8 @@ class Experiment:
         fns = p.eval_fns
         if sees_all(p.model_config):
             return self._encoder_fns()
+        if reads_sources(p.model_config):
+            fns = self._encoder_decoder_fns()
         return dataclasses.replace(
             fns,
             make_generator=make_generator,
@@ -920,6 +951,30 @@ class Experiment:
             reserved=1 + len(end),  # the mask of the last token, which a causal model doesn't read
             logprobs=answers.logprobs,
             infill=answers.infill,
+            states=answers.states,
+        )
+
+    def _encoder_decoder_fns(self) -> CompiledFns:
+        """What evaluators may ask of an encoder-decoder, but for generation: it reads prompts as
+        sources, and a text by itself is none.
+        """
+        p = self.program
+        before, end = self.tokenizer.around
+        answers = SourceAnswers(
+            p.mesh,
+            step.make_tree_logprobs(p.graphdef),
+            step.make_tree_states(p.graphdef),
+            before=before,
+            end=end,
+            sentinels=self.tokenizer.roles.get("sentinels", ())[:1],
+        )
+        return dataclasses.replace(
+            p.eval_fns,
+            reserved=1 + len(end),  # a sentinel
+            source_length=p.model_config.source_length,
+            token_logprobs=None,
+            logprobs=answers.logprobs,
+            infill=answers.logprobs,
             states=answers.states,
         )
 
@@ -980,7 +1035,10 @@ def build(
         run_tokenizer = make_tokenizer(c, read_train)
     make_windows = run_program.objective.make_windows
     encoder = pack.Encoder(
-        run_tokenizer, c.data.label_prompt, make_windows(run_tokenizer) if make_windows else None
+        run_tokenizer,
+        c.data.label_prompt,
+        make_windows(run_tokenizer) if make_windows else None,
+        run_program.objective.arrays,
     )
     train_documents = (
         _train_documents(run_program, read_train(), run_tokenizer) if training else None
@@ -1017,9 +1075,11 @@ def _train_documents(
             f"config.objective.type = {c.objective.type!r} takes {' or '.join(kinds)}, and "
             f"config.data.source = {c.data.source!r} has examples of the kind {documents_.kind!r}"
         )
-    if documents_.kind != "text" and c.data.packing != "first_fit":
+    has_sources = "source" in run_program.objective.arrays
+    if (documents_.kind != "text" or has_sources) and c.data.packing != "first_fit":
         raise ValueError(
-            f"config.data.packing = {c.data.packing!r} cuts conversations; wanted 'first_fit'"
+            f"config.data.packing = {c.data.packing!r} cuts conversations, and targets from their "
+            "sources; wanted 'first_fit'"
         )
     packed = encoded(c, documents_, tokenizer)
     if len(packed) < c.data.streams:

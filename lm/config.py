@@ -217,6 +217,51 @@ class RecurrentFields:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncDecFields:
+    """config.model of the type lm.models.encdec: the fields of its Config. What ModelFields has too
+    means the same, of both stacks where it isn't a size of one.
+    """
+
+    vocab_size: int = integer(0, most=2**24)  # 0: the tokenizer's
+    context_length: int = integer(256, least=1, most=2**24)  # longest text of the decoder
+    source_length: int = integer(256, least=1, most=2**24)  # longest text of the encoder
+    num_layers: int = integer(4, least=1, most=2**12)  # of the decoder
+    encoder_layers: int = integer(4, least=1, most=2**12)
+    embed_dim: int = integer(256, least=1, most=2**18)
+    mlp_dim: int = integer(1024, least=1, most=2**20)
+    num_heads: int = integer(2, least=1, most=2**12)
+    head_dim: int = integer(128, least=1, most=2**14)
+    norm: str = one_of("rmsnorm", "layernorm")
+    norm_eps: float = number(1e-6, above=0, below=1)
+    residual: str = one_of("pre_norm", "post_norm")
+    activation: str = one_of("relu", "relu_squared", "gelu", "gelu_tanh", "silu")
+    gated_mlp: bool = False
+    # relative: T5's bias of scores by distance, a table for each stack | learned: a table for each
+    # stack | sinusoids, a cosine behind each sine | sinusoids_halves, all cosines behind all sines
+    positions: str = one_of("relative", "learned", "sinusoids", "sinusoids_halves")
+    position_offset: int = integer(0, most=2**24)  # learned: rows before that of position 0
+    relative_buckets: int = integer(32, least=4, most=2**12)
+    relative_distance: int = integer(128, least=2, most=2**16)  # from here on all are one bucket
+    scale_scores: bool = True  # attention's, by head_dim^-0.5 (T5: not)
+    embed_scale: bool = False  # the embedding, by embed_dim^0.5
+    head_scale: bool = False  # what the vocabulary's head sees, by embed_dim^-0.5 (T5 v1.0)
+    embed_norm: bool = False  # a norm of the embedding's output (BART)
+    bias: str = ""  # see ModelFields
+    tie_embeddings: bool = True
+    start_id: int = integer(
+        0, most=2**24
+    )  # what the decoder reads at position 0, whatever is there
+    dropout: float = number(0.0, least=0, below=1)
+    attention_dropout: float = number(0.0, least=0, below=1)
+    init_std: float = number(0.02, least=0, most=100)
+    param_dtype: str = one_of("bfloat16", "float32")
+    # "": bfloat16 on TPU and GPU, float32 on CPU
+    compute_dtype: str = one_of("", "bfloat16", "float32")
+    remat: str = "none"
+    scan_unroll: int = integer(1, least=1, most=2**12)
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     # dotted path of a function (split, **source_args) -> Documents
     source: str = "lm.data.pydocs.pydocs"
@@ -485,7 +530,8 @@ def check(config: ConfigDict) -> None:
 
 
 # The fields of the shipped models, by config.model.type. Others check their own.
-MODELS = {MODEL: ModelFields, "lm.models.recurrent": RecurrentFields}
+ENCDEC = "lm.models.encdec"
+MODELS = {MODEL: ModelFields, "lm.models.recurrent": RecurrentFields, ENCDEC: EncDecFields}
 
 
 def model(type: str = MODEL, **fields) -> ConfigDict:

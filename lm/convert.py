@@ -109,7 +109,7 @@ def import_adapter(
 def _config_of(hf_checkpoint: hf.Checkpoint, param_dtype: str = "") -> ConfigDict:
     """The default configuration with a checkpoint's model."""
     config = config_lib.default()
-    config.model.update(hf_checkpoint.fields)
+    config.model = hf_checkpoint.model(config.model)
     config.model.param_dtype = param_dtype or hf_checkpoint.dtype()
     config.data.length = min(config.data.length, config.model.context_length)
     build.fit_objective(config)

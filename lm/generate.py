@@ -73,16 +73,7 @@ def load(
     else:
         model, params, tokenizer = load_run(source, devices, mesh, model_type, base)
     _check_finite(params, source)
-    generator = Generator(
-        model.model_config,
-        model.graphdef,
-        params,
-        model.mesh,
-        sampling,
-        stop_ids=tokenizer.stop_ids,
-        vocab_size=tokenizer.vocab_size,
-    )
-    return generator, tokenizer
+    return build.generator_of(model, params, sampling, tokenizer), tokenizer
 
 
 @jax.jit
@@ -132,8 +123,7 @@ def load_hf_directory(
     tokenizer = tokenizers.load(directory)
 
     # How it is executed is config.model's default; what it computes is the checkpoint's.
-    fields = config_lib.default().model.to_dict()
-    fields |= hf_checkpoint.fields
+    fields = hf_checkpoint.model(config_lib.default().model).to_dict()
     fields |= dict(param_dtype=hf_checkpoint.dtype())
 
     config = _config_of(fields, devices, mesh)

@@ -24,6 +24,7 @@ RULES = {
     "layers": (),
     "vocab": ("tensor",),
     "position": (),
+    "buckets": (),  # of distances between positions
     "table": (),
     "embed": ("fsdp", "fsdp2", "sequence"),
     "mlp": ("tensor",),

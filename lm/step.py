@@ -372,13 +372,17 @@ def make_tree_states(graphdef) -> Callable:
 
 
 def _tree_hidden(model, batch) -> jax.Array:
-    """The hidden states [B, T, D] of rows in which sequences branch; of a model that can't read
-    such rows, of plain ones.
+    """The hidden states [B, T, D] of rows in which sequences branch, behind their sources where
+    they have some; of a model that can't read such rows, of plain ones.
     """
     arrays = (batch["tokens"], batch["positions"], batch["segments"])
     if not branches(model.config):
         return model(*arrays).hidden
-    return model(*arrays, visible=masks.by_tree(batch["until"])).hidden
+    source = {}
+    if "source" in batch:
+        names = ("source", "source_positions", "source_segments")
+        source = {"source": tuple(batch[name] for name in names)}
+    return model(*arrays, visible=masks.by_tree(batch["until"]), **source).hidden
 
 
 def branches(model_config) -> bool:

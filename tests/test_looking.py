@@ -9,6 +9,7 @@ from flax import nnx
 
 from lm import build, looking, step, stopping, trained
 from lm.data import loader
+from lm.models.transformer import make_mask
 from lm.nn import masks, watch
 from tests.helpers import (
     assert_same_run,
@@ -142,7 +143,7 @@ def test_activations_are_those_of_the_layers(tiny):
     looked = dict(looked)
     x_BTD = model.embed(tokens)
     check("embed", x_BTD)
-    mask = model._mask(positions, segments, masks.CAUSAL, None, False)
+    mask = make_mask(model.config, positions, segments, masks.CAUSAL)
     for i, block in enumerate(model.layers):
         attended_BTD, _ = block.attention(block.attention_norm(x_BTD), positions, mask, None)
         check(f"layers/0{i}/attention", attended_BTD)

@@ -261,7 +261,7 @@ def rows_of(experiment, config, split, count=None):
     """(units of a split, their rows, one each)."""
     documents = build.encoded(config, build.documents(config, split), experiment.tokenizer)
     some_units = [*documents][:count]
-    layout = pack.layout_of(documents.kind, experiment.tokenizer)
+    layout = pack.layout_of(documents.kind, experiment.encoder)
     rows = []
     for unit in some_units:
         rows += pack.evaluation_rows([unit.arrays], config.data.length, layout)

@@ -458,7 +458,7 @@ def test_a_state_restores_exactly(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_rows(kind):
     documents = encode(*random_examples(kind))
-    layout = pack.layout_of(kind, TOKENIZER)
+    layout = pack.layout_of(kind, ENCODER)
     windows = [unit.arrays for unit in documents.items]
     found = Counter()
     for row in pack.evaluation_rows(windows, LENGTH, layout):
@@ -521,7 +521,7 @@ def alone(documents):
 def test_packed_as_unpacked(kind, losses_and_gradient):
     """Requirement 8: loss and gradient are those of each conversation alone."""
     documents = encode(*random_examples(kind))
-    layout = pack.layout_of(kind, TOKENIZER)
+    layout = pack.layout_of(kind, ENCODER)
     packed = pack.evaluation_rows([unit.arrays for unit in documents.items], LENGTH, layout)
     rows = alone(documents)
     assert len(packed) < len(rows) / 2

@@ -44,6 +44,17 @@ ARRAYS = {
 UNIT_ARRAYS = {"values": Array(np.float32), "stored_logprobs": Array(np.float32)}
 
 
+def source_arrays(length: int) -> dict[str, Array]:
+    """What rows have besides that hold sources, of `length` places, beside their targets. A target
+    and its source are segments of the same number.
+    """
+    return {
+        "source": Array(np.int32, (length,)),
+        "source_positions": Array(np.int32, (length,)),
+        "source_segments": Array(np.int32, (length,)),
+    }
+
+
 def empty_row(length: int, arrays: Mapping[str, Array] = ARRAYS) -> dict[str, np.ndarray]:
     """Returns a row of padding."""
     row = {}

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -39,11 +39,18 @@ class Encoder:
         text. Text, prompt and label word are tokenized apart and their ids joined, so that no token
         spans two of them.
       transform: the objective's, (ids, length, numpy Generator) -> windows; None: `windows`.
+      arrays: those of its rows, see `lm.data.batch`.
     """
 
     tokenizer: Tokenizer
     label_prompt: str
     transform: Callable | None = None
+    arrays: Mapping[str, batch.Array] = dataclasses.field(default_factory=lambda: batch.ARRAYS)
+
+    @property
+    def source_length(self) -> int:
+        """Places of a row for sources; 0: it has none."""
+        return self.arrays["source"].dims[0] if "source" in self.arrays else 0
 
     def training(self, document: Document) -> list[int]:
         """Returns the ids of BOS, text, label line and EOS."""
@@ -163,24 +170,31 @@ class TextLayout(NamedTuple):
 
     Attributes:
       bos_id: the token that begins a document's first window, and none of its other windows.
+      more: arrays that a window has besides, a value for each token.
     """
 
     bos_id: int
-    features = ("tokens", "targets", "weights")  # that a window has
+    more: tuple[str, ...] = ()
     arrays = batch.ARRAYS  # that a row has
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The arrays that a window has."""
+        return ("tokens", "targets", "weights", *self.more)
 
     def to_row(self, packed: dict) -> dict[str, np.ndarray]:
         """Returns Grain's packed element as a row.
 
         The arrays are copies: Grain hands out views into the arrays of all its bins.
         """
-        return dict(
+        row = dict(
             tokens=np.array(packed["tokens"], np.int32),
             targets=np.array(packed["targets"], np.int32),
             weights=np.array(packed["weights"], np.float32),
             positions=np.array(packed["tokens_positions"], np.int32),
             segments=np.array(packed["tokens_segment_ids"], np.int32),
         )
+        return row | {name: np.array(packed[name]) for name in self.more}
 
     def num_started(self, row: dict[str, np.ndarray]) -> int:
         """Returns how many documents begin in a row."""
@@ -228,11 +242,47 @@ class UnitLayout(NamedTuple):
         return int(row["segments"].max(initial=0)) // self.parts
 
 
-def layout_of(kind: str, tokenizer: Tokenizer) -> TextLayout | UnitLayout:
+class SourceLayout(NamedTuple):
+    """How targets and their sources lie in rows, as segments of the same numbers.
+
+    Attributes:
+      source_length: places of a row for sources.
+    """
+
+    source_length: int
+    # `begins` is 1 at the first target of a document, else 0.
+    features = ("tokens", "targets", "weights", "begins", "source")
+
+    @property
+    def arrays(self) -> dict[str, batch.Array]:
+        """The arrays that a row has."""
+        return {**batch.ARRAYS, **batch.source_arrays(self.source_length)}
+
+    def to_row(self, packed: dict) -> dict[str, np.ndarray]:
+        """See `TextLayout`."""
+        return TextLayout(0).to_row(packed) | dict(
+            begins=np.array(packed["begins"], np.int32),
+            source=np.array(packed["source"], np.int32),
+            source_positions=np.array(packed["source_positions"], np.int32),
+            source_segments=np.array(packed["source_segment_ids"], np.int32),
+        )
+
+    def num_started(self, row: dict[str, np.ndarray]) -> int:
+        """Returns how many documents begin in a row."""
+        return int(row["begins"].sum())
+
+
+Layout = TextLayout | UnitLayout | SourceLayout
+
+
+def layout_of(kind: str, encoder: Encoder) -> Layout:
     """The layout of `Documents` of a kind."""
+    if encoder.source_length:
+        return SourceLayout(encoder.source_length)
     if kind == "text":
-        before, _ = tokenizer.around
-        return TextLayout(before[0])
+        before, _ = encoder.tokenizer.around
+        more = set(encoder.arrays) - set(batch.ARRAYS) if encoder.transform else ()
+        return TextLayout(before[0], tuple(sorted(more)))
     return UnitLayout(2 if kind in ("pair", "judged") else 1)
 
 
@@ -245,17 +295,25 @@ class Packing(NamedTuple):
 
 
 def _pack(
-    dataset: grain.IterDataset, layout: TextLayout | UnitLayout, packing: Packing, seed: int
+    dataset: grain.IterDataset, layout: Layout, packing: Packing, seed: int
 ) -> grain.IterDataset:
     """Windows -> rows."""
-    return _pack_elements(dataset, layout.features, packing, seed).map(layout.to_row)
+    source_length = getattr(layout, "source_length", 0)
+    packed = _pack_elements(dataset, layout.features, packing, seed, source_length)
+    return packed.map(layout.to_row)
 
 
 def _pack_elements(
-    dataset: grain.IterDataset, features: Sequence[str], packing: Packing, seed: int
+    dataset: grain.IterDataset,
+    features: Sequence[str],
+    packing: Packing,
+    seed: int,
+    source_length: int,
 ) -> grain.IterDataset:
     """Windows -> Grain's packed elements."""
     structure = {name: packing.length for name in features}
+    if "source" in structure:
+        structure["source"] = source_length
     if packing.name == "first_fit":
         return grain_experimental.FirstFitPackIterDataset(
             dataset, length_struct=structure, num_packing_bins=packing.bins, seed=seed
@@ -300,7 +358,7 @@ class Stream:
         to_windows: Callable[[Any, Sequence[int]], list[dict[str, np.ndarray]]],
         packing: Packing,
         *,
-        layout: TextLayout | UnitLayout,
+        layout: Layout,
         number: int,
         num_streams: int,
         seed: int,
@@ -379,7 +437,7 @@ def stream(documents: Documents, encoder: Encoder, packing: Packing, **arguments
     def to_windows(document: Document, seed: Sequence[int]) -> list[dict[str, np.ndarray]]:
         return encoder.windows(encoder.training(document), packing.length, seed)
 
-    layout = layout_of(documents.kind, encoder.tokenizer)
+    layout = layout_of(documents.kind, encoder)
     if documents.kind != "text":
         return Stream(documents, windows_of_unit, packing, layout=layout, **arguments)
     return Stream(documents, to_windows, packing, layout=layout, **arguments)
@@ -427,14 +485,21 @@ def count_rows(
     Args:
       arguments: Stream's, with `epochs`, but not `number`.
     """
+    layout = TextLayout(0)
     if documents.kind == "text":
         with progress.activity("counting tokens", len(documents), "documents") as counting:
             sizes = [len(encoder.training(document)) for document in counting.each(documents)]
+        if encoder.transform:
+            layout = layout_of(documents.kind, encoder)
+    elif encoder.source_length:
+        sizes, layout = documents, layout_of(documents.kind, encoder)
     else:
         sizes = [len(unit.arrays["tokens"]) + 1 for unit in documents]
 
-    def to_windows(size: int, seed: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    def to_windows(size, seed: Sequence[int]) -> list[dict[str, np.ndarray]]:
         # The sizes alone decide where windows go.
+        if isinstance(size, Unit):
+            return windows_of_unit(size, seed)
         return encoder.windows([0] * size, packing.length, seed)
 
     counts = []
@@ -443,7 +508,7 @@ def count_rows(
             sizes,
             to_windows,
             packing,
-            layout=TextLayout(0),
+            layout=layout,
             number=number,
             num_streams=num_streams,
             **arguments,
@@ -469,7 +534,7 @@ def numbered_rows(
 def evaluation_rows(
     windows_: list[dict[str, np.ndarray]],
     length: int,
-    layout: TextLayout | UnitLayout = TextLayout(0),
+    layout: Layout = TextLayout(0),
 ) -> list[dict[str, np.ndarray]]:
     """Packs windows into rows, each exactly once.
 

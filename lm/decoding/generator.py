@@ -126,6 +126,7 @@ def generation_step(
     *,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
+    never_ids: tuple[int, ...],
     vocab_size: int,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Chooses the next token of each row, and runs the model on it.
@@ -134,6 +135,7 @@ def generation_step(
       state: is donated where this is compiled.
       sampling, vocab_size: see `sample`.
       stop_ids: a row is done with any of them, and gets the first of them from then on.
+      never_ids: are never chosen.
 
     Returns:
       (the state one token further, the tokens [B], their log-probabilities [B] f32). These are the
@@ -141,9 +143,8 @@ def generation_step(
     """
     # A draw depends on the row's key and on how many came before it, on nothing else.
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.num_chosen)
-    token_B = sample(
-        keys_B, state.logits_BV, sampling, vocab_size=vocab_size, seen_BV=state.seen_BV
-    )
+    possible_BV = without(state.logits_BV, never_ids)
+    token_B = sample(keys_B, possible_BV, sampling, vocab_size=vocab_size, seen_BV=state.seen_BV)
 
     token_B = jnp.where(state.done_B, stop_ids[0], token_B)
     logprobs_BV = jax.nn.log_softmax(state.logits_BV[:, :vocab_size])
@@ -169,8 +170,14 @@ def generation_step(
     return new_state, token_B, logprob_B
 
 
-class _Graph:
-    """A model as a key of `_compiled`, equal to one with the same object as its `source`.
+def without(logits_BV: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """The logits with -inf for these ids."""
+    return logits_BV.at[:, jnp.asarray(ids)].set(-jnp.inf) if ids else logits_BV
+
+
+class Graph:
+    """A model as a key of caches such as `_compiled`, equal to one with the same object as its
+    `source`.
 
     Graphdefs themselves are no keys. Two of the same model don't compare equal, because attention
     holds a functools.partial, and those with a configuration read from JSON have no hash.
@@ -185,7 +192,7 @@ class _Graph:
         self._source = source
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, _Graph) and self._source is other._source
+        return isinstance(other, Graph) and self._source is other._source
 
     def __hash__(self) -> int:
         return id(self._source)
@@ -193,7 +200,12 @@ class _Graph:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(
-    graph: _Graph, sampling: Sampling, stop_ids: tuple[int, ...], vocab_size: int, mesh: Mesh
+    graph: Graph,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    never_ids: tuple[int, ...],
+    vocab_size: int,
+    mesh: Mesh,
 ) -> tuple[Callable, Callable]:
     """(`prefill_state`, `generation_step`) of a model, under jit.
 
@@ -209,6 +221,7 @@ def _compiled(
             graph.graphdef,
             sampling=sampling,
             stop_ids=stop_ids,
+            never_ids=never_ids,
             vocab_size=vocab_size,
         ),
         donate_argnums=1,
@@ -219,7 +232,8 @@ def _compiled(
 
 
 class Generator:
-    """Continues prompts, and hands out each token as soon as it is chosen.
+    """Continues prompts, and hands out each token as soon as it is chosen. Of an encoder-decoder
+    prompts are sources, and what is generated are their targets.
 
     Compiles anew for another number of rows, and for lengths that fall between other powers of two
     (see `bucket_length`), but not for other parameters of the same model.
@@ -228,6 +242,12 @@ class Generator:
       params: on `mesh`.
       stop_ids: a row ends with any of them.
       vocab_size: the tokenizer's.
+      never_ids: are never chosen.
+      source_end: ids that end every source; a prompt that lacks them gets them.
+
+    Attributes:
+      graph: the model in the form that decodes fastest, a key for caches of compiled functions.
+      params, mesh, stop_ids, never_ids, vocab_size: of that form, and as given.
     """
 
     def __init__(
@@ -240,35 +260,55 @@ class Generator:
         *,
         stop_ids: Sequence[int],
         vocab_size: int,
+        never_ids: Sequence[int] = (),
+        source_end: Sequence[int] = (),
     ):
-        source = graphdef
-        graphdef, params = for_decoding(graphdef, params, mesh)
+        decoding_graphdef, self.params = for_decoding(graphdef, params, mesh)
+        self.graph = Graph(decoding_graphdef, graphdef)
+        self.mesh = mesh
+        self.stop_ids, self.never_ids = tuple(stop_ids), tuple(never_ids)
+        self.vocab_size = vocab_size
         self._config = model_config
-        self._params = params
-        self._mesh = mesh
-        self._stop_ids = tuple(stop_ids)
+        self._source_end = list(source_end)
+        # 0: the model reads no sources.
+        self._source_length = getattr(model_config, "source_length", 0)
 
         self._prefill, self._step = _compiled(
-            _Graph(graphdef, source), sampling, self._stop_ids, vocab_size, mesh
+            self.graph, sampling, self.stop_ids, self.never_ids, vocab_size, mesh
         )
 
     def longest_prompt(self, max_new_tokens: int) -> int:
-        """Returns the tokens of a prompt that leaves room for so many new ones."""
+        """Returns the tokens of a prompt that leaves room for so many new ones; of a source, those
+        that the encoder reads.
+        """
+        if self._source_length:
+            return self._source_length - len(self._source_end)
         return self._config.context_length - max_new_tokens
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises ValueError for prompts that are empty, or too long to be continued."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {max_new_tokens}; wanted 1 or more")
+        most = self._config.context_length
+        if not 1 <= max_new_tokens <= most:
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens}; wanted 1 or more, and at most the model's "
+                f"context of {most}"
+            )
 
         longest = self.longest_prompt(max_new_tokens)
-        for number, ids in enumerate(prompts):
+        limit = f"the model's context of {most} less max_new_tokens = {max_new_tokens}"
+        if self._source_length:
+            limit = f"the encoder's context of {self._source_length} with what ends a source"
+        for number, ids in enumerate(map(self._without_end, prompts)):
             if not 0 < len(ids) <= longest:
                 raise ValueError(
-                    f"prompt {number} has {len(ids)} tokens; wanted 1 to {max(longest, 0)}: the "
-                    f"model's context of {self._config.context_length} less max_new_tokens = "
-                    f"{max_new_tokens}"
+                    f"prompt {number} has {len(ids)} tokens; wanted 1 to {max(longest, 0)}: {limit}"
                 )
+
+    def _without_end(self, prompt: Sequence[int]) -> Sequence[int]:
+        """A prompt without what ends a source."""
+        size = len(self._source_end)
+        has_end = size and list(prompt[-size:]) == self._source_end
+        return prompt[:-size] if has_end else prompt
 
     def stream(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keys_B: jax.Array
@@ -303,7 +343,7 @@ class Generator:
             # Copies of a row come after all rows, and there are some for a single row only.
             token_B, logprob_B = (np.asarray(x)[: len(prompts)] for x in device_arrays)
             token_B = np.where(ended_B, -1, token_B)
-            ended_B |= np.isin(token_B, self._stop_ids)
+            ended_B |= np.isin(token_B, self.stop_ids)
             yield token_B, logprob_B
             if ended_B.all():
                 return
@@ -315,29 +355,45 @@ class Generator:
         continuations: list[list[int]] = [[] for _ in prompts]
         for token_B in self.stream(prompts, max_new_tokens, keys_B):
             for continuation, token in zip(continuations, token_B.tolist()):
-                if token >= 0 and token not in self._stop_ids:
+                if token >= 0 and token not in self.stop_ids:
                     continuation.append(token)
         return continuations
 
     def _prefill_prompts(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keys_B: jax.Array
     ) -> DecodeState:
-        """Pads the prompts, puts them on the devices and runs the model on them."""
+        """Puts the prompts on the devices and runs the model on them."""
+        prompts_BT, lengths_B, cache_length = self.padded(prompts, max_new_tokens)
+        with jax.set_mesh(self.mesh):
+            return self._prefill(
+                self.params,
+                prompts_BT,
+                lengths_B,
+                self.replicate(np.asarray(jax.random.key_data(keys_B))),
+                cache_length=cache_length,
+                copies=copies_of_a_row(len(prompts), self._config, self.mesh),
+            )
+
+    def padded(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[jax.Array, jax.Array, int]:
+        """Pads prompts and puts them on the devices.
+
+        Returns:
+          (ids [B, T], lengths [B], positions that a cache needs for them and the new tokens).
+        """
+        prompts = [[*self._without_end(ids), *self._source_end] for ids in prompts]
         longest = max(map(len, prompts))
-        padded_BT = np.zeros((len(prompts), bucket_length(longest, self._config)), np.int32)
+        c = self._config
+        most, new_length = c.context_length, longest + max_new_tokens
+        if self._source_length:
+            most, new_length = self._source_length, max_new_tokens
+        padded_BT = np.zeros((len(prompts), bucket_length(longest, c, most)), np.int32)
         for row, ids in zip(padded_BT, prompts):
             row[: len(ids)] = ids
         lengths_B = np.array([len(ids) for ids in prompts], np.int32)
-
-        with jax.set_mesh(self._mesh):
-            return self._prefill(
-                self._params,
-                self._replicate(padded_BT),
-                self._replicate(lengths_B),
-                self._replicate(np.asarray(jax.random.key_data(keys_B))),
-                cache_length=bucket_length(longest + max_new_tokens, self._config),
-                copies=copies_of_a_row(len(prompts), self._config, self._mesh),
-            )
+        cache_length = bucket_length(new_length, c, c.context_length)
+        return self.replicate(padded_BT), self.replicate(lengths_B), cache_length
 
     def _decode(
         self, state: DecodeState, max_new_tokens: int
@@ -347,16 +403,16 @@ class Generator:
         """
         waiting = None
         for _ in range(max_new_tokens):
-            with jax.set_mesh(self._mesh):
-                state, *arrays = self._step(self._params, state)
+            with jax.set_mesh(self.mesh):
+                state, *arrays = self._step(self.params, state)
             if waiting is not None:
                 yield waiting
             waiting = tuple(arrays)
         yield waiting
 
-    def _replicate(self, array: np.ndarray) -> jax.Array:
+    def replicate(self, array: np.ndarray) -> jax.Array:
         """The array on all devices of the mesh, those of other processes too."""
-        layout = sharding.replicated(self._mesh)
+        layout = sharding.replicated(self.mesh)
         return jax.make_array_from_callback(array.shape, layout, array.__getitem__)
 
 
@@ -384,9 +440,9 @@ def copies_of_a_row(num_rows: int, model_config, mesh: Mesh) -> int:
     return 2 if num_rows == 1 and in_bfloat16 and _is_on_cpu(mesh) else 1
 
 
-def bucket_length(length: int, model_config) -> int:
-    """The next power of two, up to the model's context: one compilation serves all lengths between
-    two of them.
+def bucket_length(length: int, model_config, most: int) -> int:
+    """The next power of two, up to `most`: one compilation serves all lengths between two of
+    them.
     """
     power_of_two = 1 << (length - 1).bit_length()
-    return min(max(power_of_two, model_config.shortest_row), model_config.context_length)
+    return min(max(power_of_two, model_config.shortest_row), most)

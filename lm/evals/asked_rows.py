@@ -1,6 +1,7 @@
 """Rows in which something is asked: they go through the model in batches of a few shapes.
 
-Letters in shapes: B rows, T tokens of a row, P places where something is asked, Q queries.
+Letters in shapes: B rows, T tokens of a row, S of its source, P places where something is asked, Q
+queries.
 """
 
 import collections
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from lm import sharding
 from lm.evals.predict import Limits
-from lm.evals.tree import MergedTree, Tree
+from lm.evals.tree import MergedTree
 
 
 def run_rows(
@@ -40,7 +41,7 @@ def run_rows(
     running = None  # the rows and the output of the batch before
     for batch_rows, shape in _batches(rows, limits, mesh):
         limits.check_stop()
-        arrays = _pack([row.tree for row in batch_rows], shape)
+        arrays = _pack(batch_rows, shape)
         output = function(params, *jax.tree.map(put_rows, arrays))
 
         # Read one batch late: the device works on this one meanwhile.
@@ -63,14 +64,15 @@ def _batches(
     """
     rows_by_length = collections.defaultdict(list)
     for row in rows:
-        rows_by_length[_padded_size(len(row.tree.tokens))].append(row)
+        source = _padded_size(len(row.source)) if len(row.source) else 0
+        rows_by_length[_padded_size(len(row.tree.tokens)), source].append(row)
 
     num_parts = sharding.batch_parts(mesh)
     # What needs most memory comes first.
-    for length, group in sorted(rows_by_length.items(), reverse=True):
+    for (length, source), group in sorted(rows_by_length.items(), reverse=True):
         # Batches of the same length are as equal as they can be, each a multiple of the parts
         # that the mesh splits a batch into.
-        most_rows = max(limits.batch_size * limits.length // length, 1)
+        most_rows = max(limits.batch_size * limits.length // max(length, source), 1)
         num_batches = _divide_up(len(group), most_rows)
         num_rows = _divide_up(_divide_up(len(group), num_batches), num_parts) * num_parts
 
@@ -79,6 +81,7 @@ def _batches(
         shape = _BatchShape(
             rows=num_rows,
             length=length,
+            source=source,
             parents=_padded_size(most_parents, 1),
             queries=_padded_size(most_queries, 1),
         )
@@ -89,6 +92,7 @@ def _batches(
 class _BatchShape(NamedTuple):
     rows: int
     length: int  # tokens of a row
+    source: int  # tokens of its source; 0: there is none
     parents: int  # tokens of a row after which something is asked for
     queries: int  # of a row
 
@@ -105,7 +109,7 @@ def _padded_size(size: int, least: int = 32) -> int:
 
 
 def _pack(
-    trees: Sequence[Tree], shape: _BatchShape
+    rows: Sequence[MergedTree], shape: _BatchShape
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Rows as the arguments of `lm.step.make_tree_logprobs` behind `params`.
 
@@ -126,7 +130,16 @@ def _pack(
     parents_BP = np.zeros((shape.rows, shape.parents), np.int32)
     parent_of_BQ = np.zeros(by_query, np.int32)
 
-    for row, tree in enumerate(trees):
+    if shape.source:
+        by_place = (shape.rows, shape.source)
+        for name in ("source", "source_positions", "source_segments"):
+            batch[name] = np.zeros(by_place, np.int32)
+
+    for row, (tree, _, source) in enumerate(rows):
+        if shape.source:
+            batch["source"][row, : len(source)] = source
+            batch["source_positions"][row, : len(source)] = np.arange(len(source))
+            batch["source_segments"][row, : len(source)] = 1
         num_tokens = len(tree.tokens)
         batch["tokens"][row, :num_tokens] = tree.tokens
         batch["positions"][row, :num_tokens] = tree.positions

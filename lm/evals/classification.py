@@ -25,8 +25,8 @@ from lm.evals.label_results import (
     results,
     score_prompts,
 )
-from lm.evals.masked_answers import AFTER, FILLS
-from lm.evals.predict import Artifact, PredictFns, Prompt, Question, ShownPrompt
+from lm.evals.masked_answers import AFTER
+from lm.evals.predict import FILLS, Artifact, PredictFns, Prompt, Question, ShownPrompt
 from lm.evals.prompt_format import ChatFormat, TextFormat
 from lm.evals.scores.label_scores import (
     AGGREGATES,
@@ -295,8 +295,8 @@ class PromptClassification:
         it (examples are answered with the first word of their label); terminator, text after each
         word that is scored with it, so that a word that begins another one can be told from it;
         boundary, see `verbalizer.tokenize_words_after`; aggregate, length_norm and weights, see
-        lm/evals/scores/label_scores.py; of masked models after, text behind the word that is given,
-        and fill, how blanks are filled, see lm/evals/masked_answers.py.
+        lm/evals/scores/label_scores.py; of models that fill blanks after, text behind the word that
+        is given, and fill, see `lm.evals.predict.FILLS`.
       label: the column of the right label, which holds its name, or its number in the order of the
         verbalizer.
       priors: which corrections to make, of PRIORS.
@@ -718,7 +718,7 @@ class QuestionTokenizer:
         self._format = format
         self._after = tokenizer.encode(verbalizer["after"])
         self._fill = verbalizer["fill"]
-        # What only a masked model can answer.
+        # What a causal model can't answer.
         self.is_blank = bool(self._after) or self._fill != "ltr"
         self._length = length - len(self._after)
         self._name = name

@@ -56,8 +56,8 @@ TASKS = {
             aggregate="sum",  # sum | mean | max | logmeanexp, of the words of a label
             length_norm="none",  # none | token | char | byte
             weights=(),  # one for each word, with aggregate="sum"
-            # of masked models: text behind the word, given | ltr | parallel | max_first, how the
-            # blanks are filled (lm/evals/masked_answers.py)
+            # of models that fill blanks: text behind the word, given | ltr | parallel | max_first |
+            # infill, how they are filled (lm.evals.predict.FILLS)
             after="",
             fill="ltr",
         ),
@@ -460,8 +460,8 @@ def held_out(
     """Makes the entry of an evaluator of lm/evals/held_out.py.
 
     Args:
-      kind: "TextLoss", of texts; "AnswerLoss", of conversations; "Preferences", of pairs and judged
-        answers.
+      kind: "TextLoss", of texts, and of sources with targets; "AnswerLoss", of conversations;
+        "Preferences", of pairs and judged answers.
       every, batch_size, split: see the top of this file.
       max_documents: how many examples, evenly out of the split; 0: all.
     """

@@ -154,7 +154,7 @@ class Samples:
         self._sampling = Sampling(temperature=temperature, top_k=top_k)
 
         self._prompt_ids: list[list[int]] = []
-        max_prompt = predict_fns.length - max_new_tokens
+        max_prompt = predict_fns.room_of_prompt(max_new_tokens)
         for prompt in prompts:
             ids = [self._tokenizer.bos_id] + self._tokenizer.encode(prompt)
             if len(ids) > max_prompt:
@@ -317,13 +317,10 @@ class TextGeneration:
         start, ids = self._format.split(ids)
         # + 1: a Generator wants room for the last token too, which a scored continuation doesn't
         # need.
-        return prompts_lib.truncate_prompt(
-            start,
-            ids,
-            self._output.max_new_tokens + 1,
-            self._predict_fns.length,
-            self._name,
-        )
+        longest, length = self._output.max_new_tokens + 1, self._predict_fns.length
+        if self._predict_fns.reads_sources:
+            longest, length = 1, self._predict_fns.prompt_length
+        return prompts_lib.truncate_prompt(start, ids, longest, length, self._name)
 
     def _no_answer_in(self, template: prompts_lib.Template) -> str:
         """The template of an example's answer with the text that there is none in all columns."""

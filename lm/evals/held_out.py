@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lm.data.pack import Encoder, UnitLayout, evaluation_rows, numbered_rows
+from lm.data import pack
+from lm.data.pack import Encoder, evaluation_rows, numbered_rows
 from lm.data.records import take
 from lm.data.sources import Documents
 from lm.data.units import Unit
@@ -17,8 +18,9 @@ from lm.evals.scores import statistics
 
 class TextLoss:
     """Yields loss (nats per target), perplexity of the targets, and the targets and texts counted:
-    what the objective makes of texts in training, such as masked tokens. What is drawn is the same
-    whenever it is asked. The perplexity is one of a text only where targets are next tokens.
+    what the objective makes of texts in training, such as masked tokens, or the targets of sources.
+    What is drawn is the same whenever it is asked. The perplexity is one of a text only where
+    targets are next tokens.
 
     Args:
       name: for messages.
@@ -30,6 +32,7 @@ class TextLoss:
 
     asks = ("target_logprobs",)
     metrics = ("loss", "perplexity")
+    examples = ("text", "seq2seq")
 
     def __init__(
         self,
@@ -43,17 +46,22 @@ class TextLoss:
         check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         chosen = list(take(documents, max_documents))
         self._predict_fns = predict_fns
-        self._rows = self._make_rows(chosen, encoder, predict_fns.length)
+        layout = pack.layout_of(documents.kind, encoder)
+        windows = self._windows(chosen, encoder, predict_fns.length)
+        self._rows = evaluation_rows(windows, predict_fns.length, layout)
         self._weights = np.stack([row["weights"] for row in self._rows])
         if not self._weights.any():
             raise ValueError(f"config.evals.{name}: nothing of it is a target")
         self.about = {"fingerprint": documents.fingerprint, "examples": len(chosen)}
 
-    def _make_rows(self, texts: Sequence, encoder: Encoder, length: int) -> list[dict]:
+    def _windows(self, texts: Sequence, encoder: Encoder, length: int) -> list[dict]:
         windows = []
         for number, text in enumerate(texts):
-            windows += encoder.windows(encoder.training(text), length, (0, 0, number))
-        return evaluation_rows(windows, length)
+            if isinstance(text, Unit):
+                windows.append(text.arrays)
+            else:
+                windows += encoder.windows(encoder.training(text), length, (0, 0, number))
+        return windows
 
     def run(self, params) -> Iterator[tuple[str, float]]:
         logprobs = self._predict_fns.target_logprobs(params, self._rows)
@@ -77,9 +85,6 @@ class AnswerLoss(TextLoss):
 
     asks = ("token_logprobs",)
     examples = ("conversation",)
-
-    def _make_rows(self, texts: Sequence[Unit], encoder: Encoder, length: int) -> list[dict]:
-        return evaluation_rows([unit.arrays for unit in texts], length, UnitLayout(1))
 
     def run(self, params) -> Iterator[tuple[str, float]]:
         logprobs = self._predict_fns.token_logprobs(params, self._rows)

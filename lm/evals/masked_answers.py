@@ -62,7 +62,7 @@ class MaskedAnswers:
         blanks = []
         of_questions = []
         for question in questions:
-            after = [*_after(question.prompt), *self._end]
+            after = [*text_after(question.prompt), *self._end]
             numbers = []
             for ids in question.continuations:
                 numbers.append(len(blanks))
@@ -84,7 +84,7 @@ class MaskedAnswers:
         """[prompts, D] f32, the state of a mask behind each prompt."""
         rows = []
         for number, prompt in enumerate(prompts):
-            ids = [*prompt.ids, self._mask_id, *_after(prompt), *self._end]
+            ids = [*prompt.ids, self._mask_id, *text_after(prompt), *self._end]
             rows.append(_row(number, ids, [(len(prompt.ids), 0)]))
         outputs = run_rows(self._mesh, self._row_states, params, rows, len(rows), limits)
         return np.concatenate(outputs)
@@ -121,7 +121,7 @@ class _Blank:
 
     def __init__(self, prompt: Sequence[int], ids: tuple[int, ...], after: list[int], fill: str):
         if fill not in FILLS:
-            raise ValueError(f"fill = {fill!r}; valid: {list(FILLS)}")
+            raise ValueError(f"fill = {fill!r}; valid of a masked model: {list(FILLS)}")
         self.ids = ids
         self.start = len(prompt)
         self._prompt, self._after, self._fill = tuple(map(int, prompt)), tuple(after), fill
@@ -165,10 +165,11 @@ class _Blank:
             self._candidates = {}
 
 
-def _after(prompt: Prompt) -> list[int]:
+def text_after(prompt: Prompt) -> list[int]:
+    """The ids behind what is asked for. Raises ValueError for other arrays of a prompt."""
     unknown = sorted(set(prompt.arrays) - {AFTER})
     if unknown:
-        raise ValueError(f"a prompt has the arrays {unknown}; a masked model reads {[AFTER]}")
+        raise ValueError(f"a prompt has the arrays {unknown}; this model reads {[AFTER]}")
     return list(map(int, prompt.arrays.get(AFTER, ())))
 
 

@@ -13,8 +13,8 @@ directory. An evaluator sees neither the model nor the trainer, only `PredictFns
   head_rows(params, ids)            f32 [ids, D]: what the head multiplies a state with for each id
   make_generator(params, sampling)  a Generator (lm/decoding/generator.py), which continues prompts
 
-A model may lack some of them. How it answers is its own matter: see lm/evals/causal_answers.py and
-lm/evals/masked_answers.py.
+A model may lack some of them. How it answers is its own matter: see lm/evals/causal_answers.py,
+lm/evals/masked_answers.py and lm/evals/source_answers.py.
 
 Rows are numpy rows of the Batch contract (lm/data/batch.py). Each goes through the model exactly
 once, whatever the batch size, the mesh and the number of hosts. Batches are filled up with padding,
@@ -96,7 +96,13 @@ class Question(NamedTuple):
 
     prompt: Prompt
     continuations: Sequence[Sequence[int]]  # ids, none empty
-    fill: str = "ltr"  # of a masked model: lm.evals.masked_answers.FILLS
+    fill: str = "ltr"  # of `FILLS`
+
+
+# How what is asked for is filled in. A masked model does it by the first three ways
+# (lm/evals/masked_answers.py), an encoder-decoder by the first and the last
+# (lm/evals/source_answers.py), a causal model by the first.
+FILLS = ("ltr", "parallel", "max_first", "infill")
 
 
 class Answer(NamedTuple):
@@ -121,7 +127,8 @@ class CompiledFns:
 
     The functions of questions and prompts are how this kind of model answers; a causal model's are
     those of `lm.evals.causal_answers.CausalAnswers`, a masked one's those of
-    `lm.evals.masked_answers.MaskedAnswers`.
+    `lm.evals.masked_answers.MaskedAnswers`, an encoder-decoder's those of
+    `lm.evals.source_answers.SourceAnswers`.
     """
 
     mesh: Mesh
@@ -130,6 +137,7 @@ class CompiledFns:
         default_factory=lambda: batch_contract.ARRAYS
     )
     reserved: int = 0  # tokens of a row that a question takes beside its own
+    source_length: int = 0  # tokens of a source, which prompts are; 0: there are none
     target_logprobs: Callable | None = None  # see lm.step.make_token_logprobs
     token_logprobs: Callable | None = None  # the same where targets are next tokens
     logprobs: Callable | None = None  # (params, questions, limits) -> [[Answer]]
@@ -179,7 +187,7 @@ class PredictFns:
     ):
         self.batch_size = batch_size
         self.length = length
-        self.prompt_length = length - compiled_fns.reserved
+        self.prompt_length = (compiled_fns.source_length or length) - compiled_fns.reserved
         self.check_stop = check_stop
         self._compiled_fns = compiled_fns
         self._limits = Limits(batch_size, length, check_stop)
@@ -188,7 +196,16 @@ class PredictFns:
     @property
     def fills_blanks(self) -> bool:
         """Whether the model is a masked one, whose answers are conditional on their length."""
-        return self._compiled_fns.infill is not None
+        return self._compiled_fns.infill is not None and not self.reads_sources
+
+    @property
+    def reads_sources(self) -> bool:
+        """Whether prompts are an encoder's, and what is asked for the decoder's."""
+        return bool(self._compiled_fns.source_length)
+
+    def room_of_prompt(self, max_new_tokens: int) -> int:
+        """Tokens of a prompt that leaves room for a continuation of so many."""
+        return self.prompt_length if self.reads_sources else self.length - max_new_tokens
 
     def require(self, names: Iterable[str], asked_by: str = "") -> None:
         """Raises ValueError where the model lacks one of these functions, by their names here.
@@ -197,7 +214,7 @@ class PredictFns:
           asked_by: who asks for them, if not the evaluator.
         """
         functions = vars(self._compiled_fns).items()
-        others = ("mesh", "arrays", "reserved")
+        others = ("mesh", "arrays", "reserved", "source_length")
         available = [n for n, value in functions if n not in others and value is not None]
         missing = [name for name in names if name not in available]
         if missing:

@@ -145,6 +145,7 @@ class MergedTree(NamedTuple):
     # of several trees: its `continuation_queries` are empty, look in the members'
     tree: Tree
     members: list[tuple[int, slice]]  # (number of a tree, its queries among the merged tree's)
+    source: Sequence[int] = ()  # ids that an encoder reads
 
 
 def alone(tree: Tree, number: int) -> MergedTree:

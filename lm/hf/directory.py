@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from lm import config as config_lib
 from lm import files
 from lm.hf import families, safetensors
 from lm.hf.families import Family, ParamSlice, Tensor
@@ -24,6 +26,9 @@ from lm.hf.families import Family, ParamSlice, Tensor
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+
+# Fields of config.model that a run keeps where a checkpoint is of another type of model.
+_KEPT_FIELDS = "param_dtype compute_dtype dropout attention_dropout remat scan_unroll".split()
 
 # Called with the bytes done so far, and with all there are.
 ProgressFn = Callable[[int, int], None]
@@ -113,6 +118,8 @@ class Checkpoint:
             self.entries[_newer_name(name, self.family)] = entry
         self._check_sizes()
         self._lacks_prefix = self._add_missing_prefix()
+        if self.family.tensors_decide:
+            self._decide_by_tensors()
 
     def _check_sizes(self) -> None:
         """Raises ValueError for sizes that these files can't have, before anything of such a size
@@ -144,6 +151,32 @@ class Checkpoint:
             entries[name if name in outside else prefix + name] = entry
         self.entries = entries
         return True
+
+    def _decide_by_tensors(self) -> None:
+        """Sets the fields that tensors say, and not config.json."""
+        table, head = _hf_names(self.family, "embed/table")[0], "lm_head.weight"
+        differs = False
+        if head in self.entries and table in self.entries:
+            tensors = self.entries[table].read(), self.entries[head].read()
+            differs = not np.array_equal(*tensors)
+        self.fields["tie_embeddings"] = not differs
+
+        biases = _hf_names(self.family, "head_bias")
+        if not any(name in self.entries for name in biases):
+            parts = self.fields["bias"].split(",")
+            self.fields["bias"] = ",".join(name for name in parts if name != "head")
+
+    def model(self, config: ConfigDict) -> ConfigDict:
+        """The config.model of this checkpoint. How it is executed and trained is as `config`, the
+        config.model of a run, has it.
+        """
+        if self.family.model == config.type:
+            changed = config.copy_and_resolve_references()
+        else:
+            changed = config_lib.model(self.family.model)
+            changed.update({name: config[name] for name in _KEPT_FIELDS if name in config})
+        changed.update(self.fields)
+        return changed
 
     def dtype(self) -> str:
         """The dtype that holds all weights exactly: bfloat16 if all of them are, else float32."""
@@ -212,7 +245,8 @@ class Checkpoint:
         "" of others.
         """
         others = self.config.get("architectures") or []
-        if not others or re.search("ForCausalLM|LMHeadModel|ForMaskedLM", str(others)):
+        ours = "ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|MTModel"
+        if not others or re.search(ours, str(others)):
             return ""
         return (
             f". config.json says architectures = {others}, and this reads "
@@ -296,7 +330,7 @@ class Checkpoint:
     def _read_slice(self, param_slice: ParamSlice, shape: tuple[int, ...]) -> np.ndarray:
         tensor = self.entries[param_slice.hf_name].read()
         row = param_slice.row
-        kv_heads, first_output = self.fields["num_kv_heads"], self._first_outputs[row.path]
+        kv_heads, first_output = num_kv_heads(self.fields), self._first_outputs[row.path]
         return to_param(row, tensor, shape, kv_heads, first_output)
 
 
@@ -464,6 +498,11 @@ def _listed(names: Sequence[str]) -> str:
 # --- tensors of the files and our parameters ---
 
 
+def num_kv_heads(fields: Mapping[str, Any]) -> int:
+    """That of a model with these fields."""
+    return fields.get("num_kv_heads", fields["num_heads"])
+
+
 def _output_axis(row: Tensor, num_dims: int) -> int:
     """The dim of a tensor in the files that fused parts lie along."""
     return num_dims - 1 if row.layout == "conv1d" else 0
@@ -471,7 +510,7 @@ def _output_axis(row: Tensor, num_dims: int) -> int:
 
 def _num_outputs(row: Tensor, shape: Sequence[int]) -> int:
     """How much of a tensor's `out` a parameter (of one layer) has."""
-    num_inputs = 0 if row.layout == "vector" else row.num_inputs
+    num_inputs = 0 if row.layout in ("vector", "row") else row.num_inputs
     return math.prod(shape[num_inputs:])
 
 
@@ -480,11 +519,10 @@ def first_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict
     starts = {}
     ends: dict[str, int] = collections.defaultdict(int)
     # Parts are in order in a table.
-    for row in family.tensors:
-        if row.path in shapes:
-            shape = shapes[row.path][row.hf_name.count("{") :]
-            starts[row.path] = ends[row.hf_name]
-            ends[row.hf_name] += _num_outputs(row, shape)
+    for row in families.rows_of(family, shapes):
+        shape = shapes[row.path][row.hf_name.count("{") :]
+        starts[row.path] = ends[row.hf_name]
+        ends[row.hf_name] += _num_outputs(row, shape)
     return starts
 
 
@@ -544,6 +582,8 @@ def _in_hf_layout(row: Tensor, array: np.ndarray) -> np.ndarray:
         return array
     if row.layout == "vector":
         return array.reshape(-1)
+    if row.layout == "row":
+        return array.reshape(1, -1)
 
     # Ours have a dim each for heads and their size, [D, N, H] or [N, H, D]; theirs are matrices.
     num_inputs = math.prod(array.shape[: row.num_inputs])
@@ -566,6 +606,8 @@ def _hf_shapes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             hf_shapes[name] = tuple(shape)
         elif row.layout == "vector":
             hf_shapes[name] = (num_outputs,)
+        elif row.layout == "row":
+            hf_shapes[name] = (1, num_outputs)
         elif row.layout == "conv1d":
             hf_shapes[name] = (num_inputs, num_outputs)
         else:
@@ -660,7 +702,7 @@ def save(
     config |= {"torch_dtype": "bfloat16" if has_bfloat16 else "float32"}
 
     shards = _split_into_files(specs, shard_bytes)
-    makers = hf_tensors(family, params, fields["num_kv_heads"])
+    makers = hf_tensors(family, params, num_kv_heads(fields))
     _write(directory, config, shards, specs, makers, progress)
 
 
@@ -710,13 +752,15 @@ def save_as(
     config, recorded = _check_record(original)
     family = families.family_of_config(config)
     original_fields = families.read_config(config, original.get("ignored", ()))
+    if family.tensors_decide:
+        original_fields |= {name: fields[name] for name in ("tie_embeddings", "bias")}
     changed = [name for name, value in original_fields.items() if value != fields[name]]
     if changed:
         changes = [f"{name} = {fields[name]!r}, was {original_fields[name]!r}" for name in changed]
         raise ValueError(f"the model was changed since it was imported: {', '.join(changes)}")
 
     shapes = _hf_shapes(family, _shapes(_flatten(params)))
-    makers = hf_tensors(family, params, fields["num_kv_heads"])
+    makers = hf_tensors(family, params, num_kv_heads(fields))
 
     # Some checkpoints store a tied head all the same.
     table = _hf_names(family, "embed/table")[0]

@@ -1,9 +1,8 @@
 """The model families of Hugging Face checkpoints: one table each, read both ways.
 
-A family's table says which key of config.json is which field of `lm.models.transformer.Config`, and
-which tensor of the files is which of our parameters. `hf_name` is always Hugging Face's name, for a
-key or for a tensor; `field` and `path` are our names. Hugging Face's names appear in this folder
-only.
+A family's table says which key of config.json is which field of our model's Config, and which
+tensor of the files is which of our parameters. `hf_name` is always Hugging Face's name, for a key
+or for a tensor; `field` and `path` are our names. Hugging Face's names appear in this folder only.
 
 To add a family, write its `Family` below: `read_config` and `write_config`, import and export all
 follow from it.
@@ -23,7 +22,8 @@ REQUIRED = object()
 
 
 class Key(NamedTuple):
-    """A key of config.json, and the field of our Config that it sets.
+    """A key of config.json, and the field of our Config that it sets. Of several keys of one name
+    the first is written.
 
     A key that is missing and one that is null are two things: transformers' class has a default for
     the first, and what it makes of the second, if anything, is another matter. Both are in Hugging
@@ -58,27 +58,32 @@ class Tensor(NamedTuple):
     """A tensor of the files, or a part of one, and the parameter that it holds.
 
     A path under "layers/" is a stack of all layers' parameters, and under "layers/mlp/" of all
-    experts' too where there are some: each layer (and expert) has a tensor of its own.
+    experts' too where there are some: each layer (and expert) has a tensor of its own. So is one
+    under "encoder_layers/".
     """
 
     path: str
     hf_name: str  # with {i} for the layer and {e} for the expert
-    layout: str  # vector | table (as ours) | linear ([out, in]) | conv1d ([in, out])
+    # vector | row ([1, n], of a vector) | table (as ours) | linear ([out, in]) | conv1d ([in, out])
+    layout: str
     num_inputs: int = 1  # how many leading dims of our parameter are `in`
     part: tuple[int, int] = (0, 1)  # (which, of how many) parts along `out`
     # Each kv head's rows stand together: its queries, its key, its value.
     by_kv_head: bool = False
+    gated: bool | None = None  # of models with a gated MLP alone, or of those without
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model type of Hugging Face's that our Transformer can be."""
+    """A model type of Hugging Face's that one of our models can be."""
 
     name: str  # model_type
     architecture: str  # the class in transformers
     keys: tuple[Key, ...]
     tensors: tuple[Tensor, ...]
     constants: Mapping[str, Any]  # fields that are the same in all models of the family
+
+    model: str = config_lib.MODEL  # config.model.type
 
     # Biases, by the names of Config.bias: those that all models have, and those that a key turns on
     # (hf_name, its default, the parts that get a bias).
@@ -91,6 +96,10 @@ class Family:
     ignored_keys: tuple[str, ...] = ()
     # Other name -> hf_name. Where config.json has both, the other name's value counts.
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Key -> the key whose value it has in all models that ours can be.
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Whether the head is the embedding, and whether logits have a bias, is for the tensors to say.
+    tensors_decide: bool = False
 
     rope: Rope | None = None  # None: the family has learned positions
     # Where config.json doesn't say; 0: no window. None: the family has no sliding_window.
@@ -154,6 +163,14 @@ _LLAMA3_SCALING = (
     "original_max_position_embeddings",
 )
 _CONFIG_FIELDS = {field.name: field for field in dataclasses.fields(config_lib.ModelFields)}
+
+
+def _config_fields(family: Family) -> dict[str, dataclasses.Field]:
+    """The fields of a family's Config, by name."""
+    fields = dataclasses.fields(config_lib.MODELS[family.model])
+    return {field.name: field for field in fields}
+
+
 # Fields of a model with learned positions, which doesn't use them.
 _NO_ROPE = dict(rope_theta=10000.0, rope_fraction=1.0, rope_scaling=(), rope_interleaved=False)
 # Fields of a model that continues texts.
@@ -208,11 +225,11 @@ def _replaced(keys: Sequence[Key], *new: Key) -> tuple[Key, ...]:
     return (*others, *new)
 
 
-def _in_layers(hf_prefix: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _in_layers(hf_prefix: str, *tensors: Tensor, stack: str = "layers") -> tuple[Tensor, ...]:
     """The tensors of every layer, from those of one."""
     stacks = []
     for tensor in tensors:
-        path = f"layers/{tensor.path}"
+        path = f"{stack}/{tensor.path}"
         hf_name = f"{hf_prefix}.{{i}}.{tensor.hf_name}"
         stacks.append(tensor._replace(path=path, hf_name=hf_name))
     return tuple(stacks)
@@ -847,11 +864,186 @@ _ROBERTA = Family(  # positions begin behind that of padding; the head has this 
     body_prefix="roberta.", buffer_pattern=_BERT_BUFFERS,
 )
 
+
+# --- encoder-decoders ---
+
+
+def _tied(fields):
+    return fields["tie_embeddings"]
+
+
+def _as_many_as_encoder_layers(fields):
+    return fields["encoder_layers"]
+
+
+def _t5_layer(stack: str, hf_prefix: str, *sublayers: str) -> tuple[Tensor, ...]:
+    """The tensors of T5's layers, by the names of its sublayers."""
+    tensors = []
+    for number, name in enumerate(sublayers):
+        block = f"layer.{number}"
+        norm = dict(SelfAttention="attention_norm", EncDecAttention="source_norm").get(name)
+        tensors += _norm(norm or "mlp_norm", f"{block}.layer_norm")
+        if norm:
+            path = "attention" if name == "SelfAttention" else "source_attention"
+            for part, letter in zip(("query", "key", "value"), "qkv"):
+                tensors += _linear(f"{path}/{part}", f"{block}.{name}.{letter}")
+            tensors += _linear(f"{path}/out", f"{block}.{name}.o", 2)
+
+    mlp = f"layer.{len(sublayers) - 1}.DenseReluDense"
+    tensors += [
+        Tensor("mlp/up", f"{mlp}.wi.weight", "linear", gated=False),
+        Tensor("mlp/gate", f"{mlp}.wi_0.weight", "linear", gated=True),
+        Tensor("mlp/up", f"{mlp}.wi_1.weight", "linear", gated=True),
+        Tensor("mlp/down", f"{mlp}.wo.weight", "linear"),
+    ]
+    return _in_layers(hf_prefix, *tensors, stack=stack)
+
+
+_ENCDEC = "lm.models.encdec"
+_T5_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+_T5 = Family(  # v1.0, v1.1 and FLAN
+    "t5", "T5ForConditionalGeneration",
+    (
+        Key("vocab_size", "vocab_size", 32128),
+        Key("encoder_layers", "num_layers", 6),
+        Key("num_layers", "num_decoder_layers", _as_many_as_encoder_layers,
+            null=_as_many_as_encoder_layers),
+        Key("embed_dim", "d_model", 512),
+        Key("head_dim", "d_kv", 64),
+        Key("mlp_dim", "d_ff", 2048),
+        Key("num_heads", "num_heads", 8),
+        Key("norm_eps", "layer_norm_epsilon", 1e-6),
+        Key("relative_buckets", "relative_attention_num_buckets", 32),
+        Key("relative_distance", "relative_attention_max_distance", 128),
+        Key("activation", "feed_forward_proj", "relu",
+            values={"relu": "relu", "gated-gelu": "gelu_tanh", "gated-silu": "silu"}),
+        Key("gated_mlp", "feed_forward_proj", "relu",
+            values={"relu": False, "gated-gelu": True, "gated-silu": True}),
+        Key("tie_embeddings", "tie_word_embeddings", True),
+        # transformers 5 writes it; before, logits were scaled where the head is the embedding.
+        Key("head_scale", "scale_decoder_outputs", _tied),
+        Key("start_id", "decoder_start_token_id", 0, null=0),
+        # It has no longest text; this is what it was trained on.
+        Key("context_length", "n_positions", 512),
+        Key("source_length", "n_positions", 512),
+    ),
+    (
+        Tensor("embed/table", "shared.weight", "table"),
+        Tensor("head/table", "lm_head.weight", "table"),
+        *_norm("encoder_norm", "encoder.final_layer_norm"),
+        *_norm("norm", "decoder.final_layer_norm"),
+        Tensor("encoder_relative/table", f"encoder.block.0.{_T5_BIAS}", "table"),
+        Tensor("relative/table", f"decoder.block.0.{_T5_BIAS}", "table"),
+        *_t5_layer("encoder_layers", "encoder.block", "SelfAttention", "DenseReluDense"),
+        *_t5_layer(
+            "layers", "decoder.block", "SelfAttention", "EncDecAttention", "DenseReluDense"
+        ),
+    ),
+    dict(
+        norm="rmsnorm", residual="pre_norm", positions="relative", position_offset=0,
+        scale_scores=False, embed_scale=False, embed_norm=False,
+    ),
+    model=_ENCDEC, tensors_decide=True, supported_values=dict(is_decoder=(False,)),
+    ignored_keys=(
+        "dense_act_fn", "is_gated_act", "dropout_rate", "initializer_factor", "output_past",
+        "eos_token_ids",
+    ),
+    buffer_pattern=r"^(encoder|decoder)\.embed_tokens\.weight$",
+)
+
+
+def _bart_tensors(embed_norm: bool) -> tuple[Tensor, ...]:
+    """BART's tensors; Marian has no norm of the embedding's output, and no positions."""
+    tensors = [
+        Tensor("embed/table", "model.shared.weight", "table"),
+        Tensor("head/table", "lm_head.weight", "table"),
+        Tensor("head_bias", "final_logits_bias", "row"),
+    ]
+    for prefix, side in (("encoder_", "encoder"), ("", "decoder")):
+        if embed_norm:
+            path = f"{prefix}position_embed/table"
+            tensors.append(Tensor(path, f"model.{side}.embed_positions.weight", "table"))
+            tensors += _norm(f"{prefix}embed_norm", f"model.{side}.layernorm_embedding")
+        layer = [
+            *_SEPARATE_QKV,
+            *_linear("attention/out", "self_attn.out_proj", 2),
+            *_norm("attention_norm", "self_attn_layer_norm"),
+            *_linear("mlp/up", "fc1"),
+            *_linear("mlp/down", "fc2"),
+            *_norm("mlp_norm", "final_layer_norm"),
+        ]
+        if side == "decoder":
+            for part, name in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
+                num_inputs = 2 if part == "out" else 1
+                path = f"source_attention/{part}"
+                layer += _linear(path, f"encoder_attn.{name}_proj", num_inputs)
+            layer += _norm("source_norm", "encoder_attn_layer_norm")
+        tensors += _in_layers(f"model.{side}.layers", *layer, stack=f"{prefix}layers")
+    return tuple(tensors)
+
+
+_BART_KEYS = (
+    Key("vocab_size", "vocab_size", 50265),
+    Key("encoder_layers", "encoder_layers", 12),
+    Key("num_layers", "decoder_layers", 12),
+    Key("embed_dim", "d_model", 1024),
+    Key("num_heads", "encoder_attention_heads", 16),
+    Key("head_dim", "", _even_head_dim),
+    Key("mlp_dim", "encoder_ffn_dim", 4096),
+    Key("context_length", "max_position_embeddings", 1024),
+    Key("source_length", "max_position_embeddings", 1024),
+    Key("activation", "activation_function", "gelu", values=ACTIVATIONS),
+    Key("embed_scale", "scale_embedding", False),
+    Key("tie_embeddings", "tie_word_embeddings", True),
+    Key("start_id", "decoder_start_token_id", 2),
+)
+_BART_CONSTANTS = dict(
+    norm="layernorm", norm_eps=1e-5, residual="post_norm", gated_mlp=False, positions="learned",
+    position_offset=2, embed_norm=True, scale_scores=True, head_scale=False,
+    relative_buckets=32, relative_distance=128,
+)
+_BART = Family(
+    "bart", "BartForConditionalGeneration",
+    _BART_KEYS, _bart_tensors(embed_norm=True), _BART_CONSTANTS,
+    model=_ENCDEC, tensors_decide=True, biases=_BERT_BIASES,
+    copies=dict(
+        decoder_attention_heads="encoder_attention_heads", decoder_ffn_dim="encoder_ffn_dim"
+    ),
+    supported_values=dict(
+        normalize_before=(False,), add_final_layer_norm=(False,), normalize_embedding=(True,),
+        static_position_embeddings=(False,), is_decoder=(False,), add_bias_logits=(False,),
+    ),
+    ignored_keys=(
+        "classif_dropout", "encoder_layerdrop", "decoder_layerdrop", "extra_pos_embeddings",
+        "num_hidden_layers", "force_bos_token_to_be_generated", "output_past",
+    ),
+    body_prefix="model.", buffer_pattern=r"\.(en|de)coder\.embed_tokens\.weight$",
+)
+_MARIAN = Family(
+    "marian", "MarianMTModel",
+    _replaced(
+        _BART_KEYS,
+        Key("vocab_size", "vocab_size", 58101),
+        Key("start_id", "decoder_start_token_id", 58100),
+    ),
+    _bart_tensors(embed_norm=False),
+    _BART_CONSTANTS | dict(positions="sinusoids_halves", position_offset=0, embed_norm=False),
+    model=_ENCDEC, tensors_decide=True, biases=_BERT_BIASES,
+    copies=_BART.copies | dict(decoder_vocab_size="vocab_size"),
+    supported_values=dict(
+        normalize_before=(False,), add_final_layer_norm=(False,), normalize_embedding=(False,),
+        static_position_embeddings=(True,), is_decoder=(False,), add_bias_logits=(False,),
+        share_encoder_decoder_embeddings=(True,),
+    ),
+    ignored_keys=_BART.ignored_keys,
+    body_prefix="model.", buffer_pattern=r"\.(en|de)coder\.embed_(tokens|positions)\.weight$",
+)
+
 # In this order: a model that several families have is written as the first of them.
 _IN_ORDER = (
     _GPT2, _OPENAI_GPT, _OPT, _GPT_NEOX, _LLAMA, _MISTRAL, _MIXTRAL, _QWEN2, _QWEN3, _QWEN2_MOE,
     _QWEN3_MOE, _ARCEE, _STABLELM, _GLM, _PHI3, _STARCODER2, _ERNIE4_5, _HELIUM, _SEED_OSS, _JAIS2,
-    _INTERNLM3, _IQUESTCODER, _GPT_BIGCODE, _BERT, _ROBERTA,
+    _INTERNLM3, _IQUESTCODER, _GPT_BIGCODE, _BERT, _ROBERTA, _T5, _BART, _MARIAN,
 )
 # fmt: on
 FAMILIES = {family.name: family for family in _IN_ORDER}
@@ -909,7 +1101,7 @@ def scorer(family: Family) -> Family:
 
 
 def read_config(config: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields of `lm.models.transformer.Config`, but for those of execution, of a config.json.
+    """The fields of a family's Config, but for those of execution, of a config.json.
 
     What its keys mean together, and which of several counts, is as in transformers.
 
@@ -930,9 +1122,13 @@ def read_config(config: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[
         if alias in config:
             config[hf_name] = config.pop(alias)
 
-    fields = _DECODER | dict(family.constants)
+    is_transformer = family.model == config_lib.MODEL
+    fields = (_DECODER if is_transformer else {}) | dict(family.constants)
     for key in family.keys:
         fields[key.field] = _read_key(family, key, config, fields)
+    for name, original in family.copies.items():
+        if config.get(name) is not None and config[name] != config.get(original, config[name]):
+            raise _unsupported(family, name, config[name], f"the value of {original}")
     _check_sizes(family, fields)
 
     # Config has 0 where the embedding needs no projection.
@@ -940,8 +1136,9 @@ def read_config(config: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[
         fields["table_dim"] = 0
 
     fields["bias"] = _read_biases(family, config)
-    fields |= _NO_ROPE if family.rope is None else _read_rope(family, config, fields)
-    fields["window"] = _read_window(family, config, fields["num_layers"])
+    if is_transformer:
+        fields |= _NO_ROPE if family.rope is None else _read_rope(family, config, fields)
+        fields["window"] = _read_window(family, config, fields["num_layers"])
 
     # Whatever is left over may change the logits in a way that the fields don't say.
     for name, values in (_SUPPORTED_VALUES | family.supported_values).items():
@@ -1000,7 +1197,7 @@ def _read_key(family: Family, key: Key, config: Mapping[str, Any], fields: Mappi
             raise _unsupported(family, key.hf_name, value, list(key.values))
         value = _our_value(key.values[value], fields)
 
-    if wanted := config_lib.wanted(_CONFIG_FIELDS[key.field], value):
+    if wanted := config_lib.wanted(_config_fields(family)[key.field], value):
         raise ValueError(f"config.json: {key.hf_name} = {value!r}; {wanted}")
     if key.field == "num_experts" and value < 1:
         raise _unsupported(family, key.hf_name, value, "1 and more")
@@ -1021,11 +1218,11 @@ def _check_sizes(family: Family, fields: Mapping[str, Any]) -> None:
     def said(field: str) -> str:
         return f"{names.get(field) or field} = {fields[field]}"
 
-    if fields["num_heads"] % fields["num_kv_heads"]:
+    if fields["num_heads"] % fields.get("num_kv_heads", 1):
         raise ValueError(
             f"config.json: {said('num_heads')} must be a multiple of {said('num_kv_heads')}"
         )
-    if fields["num_experts"] and fields["experts_per_token"] > fields["num_experts"]:
+    if fields.get("num_experts") and fields["experts_per_token"] > fields["num_experts"]:
         raise ValueError(
             f"config.json: {said('experts_per_token')} must be at most {said('num_experts')}"
         )
@@ -1308,7 +1505,7 @@ def _check_all_known(family: Family, config: Mapping[str, Any]) -> None:
     """Raises ValueError for a key that nothing here reads, and that says something: it might change
     the logits.
     """
-    known = {key.hf_name for key in family.keys}
+    known = {key.hf_name for key in family.keys} | set(family.copies)
     known |= {name for name, _, _ in family.bias_flags}
     known |= set(family.supported_values) | set(_SUPPORTED_VALUES)
     known |= set(family.ignored_keys) | _IGNORED_KEYS | {"layer_types", "quantization_config"}
@@ -1342,12 +1539,17 @@ def write_config(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the family has no such model.
     """
+    of_family = {key.field for key in family.keys} | set(family.constants)
+    if not of_family <= fields.keys():
+        raise ValueError(f"no {family.name} is a model of this type")
     has_experts = any(key.field == "num_experts" for key in family.keys)
     if has_experts and not fields["num_experts"]:
         raise ValueError(f"no {family.name} has num_experts = 0")
 
     config: dict[str, Any] = {"model_type": family.name, "architectures": [family.architecture]}
     config |= _write_keys(family, fields)
+    for name, original in family.copies.items():
+        config[name] = config[original]
     # A key that turns on biases of several parts is set if all of them have one.
     for name, _, parts in family.bias_flags:
         config[name] = set(parts) <= set(fields["bias"].split(","))
@@ -1371,7 +1573,7 @@ def _write_keys(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
         if key.field == "table_dim":
             value = value or fields["embed_dim"]
 
-        if not key.hf_name:
+        if not key.hf_name or key.hf_name in config:
             continue
         if key.values is None:
             config[key.hf_name] = value + key.more if key.more else value
@@ -1441,15 +1643,18 @@ def _check_reads_back(family: Family, config: Mapping[str, Any], fields: Mapping
     """Raises ValueError unless `read_config` makes these fields of a config.json."""
     read = read_config(config)
 
-    # Fields that the model doesn't use may be anything.
-    if family.rope is None:
-        read |= {name: fields[name] for name in _NO_ROPE}
-    if not fields["num_experts"] and not read["num_experts"]:
-        read |= {name: fields[name] for name in _DENSE}
+    if family.model == config_lib.MODEL:
+        # Fields that the model doesn't use may be anything.
+        if family.rope is None:
+            read |= {name: fields[name] for name in _NO_ROPE}
+        if not fields["num_experts"] and not read["num_experts"]:
+            read |= {name: fields[name] for name in _DENSE}
 
-    # What a scaling reaches changes no logits.
-    if fields["rope_scaling"]:
-        read["context_length"] = fields["context_length"]
+        # What a scaling reaches changes no logits.
+        if fields["rope_scaling"]:
+            read["context_length"] = fields["context_length"]
+    elif family.tensors_decide and "head" not in fields["bias"].split(","):
+        read["bias"] = ",".join(name for name in read["bias"].split(",") if name != "head")
 
     wrong = [name for name in read if _comparable(read[name]) != _comparable(fields[name])]
     if wrong:
@@ -1484,11 +1689,7 @@ def param_slices(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[
       shapes: path -> shape of the parameters.
     """
     slices = []
-    for row in family.tensors:
-        # A table has rows for all models of its family: with biases and without, tied and not.
-        if row.path not in shapes:
-            continue
-
+    for row in rows_of(family, shapes):
         # {i} and {e} are the leading dims of the stack.
         stack_shape = shapes[row.path][: row.hf_name.count("{")]
         for index in itertools.product(*map(range, stack_shape)):
@@ -1498,6 +1699,18 @@ def param_slices(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[
     missing = set(shapes) - {param_slice.row.path for param_slice in slices}
     assert not missing, f"the table of {family.name} has no {sorted(missing)}"
     return sorted(slices, key=_layer_order)
+
+
+def rows_of(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """The rows of a family's table that are of a model with these parameters. It has rows for all
+    models of the family: with biases and without, tied and not.
+    """
+    is_gated = any(path.endswith("mlp/gate") for path in shapes)
+    rows = []
+    for row in family.tensors:
+        if row.path in shapes and row.gated in (None, is_gated):
+            rows.append(row)
+    return rows
 
 
 def _layer_order(param_slice: ParamSlice) -> tuple[bool, list]:

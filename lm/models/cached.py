@@ -3,6 +3,7 @@
 Letters: B batch (rows), T length of the padded prompts, D embed.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,12 @@ class CachedDecoding:
         output = self(prompts_BT, positions_BT, segments_BT, cache=cache)
         last_BD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         return Decoded(last_BD, output.cache, lengths_B)
+
+    def take_rows(self, cache, rows_B: jax.Array):
+        """The cache of these rows, in this order; a row may come several times."""
+        # A stack of layers is one array for all of them.
+        axis = 0 if isinstance(cache, list) else 1
+        return jax.tree.map(functools.partial(jnp.take, indices=rows_B, axis=axis), cache)
 
     def decode_step(self, token_B: jax.Array, position_B: jax.Array, cache) -> Decoded:
         """Reads one token a row, of these positions."""

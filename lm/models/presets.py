@@ -68,6 +68,41 @@ _BERT = dict(
     vocab_size=30522,
 )
 _ROBERTA = _BERT | dict(norm_eps=1e-5, token_types=1, position_offset=2, vocab_size=50265)
+_T5_1_0 = dict(
+    type="lm.models.encdec",
+    context_length=512,
+    source_length=512,
+    head_dim=64,
+    norm="rmsnorm",
+    norm_eps=1e-6,
+    activation="relu",
+    positions="relative",
+    relative_buckets=32,
+    relative_distance=128,
+    scale_scores=False,
+    head_scale=True,
+    tie_embeddings=True,
+    dropout=0.1,
+    attention_dropout=0.1,
+    vocab_size=32128,
+)
+_T5_1_1 = _T5_1_0 | dict(
+    activation="gelu_tanh", gated_mlp=True, head_scale=False, tie_embeddings=False
+)
+_TRANSFORMER_2017 = dict(
+    type="lm.models.encdec",
+    context_length=1024,
+    source_length=1024,
+    norm="layernorm",
+    norm_eps=1e-6,
+    residual="post_norm",
+    activation="relu",
+    positions="sinusoids",
+    embed_scale=True,
+    bias="qkv,out,mlp,norm",
+    tie_embeddings=True,
+    vocab_size=37000,
+)
 _QWEN3_MOE = _LLAMA2 | dict(
     context_length=32768,
     norm_eps=1e-6,
@@ -105,6 +140,12 @@ def _sized(
     )
 
 
+def _encdec(family, num_layers, embed_dim, num_heads, mlp_dim, **changes):
+    sizes = dict(num_layers=num_layers, encoder_layers=num_layers, embed_dim=embed_dim)
+    sizes |= dict(num_heads=num_heads, mlp_dim=mlp_dim)
+    return dict(head_dim=embed_dim // num_heads) | family | sizes | changes
+
+
 _LSTM = dict(type="lm.models.recurrent", cell="lstm")
 
 
@@ -131,6 +172,26 @@ PRESETS = {
     "awd_lstm": _LSTM | dict(
         vocab_size=33278, num_layers=3, embed_dim=400, hidden_dim=1150, dropout=0.4, head_bias=True
     ),
+    # Encoder-decoders: T5 as it was published (Raffel et al. 2020, section 3.7; 3B and 11B have
+    # heads of 128, and far more of them than fill the residual stream), v1.1 with gated MLPs and a
+    # head of its own (of the released code; FLAN-T5 has its sizes), and the Transformer (Vaswani et
+    # al. 2017, table 3).
+    "t5_small": _encdec(_T5_1_0, 6, 512, 8, 2048),
+    "t5_base": _encdec(_T5_1_0, 12, 768, 12, 3072),
+    "t5_large": _encdec(_T5_1_0, 24, 1024, 16, 4096),
+    "t5_3b": _encdec(_T5_1_0, 24, 1024, 32, 16384, head_dim=128),
+    "t5_11b": _encdec(_T5_1_0, 24, 1024, 128, 65536, head_dim=128),
+    "t5_v1_1_small": _encdec(_T5_1_1, 8, 512, 6, 1024),
+    "t5_v1_1_base": _encdec(_T5_1_1, 12, 768, 12, 2048),
+    "t5_v1_1_large": _encdec(_T5_1_1, 24, 1024, 16, 2816),
+    "t5_v1_1_xl": _encdec(_T5_1_1, 24, 2048, 32, 5120),
+    "t5_v1_1_xxl": _encdec(_T5_1_1, 24, 4096, 64, 10240),
+    "t5_mini": _encdec(
+        _T5_1_1, 3, 192, 3, 384, vocab_size=2048, context_length=256, source_length=256,
+        dropout=0.0, attention_dropout=0.0,
+    ),
+    "transformer_base": _encdec(_TRANSFORMER_2017, 6, 512, 8, 2048, dropout=0.1),
+    "transformer_big": _encdec(_TRANSFORMER_2017, 6, 1024, 16, 4096, dropout=0.3),
     # GPT-2 (Radford et al. 2019, table 2).
     "gpt2": _sized(_GPT2, 12, 768, 12),
     "gpt2_medium": _sized(_GPT2, 24, 1024, 16),

@@ -5,6 +5,7 @@ Letters: B batch, T length, D embed, F mlp, N heads, K kv heads, H head size, V 
 """
 
 import dataclasses
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -111,13 +112,13 @@ class Config(config_lib.ModelFields):
     """
 
     def __post_init__(self):
-        config_lib.check_model(dataclasses.asdict(self), "config.model")
+        config_lib.check_model(dataclasses.asdict(self), "config.model", config_lib.MODEL)
         if not self.vocab_size or not self.compute_dtype:
             raise ValueError(
                 f"config.model.vocab_size = {self.vocab_size}, compute_dtype = "
                 f"{self.compute_dtype!r}: a model of its own needs both"
             )
-        self._check_biases()
+        check_biases(self.bias)
         masks.static_kind(VISIBLE[self.visible], self.window)
         self._check_heads()
         self._check_experts()
@@ -130,14 +131,6 @@ class Config(config_lib.ModelFields):
                 f"config.model.attention = 'xla'; {self.attention!r} never has the probabilities"
             )
         remat_policy(self.remat)
-
-    def _check_biases(self) -> None:
-        unknown = [name for name in self.biases if name not in BIASES]
-        if unknown:
-            raise ValueError(
-                f"config.model.bias = {self.bias!r}: {unknown}; valid: names of {list(BIASES)} "
-                'with commas between them, or ""'
-            )
 
     def _check_heads(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -187,6 +180,8 @@ class Config(config_lib.ModelFields):
                 f"take {in_experts} out"
             )
 
+    scale_scores = True  # attention's, by the heads' size
+
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ValueError if the mesh can't hold the model."""
         check_heads(mesh, self.num_heads)
@@ -205,7 +200,22 @@ class Config(config_lib.ModelFields):
 
     @property
     def biases(self) -> tuple[str, ...]:
-        return tuple(name for name in self.bias.split(",") if name)
+        return parse_biases(self.bias)
+
+
+def parse_biases(bias: str) -> tuple[str, ...]:
+    """The names of config.model.bias."""
+    return tuple(name for name in bias.split(",") if name)
+
+
+def check_biases(bias: str) -> None:
+    """Raises ValueError for a config.model.bias with other names than `BIASES`."""
+    unknown = [name for name in parse_biases(bias) if name not in BIASES]
+    if unknown:
+        raise ValueError(
+            f"config.model.bias = {bias!r}: {unknown}; valid: names of {list(BIASES)} with commas "
+            'between them, or ""'
+        )
 
 
 def flops_per_token(
@@ -317,7 +327,7 @@ class Block(nnx.Module):
         """Returns (x_BTD, cache, aux). The arguments are those of `Attention` and `MoE`; aux has
         `SQUARES` besides that of `MoE`.
         """
-        probs_keys, attention_keys, mlp_keys = _keys_of_sites(keys_B, 3)
+        probs_keys, attention_keys, mlp_keys = keys_of_sites(keys_B, 3)
 
         def attend(x_BTD):
             attended_BTD, new_cache = self.attention(
@@ -333,20 +343,20 @@ class Block(nnx.Module):
         # sum is normalized.
         if self.residual == "post_norm":
             attended_BTD, cache = attend(x_BTD)
-            x_BTD = _stream(self.attention_norm(x_BTD + attended_BTD))
+            x_BTD = stream(self.attention_norm(x_BTD + attended_BTD))
             out_BTD, aux = mlp(x_BTD)
-            x_BTD = _stream(self.mlp_norm(x_BTD + out_BTD))
+            x_BTD = stream(self.mlp_norm(x_BTD + out_BTD))
         # As in GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745, section 2.1): attention and MLP
         # read the same input.
         elif self.residual == "parallel":
             attended_BTD, cache = attend(self.attention_norm(x_BTD))
             out_BTD, aux = mlp(self.mlp_norm(x_BTD))
-            x_BTD = _stream(x_BTD + attended_BTD + out_BTD)
+            x_BTD = stream(x_BTD + attended_BTD + out_BTD)
         else:
             attended_BTD, cache = attend(self.attention_norm(x_BTD))
-            x_BTD = _stream(x_BTD + attended_BTD)
+            x_BTD = stream(x_BTD + attended_BTD)
             out_BTD, aux = mlp(self.mlp_norm(x_BTD))
-            x_BTD = _stream(x_BTD + out_BTD)
+            x_BTD = stream(x_BTD + out_BTD)
 
         activations = dict(attention=attended_BTD, mlp=out_BTD, residual=x_BTD)
         return x_BTD, cache, aux | {SQUARES: watch.squares(valid_BT, activations)}
@@ -357,17 +367,95 @@ class Block(nnx.Module):
         return self.mlp(x_BTD), {}
 
 
-def _keys_of_sites(keys_B: jax.Array | None, number: int) -> list[jax.Array | None]:
-    """For each of so many sites of dropout a key for each row."""
+def keys_of_sites(keys_B: jax.Array | None, number: int) -> list[jax.Array | None]:
+    """A key for each row, for each of so many sites of dropout."""
     if keys_B is None:
         return [None] * number
     keys_BN = fold_in_each(keys_B, jnp.arange(number))
     return [keys_BN[:, i] for i in range(number)]
 
 
-def _stream(x_BTD: jax.Array) -> jax.Array:
-    """Constrains the residual stream to its layout."""
+def stream(x_BTD: jax.Array) -> jax.Array:
+    """The residual stream, constrained to its layout."""
     return constrain(x_BTD, "batch", "length", "act_embed")
+
+
+def make_mask(
+    config, positions_BT, segments_BT, visible: Visible, *, num_slots: int = 0, decode: bool = False
+) -> Mask:
+    """What each query may attend to, of whole rows.
+
+    Args:
+      num_slots: of the cache; 0: there is none.
+      decode: the queries attend to the cache.
+    """
+    c = config
+    segments_BT = gather_sequence(segments_BT)
+    slots_BT = None
+    if num_slots:
+        slots_BT = masks.cache_slots(positions_BT, segments_BT, num_slots)
+    if decode:
+        mask_BTS = masks.cache_mask(positions_BT, num_slots, c.window)
+        return Mask("cache", mask_BTS, segments_BT, slots_BT)
+
+    kind = masks.static_kind(visible, c.window)
+    mask_BTT = None
+    if c.attention not in SPLASH or kind not in SPLASH_KINDS:
+        whole = jax.tree.map(gather_sequence, visible)
+        positions_BT = gather_sequence(positions_BT)
+        mask_BTT = masks.array(whole, segments_BT, positions_BT, c.window)
+    return Mask(kind, mask_BTT, segments_BT, slots_BT)
+
+
+def run_layers(config, layers, x_BTD, cache, inputs, *, decode: bool = False, keys_B=None):
+    """Runs layers, stacked or not. Returns (x_BTD, cache, aux); aux is stacked, and the cache as
+    the layers are.
+
+    Args:
+      cache: of all layers, or None.
+      inputs: what every layer gets beside the residual stream and its cache.
+      keys_B: see `Transformer.__call__`.
+    """
+    run = _loop_layers if isinstance(layers, nnx.List) else _scan_layers
+    return run(config, layers, x_BTD, cache, inputs, decode, keys_B)
+
+
+def _scan_layers(config, layers, x_BTD, cache, inputs, decode: bool, keys_B):
+    graphdef, stack = nnx.split(layers)
+
+    def body(x_BTD, layer):
+        params, layer_cache, keys_B = layer
+        block = nnx.merge(graphdef, params)
+        x_BTD, layer_cache, aux = block(x_BTD, *inputs, layer_cache, decode=decode, keys_B=keys_B)
+        return x_BTD, (layer_cache, aux)
+
+    # On one device "none" has no gathered weights to drop, and needs no jax.checkpoint, which would
+    # cost CPUs a rounding of each saved result in an operation of its own.
+    mesh = jax.sharding.get_abstract_mesh()
+    if cache is None and (config.remat != "none" or mesh.size > 1):
+        body = jax.checkpoint(body, policy=remat_policy(config.remat), prevent_cse=False)
+    num_layers = jax.tree.leaves(stack)[0].shape[0]
+    keys_LB = _keys_of_layers(keys_B, num_layers)
+    x_BTD, (cache, aux) = jax.lax.scan(
+        body, x_BTD, (stack, cache, keys_LB), unroll=min(config.scan_unroll, num_layers)
+    )
+    return x_BTD, cache, aux
+
+
+def _loop_layers(config, layers, x_BTD, cache, inputs, decode: bool, keys_B):
+    caches, auxes = [], []
+    nothing = [None] * len(layers)
+    keys_LB = _keys_of_layers(keys_B, len(layers))
+    for layer, layer_cache, layer_keys in zip(
+        layers, cache or nothing, nothing if keys_LB is None else keys_LB
+    ):
+        x_BTD, layer_cache, aux = layer(
+            x_BTD, *inputs, layer_cache, decode=decode, keys_B=layer_keys
+        )
+        caches.append(layer_cache)
+        auxes.append(aux)
+    aux = jax.tree.map(lambda *layers: jnp.stack(layers), *auxes)
+    return x_BTD, caches if cache else None, aux
 
 
 class Transformer(CachedDecoding, nnx.Module):
@@ -487,15 +575,18 @@ class Transformer(CachedDecoding, nnx.Module):
         if self.embed_norm is not None:
             x_BTD = self.embed_norm(x_BTD)
         is_random = c.dropout or c.attention_dropout
-        embed_keys, layer_keys = _keys_of_sites(keys_B if is_random else None, 2)
-        x_BTD = _stream(dropout(x_BTD, c.dropout, embed_keys))
+        embed_keys, layer_keys = keys_of_sites(keys_B if is_random else None, 2)
+        x_BTD = stream(dropout(x_BTD, c.dropout, embed_keys))
 
         valid_BT = segments_BT > 0
         visible = visible or VISIBLE[c.visible]
-        mask = self._mask(positions_BT, segments_BT, visible, cache, decode)
-        run = self._loop_layers if isinstance(self.layers, nnx.List) else self._scan_layers
+        num_slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
+        mask = make_mask(c, positions_BT, segments_BT, visible, num_slots=num_slots, decode=decode)
         seen = watch.squares(valid_BT, {"embed": x_BTD})
-        x_BTD, cache, aux = run(x_BTD, cache, (positions_BT, mask, valid_BT), decode, layer_keys)
+        inputs = (positions_BT, mask, valid_BT)
+        x_BTD, cache, aux = run_layers(
+            c, self.layers, x_BTD, cache, inputs, decode=decode, keys_B=layer_keys
+        )
         for name, sums_L in aux.pop(SQUARES).items():
             seen[f"layers/*/{name}"] = sums_L
         watch.report(self, seen)
@@ -506,66 +597,6 @@ class Transformer(CachedDecoding, nnx.Module):
             x_BTD = dense("btd,dp->btp", x_BTD, self.project_out, c.compute_dtype, "project_out")
         mean_of_layers = jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
         return Output(x_BTD, cache, mean_of_layers)
-
-    def _mask(self, positions_BT, segments_BT, visible: Visible, cache, decode: bool) -> Mask:
-        """What each query may attend to, of whole rows."""
-        c = self.config
-        segments_BT = gather_sequence(segments_BT)
-        num_slots = jax.tree.leaves(cache)[0].shape[-2] if cache is not None else 0
-        slots_BT = None
-        if num_slots:
-            slots_BT = masks.cache_slots(positions_BT, segments_BT, num_slots)
-        if decode:
-            mask_BTS = masks.cache_mask(positions_BT, num_slots, c.window)
-            return Mask("cache", mask_BTS, segments_BT, slots_BT)
-
-        kind = masks.static_kind(visible, c.window)
-        mask_BTT = None
-        if c.attention not in SPLASH or kind not in SPLASH_KINDS:
-            whole = jax.tree.map(gather_sequence, visible)
-            positions_BT = gather_sequence(positions_BT)
-            mask_BTT = masks.array(whole, segments_BT, positions_BT, c.window)
-        return Mask(kind, mask_BTT, segments_BT, slots_BT)
-
-    def _scan_layers(self, x_BTD, cache, inputs, decode: bool, keys_B):
-        """Runs stacked layers. Returns (x_BTD, cache, aux), the latter two stacked."""
-        c = self.config
-        graphdef, stack = nnx.split(self.layers)
-
-        def body(x_BTD, layer):
-            params, layer_cache, keys_B = layer
-            block = nnx.merge(graphdef, params)
-            x_BTD, layer_cache, aux = block(
-                x_BTD, *inputs, layer_cache, decode=decode, keys_B=keys_B
-            )
-            return x_BTD, (layer_cache, aux)
-
-        # On one device "none" has no gathered weights to drop, and needs no jax.checkpoint, which
-        # would cost CPUs a rounding of each saved result in an operation of its own.
-        mesh = jax.sharding.get_abstract_mesh()
-        if cache is None and (c.remat != "none" or mesh.size > 1):
-            body = jax.checkpoint(body, policy=remat_policy(c.remat), prevent_cse=False)
-        keys_LB = _keys_of_layers(keys_B, c.num_layers)
-        x_BTD, (cache, aux) = jax.lax.scan(
-            body, x_BTD, (stack, cache, keys_LB), unroll=c.scan_unroll
-        )
-        return x_BTD, cache, aux
-
-    def _loop_layers(self, x_BTD, cache, inputs, decode: bool, keys_B):
-        """Runs unstacked layers. Returns (x_BTD, list of caches, aux stacked)."""
-        caches, auxes = [], []
-        nothing = [None] * self.config.num_layers
-        keys_LB = _keys_of_layers(keys_B, self.config.num_layers)
-        for layer, layer_cache, layer_keys in zip(
-            self.layers, cache or nothing, nothing if keys_LB is None else keys_LB
-        ):
-            x_BTD, layer_cache, aux = layer(
-                x_BTD, *inputs, layer_cache, decode=decode, keys_B=layer_keys
-            )
-            caches.append(layer_cache)
-            auxes.append(aux)
-        aux = jax.tree.map(lambda *layers: jnp.stack(layers), *auxes)
-        return x_BTD, caches if cache else None, aux
 
     def for_decoding(self, params: dict, platform: str) -> tuple[Any, dict]:
         """(graphdef, parameters) of this model in the form that decodes fastest on a platform.
@@ -578,8 +609,7 @@ class Transformer(CachedDecoding, nnx.Module):
             return nnx.split(self, nnx.Param)[0], params
         abstract = nnx.eval_shape(lambda: type(self)(c, jax.random.key(0), stacked=False))
         graphdef = nnx.split(abstract, nnx.Param)[0]
-        layers = {i: _layer(params["layers"], i) for i in range(c.num_layers)}
-        return graphdef, params | {"layers": layers}
+        return graphdef, params | {"layers": unstacked(params["layers"], c.num_layers)}
 
     @property
     def head_table(self) -> nnx.Param:
@@ -624,11 +654,7 @@ class Transformer(CachedDecoding, nnx.Module):
                 "config.model.visible = 'full': the model sees texts whole, and continues none; "
                 "wanted a causal model"
             )
-        shape = (batch_size, c.num_kv_heads, min(length, c.window or length), c.head_dim)
-        axes = ("batch", "kv_heads", None, None)
-        if isinstance(self.layers, nnx.List):
-            return [Cache(*_zeros(shape, axes, c.compute_dtype)) for _ in range(c.num_layers)]
-        return Cache(*_zeros((c.num_layers, *shape), ("layers", *axes), c.compute_dtype))
+        return empty_cache(c, self.layers, batch_size, min(length, c.window or length))
 
 
 def _keys_of_layers(keys_B: jax.Array | None, num_layers: int) -> jax.Array | None:
@@ -639,12 +665,24 @@ def _keys_of_layers(keys_B: jax.Array | None, num_layers: int) -> jax.Array | No
 Model = Transformer  # what lm.build takes of a module
 
 
-def _zeros(shape, axes, dtype) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of an empty cache."""
+def empty_cache(config, layers, batch_size: int, num_slots: int) -> Cache | list[Cache]:
+    """Keys and values of nothing, stacked as layers are."""
+    c = config
+    shape = (batch_size, c.num_kv_heads, num_slots, c.head_dim)
+    axes = ("batch", "kv_heads", None, None)
+    if isinstance(layers, nnx.List):
+        return [_zeros(shape, axes, c.compute_dtype) for _ in layers]
+    return _zeros((c.num_layers, *shape), ("layers", *axes), c.compute_dtype)
+
+
+def _zeros(shape, axes, dtype) -> Cache:
     key = constrain(jnp.zeros(shape, dtype), *axes)
-    return key, constrain(jnp.zeros(shape, dtype), *axes)
+    return Cache(key, constrain(jnp.zeros(shape, dtype), *axes))
 
 
-def _layer(stack: dict, index: int) -> dict:
-    """The parameters of one layer of a stack."""
-    return jax.tree.map(lambda p: p[index], stack)
+def unstacked(stack: dict, num_layers: int) -> dict[int, dict]:
+    """The parameters of each layer of a stack, by its number."""
+    layers = {}
+    for i in range(num_layers):
+        layers[i] = jax.tree.map(operator.itemgetter(i), stack)
+    return layers

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lm import collectives
 from lm.nn import lora, nf4
 from lm.nn.kernels import cache as cache_kernel
-from lm.nn.kernels.attention import blocked_attention, splash_attention
+from lm.nn.kernels.attention import blocked_attention, by_kv_head, splash_attention
 from lm.nn.layers import RMSNorm, add_bias, dense, fold_in_each, param
 from lm.nn.masks import NO_LATER_KEYS, Mask
 from lm.nn.positions import rope
@@ -36,7 +37,7 @@ class Cache(NamedTuple):
     value: jax.Array
 
 
-def cached_attention(q_B1NH: jax.Array, cache: Cache, mask_B1S: jax.Array) -> jax.Array:
+def cached_attention(q_B1NH: jax.Array, cache: Cache, mask: Mask) -> jax.Array:
     """Attention of one query a row to the cache, [B, 1, N, H]; scores, softmax and sums in f32."""
     batch, _, heads, size = q_B1NH.shape
     q_BKGH = q_B1NH.reshape(batch, cache.key.shape[1], -1, size)
@@ -49,7 +50,9 @@ def cached_attention(q_B1NH: jax.Array, cache: Cache, mask_B1S: jax.Array) -> ja
         )
         * size**-0.5
     )
-    scores_BKGS = jnp.where(mask_B1S[:, :, None], scores_BKGS, -1e30)
+    if mask.bias_BNTS is not None:
+        scores_BKGS = scores_BKGS + by_kv_head(mask.bias_BNTS, cache.key.shape[1])[:, :, :, 0]
+    scores_BKGS = jnp.where(mask.array_BTS[:, :, None], scores_BKGS, -1e30)
     probs_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(q_BKGH.dtype)
     out_BKGH = jnp.einsum(
         "bkgs,bksh->bkgh",
@@ -63,6 +66,8 @@ def cached_attention(q_B1NH: jax.Array, cache: Cache, mask_B1S: jax.Array) -> ja
 class Attention(nnx.Module):
     """Multi-head attention with `num_kv_heads` <= `num_heads` shared keys and values (Ainslie et
     al. 2023, arXiv 2305.13245). Query head n attends to kv head n // (N / K).
+
+    `config.scale_scores = False` leaves out the factor of H^-0.5 (T5).
     """
 
     def __init__(self, key: jax.Array, config, *, out_std: float):
@@ -71,6 +76,7 @@ class Attention(nnx.Module):
         self.window = c.window
         self.implementation = c.attention
         self.dropout = c.attention_dropout
+        self.scale_scores = c.scale_scores
         self.compute_dtype = c.compute_dtype
         self.rope = None
         if c.positions == "rope":
@@ -127,9 +133,8 @@ class Attention(nnx.Module):
             other only: with a cache they are its first ones.
           keys_B: a key for each row, for dropout; None: there is none.
         """
-        q_BTNH = self._project(x_BTD, "query", self.query_bias, self.query_norm)
-        k_BTKH = self._project(x_BTD, "key", self.key_bias, self.key_norm)
-        v_BTKH = self._project(x_BTD, "value", self.value_bias, None)
+        q_BTNH = self._query(x_BTD)
+        k_BTKH, v_BTKH = self._key_and_value(x_BTD)
         if self.rope is not None:
             q_BTNH = self.rope(q_BTNH, positions_BT)
             k_BTKH = self.rope(k_BTKH, positions_BT)
@@ -138,15 +143,53 @@ class Attention(nnx.Module):
             key = cache_kernel.write(cache.key, k_BTKH, mask.slots_BT)
             cache = Cache(key, cache_kernel.write(cache.value, v_BTKH, mask.slots_BT))
         if decode:
-            y_BTNH = cached_attention(q_BTNH, cache, mask.array_BTS)
+            y_BTNH = cached_attention(q_BTNH, cache, mask)
         else:
             y_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, mask, keys_B)
+        return self._project_out(y_BTNH), cache
 
+    def read_source(self, source_BSD: jax.Array) -> Cache:
+        """Keys and values of another text, for `attend_to`."""
+        k_BSKH, v_BSKH = self._key_and_value(source_BSD)
+        return Cache(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
+
+    def attend_to(
+        self,
+        x_BTD: jax.Array,
+        source: Cache,
+        mask: Mask,
+        *,
+        decode: bool = False,
+        keys_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention to another text, [B, T, D] (Vaswani et al. 2017, section 3.2.3).
+
+        Args:
+          source: see `read_source`.
+          decode: T is 1.
+          keys_B: a key for each row, for dropout; None: there is none.
+        """
+        q_BTNH = self._query(x_BTD)
+        if decode:
+            return self._project_out(cached_attention(q_BTNH, source, mask))
+        k_BSKH, v_BSKH = source.key.swapaxes(1, 2), source.value.swapaxes(1, 2)
+        return self._project_out(self._attend(q_BTNH, k_BSKH, v_BSKH, mask, keys_B))
+
+    def _query(self, x_BTD: jax.Array) -> jax.Array:
+        q_BTNH = self._project(x_BTD, "query", self.query_bias, self.query_norm)
+        # Kernels divide by it.
+        if not self.scale_scores:
+            q_BTNH = q_BTNH * np.asarray(q_BTNH.shape[-1] ** 0.5, q_BTNH.dtype)
+        return q_BTNH
+
+    def _key_and_value(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k_BSKH = self._project(x_BSD, "key", self.key_bias, self.key_norm)
+        return k_BSKH, self._project(x_BSD, "value", self.value_bias, None)
+
+    def _project_out(self, y_BTNH: jax.Array) -> jax.Array:
         out = lora.of(self, "out")
         out_BTD = dense("btij,ijd->btd", y_BTNH, out, self.compute_dtype, "out")
-        if self.out_bias is not None:
-            out_BTD = add_bias(out_BTD, self.out_bias)
-        return out_BTD, cache
+        return out_BTD if self.out_bias is None else add_bias(out_BTD, self.out_bias)
 
     def _project(self, x_BTD, name: str, bias, norm) -> jax.Array:
         """Queries, keys or values of each head."""
@@ -155,7 +198,7 @@ class Attention(nnx.Module):
             y = add_bias(y, bias)
         return y if norm is None else norm(y)
 
-    def _dropout(self, keys_B, shape: tuple[int, ...]) -> Callable | None:
+    def _dropout(self, keys_B, shape: tuple[int, ...], num_keys: int) -> Callable | None:
         """A function (probabilities [B, K, G, T of a block, S], first query) -> these with a share
         of them dropped; None without dropout.
         """
@@ -167,12 +210,12 @@ class Attention(nnx.Module):
         )
 
         def drop(probs_BKGTS, start):
-            *_, queries, num_keys = probs_BKGTS.shape
+            *_, queries, seen = probs_BKGTS.shape
             keys = keys_BNT[:, :, start : start + queries].reshape(-1)
 
             # Drawn for the whole row, so that blocks don't matter.
             def draw(key):
-                return jax.random.bernoulli(key, 1 - self.dropout, (length,))[:num_keys]
+                return jax.random.bernoulli(key, 1 - self.dropout, (num_keys,))[:seen]
 
             kept = jax.vmap(draw)(keys).reshape(probs_BKGTS.shape)
             return jnp.where(kept, probs_BKGTS / (1 - self.dropout), 0)
@@ -180,7 +223,7 @@ class Attention(nnx.Module):
         return drop
 
     def _attend(self, q_BTNH, k_BTKH, v_BTKH, mask: Mask, keys_B) -> jax.Array:
-        """Attention of the positions to each other, [B, T, N, H]."""
+        """Attention of positions to each other, or to those of a source, [B, T, N, H]."""
         repeats = collectives.kv_repeats(k_BTKH.shape[2])
         if repeats > 1:
             k_BTKH = jnp.repeat(k_BTKH, repeats, axis=2)
@@ -216,7 +259,8 @@ class Attention(nnx.Module):
                 v_BTKH,
                 mask.array_BTS,
                 causal=mask.kind in NO_LATER_KEYS,
-                drop=self._dropout(keys_B, q_BTNH.shape),
+                bias_BNTS=mask.bias_BNTS,
+                drop=self._dropout(keys_B, q_BTNH.shape, k_BTKH.shape[1]),
             )
         # The softmax of a query that sees no key would be a mean over all of them.
         if mask.kind == "order":

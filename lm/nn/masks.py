@@ -63,18 +63,20 @@ class Mask(NamedTuple):
     """What each query may attend to; rows are whole here, also on a mesh that splits them.
 
     Attributes:
-      kind: one of `KINDS`, or "cache" for the slots of a cache.
+      kind: one of `KINDS`; "cache" for the slots of a cache, "source" for another text.
       array_BTS: bool, True where query T may attend to key S. None where a kernel finds it out from
         the kind and the segments.
       segments_BT: int32, the number of each token's document in its row; 0 is padding.
       slots_BT: where a cache takes this call's keys and values, see `cache_slots`. None without a
         cache.
+      bias_BNTS: f32, added to the scores; its rows may be one for all. None: nothing is.
     """
 
     kind: str
     array_BTS: jax.Array | None
     segments_BT: jax.Array
     slots_BT: jax.Array | None = None
+    bias_BNTS: jax.Array | None = None
 
 
 def static_kind(visible: Visible, window: int) -> str:
@@ -119,6 +121,12 @@ def array(
     distance_TT = place_T[:, None] - place_T[None, :]
     seen_TT = (distance_TT >= 0) & (distance_TT < (window or length))
     return same_BTT & seen_TT[None]
+
+
+def of_source(segments_BT: jax.Array, source_segments_BS: jax.Array) -> Mask:
+    """What each query may attend to of another text: the source that has its segment's number."""
+    array_BTS = segments_BT[:, :, None] == source_segments_BS[:, None, :]
+    return Mask("source", array_BTS, segments_BT)
 
 
 def cache_slots(positions_BT: jax.Array, segments_BT: jax.Array, num_slots: int) -> jax.Array:

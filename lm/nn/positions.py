@@ -1,4 +1,8 @@
-"""Rotary position embeddings. Learned positions are an `lm.nn.layers.Embed` over the position."""
+"""What says where a token stands: rotary embeddings, sinusoids, biases by distance. Learned
+positions are an `lm.nn.layers.Embed` over the position.
+
+Letters: B batch, T query length, S key length, N query heads, H head size, D embed, P pairs.
+"""
 
 import functools
 import math
@@ -8,9 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from lm.collectives import gather_sequence
 from lm.nn.kernels.rotary import rotate, rotate_by_matmul
+from lm.nn.layers import gather, param
 
 # Scalings, which make the pairs turn slower, for texts longer than those that a model was trained
 # on. `context` is the length of the latter. In a configuration each is a tuple: its name in
@@ -222,3 +228,77 @@ def _turn_backward(interleaved, angles, grad):
 
 
 _turn.defvjp(_turn_forward, _turn_backward)
+
+
+def sinusoids(length: int, dim: int, *, interleaved: bool) -> np.ndarray:
+    """Sines and cosines of positions, f32 [length, dim] (Vaswani et al. 2017, arXiv 1706.03762,
+    section 3.5).
+
+    Args:
+      interleaved: a cosine stands behind its sine, as in the paper; otherwise all cosines behind
+        all sines, as in Marian.
+    """
+    frequencies_P = 10000.0 ** (-np.arange(0, dim, 2) / dim)
+    angles = np.arange(length)[:, None] * frequencies_P[None]
+    parts = np.sin(angles), np.cos(angles)
+    if interleaved:
+        return np.stack(parts, axis=-1).reshape(length, -1)[:, :dim].astype(np.float32)
+    return np.concatenate(parts, axis=-1)[:, :dim].astype(np.float32)
+
+
+def bucket_of_distance(num_buckets: int, max_distance: int) -> np.ndarray:
+    """[max_distance + 1], the bucket of each distance between positions, the last one that of all
+    longer ones (Raffel et al. 2020, arXiv 1910.10683, section 2.1; the rule is that of the
+    released code).
+
+    Half of the buckets are for distances of their own, the others get wider.
+    """
+    exact = num_buckets // 2
+    distances = np.arange(max_distance + 1, dtype=np.float32)
+    # In f32, as where such models were trained: at the edges of buckets it matters.
+    ratios = np.log(np.maximum(distances, exact) / np.float32(exact))
+    ratios = ratios / np.float32(math.log(max_distance / exact))
+    wide = exact + (ratios * np.float32(num_buckets - exact)).astype(np.int32)
+    buckets = np.where(distances < exact, distances, np.minimum(wide, num_buckets - 1))
+    return buckets.astype(np.int32)
+
+
+class RelativeBias(nnx.Module):
+    """T5's bias of attention's scores, by the distance between query and key.
+
+    Args:
+      num_buckets, max_distance: see `bucket_of_distance`.
+      sees_later: keys behind a query have buckets of their own, half of all; otherwise they count
+        as distance 0.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        num_heads: int,
+        *,
+        num_buckets: int,
+        max_distance: int,
+        sees_later: bool,
+        std: float,
+        dtype,
+    ):
+        self.table = param(key, (num_buckets, num_heads), ("buckets", "heads"), dtype, std=std)
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.sees_later = sees_later
+
+    def __call__(self, query_positions_BT: jax.Array, key_positions_BS: jax.Array) -> jax.Array:
+        """f32 [B, N, T, S]."""
+        distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
+        one_side = self.num_buckets // 2 if self.sees_later else self.num_buckets
+        buckets = jnp.asarray(bucket_of_distance(one_side, self.max_distance))
+
+        def bucket(distance):
+            return buckets[jnp.clip(distance, 0, self.max_distance)]
+
+        bucket_BTS = bucket(distance_BTS)
+        if self.sees_later:
+            later_BTS = one_side + bucket(-distance_BTS)
+            bucket_BTS = jnp.where(distance_BTS < 0, later_BTS, bucket_BTS)
+        return jnp.moveaxis(gather(self.table, jnp.float32)[bucket_BTS], -1, 1)

@@ -103,7 +103,7 @@ def too_few_tokens(score: str, references: Sequence[Sequence[str]], tokenizer: s
         num_empty = sum(not rouge.tokenize(text) for text in texts)
         if num_empty:
             return f"{num_empty} of {len(texts)} references have no token"
-    if score == "bleu":
+    if score.startswith("bleu"):
         tokens = _sacrebleu_tokens(tokenizer)
         # Of four tokens is the longest n-gram that it counts.
         if all(len(tokens(text)) < 4 for text in texts):
@@ -258,6 +258,7 @@ SCORES: dict[str, CorpusScore] = {
     "rougeL": _rouge("rougeL"),
     "rougeLsum": _rouge("rougeLsum"),
     "bleu": _sacrebleu("BLEU"),
+    "bleu_lc": _sacrebleu("BLEU", lowercase=True),
     "chrf": _sacrebleu("CHRF"),
     "chrf++": _sacrebleu("CHRF", word_order=2),
     "ter": _sacrebleu("TER"),

@@ -15,7 +15,7 @@ import numpy as np
 from lm import sharding
 
 
-def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
+def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS=None) -> jax.Array:
     """Attention under a mask, [B, T, N, H]: the reference of the others here."""
     batch, length, heads, size = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(batch, length, k_BSKH.shape[2], -1, size)
@@ -23,6 +23,8 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
         jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
         * size**-0.5
     )
+    if bias_BNTS is not None:
+        scores_BKGTS = scores_BKGTS + by_kv_head(bias_BNTS, k_BSKH.shape[2])
     probs_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -1e30), axis=-1)
     out_BTKGH = jnp.einsum(
         "bkgts,bskh->btkgh",
@@ -33,13 +35,20 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
     return out_BTKGH.astype(v_BSKH.dtype).reshape(batch, length, heads, size)
 
 
+def by_kv_head(bias_BNTS, num_kv_heads: int) -> jax.Array:
+    """[B, K, G, T, S], of what is added to scores."""
+    batch, heads, *lengths = bias_BNTS.shape
+    return bias_BNTS.reshape(batch, num_kv_heads, heads // num_kv_heads, *lengths)
+
+
 def blocked_attention(
     q_BTNH,
-    k_BTKH,
-    v_BTKH,
-    mask_BTT,
+    k_BSKH,
+    v_BSKH,
+    mask_BTS,
     *,
     causal: bool,
+    bias_BNTS=None,
     drop: Callable | None = None,
     block: int = 128,
     max_blocks: int = 8,
@@ -51,22 +60,24 @@ def blocked_attention(
     blocks is never computed. XLA on CPUs and GPUs would compute the whole square.
 
     Args:
-      causal: whether the mask is within the causal one.
+      causal: whether the mask is within the causal one; then S is T.
+      bias_BNTS: f32, added to the scores.
       drop: a function (probabilities [B, K, G, T of a block, S], number of the first query) ->
         these with dropout.
     """
     batch, length, heads, size = q_BTNH.shape
-    kv_heads = k_BTKH.shape[2]
+    kv_heads = k_BSKH.shape[2]
     block = max(block, -(-length // max_blocks))
 
     # Heads come first: both matmuls then contract and produce the last dims.
     q = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
-    k, v = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    k, v = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    bias = None if bias_BNTS is None else by_kv_head(bias_BNTS, kv_heads)
 
     blocks = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        last_key = end if causal else length
+        last_key = end if causal else k.shape[2]
         scores = (
             jnp.einsum(
                 "bkgth,bksh->bkgts",
@@ -76,7 +87,9 @@ def blocked_attention(
             )
             * size**-0.5
         )
-        scores = jnp.where(mask_BTT[:, None, None, start:end, :last_key], scores, -1e30)
+        if bias is not None:
+            scores = scores + bias[:, :, :, start:end, :last_key]
+        scores = jnp.where(mask_BTS[:, None, None, start:end, :last_key], scores, -1e30)
         probs = jax.nn.softmax(scores, axis=-1)
         if drop is not None:
             probs = drop(probs, start)

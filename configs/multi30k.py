@@ -1,0 +1,57 @@
+"""Translation from German into English, of Multi30k's captions of pictures:
+
+    python -m lm.main --config=configs/multi30k.py:DIR --workdir=runs/multi30k
+
+DIR has train.de, train.en, val.de, val.en, test_2016_flickr.de and test_2016_flickr.en (29,000,
+1,014 and 1,000 lines; Elliott et al. 2016). The model is the Transformer of 2017 in a small size.
+Texts are lower case, and BLEU is of lower case too.
+"""
+
+from ml_collections import ConfigDict
+
+from lm import config as config_lib
+from lm.evals import entries
+from lm.models import presets
+
+
+def get_config(directory: str = "") -> ConfigDict:
+    c = config_lib.default()
+    c.model = config_lib.model(**presets.get("transformer_base"))
+    c.model.update(num_layers=3, encoder_layers=3, embed_dim=256, num_heads=4, mlp_dim=512)
+    c.model.update(context_length=128, source_length=128, dropout=0.3)
+    c.model.vocab_size = 0  # the tokenizer's
+    c.model.compute_dtype = "bfloat16"
+    c.model.scan_unroll = c.model.num_layers
+
+    c.data.source = "lm.data.seq2seq.lines"
+    c.data.source_args = dict(
+        source=f"{directory}/{{split}}.de", target=f"{directory}/{{split}}.en", lowercase=True
+    )
+    c.data.length = 128
+    c.data.batch_size = 16
+    c.tokenizer.vocab_size = 6000
+    c.objective = ConfigDict(
+        dict(type="lm.objectives.seq2seq", source_length=128, label_smoothing=0.1)
+    )
+
+    c.optimizer.name = "muon"
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.schedule = "linear"
+    c.optimizer.warmup_steps = 200
+    c.optimizer.final_learning_rate = 0.0
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.ema_decay = 0.995
+    c.train.length = "12 epochs"
+    c.checkpoint.every = 500
+
+    c.evals.held_out = entries.held_out("TextLoss", every=250, split="val")
+    c.evals.test = entries.task(
+        "multi30k_de_en",
+        batch_size=64,
+        source=dict(lines=dict(de=f"{directory}/{{split}}.de", en=f"{directory}/{{split}}.en")),
+        prompt=dict(template="{de:lower}"),
+        target="{en:lower}",
+        references="{en:lower}",
+        scores=("bleu_lc", "chrf"),
+    )
+    return c
