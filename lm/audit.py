@@ -25,6 +25,7 @@ class Segment(NamedTuple):
     row: int
     number: int  # in the row, from 1
     arrays: dict[str, np.ndarray]  # of its places, in order
+    source: np.ndarray  # ids of its source; none where the model reads none
 
 
 def audit(config: ConfigDict, workdir: epath.Path, devices, num_rows: int) -> str:
@@ -109,13 +110,19 @@ def segments_of(batch: dict[str, np.ndarray], num_rows: int) -> Iterator[Segment
     place.
     """
     shape = batch["tokens"].shape
-    of_places = {name: array for name, array in batch.items() if array.shape == shape}
+    of_places = {}
+    for name, array in batch.items():
+        if array.shape == shape and not name.startswith("source"):
+            of_places[name] = array
     for row in range(min(num_rows, shape[0])):
         numbers = batch["segments"][row]
         for number in sorted(set(numbers[numbers > 0].tolist())):
             places = numbers == number
             arrays = {name: array[row][places] for name, array in of_places.items()}
-            yield Segment(row, number, arrays)
+            source = np.zeros(0, np.int32)
+            if "source" in batch:
+                source = batch["source"][row][batch["source_segments"][row] == number]
+            yield Segment(row, number, arrays, source)
 
 
 def _title(segment: Segment) -> str:
@@ -133,6 +140,8 @@ def _spelt(tokenizer: Tokenizer, token_id: int) -> str:
 
 def _text_lines(segment: Segment, tokenizer: Tokenizer) -> Iterator[str]:
     arrays = segment.arrays
+    if len(segment.source):
+        yield f"source: {tokenizer.spell(segment.source.tolist())!r}"
     for position, token, target, weight in zip(
         arrays["positions"], arrays["tokens"], arrays["targets"], arrays["weights"], strict=True
     ):
@@ -160,6 +169,9 @@ def _section(segment: Segment, tokenizer: Tokenizer) -> page.Section:
     columns = ["position", "reads", "predicts", "weight", *others]
     text = tokenizer.spell(arrays["tokens"].tolist())
     parts = [page.Preformatted("As it is read", text), page.Table(columns, rows)]
+    if len(segment.source):
+        source = tokenizer.spell(segment.source.tolist())
+        parts.insert(0, page.Preformatted("Its source", source))
     return page.Section(_title(segment), parts)
 
 

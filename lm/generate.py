@@ -25,6 +25,7 @@ from lm.data import chat, chat_ids
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import Tokenizer
 from lm.decoding import stop_strings
+from lm.decoding.beams import Beams, search
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling
 from lm.hf import directory as hf
@@ -38,7 +39,8 @@ class GenerationOptions:
     max_new_tokens: int
     seed: int = 0  # the same for every prompt, whose text is then the same in any batch
     stop: Sequence[str] = ()  # strings that a text ends before
-    num_samples: int = 1  # of each prompt, with the seeds from `seed` on
+    num_samples: int = 1  # of each prompt, with the seeds from `seed` on; or its best beams
+    beams: Beams | None = None  # of a search, in the place of sampling
 
 
 # --- loading ---
@@ -139,16 +141,18 @@ def _config_of(fields: Mapping[str, Any], devices, mesh: Mapping[str, int] | Non
 
     # A model trained on one platform can generate on another: only the kernel differs.
     platform = devices[0].platform
-    if KERNEL_PLATFORMS.get(config.model.attention, platform) != platform:
+    attention = config.model.get("attention")
+    if KERNEL_PLATFORMS.get(attention, platform) != platform:
         logging.info(
             "trained with %s attention, which isn't for %s: continuing with xla's",
-            config.model.attention,
+            attention,
             platform,
         )
         config.model.attention = "xla"
 
     if mesh is None:
-        mesh = dict(tensor=math.gcd(len(devices), config.model.get("num_kv_heads", 1)), fsdp=-1)
+        num_heads = config.model.get("num_kv_heads", config.model.get("num_heads", 1))
+        mesh = dict(tensor=math.gcd(len(devices), num_heads), fsdp=-1)
     config.mesh.update(mesh)
     return config
 
@@ -157,7 +161,6 @@ def _config_of(fields: Mapping[str, Any], devices, mesh: Mapping[str, int] | Non
 DEFAULT_SAMPLING = dict(repetition_penalty=1.0, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0)
 # What generation_config.json may ask for besides, and isn't done.
 _NOT_FOLLOWED = (
-    "num_beams",
     "no_repeat_ngram_size",
     "typical_p",
     "epsilon_cutoff",
@@ -194,6 +197,8 @@ def choose_sampling(source: epath.Path, given: Mapping[str, float | None]) -> Sa
         logging.info("from generation_config.json: %s", taken)
     if ignored := [name for name in _NOT_FOLLOWED if config.get(name) not in (None, 0, 1, 1.0)]:
         logging.warning("generation_config.json asks for %s, which lm doesn't do", ignored)
+    if config.get("num_beams") not in (None, 1):
+        logging.info("generation_config.json asks for --num_beams=%s", config["num_beams"])
     return Sampling(**DEFAULT_SAMPLING | suggested | chosen)
 
 
@@ -252,6 +257,22 @@ def continue_prompts(
         _write_continuation(prompt_ids[0], generator, tokenizer, options, out)
         return
 
+    def write(number: int, sample: int, text: str) -> None:
+        record = {"prompt": prompts[number]}
+        if options.num_samples > 1:
+            record["sample"] = sample
+        record["text"] = text
+        print(_shown(json.dumps(record, ensure_ascii=False), out), file=out, flush=True)
+
+    if options.beams is not None:
+        for start in range(0, len(prompts), batch_size):
+            batch_ids = prompt_ids[start : start + batch_size]
+            found = _search(batch_ids, generator, tokenizer, options)
+            for number, texts in enumerate(found, start):
+                for sample, text in enumerate(texts):
+                    write(number, sample, text)
+        return
+
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         batch_ids = [prompt_ids[number] for number, _ in batch]
@@ -259,13 +280,26 @@ def continue_prompts(
         texts = [""] * len(batch)
         for pieces in _stream(batch_ids, seeds, generator, tokenizer, options):
             texts = [text + piece for text, piece in zip(texts, pieces)]
-
         for (number, sample), text in zip(batch, texts):
-            record = {"prompt": prompts[number]}
-            if options.num_samples > 1:
-                record["sample"] = sample
-            record["text"] = text
-            print(_shown(json.dumps(record, ensure_ascii=False), out), file=out, flush=True)
+            write(number, sample, text)
+
+
+def _search(
+    prompt_ids: Sequence[Sequence[int]],
+    generator: Generator,
+    tokenizer: Tokenizer,
+    options: GenerationOptions,
+) -> list[list[str]]:
+    """The texts of each prompt's best beams, before any stop string."""
+    texts = []
+    for continuations in search(generator, prompt_ids, options.max_new_tokens, options.beams):
+        texts.append([])
+        for continuation in continuations[: options.num_samples]:
+            text = tokenizer.decode(continuation.ids)
+            for string in options.stop:
+                text = text.split(string)[0] if string else text
+            texts[-1].append(text)
+    return texts
 
 
 def converse(
@@ -335,7 +369,12 @@ def _write_continuation(
     options: GenerationOptions,
     out: TextIO,
 ) -> str:
-    """Writes the continuation of one prompt as it comes, and returns it."""
+    """Writes the continuation of one prompt, as it comes where it is sampled, and returns it."""
+    if options.beams is not None:
+        ((text,),) = _search([ids], generator, tokenizer, options)
+        print(_shown(text, out), file=out, flush=True)
+        return text
+
     text = ""
     for (piece,) in _stream([ids], [options.seed], generator, tokenizer, options):
         text += piece
@@ -412,7 +451,10 @@ def main(argv: list[str]) -> None:
     stop = [files.unescape(text) for text in _STOP.value]
     if stop != _STOP.value:
         logging.info("--stop: %r is taken for %r", _STOP.value, stop)
-    options = GenerationOptions(_NEW.value, seed=_SEED.value, stop=stop, num_samples=_SAMPLES.value)
+    beams = Beams(_BEAMS.value, _LENGTH_PENALTY.value) if _BEAMS.value > 1 else None
+    options = GenerationOptions(
+        _NEW.value, seed=_SEED.value, stop=stop, num_samples=_SAMPLES.value, beams=beams
+    )
     prompts = _PROMPT.value
     if _PROMPTS.value:
         prompts = read_prompts(Path(files.expand(_PROMPTS.value)))
@@ -443,10 +485,28 @@ def _check_flags(argv: list[str]) -> None:
     for flag, least in ((_SEED, 0), (_BATCH, 1), (_NEW, 1), (_SAMPLES, 1)):
         if not least <= flag.value < 2**32:
             raise ValueError(f"--{flag.name}={flag.value}; wanted {least} or above, below 2**32")
+    _check_beams()
     for flag in (_SYSTEM, _SAMPLES):
         if flag.value != flag.default and _INTERACTIVE.value != (flag is _SYSTEM):
             with_it = "with" if flag is _SYSTEM else "without"
             raise ValueError(f"--{flag.name} goes {with_it} --interactive")
+
+
+def _check_beams() -> None:
+    """Raises ValueError for flags of a search without one, or of sampling with one."""
+    beams = Beams(_BEAMS.value, _LENGTH_PENALTY.value)
+    if beams.number == 1 and _LENGTH_PENALTY.value != _LENGTH_PENALTY.default:
+        raise ValueError("--length_penalty goes with --num_beams above 1")
+    if beams.number == 1:
+        return
+    drawing = (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PENALTY)
+    if given := [f"--{flag.name}" for flag in drawing if flag.value is not None]:
+        raise ValueError(f"{', '.join(given)}: with --num_beams nothing is drawn")
+    if _SAMPLES.value > beams.number:
+        raise ValueError(
+            f"--num_samples={_SAMPLES.value} is above --num_beams={beams.number}, of which the "
+            "best are written"
+        )
 
 
 if __name__ == "__main__":
@@ -489,6 +549,14 @@ if __name__ == "__main__":
     )
     _SAMPLES = flags.DEFINE_integer(
         "num_samples", 1, "Texts for each prompt, with the seeds from --seed on."
+    )
+    _BEAMS = flags.DEFINE_integer(
+        "num_beams", 1, "Above 1: the best text of a beam search, with --num_samples the best ones."
+    )
+    _LENGTH_PENALTY = flags.DEFINE_float(
+        "length_penalty",
+        1.0,
+        "With --num_beams: a text's log-probability is divided by its length to this power.",
     )
     _BATCH = flags.DEFINE_integer("batch_size", 8, "Texts made together.")
     _MESH = flags.DEFINE_string("mesh", "", "Sizes of the mesh's axes, such as tensor=4,data=2.")

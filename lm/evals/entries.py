@@ -89,6 +89,8 @@ TASKS = {
             extract="",  # regular expression of the answer in the text; "": all of it
             normalize="none",  # none | squad | unicode | number
             tokenize="13a",  # of BLEU, ROUGE and f1: lm.evals.scores.text_metrics.TOKENIZERS
+            num_beams=1,  # of a beam search (lm/decoding/beams.py); 1: greedy
+            length_penalty=1.0,
             no_answer="",  # the right answer of records without references; "": all have some
         ),
     ),

@@ -12,6 +12,7 @@ from lm import escape
 from lm.data import records as records_lib
 from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer
+from lm.decoding.beams import Beams, search
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import prompt_format
 from lm.evals import prompts as prompts_lib
@@ -42,6 +43,7 @@ def generate(
     stop: Sequence[str],
     sampling: Sampling,
     seeds: Sequence[int],
+    beams: Beams | None = None,
 ) -> list[str]:
     """Returns the text that continues each prompt, up to the first stop string, a stop token or
     `max_new_tokens`.
@@ -53,6 +55,7 @@ def generate(
       prompts: token ids.
       stop: strings; empty ones are ignored.
       seeds: one for each prompt.
+      beams: of a search, in the place of sampling.
     """
     texts = [""] * len(prompts)
     # The longest first: prompts of a batch are padded to the same length.
@@ -64,6 +67,12 @@ def generate(
         numbers = order[start : start + batch_size]
         # The last batch is filled up, so that one program is compiled for all.
         rows = numbers + [numbers[-1]] * (batch_size - len(numbers))
+        if beams is not None:
+            predict_fns.check_stop()
+            found = search(generator, [prompts[i] for i in rows], max_new_tokens, beams)
+            for number, (best, *_) in zip(numbers, found):
+                texts[number] = _text_before(stop, tokenizer.decode(best.ids))
+            continue
         keys_B = row_keys([seeds[i] for i in rows])
         stream = generator.stream([prompts[i] for i in rows], max_new_tokens, keys_B)
         row_texts = _read_stream(stream, len(numbers), tokenizer, stop, predict_fns.check_stop)
@@ -191,6 +200,7 @@ class OutputFormat:
     normalize: Callable[[str], str]
     tokenize: str
     no_answer: str
+    beams: Beams | None  # None: the likeliest token each time
 
     def extract_answer(self, text: str) -> str | None:
         """The answer in a text; None where the regular expression doesn't match."""
@@ -209,7 +219,7 @@ class OutputFormat:
 
 
 class TextGeneration:
-    """Greedy answers to prompts, scored against references.
+    """Greedy answers to prompts, or those of a beam search, scored against references.
 
     Yields each score, the best over an example's references, with its 95% bootstrap interval (_low,
     _high; sacreBLEU's own for bleu, chrf, chrf++ and ter); empty, the share of answers without
@@ -231,7 +241,8 @@ class TextGeneration:
       output: max_new_tokens; stop: texts that an answer ends before; extract: a regular expression
         whose first match is the answer (its first group, where it has one), of references too ("":
         all of the text is); normalize: see `text_metrics.NORMALIZE`, before exact_match and f1;
-        tokenize: see `text_metrics.TOKENIZERS`; no_answer: text of the answer that there is none.
+        tokenize: see `text_metrics.TOKENIZERS`; num_beams, length_penalty: see
+        `lm.decoding.beams.Beams`; no_answer: text of the answer that there is none.
       scores: names of `text_metrics.SCORES`.
 
     Raises:
@@ -361,6 +372,7 @@ class TextGeneration:
             stop=self._output.stop,
             sampling=Sampling(temperature=0.0),
             seeds=range(len(self._prompt_ids)),
+            beams=self._output.beams,
         )
         answers = [self._output.extract_answer(text) for text in texts]
 
@@ -461,6 +473,8 @@ def _parse_output(name: str, output: Mapping) -> OutputFormat:
     key = f"config.evals.{name}.output"
     prompts_lib.check_least(f"{key}.max_new_tokens", output["max_new_tokens"], 1)
     check_tokenizer(output["tokenize"], f"{key}.tokenize")
+    prompts_lib.check_least(f"{key}.num_beams", output["num_beams"], 1)
+    beams = Beams(output["num_beams"], output["length_penalty"])
     if output["normalize"] not in NORMALIZE:
         raise ValueError(f"{key}.normalize = {output['normalize']!r}; valid: {list(NORMALIZE)}")
     try:
@@ -476,4 +490,5 @@ def _parse_output(name: str, output: Mapping) -> OutputFormat:
         normalize=NORMALIZE[output["normalize"]],
         tokenize=output["tokenize"],
         no_answer=output["no_answer"],
+        beams=beams if beams.number > 1 else None,
     )

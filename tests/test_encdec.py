@@ -1,0 +1,717 @@
+"""Encoder-decoders: packing on both sides, decoding, answers, and runs."""
+
+import functools
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lm import audit, build, sharding
+from lm import config as config_lib
+from lm.data import pack, seq2seq
+from lm.data.tokenizer import ByteTokenizer
+from lm.decoding.beams import Beams, search
+from lm.decoding.generator import Generator
+from lm.decoding.sampling import Sampling, row_keys
+from lm.evals import entries
+from lm.evals.masked_answers import AFTER
+from lm.evals.predict import CompiledFns, PredictFns, Prompt, Question
+from lm.evals.source_answers import SourceAnswers
+from lm.models import encdec
+from lm.models.encdec import Config, EncoderDecoder
+from lm.objectives import seq2seq as objective
+from lm.step import make_tree_logprobs, make_tree_states
+from tests.helpers import assert_trees_close, read_metrics, run_commands, run_training
+
+VOCAB = 19
+LENGTH, SOURCE_LENGTH = 12, 14
+
+
+def make_config(**changes):
+    fields = config_lib.model(
+        config_lib.ENCDEC,
+        vocab_size=VOCAB,
+        context_length=LENGTH,
+        source_length=SOURCE_LENGTH,
+        num_layers=2,
+        encoder_layers=3,
+        embed_dim=8,
+        mlp_dim=12,
+        num_heads=2,
+        head_dim=6,
+        relative_buckets=8,
+        relative_distance=10,
+        scale_scores=False,
+        start_id=3,
+        param_dtype="float32",
+        compute_dtype="float32",
+    ).to_dict()
+    del fields["type"]
+    return Config(**fields | changes)
+
+
+BART = dict(
+    positions="learned",
+    position_offset=2,
+    residual="post_norm",
+    embed_norm=True,
+    norm="layernorm",
+    bias="qkv,out,mlp,norm,head",
+    scale_scores=True,
+)
+FORMS = {"t5": {}, "bart": BART, "2017": BART | dict(positions="sinusoids", embed_norm=False)}
+
+
+@functools.cache
+def random_params(form, seed=1):
+    """(graphdef, parameters large enough for every part to matter)."""
+    config = make_config(**FORMS[form])
+
+    def init():
+        return EncoderDecoder(config, jax.random.key(0))
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(init), nnx.Param)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        mean = "scale" in jax.tree_util.keystr(path)
+        return (rng.normal(0, 0.5, leaf.shape) + mean).astype(leaf.dtype)
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
+
+
+def make_pairs(sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for source, target in sizes:
+        ids = rng.integers(4, VOCAB, source).tolist(), rng.integers(4, VOCAB, target).tolist()
+        pairs.append(seq2seq.window(*ids))
+    return pairs
+
+
+def rows_of(pairs, length=LENGTH, source_length=SOURCE_LENGTH):
+    layout = pack.SourceLayout(source_length)
+    rows = pack.evaluation_rows(pairs, length, layout)
+    names = [name for name in rows[0] if name != "begins"]
+    return {name: np.stack([row[name] for row in rows]) for name in names}
+
+
+def logprobs(graphdef, params, batch):
+    return np.asarray(objective.token_logprobs(nnx.merge(graphdef, params), batch)[0])
+
+
+SIZES = [(5, 4), (6, 3), (3, 5), (9, 2), (2, 7)]
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_packed_pairs_are_as_pairs_alone(form):
+    """On both sides: each target with its own source, wherever both lie in a row."""
+    graphdef, params = random_params(form)
+    pairs = make_pairs(SIZES)
+    packed = rows_of(pairs)
+    assert len(packed["tokens"]) < len(pairs)
+    of_packed = logprobs(graphdef, params, packed)
+
+    found = []
+    for pair in pairs:
+        alone = rows_of([pair], len(pair["tokens"]), len(pair["source"]))
+        wanted = logprobs(graphdef, params, alone)[0]
+        for row, number in itertools.product(range(len(packed["tokens"])), range(1, 4)):
+            places = packed["segments"][row] == number
+            if np.array_equal(packed["targets"][row][places], pair["targets"]):
+                np.testing.assert_allclose(of_packed[row][places], wanted, rtol=1e-4, atol=1e-5)
+                source = packed["source"][row][packed["source_segments"][row] == number]
+                np.testing.assert_array_equal(source, pair["source"])
+                found.append(pair)
+    assert len(found) == len(pairs)
+
+
+def test_a_target_sees_its_source_and_what_is_before_it():
+    graphdef, params = random_params("t5")
+    batch = rows_of(make_pairs([(5, 4), (6, 3)]))
+    wanted = logprobs(graphdef, params, batch)
+    first, second = batch["segments"][0] == 1, batch["segments"][0] == 2
+
+    changed = batch | dict(source=batch["source"].copy())
+    changed["source"][0, 0] += 1  # of the first pair
+    got = logprobs(graphdef, params, changed)
+    assert np.abs(got - wanted)[0][first].min() > 1e-4
+    np.testing.assert_array_equal(got[0][second], wanted[0][second])
+
+    # What the decoder reads at a text's first place is its own token, whatever is there.
+    changed = batch | dict(tokens=batch["tokens"].copy())
+    changed["tokens"][0, [0, 4]] = 9, 7
+    np.testing.assert_array_equal(logprobs(graphdef, params, changed), wanted)
+    changed["tokens"][0, 2] += 1
+    got = logprobs(graphdef, params, changed)
+    np.testing.assert_array_equal(got[0][:2], wanted[0][:2])
+    assert np.abs(got - wanted)[0][2:4].min() > 1e-5
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_remat_is_none(form):
+    """And a loop over layers is the same as one without."""
+    graphdef, params = random_params(form)
+    batch = rows_of(make_pairs(SIZES))
+    loss = objective.make_loss(source_length=SOURCE_LENGTH)
+
+    def gradient(**changes):
+        config = make_config(**FORMS[form] | changes)
+        abstract = nnx.eval_shape(lambda: EncoderDecoder(config, jax.random.key(0)))
+        graphdef = nnx.split(abstract, nnx.Param)[0]
+
+        def total(params):
+            return loss(nnx.merge(graphdef, params), batch, None)[0]
+
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    wanted = gradient()
+    for changes in (dict(remat="full"), dict(remat="dots"), dict(scan_unroll=2)):
+        assert_trees_close(gradient(**changes), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_are_the_whole_loss():
+    graphdef, params = random_params("bart")
+    batch = rows_of(make_pairs(SIZES))
+    totals = []
+    for chunk in (0, 4):
+        loss = objective.make_loss(source_length=SOURCE_LENGTH, chunk=chunk, z_loss=0.1)
+        total, count, _ = loss(nnx.merge(graphdef, params), batch, None)
+        totals.append(float(total))
+        assert count == sum(target for _, target in SIZES)
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+
+
+def test_smoothed_labels():
+    """A share of the target's probability lies on all tokens alike; the loss told is without."""
+    graphdef, params = random_params("t5")
+    batch = rows_of(make_pairs(SIZES))
+    model = nnx.merge(graphdef, params)
+    total, _, terms = objective.make_loss(source_length=SOURCE_LENGTH, label_smoothing=0.2)(
+        model, batch, None
+    )
+    arrays = (batch["tokens"], batch["positions"], batch["segments"])
+    hidden = model(*arrays, source=objective.source_of(batch)).hidden
+    logprobs_BTV = np.asarray(jax.nn.log_softmax(model.logits(hidden)))
+    smooth = np.eye(VOCAB)[batch["targets"]] * 0.8 + 0.2 / VOCAB
+    wanted = -np.sum(np.sum(smooth * logprobs_BTV, -1) * batch["weights"])
+    assert float(total) == pytest.approx(wanted, rel=1e-5)
+    plain, _, _ = objective.make_loss(source_length=SOURCE_LENGTH)(model, batch, None)
+    assert float(terms["loss"][0]) == pytest.approx(float(plain), rel=1e-5)
+    with pytest.raises(ValueError, match="a chunk of 0 with it"):
+        objective.make_loss(source_length=4, label_smoothing=0.1, chunk=2)
+
+
+def test_dropout_is_a_function_of_the_row():
+    graphdef, params = random_params("bart")
+    config = make_config(**BART | dict(dropout=0.3, attention_dropout=0.3))
+    abstract = nnx.eval_shape(lambda: EncoderDecoder(config, jax.random.key(0)))
+    dropping = nnx.merge(nnx.split(abstract, nnx.Param)[0], params)
+    batch = rows_of(make_pairs(SIZES))
+    keys = jax.random.split(jax.random.key(0), len(batch["tokens"]))
+
+    def hidden(model, rows, keys_B):
+        arrays = [batch[name][rows] for name in ("tokens", "positions", "segments")]
+        source = [x[rows] for x in objective.source_of(batch)]
+        return np.asarray(model(*arrays, source=source, keys_B=keys_B).hidden)
+
+    plain = hidden(nnx.merge(graphdef, params), slice(None), keys)
+    np.testing.assert_array_equal(hidden(dropping, slice(None), None), plain)
+    dropped = hidden(dropping, slice(None), keys)
+    assert np.abs(dropped - plain).max() > 0.1
+    np.testing.assert_allclose(hidden(dropping, slice(1, 2), keys[1:2])[0], dropped[1], atol=1e-5)
+
+
+# --- decoding ---
+
+
+def make_generator(graphdef, params, **changes):
+    model = nnx.merge(graphdef, params)
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    arguments = dict(stop_ids=[-1], vocab_size=VOCAB) | changes
+    return Generator(model.config, graphdef, params, mesh, Sampling(temperature=0.0), **arguments)
+
+
+SOURCES = [[4, 5, 6], [7], [8, 9, 10, 11, 12]]
+
+
+def logits_by_hand(graphdef, params, source, target):
+    """Of what follows the target's tokens so far."""
+    model = nnx.merge(graphdef, params)
+
+    def arrays(ids):
+        return np.array([ids, range(len(ids)), [1] * len(ids)], np.int32)[:, None]
+
+    hidden = model(*arrays([0, *target]), source=tuple(arrays(source))).hidden
+    return np.asarray(model.logits(hidden)[0, -1])
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_decoding_is_reading(form):
+    """The greedy text of a batch of unequal sources, each as reading it anew gives it. What ends a
+    source is added where it isn't there.
+    """
+    graphdef, params = random_params(form)
+    generator = make_generator(graphdef, params, never_ids=[17], source_end=[2])
+    sources = [*SOURCES[:2], [*SOURCES[2], 2]]
+    texts = generator.generate(sources, 6, keys_B=row_keys([0, 0, 0]))
+    for source, text in zip(SOURCES, texts):
+        assert len(text) == 6
+        for step, token in enumerate(text):
+            logits = np.array(logits_by_hand(graphdef, params, [*source, 2], text[:step]))
+            logits[17] = -np.inf
+            assert token == int(np.argmax(logits))
+
+
+def test_stacked_layers_decode_too():
+    """As on accelerators: also a search, which takes rows out of a stack."""
+    graphdef, params = random_params("bart")
+    plain = make_generator(graphdef, params)
+    stacked = make_generator(graphdef, params)
+    stacked.graph = type(stacked.graph)(graphdef, object())
+    stacked.params = params
+    found = [search(generator, SOURCES, 6, Beams(3)) for generator in (plain, stacked)]
+    for wanted, got in zip(*map(itertools.chain.from_iterable, found), strict=True):
+        assert got.ids == wanted.ids
+        assert got.score == pytest.approx(wanted.score, abs=1e-4)
+
+
+def test_beams_find_what_is_likeliest():
+    """As many beams as there are tokens find the best of all texts of two."""
+    graphdef, params = random_params("2017")
+    generator = make_generator(graphdef, params)
+    for source, found in zip(SOURCES, search(generator, SOURCES, 2, Beams(VOCAB, 0.0))):
+        scores = {}
+        first = jax.nn.log_softmax(logits_by_hand(graphdef, params, source, []))
+        for a in range(VOCAB):
+            second = jax.nn.log_softmax(logits_by_hand(graphdef, params, source, [a]))
+            for b in range(VOCAB):
+                scores[a, b] = float(first[a] + second[b])
+        best = sorted(scores, key=lambda ids: -scores[ids])[:VOCAB]
+        assert [tuple(each.ids) for each in found[:5]] == best[:5]
+        assert found[0].score == pytest.approx(scores[best[0]], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sources, new, message",
+    [
+        ([[4] * 14], 4, "prompt 0 has 14 tokens; wanted 1 to 13: the encoder's context of 14"),
+        ([[4]], 13, "max_new_tokens = 13; wanted 1 or more, and at most the model's context of 12"),
+        ([[4], [2]], 3, "prompt 1 has 0 tokens"),
+    ],
+)
+def test_sources_that_are_too_long(sources, new, message):
+    graphdef, params = random_params("t5")
+    generator = make_generator(graphdef, params, source_end=[2])
+    with pytest.raises(ValueError, match=message):
+        generator.check(sources, new)
+
+
+# --- what it is asked ---
+
+
+@functools.cache
+def predict_fns(form):
+    graphdef, params = random_params(form)
+    answers = SourceAnswers(
+        sharding.make_mesh({}, jax.devices()[:1]),
+        make_tree_logprobs(graphdef),
+        make_tree_states(graphdef),
+        before=[1],
+        end=[2],
+        sentinels=[18],
+    )
+    fns = CompiledFns(
+        sharding.make_mesh({}, jax.devices()[:1]),
+        reserved=2,
+        source_length=SOURCE_LENGTH,
+        logprobs=answers.logprobs,
+        infill=answers.logprobs,
+        states=answers.states,
+    )
+    return PredictFns(fns, batch_size=4, length=LENGTH), params
+
+
+WORDS = [[4], [5, 6], [7, 8, 9], [5, 10]]
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("fill", ["ltr", "infill"])
+def test_answers_are_by_the_chain_rule(form, fill):
+    """Of an answer to the source, or of what stands at a sentinel; words share one tree."""
+    fns, params = predict_fns(form)
+    graphdef, _ = random_params(form)
+    after = {} if fill == "ltr" else {AFTER: np.array([11, 12])}
+    questions = [Question(Prompt(ids, after), WORDS, fill) for ids in SOURCES]
+    for ids, answers in zip(SOURCES, fns.infill(params, questions)):
+        source = [*ids, 2] if fill == "ltr" else [*ids, 18, 11, 12, 2]
+        begun = [1] if fill == "ltr" else [18]
+        for word, answer in zip(WORDS, answers, strict=True):
+            for place, token in enumerate(word):
+                logits = logits_by_hand(graphdef, params, source, [*begun, *word[:place]])
+                wanted = jax.nn.log_softmax(logits)[token]
+                assert answer.logprobs[place] == pytest.approx(float(wanted), abs=1e-4)
+                assert answer.is_best[place] == (token == int(np.argmax(logits)))
+
+
+def test_probabilities_of_all_words_sum_to_1():
+    """Of all words of two tokens, in both forms."""
+    fns, params = predict_fns("t5")
+    words = [list(word) for word in itertools.product(range(VOCAB), repeat=2)]
+    for fill in ("ltr", "infill"):
+        (answers,) = fns.logprobs(params, [Question(Prompt([5, 6]), words, fill)])
+        total = sum(np.exp(answer.logprobs.sum()) for answer in answers)
+        assert total == pytest.approx(1, abs=1e-4)
+
+
+def test_states_are_where_an_answer_begins():
+    fns, params = predict_fns("bart")
+    graphdef, _ = random_params("bart")
+    states = fns.states(params, [Prompt(ids) for ids in SOURCES])
+    model = nnx.merge(graphdef, params)
+    for ids, state in zip(SOURCES, states):
+        logits = state @ np.asarray(model.head_table[...]).T + np.asarray(params["head_bias"])
+        wanted = logits_by_hand(graphdef, params, [*ids, 2], [1])
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prompt, fill, message",
+    [
+        (Prompt([4], {AFTER: np.array([5])}), "ltr", "an answer has no text behind it"),
+        (Prompt([4]), "max_first", r"valid of an encoder-decoder: \['ltr', 'infill'\]"),
+        (Prompt([4], {"image": np.zeros(2)}), "ltr", r"a prompt has the arrays \['image'\]"),
+    ],
+)
+def test_questions_that_it_has_no_answer_to(prompt, fill, message):
+    fns, params = predict_fns("t5")
+    with pytest.raises(ValueError, match=message):
+        fns.logprobs(params, [Question(prompt, WORDS, fill)])
+
+
+# --- fields ---
+
+
+FIELDS = {
+    "vocab_size": 23,
+    "context_length": 9,
+    "source_length": 10,
+    "num_layers": 3,
+    "encoder_layers": 1,
+    "embed_dim": 10,
+    "mlp_dim": 14,
+    "num_heads": 3,
+    "head_dim": 8,
+    "norm": "layernorm",
+    "norm_eps": 0.1,
+    "residual": "post_norm",
+    "activation": "silu",
+    "gated_mlp": True,
+    "positions": "sinusoids",
+    "position_offset": 3,
+    "relative_buckets": 6,
+    "relative_distance": 5,
+    "scale_scores": True,
+    "embed_scale": True,
+    "head_scale": True,
+    "embed_norm": True,
+    "bias": "mlp",
+    "tie_embeddings": False,
+    "start_id": 5,
+    "dropout": 0.3,
+    "attention_dropout": 0.3,
+    "init_std": 0.3,
+    "param_dtype": "bfloat16",
+    "compute_dtype": "bfloat16",
+    "remat": "full",
+    "scan_unroll": 2,
+}
+# How the model is executed, and sizes that only learned positions have.
+EXECUTION = ("remat", "scan_unroll", "context_length", "source_length", "position_offset")
+EXECUTION += ("bias",)  # it is 0 at first
+
+
+def test_every_field_moves_something():
+    assert set(FIELDS) == {f for f in config_lib.model(config_lib.ENCDEC) if f != "type"}
+    batch = rows_of(make_pairs(SIZES))
+
+    def outputs(**changes):
+        model = EncoderDecoder(make_config(**dict(init_std=0.5) | changes), jax.random.key(0))
+        keys = jax.random.split(jax.random.key(0), len(batch["tokens"]))
+        arrays = (batch["tokens"], batch["positions"], batch["segments"])
+        hidden = model(*arrays, source=objective.source_of(batch), keys_B=keys).hidden
+        return np.asarray(model.logits(hidden)).astype(np.float32)
+
+    plain = outputs()
+    for field, value in FIELDS.items():
+        if field in EXECUTION:
+            continue
+        changed = outputs(**{field: value})
+        is_same = changed.shape == plain.shape and np.abs(changed - plain).max() < 1e-5
+        assert not is_same, field
+    leaves = []
+    for bias in ("", "mlp", "qkv,out", "norm", "head"):
+        config = make_config(bias=bias, norm="layernorm")
+        model = nnx.eval_shape(lambda: EncoderDecoder(config, jax.random.key(0)))  # noqa: B023
+        leaves.append(len(jax.tree.leaves(nnx.split(model, nnx.Param)[1])))
+    assert leaves[0] < min(leaves[1:])
+    halves = outputs(positions="sinusoids_halves")
+    assert np.abs(halves - outputs(positions="sinusoids")).max() > 1e-3
+
+    def table_rows(**changes):
+        config = make_config(positions="learned", **changes)
+        model = nnx.eval_shape(lambda: EncoderDecoder(config, jax.random.key(0)))
+        return model.position_embed.table.shape[0], model.encoder_position_embed.table.shape[0]
+
+    assert table_rows() == (LENGTH, SOURCE_LENGTH)
+    assert table_rows(context_length=9, source_length=10, position_offset=3) == (12, 13)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(positions="rope"), "config.model.positions = 'rope'; valid: "),
+        (dict(relative_distance=4), "relative_distance = 4 must be above half of .*_buckets = 8"),
+        (dict(start_id=19), "config.model.start_id = 19 must be below config.model.vocab_size"),
+        (dict(bias="layers"), r"config.model.bias = 'layers': \['layers'\]; valid"),
+        (dict(vocab_size=0), "a model of its own needs both"),
+        (dict(remat="some"), "config.model.remat = 'some'"),
+    ],
+)
+def test_bad_fields(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
+
+
+def test_flops_are_those_of_the_matmuls():
+    config = make_config()
+    width, length, source = 2 * 6, 10, 20
+    encoder = 3 * (4 * 8 * width + 2 * 8 * 12)
+    decoder = 2 * (4 * 8 * width + 2 * 8 * 12) + 2 * 2 * 8 * width + VOCAB * 8
+    # Keys and values of the source are computed once for each of its tokens.
+    per_target = decoder + source / length * (encoder + 2 * 2 * 8 * width)
+    scores = 2 * width * (length / 2 + source) + source / length * 3 * width * source
+    forward = 2 * per_target + 4 * scores
+    got = encdec.flops_per_token(config, length, backward=False, source_length=source)
+    assert got == pytest.approx(forward)
+    assert encdec.flops_per_token(config, length, source_length=source) == pytest.approx(
+        3 * forward
+    )
+
+
+# --- sources and targets ---
+
+
+def write_lines(folder, sources, targets):
+    (folder / "train.de").write_text("\n".join(sources) + "\n")
+    (folder / "train.en").write_text("\n".join(targets) + "\n")
+    return dict(source=f"{folder}/{{split}}.de", target=f"{folder}/{{split}}.en")
+
+
+def test_lines_belong_together(tmp_path):
+    paths = write_lines(tmp_path, ["Eins", "", " Zwei "], ["One", "", "Two"])
+    documents = seq2seq.lines("train", **paths, lowercase=True)
+    assert [(d.source, d.target) for d in documents] == [("eins", "one"), ("zwei", "two")]
+    assert documents[1].name.endswith("de:3")
+    assert documents.kind == "seq2seq"
+    upper = seq2seq.lines("train", **paths)
+    assert upper[0].source == "Eins" and upper.fingerprint != documents.fingerprint
+
+
+@pytest.mark.parametrize(
+    "sources, targets, message",
+    [
+        (["a", "b"], ["x"], "has 2 lines and .* 1 in split 'train'"),
+        (["a", "b"], ["x", ""], "train.de:2 has no target|{split}.de:2 has no target"),
+        (["", "b"], ["x", "y"], "de:1 has no source"),
+        ([""], [""], "have no texts in split 'train'"),
+    ],
+)
+def test_lines_without_their_other_half(tmp_path, sources, targets, message):
+    with pytest.raises(ValueError, match=message):
+        seq2seq.lines("train", **write_lines(tmp_path, sources, targets))
+
+
+def test_jsonl_of_sources_and_targets(tmp_path):
+    records = [dict(article=f"text {i}", summary=f"{i}") for i in range(40)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = dict(path=str(path), held_out=0.25, source_key="article", target_key="summary")
+    train, held_out = [seq2seq.jsonl(s, **arguments) for s in ("train", "validation")]
+    assert len(train) + len(held_out) == 40 and len(held_out) > 2
+    assert train[0].source.startswith("text")
+    path.write_text('{"article": "a", "summary": ""}\n')
+    with pytest.raises(ValueError, match="data.jsonl:1: summary is ''; wanted a text"):
+        seq2seq.jsonl("train", **arguments)
+
+
+def test_what_is_longer_than_a_row_is_left_out(tmp_path, caplog):
+    paths = write_lines(tmp_path, ["abc", "abcdef", "ab"], ["x", "y", "uvwxyz"])
+    documents = seq2seq.lines("train", **paths)
+    units = seq2seq.encode(documents, ByteTokenizer(), length=5, source_length=6)
+    assert [unit.name[-1] for unit in units] == ["1"]
+    arrays = units[0].arrays
+    assert arrays["source"].tolist() == [256, *b"abc", 257]
+    assert arrays["targets"].tolist() == [256, *b"x", 257]
+    assert arrays["tokens"].tolist()[1:] == [256, *b"x"]
+    assert "1 left out: the source is longer than config.objective.source_length" in caplog.text
+    assert "1 left out: the target is longer than config.data.length" in caplog.text
+    with pytest.raises(ValueError, match="no text is left"):
+        seq2seq.encode(documents, ByteTokenizer(), length=2, source_length=6)
+
+
+# --- runs ---
+
+
+def configure(tiny, folder, **changes):
+    """Copies of short texts, as lines of two files."""
+    config = tiny.copy_and_resolve_references().unlock()
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abc"), rng.integers(1, 8))) for _ in range(64)]
+    for split in ("train", "val"):
+        for side in ("de", "en"):
+            (folder / f"{split}.{side}").write_text("\n".join(texts) + "\n")
+    config.data.source = "lm.data.seq2seq.lines"
+    config.data.source_args = dict(
+        source=f"{folder}/{{split}}.de", target=f"{folder}/{{split}}.en", lowercase=False
+    )
+    config.data.label_prompt = ""
+    config.objective = config_lib.ConfigDict(dict(type="lm.objectives.seq2seq", source_length=24))
+    config.model = config_lib.model(
+        config_lib.ENCDEC,
+        context_length=32,
+        source_length=32,
+        num_layers=2,
+        encoder_layers=2,
+        embed_dim=32,
+        mlp_dim=64,
+        num_heads=4,
+        head_dim=8,
+        param_dtype="float32",
+        scan_unroll=2,
+    )
+    config.evals.held_out = entries.held_out("TextLoss", every=3, batch_size=8, split="val")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_run_learns_is_audited_asked_and_generates(tiny, tmp_path, fast_runs):
+    """By the same evals as other models; and what it can't be asked is refused."""
+    records = [dict(text="ab", label="red"), dict(text="cab", label="blue")]
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = configure(tiny, tmp_path)
+    words = (("red", ("ab",)), ("blue", ("ba", "cab")))
+    config.evals.words = entries.task(
+        "sst2",
+        source=dict(path=str(path), split="test"),
+        label="label",
+        prompt=dict(templates=("{text}",)),
+        verbalizer=dict(words=(words,)),
+        priors=(),
+    )
+    config.evals.texts = entries.task(
+        "multi30k_de_en",
+        source=dict(lines={side: f"{tmp_path}/val.{side}" for side in ("de", "en")}),
+        prompt=dict(template="{de}"),
+        output=dict(max_new_tokens=12, num_beams=2),
+        scores=("chrf",),
+        max_documents=6,
+    )
+    config.optimizer.learning_rate = 1e-2
+    config.train.length = "40 steps"
+    metrics = run_training(config, tmp_path / "run")
+    losses = [line["train/loss"] for line in read_metrics(tmp_path / "run") if "train/loss" in line]
+    assert losses[-1] < losses[0] - 1
+    assert metrics["eval/held_out/loss"] < 4
+    assert 0 <= metrics["eval/words/accuracy"] <= 1
+    assert metrics["eval/texts/examples"] == 6
+
+    text = audit.audit(config, tmp_path / "audit", jax.devices()[:1], 1)
+    assert "source: '<s>" in text
+
+    config.evals.perplexity = entries.perplexity(every=0)
+    with pytest.raises(ValueError, match="this model has no token_logprobs"):
+        run_training(config, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"objective.source_length": 64}, "source_length = 64: the model reads sources of 32"),
+        ({"data.packing": "concat_then_split"}, "targets from their sources; wanted 'first_fit'"),
+        ({"mesh.sequence": 2, "mesh.fsdp": 1}, "config.mesh.sequence splits rows"),
+        (
+            {"objective.type": "lm.objectives.causal"},
+            "takes text or conversation, and config.data.source = .* kind 'seq2seq'|make_loss",
+        ),
+    ],
+)
+def test_configurations_that_make_no_sense(tiny, tmp_path, changes, message):
+    config = configure(tiny, tmp_path, **changes)
+    if changes.get("objective.type"):
+        config.objective = config_lib.default().objective
+    with pytest.raises(ValueError, match=message):
+        build.build(config, jax.devices()[: 2 if "mesh.sequence" in changes else 1])
+
+
+def test_a_decoder_reads_no_sources(tiny, tmp_path):
+    config = configure(tiny, tmp_path)
+    config.model = tiny.model
+    with pytest.raises(ValueError, match="reads sources of 0 tokens at most"):
+        build.build(config, jax.devices()[:1])
+
+
+def test_texts_by_the_command(tiny, tmp_path, fast_runs):
+    """lm.generate, by sampling and by beams, and what it refuses."""
+    config = configure(tiny, tmp_path)
+    run_training(config, tmp_path / "run")
+    common = [f"--workdir={tmp_path}/run", "--max_new_tokens=6", "--prompt=abc"]
+    commands = [
+        common,
+        [*common, "--num_beams=3", "--num_samples=2"],
+        [*common, "--num_beams=3", "--temperature=1"],
+        [*common, "--num_beams=2", "--num_samples=3"],
+        [*common, "--length_penalty=2"],
+        [*common[:2], f"--prompt={'a' * 40}"],
+    ]
+    plain, beams, *refused = run_commands("lm.generate", commands, tmp_path / "commands")
+    assert plain[0] == 0, plain[2]
+    assert beams[0] == 0, beams[2]
+    lines = [json.loads(line) for line in beams[1].splitlines()]
+    assert [line["sample"] for line in lines] == [0, 1]
+    messages = (
+        "--temperature: with --num_beams nothing is drawn",
+        "--num_samples=3 is above --num_beams=2",
+        "--length_penalty goes with --num_beams above 1",
+        "prompt 0 has 41 tokens; wanted 1 to 31: the encoder's context of 32",
+    )
+    for (status, _, err), message in zip(refused, messages, strict=True):
+        assert status and message in err, err
+
+
+def test_the_first_bias_is_that_of_distance_0():
+    """A key far behind has the last bucket, and one before the query none of the others'."""
+    from lm.nn.positions import RelativeBias
+
+    bias = RelativeBias(
+        jax.random.key(0),
+        2,
+        num_buckets=8,
+        max_distance=10,
+        sees_later=True,
+        std=1.0,
+        dtype="float32",
+    )
+    places = jnp.arange(12)[None]
+    got = np.asarray(bias(places, places))[0]
+    table = np.asarray(bias.table[...])
+    np.testing.assert_array_equal(got[:, 5, 5], table[0])
+    np.testing.assert_array_equal(got[:, 5, 4], table[1])
+    np.testing.assert_array_equal(got[:, 5, 6], table[5])
+    np.testing.assert_array_equal(got[:, 11, 0], table[3])
+    np.testing.assert_array_equal(got[:, 0, 11], table[7])
