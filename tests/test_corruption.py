@@ -308,6 +308,14 @@ def test_runs_learn(tiny, tmp_path, fast_runs, name):
     assert metrics["eval/text/loss"] < 5.6
 
 
+def test_an_encoder_decoder_has_no_perplexity(tiny):
+    config = configure(tiny, "spans")
+    config.evals.perplexity = entries.perplexity(every=0)
+    experiment = build.build(config, jax.devices()[:1])
+    with pytest.raises(ValueError, match="this model has no token_logprobs, which config.evals.pe"):
+        experiment.make_evaluators()
+
+
 def test_a_prefix_model_is_causal_for_others(tiny, tmp_path, fast_runs):
     """Perplexity's rows have no prefix: they are read from left to right."""
     config = configure(tiny, "prefix")
