@@ -281,8 +281,10 @@ def layout_of(kind: str, encoder: Encoder) -> Layout:
         return SourceLayout(encoder.source_length)
     if kind == "text":
         before, _ = encoder.tokenizer.around
+        # No token has the id -1.
+        bos_id = before[0] if before else -1
         more = set(encoder.arrays) - set(batch.ARRAYS) if encoder.transform else ()
-        return TextLayout(before[0], tuple(sorted(more)))
+        return TextLayout(bos_id, tuple(sorted(more)))
     return UnitLayout(2 if kind in ("pair", "judged") else 1)
 
 

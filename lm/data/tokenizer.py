@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
       roles: name -> ids, of those of `lm.data.roles.ROLES` that it has.
       special: text -> id, of the tokens that no text is to have.
       around: ids before a document, and ids after it. They are BOS and EOS; of BERT's and its
-        like, [CLS] and [SEP].
+        like, [CLS] and [SEP]; of T5's, nothing and EOS.
       fingerprint: names the exact mapping.
       files: name -> content, of a Hugging Face checkpoint; else a chat template at most.
     """
@@ -168,7 +168,7 @@ def load(path: str | epath.Path) -> Tokenizer:
     model_config = files.read_json(config) if config.exists() else {}
 
     # A tokenizer.json is preferred to the other forms, as in transformers.
-    forms = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"})
+    forms = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"}, {"spiece.model"})
     if any(form <= set(contents) for form in forms):
         return HuggingFaceTokenizer(contents, model_config, str(path))
     if "tokenizer.model" in contents:
@@ -187,7 +187,8 @@ def load(path: str | epath.Path) -> Tokenizer:
     if path.is_dir() or not path.exists():
         raise ValueError(
             f"no tokenizer at {path}: wanted a SentencePiece model file, or a directory with "
-            "tokenizer.model, tokenizer.json, vocab.json and merges.txt, or vocab.txt in it"
+            "tokenizer.model, tokenizer.json, vocab.json and merges.txt, vocab.txt, or "
+            "spiece.model in it"
         )
     return SentencePieceTokenizer(_read(path), str(path))
 
@@ -735,7 +736,11 @@ class HuggingFaceTokenizer(Roles):
         return tuple(self.special[text] for text in ends if text in self.special)
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """[CLS] and [SEP] if these are what the files put around a text, else BOS and EOS."""
+        """[CLS] and [SEP] if these are what the files put around a text, EOS alone if it is that
+        (T5), else BOS and EOS.
+        """
+        if self.prompt("a") == [*self.encode("a"), self.eos_id] and "bos" not in self.roles:
+            return (), (self.eos_id,)
         cls_ids, sep_ids = self.roles.get("cls", ()), self.roles.get("sep", ())
         if cls_ids and sep_ids and self.prompt("a") == [*cls_ids, *self.encode("a"), *sep_ids]:
             return cls_ids, sep_ids

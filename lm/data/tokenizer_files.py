@@ -1,16 +1,17 @@
 """The tokenizer that the files of a Hugging Face checkpoint describe, with the ids that
 transformers' AutoTokenizer gives.
 
-A checkpoint has its tokenizer in one of four forms: a tokenizer.json, a SentencePiece
-tokenizer.model, byte-pair encoding's vocab.json and merges.txt, or WordPiece's vocab.txt. All of
-them become a tokenizer of the `tokenizers` library. Around them stand files that name special
-tokens, and the name of a class of transformers. A class has rules of its own, which take the place
-of those in tokenizer.json.
+A checkpoint has its tokenizer in one of five forms: a tokenizer.json, a SentencePiece
+tokenizer.model, byte-pair encoding's vocab.json and merges.txt, WordPiece's vocab.txt, or T5's
+Unigram spiece.model. All of them become a tokenizer of the `tokenizers` library. Around them stand
+files that name special tokens, and the name of a class of transformers. A class has rules of its
+own, which take the place of those in tokenizer.json.
 
-A new form or class is a row of `_CLASSES`, and a branch of `_from_vocabulary`. Unigram's
-spiece.model is refused by name (`FOREIGN`).
+A new form or class is a row of `_CLASSES`, and a branch of `_from_vocabulary`. Others are refused
+by name (`FOREIGN`).
 """
 
+import base64
 import dataclasses
 import json
 import re
@@ -29,6 +30,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -39,7 +41,6 @@ FILES = (
 SPECIAL_IDS = "special_ids.json"
 # What isn't read: file -> its form.
 FOREIGN = {
-    "spiece.model": "a Unigram model",
     "sentencepiece.bpe.model": "a SentencePiece model in fairseq's order of ids",
     "spm.model": "a SentencePiece model of DeBERTa's",
     "tekken.json": "Mistral's own format",
@@ -84,8 +85,8 @@ class _Class:
       form: the file that holds the vocabulary where there is no tokenizer.json or tokenizer.model.
       special: special tokens that no file need name.
       rules: settings -> normalizer, pre_tokenizer and decoder, as a tokenizer.json has them.
-      model: settings of the model, which is byte-pair encoding's, or WordPiece's.
-      around: roles of what stands before and behind every text, whatever a file says.
+      model: settings of the model: byte-pair encoding's, WordPiece's or Unigram's.
+      around: roles of what stands before and behind every text, whatever a file says; "": nothing.
     """
 
     form: str
@@ -173,6 +174,17 @@ def _bert(settings: Mapping[str, Any]) -> dict:
     )
 
 
+def _t5(settings: Mapping[str, Any]) -> dict:
+    del settings  # it has none
+    metaspace = dict(type="Metaspace", replacement=_SPACE, prepend_scheme="always", split=True)
+    parts = [dict(type="WhitespaceSplit"), metaspace]
+    return dict(
+        normalizer=None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=parts),
+        decoder=metaspace,
+    )
+
+
 _END = "<|endoftext|>"
 _BPE = dict(continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
 _CLASSES = {
@@ -222,6 +234,13 @@ _CLASSES = {
         _BPE,
         around=("cls_token", "sep_token"),
     ),
+    "T5Tokenizer": _Class(
+        "spiece.model",
+        dict(eos_token="</s>", unk_token="<unk>", pad_token="<pad>"),
+        _t5,
+        dict(unk_id=2, byte_fallback=False),
+        around=("", "eos_token"),
+    ),
     "LlamaTokenizer": _Class(
         "tokenizer.model",
         dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>"),
@@ -229,6 +248,9 @@ _CLASSES = {
         dict(fuse_unk=True, byte_fallback=True),
     ),
 }
+
+# BART's is RoBERTa's under another name.
+_CLASSES["BartTokenizer"] = _CLASSES["RobertaTokenizer"]
 
 # model_type -> the class that transformers knows it by; where it knows none, or BACKEND, the files
 # decide.
@@ -241,6 +263,8 @@ _BY_MODEL_TYPE = {
     "gpt_neox": "GPTNeoXTokenizer",
     "bert": "BertTokenizer",
     "roberta": "RobertaTokenizer",
+    "bart": "RobertaTokenizer",
+    "t5": "T5Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
@@ -441,7 +465,7 @@ class _Pieces:
 MAX_PIECE = 256  # characters of a piece: each split of each piece is looked at
 
 
-def _read_sentencepiece(content: bytes) -> _Pieces:
+def _read_sentencepiece(content: bytes, name: str = "tokenizer.model") -> _Pieces:
     """The pieces of a model file. Raises ValueError if it is none."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
@@ -450,9 +474,9 @@ def _read_sentencepiece(content: bytes) -> _Pieces:
     try:
         proto.ParseFromString(content)
     except DecodeError:
-        raise ValueError("tokenizer.model is not a SentencePiece model") from None
+        raise ValueError(f"{name} is not a SentencePiece model") from None
     if not proto.pieces or max(len(piece.piece) for piece in proto.pieces) > MAX_PIECE:
-        raise ValueError(f"tokenizer.model has no pieces, or one of over {MAX_PIECE} characters")
+        raise ValueError(f"{name} has no pieces, or one of over {MAX_PIECE} characters")
 
     types = model_pb2.ModelProto.SentencePiece
     added = []
@@ -467,6 +491,19 @@ def _read_sentencepiece(content: bytes) -> _Pieces:
         if getattr(spec, f"{role}_id") >= 0:
             special[f"{role}_token"] = getattr(spec, f"{role}_piece")
     return _Pieces([(p.piece, p.score) for p in proto.pieces], added, special, proto)
+
+
+MAX_SENTINELS = 10_000
+
+
+def _sentinels(settings: Mapping[str, Any]) -> list[str]:
+    """T5's sentinels, which stand behind the pieces of its model, the last one first."""
+    count = settings.get("extra_ids", 100)
+    if type(count) is not int or not 0 <= count <= MAX_SENTINELS:
+        raise ValueError(
+            f"tokenizer_config.json: extra_ids = {count!r}; wanted 0 to {MAX_SENTINELS}"
+        )
+    return [f"<extra_id_{i}>" for i in range(count - 1, -1, -1)]
 
 
 def _merges(pieces: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -579,7 +616,14 @@ def _from_json(library, files: Mapping[str, bytes], class_name: str) -> Built:
 
     known = _CLASSES.get(class_name)
     settings = _read_settings(files, known.special if known else {})
-    if known and not _has_rules_of(library, content, known, settings):
+    is_unigram = known and known.form == "spiece.model"
+    if is_unigram:
+        # transformers makes it anew, whatever its rules are.
+        charsmap = next(filter(None, map(_charsmap, _flat_rules(content.get("normalizer")))), b"")
+        scored = [tuple(piece) for piece in content["model"]["vocab"]]
+        tokenizer = _unigram(library, known, scored, charsmap)
+        before = class_name
+    elif known and not _has_rules_of(library, content, known, settings):
         post_processor = tokenizer.post_processor
         tokenizer = _rebuilt(library, content["model"], known, settings)
         if post_processor is not None:
@@ -596,6 +640,22 @@ def _from_json(library, files: Mapping[str, bytes], class_name: str) -> Built:
     after = _described(tokenizer)
     special = {role: token_text(token) for role, token in settings.named.items()}
     return Built(tokenizer, special, "" if after == before else short_hash(after.encode()))
+
+
+def _charsmap(rule: Mapping) -> bytes:
+    """SentencePiece's table of normalization that a rule has; b"" if it is another rule."""
+    if rule.get("type") != "Precompiled":
+        return b""
+    return base64.b64decode(rule.get("precompiled_charsmap") or "")
+
+
+def _unigram(library, known: _Class, scored: Sequence[tuple[str, float]], charsmap: bytes):
+    """A Unigram tokenizer with the rules of its class, of pieces with their scores."""
+    model = library.models.Unigram(list(scored), **known.model)
+    tokenizer = _with_rules(library, model, known.rules({}))
+    if charsmap:
+        tokenizer.normalizer = library.normalizers.Precompiled(charsmap)
+    return tokenizer
 
 
 def _described(tokenizer) -> str:
@@ -665,6 +725,9 @@ def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str) -> Bu
         settings = _read_settings(files, known.special if known else pieces.special, pieces.added)
         vocab = {piece: i for i, (piece, _) in enumerate(pieces.scored)}
         merges = _merges(vocab)
+    elif known and known.form == "spiece.model" and "spiece.model" in files:
+        settings = _read_settings(files, known.special)
+        return _from_spiece(library, files, class_name, settings)
     elif known and known.form == "vocab.txt" and "vocab.txt" in files:
         settings = _read_settings(files, known.special)
         lines = files["vocab.txt"].decode().split("\n")
@@ -706,6 +769,25 @@ def _from_vocabulary(library, files: Mapping[str, bytes], class_name: str) -> Bu
     return Built(tokenizer, special, short_hash(described))
 
 
+def _from_spiece(
+    library, files: Mapping[str, bytes], class_name: str, settings: _Settings
+) -> Built:
+    """T5's tokenizer, of its model alone."""
+    known = _CLASSES[class_name]
+    pieces = _read_sentencepiece(files["spiece.model"], "spiece.model")
+    sentinels = _sentinels(settings.values)
+    scored = [*pieces.scored, *((sentinel, 0.0) for sentinel in sentinels)]
+    charsmap = pieces.proto.normalizer_spec.precompiled_charsmap
+    tokenizer = _unigram(library, known, scored, charsmap)
+
+    settings.extra += [*pieces.added, *sentinels]
+    _add_tokens(library, tokenizer, settings, class_name)
+    _set_around(library, tokenizer, known, settings)
+    special = {role: token_text(token) for role, token in settings.named.items()}
+    described = class_name.encode() + _described(tokenizer).encode() + files["spiece.model"]
+    return Built(tokenizer, special, short_hash(described))
+
+
 def _set_template(library, tokenizer, settings: _Settings) -> None:
     """Has BOS stand before a text and EOS after it, where tokenizer_config.json says so."""
     before, after, special = [], [], []
@@ -722,10 +804,11 @@ def _set_template(library, tokenizer, settings: _Settings) -> None:
 
 def _set_around(library, tokenizer, known: _Class, settings: _Settings) -> None:
     """Has the tokens of a class's roles stand around a text."""
-    before, after = [token_text(settings.named[role]) for role in known.around]
-    ids = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys((before, after))]
+    before, after = [[token_text(settings.named[role])] if role else [] for role in known.around]
+    ids = {text: tokenizer.token_to_id(text) for text in (*before, *after)}
+    parts = [*(f"{text}:0" for text in before), "$A:0", *(f"{text}:0" for text in after)]
     tokenizer.post_processor = library.processors.TemplateProcessing(
-        single=[f"{before}:0", "$A:0", f"{after}:0"], special_tokens=ids
+        single=parts, special_tokens=list(ids.items())
     )
 
 

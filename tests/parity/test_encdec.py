@@ -1,16 +1,22 @@
 """T5, BART and Marian against transformers, in f32, on models drawn at random."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+import sentencepiece
 import torch
 import transformers as t
 from flax import nnx
 
 from lm import config as config_lib
 from lm import sharding
+from lm.data import tokenizer as lm_tokenizers
 from lm.decoding.beams import Beams, search
 from lm.decoding.generator import Generator
 from lm.decoding.sampling import Sampling, row_keys
@@ -19,7 +25,9 @@ from lm.hf import families
 from lm.models import encdec
 from lm.nn.positions import bucket_of_distance
 from lm.objectives import seq2seq
+from tests.helpers import ROOT, read_jsonl, run_commands
 from tests.parity.test_families import with_layouts
+from tests.parity.test_tokenizers import CORPUS, STRINGS
 
 T5 = dict(
     num_layers=2,
@@ -404,3 +412,168 @@ def test_what_is_no_encoder_decoder(name, changes, message):
     config_class, arguments = CONFIGS[name]
     with pytest.raises(ValueError, match=message):
         families.read_config(config_class(**arguments).to_dict() | changes)
+
+
+# --- tokenizers ---
+
+
+def unigram(directory, form, settings):
+    """A Unigram model as T5's is: padding, EOS and the unknown piece come first."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(directory / "spiece"),
+        model_type="unigram",
+        vocab_size=400,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (directory / "spiece.vocab").unlink()
+    (directory / "config.json").write_text('{"model_type": "t5"}')
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    if form == "json":
+        t.T5Tokenizer.from_pretrained(directory).backend_tokenizer.save(
+            str(directory / "tokenizer.json")
+        )
+        (directory / "spiece.model").unlink()
+
+
+@pytest.mark.parametrize("form", ["spiece", "json"])
+@pytest.mark.parametrize(
+    "settings", [{}, dict(extra_ids=7), dict(tokenizer_class="T5Tokenizer", extra_ids=0)]
+)
+def test_t5s_tokens_are_the_same(settings, form, tmp_path):
+    """With its sentinels, which stand behind the others, the last one first."""
+    unigram(tmp_path, form, settings)
+    ours, theirs = lm_tokenizers.load(tmp_path), t.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*STRINGS, "a <extra_id_0> b<extra_id_1>", "the cat</s>"]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+        assert ours.prompt(text) == theirs.encode(text), text
+    ids = theirs.encode("the cat and the hat")
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.around == ((), (theirs.eos_token_id,))
+    assert ours.stop_ids == (theirs.eos_token_id,)
+    assert ours.role("pad") == theirs.pad_token_id
+    count = settings.get("extra_ids", 100)
+    if count:
+        sentinels = ours.role_ids("sentinels")
+        texts = [f"<extra_id_{i}>" for i in range(count)]
+        assert list(sentinels) == theirs.convert_tokens_to_ids(texts)
+        assert list(sentinels) == sorted(sentinels, reverse=True)
+
+    # As a run keeps it.
+    ours.save(tmp_path / "kept")
+    kept = lm_tokenizers.load(tmp_path / "kept")
+    assert kept.fingerprint == ours.fingerprint
+    assert [kept.encode(text) for text in STRINGS] == [ours.encode(text) for text in STRINGS]
+
+
+def test_a_model_file_with_too_many_sentinels(tmp_path):
+    unigram(tmp_path, "spiece", dict(extra_ids=10**9))
+    with pytest.raises(ValueError, match="extra_ids = 1000000000; wanted 0 to 10000"):
+        lm_tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "spiece.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="spiece.model"):
+        lm_tokenizers.load(tmp_path)
+
+
+# --- what it is asked ---
+
+TASK = """
+type = "lm.evals.classification.PromptClassification"
+label = "label"
+priors = []
+
+[source]
+path = "data.jsonl"
+split = "test"
+
+[prompt]
+templates = ["{text} It was"]
+
+[[verbalizer.words]]
+short = [" the"]
+long = [" other hat"]
+"""
+
+
+def their_distribution(model, tokenizer, text, fill):
+    """Of the words "the" and "other hat", by transformers, each alone."""
+    source = tokenizer(text + " It was", add_special_tokens=False).input_ids
+    begun = [model.config.decoder_start_token_id]
+    if fill == "infill":
+        sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+        source += [sentinel, *tokenizer(" .", add_special_tokens=False).input_ids]
+        begun.append(sentinel)
+    source.append(tokenizer.eos_token_id)
+
+    scores = []
+    for word in ("the", "other hat"):
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logits = model(
+                torch.tensor([source]), decoder_input_ids=torch.tensor([[*begun, *ids]])
+            ).logits[0]
+        logprobs = torch.log_softmax(logits, -1).numpy()[len(begun) - 1 :]
+        scores.append(sum(logprobs[place, token] for place, token in enumerate(ids)))
+    return np.exp(scores) / np.exp(scores).sum()
+
+
+@pytest.mark.parametrize("fill", ["ltr", "infill"])
+def test_a_checkpoint_is_asked_for_label_words(fill, tmp_path):
+    """As by hand in transformers, by the command; its texts are generated; and it is imported and
+    exported as it was.
+    """
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    unigram(folder, "spiece", {})
+    tokenizer = t.AutoTokenizer.from_pretrained(folder)
+    CONFIGS["t5-words"] = (t.T5Config, T5 | dict(vocab_size=len(tokenizer)))
+    model = make("t5-words", folder)
+
+    texts = ["the cat", "the other one, the hat and the cat", "12"]
+    lines = [json.dumps(dict(text=text, label="short")) for text in texts]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "words.toml").write_text(TASK)
+    arguments = [
+        f"--config={ROOT}/configs/tasks.py:{tmp_path}/words.toml",
+        f"--workdir={tmp_path}/run",
+        "--mode=eval",
+        f"--config.init_from={folder}",
+        "--config.data.length=48",
+        f"--config.evals.words.verbalizer.fill={fill}",
+    ]
+    if fill == "infill":
+        arguments.append("--config.evals.words.verbalizer.after= .")
+    command = [sys.executable, "-m", "lm.main", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for text, line in zip(texts, read_jsonl(tmp_path / "run" / "predictions" / "words-0.jsonl")):
+        wanted = their_distribution(model, tokenizer, text, fill)
+        got = [line["distribution"][label] for label in ("short", "long")]
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+    if fill == "infill":
+        return
+
+    ids = torch.tensor([tokenizer(texts[1]).input_ids])
+    output = model.generate(
+        ids, max_new_tokens=8, do_sample=False, num_beams=3, bad_words_ids=[[0]]
+    )
+    wanted = tokenizer.decode(output[0], skip_special_tokens=True)
+    beams = [f"--from={folder}", f"--prompt={texts[1]}", "--num_beams=3", "--max_new_tokens=8"]
+    ((status, out, err),) = run_commands("lm.generate", [beams], tmp_path / "generate")
+    assert status == 0, err
+    assert out.strip() == wanted.strip()
+
+    imported = ["import", f"--from={folder}", f"--workdir={tmp_path}/imported"]
+    exported = ["export", f"--workdir={tmp_path}/imported", f"--to={tmp_path}/again"]
+    for status, _, err in run_commands("lm.convert", [imported, exported], tmp_path / "convert"):
+        assert status == 0, err
+    again = t.T5ForConditionalGeneration.from_pretrained(tmp_path / "again")
+    for key, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[key].numpy(), tensor.numpy())
+    assert t.AutoTokenizer.from_pretrained(tmp_path / "again")(texts) == tokenizer(texts)
