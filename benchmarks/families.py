@@ -1,11 +1,14 @@
-"""Training speed of other families, each against its measure, in tokens a second, in f32.
+"""Speed of other families, each against its measure, in tokens a second, in f32.
 
     python benchmarks/families.py                 # masked against causal; needs no package
-    pip install torch                             # 2.13.0 here
+    pip install torch transformers                # 2.13.0, 5.23.0 here
     python benchmarks/families.py --measure=lstm  # an LSTM against torch.nn.LSTM
+    python benchmarks/families.py --measure=t5    # T5's decoding against transformers'
 
 masked: a BERT-shaped model on masked tokens, and the same model on the next token of these texts.
 lstm: two layers of 384 units with a tied head, on the same ids; torch's with its fused AdamW.
+t5: greedy text of a T5 small drawn at random, of 8 sources; transformers' by generate() or by a
+loop over its own cache, whichever is faster.
 
 Contenders take turns. The ratio is the median over the turns.
 """
@@ -27,8 +30,11 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
+from lm import build, files, train
 from lm import config as config_lib
-from lm import files, train
+from lm.decoding.generator import Generator
+from lm.decoding.sampling import Sampling, row_keys
+from lm.hf import directory as hf
 from lm.models import presets, recurrent
 from lm.objectives import causal
 
@@ -171,7 +177,98 @@ def measure_lstm(turns: int) -> list[float]:
     return ratios
 
 
-MEASURES = {"masked": measure_masked, "lstm": measure_lstm}
+# --- T5's decoding against transformers' ---
+
+
+SOURCES, SOURCE_TOKENS, NEW_TOKENS = 8, 64, 64
+
+
+def our_texts(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+    source = hf.Checkpoint(folder)
+    config = config_lib.default()
+    config.model = source.model(config.model)
+    config.model.update(param_dtype="float32", compute_dtype="float32")
+    config.model.scan_unroll = config.model.encoder_layers
+    model = build.abstract_model(config, jax.devices()[:1], config.model.vocab_size)
+    generator = Generator(
+        model.model_config,
+        model.graphdef,
+        source.load(model.params),
+        model.mesh,
+        Sampling(temperature=0.0),
+        stop_ids=(-1,),
+        vocab_size=config.model.vocab_size,
+    )
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        texts = generator.generate(ids.tolist(), NEW_TOKENS, row_keys([0] * len(ids)))
+        return np.array(texts)
+
+    return run
+
+
+def their_texts(folder: Path, by: str) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+    import transformers
+
+    model = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+
+    def generate(ids: np.ndarray) -> np.ndarray:
+        options = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+        output = model.generate(torch.from_numpy(ids).long(), eos_token_id=None, **options)
+        return output[:, 1:].numpy()
+
+    def loop(ids: np.ndarray) -> np.ndarray:
+        source = model.encoder(torch.from_numpy(ids).long())
+        token, cache, tokens = torch.zeros((len(ids), 1), dtype=torch.long), None, []
+        for _ in range(NEW_TOKENS):
+            output = model(
+                encoder_outputs=source,
+                decoder_input_ids=token,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            tokens.append(token)
+        return torch.cat(tokens, 1).numpy()
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return (generate if by == "generate" else loop)(ids)
+
+    return run
+
+
+def measure_t5(turns: int) -> list[float]:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    ids = np.random.default_rng(0).integers(3, 32000, (SOURCES, SOURCE_TOKENS)).astype(np.int32)
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        runs = {by: their_texts(Path(folder), by) for by in ("generate", "loop")}
+        runs |= {"lm": our_texts(Path(folder))}
+        # Compiled, and warm; a random model has near-ties, so that texts may part.
+        texts = {name: run(ids) for name, run in runs.items()}
+        agreement = np.mean(texts["lm"] == texts["loop"])
+        print(f"the same tokens: {agreement:.3f}")
+        for turn in range(turns):
+            order = list(runs) if turn % 2 == 0 else list(runs)[::-1]
+            speeds = {}
+            for name in order:
+                start = time.perf_counter()
+                runs[name](ids)
+                speeds[name] = SOURCES * NEW_TOKENS / (time.perf_counter() - start)
+            ratios.append(speeds["lm"] / max(speeds["generate"], speeds["loop"]))
+            print(turn, speeds, f"{ratios[-1]:.3f}", flush=True)
+    return ratios
+
+
+MEASURES = {"masked": measure_masked, "lstm": measure_lstm, "t5": measure_t5}
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ encoder is configs/pydocs.py's model that sees all of a text. It finds masked to
 asked for the library of a document by the same label words: a mask stands behind the question. bert
 is BERT's architecture in that size. In its first hundreds of steps it learns little more than how
 frequent tokens are, and it has ten times as many. lstm is a recurrent net, which predicts the next
-token.
+token. t5 is an encoder-decoder, which finds spans again, and is asked for a label word as for a
+span. prefix is the decoder of configs/pydocs.py, which sees the beginning of each text whole.
 """
 
 from ml_collections import ConfigDict
@@ -33,9 +34,10 @@ def get_config(size: str = "encoder") -> ConfigDict:
     c.train.length = "500 steps"
     c.checkpoint.every = 100
 
+    c.evals.library = entries.classification(VERBALIZER, every=0)
+
     change(c)
     c.model.vocab_size = 0  # the tokenizer's
-    c.evals.library = entries.classification(VERBALIZER, every=0)
     return c
 
 
@@ -60,6 +62,26 @@ def _encoder(c: ConfigDict) -> None:
     c.evals.pseudo = entries.pseudo_perplexity(every=0, max_documents=20)
 
 
+def _t5(c: ConfigDict) -> None:
+    c.model = config_lib.model(**presets.get("t5_mini"))
+    c.model.scan_unroll = c.model.num_layers
+    c.tokenizer.reserve = "sentinels:100"
+    # Shorter spans than T5's, and more of them: a label is one word.
+    c.objective = ConfigDict(dict(type="lm.objectives.span_corruption", source_length=256))
+    c.objective.update(rate=0.3, mean_span=2.0, z_loss=0.0, chunk=0)
+    # As many tokens a row as of a source.
+    c.data.length = 128
+    c.evals.spans = entries.held_out("TextLoss", every=100, max_documents=120)
+    c.evals.library.fill = "infill"
+
+
+def _prefix(c: ConfigDict) -> None:
+    c.model.update(presets.get("mini"))
+    c.model.scan_unroll = c.model.num_layers
+    c.objective = ConfigDict(dict(type="lm.objectives.prefix", z_loss=0.0, chunk=0))
+    c.evals.behind_prefix = entries.held_out("TextLoss", every=100, max_documents=120)
+
+
 def _lstm(c: ConfigDict) -> None:
     c.model = config_lib.model(**presets.get("lstm_mini"))
     c.optimizer.name = "adamw"
@@ -68,4 +90,4 @@ def _lstm(c: ConfigDict) -> None:
 
 
 # What follows the colon -> the function that changes the configuration.
-SIZES = {"encoder": _encoder, "bert": _bert, "lstm": _lstm}
+SIZES = {"encoder": _encoder, "bert": _bert, "lstm": _lstm, "t5": _t5, "prefix": _prefix}

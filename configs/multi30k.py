@@ -1,10 +1,10 @@
 """Translation from German into English, of Multi30k's captions of pictures:
 
-    python -m lm.main --config=configs/multi30k.py:DIR --workdir=runs/multi30k
+    python -m lm.main --config=configs/multi30k.py:PATH --workdir=runs/multi30k
 
-DIR has train.de, train.en, val.de, val.en, test_2016_flickr.de and test_2016_flickr.en (29,000,
-1,014 and 1,000 lines; Elliott et al. 2016). The model is the Transformer of 2017 in a small size.
-Texts are lower case, and BLEU is of lower case too.
+PATH has train.de, train.en, val.de, val.en, test_2016_flickr.de and test_2016_flickr.en (29,000,
+1,014 and 1,000 lines; Elliott et al. 2016). The model is the Transformer of 2017 in a small size,
+or with PATH,lstm an LSTM with attention. Texts are lower case, and BLEU is of lower case too.
 """
 
 from ml_collections import ConfigDict
@@ -14,18 +14,32 @@ from lm.evals import entries
 from lm.models import presets
 
 
-def get_config(directory: str = "") -> ConfigDict:
-    c = config_lib.default()
+def _transformer(c: ConfigDict) -> None:
     c.model = config_lib.model(**presets.get("transformer_base"))
     c.model.update(num_layers=3, encoder_layers=3, embed_dim=256, num_heads=4, mlp_dim=512)
+    c.model.scan_unroll = c.model.num_layers
+
+
+def _lstm(c: ConfigDict) -> None:
+    c.model = config_lib.model("lm.models.recurrent", cell="lstm", num_layers=2, encoder_layers=1)
+    c.model.update(embed_dim=256, hidden_dim=384)
+
+
+# What follows the path -> the function that chooses the model.
+MODELS = {"": _transformer, "lstm": _lstm}
+
+
+def get_config(path: str = "") -> ConfigDict:
+    path, _, kind = path.partition(",")
+    c = config_lib.default()
+    config_lib.sized(MODELS, kind)(c)
     c.model.update(context_length=128, source_length=128, dropout=0.3)
     c.model.vocab_size = 0  # the tokenizer's
     c.model.compute_dtype = "bfloat16"
-    c.model.scan_unroll = c.model.num_layers
 
     c.data.source = "lm.data.seq2seq.lines"
     c.data.source_args = dict(
-        source=f"{directory}/{{split}}.de", target=f"{directory}/{{split}}.en", lowercase=True
+        source=f"{path}/{{split}}.de", target=f"{path}/{{split}}.en", lowercase=True
     )
     c.data.length = 128
     c.data.batch_size = 16
@@ -48,7 +62,7 @@ def get_config(directory: str = "") -> ConfigDict:
     c.evals.test = entries.task(
         "multi30k_de_en",
         batch_size=64,
-        source=dict(lines=dict(de=f"{directory}/{{split}}.de", en=f"{directory}/{{split}}.en")),
+        source=dict(lines=dict(de=f"{path}/{{split}}.de", en=f"{path}/{{split}}.en")),
         prompt=dict(template="{de:lower}"),
         target="{en:lower}",
         references="{en:lower}",

@@ -30,7 +30,7 @@ from lm.data import chat, labelled, pack, roles, seq2seq, units
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
-from lm.decoding.generator import Generator
+from lm.decoding.generator import Generator, Sources
 from lm.decoding.sampling import Sampling
 from lm.evals import entries
 from lm.evals.causal_answers import CausalAnswers
@@ -231,11 +231,19 @@ def apply_hf_config(config: ConfigDict, *, training: bool = True) -> ConfigDict:
 
 
 def fit_objective(config: ConfigDict) -> None:
-    """Gives an encoder masked language modelling in the place of the default objective."""
-    is_default = config.objective.type == config_lib.Objective.type
-    if config.model.get("visible") == "full" and is_default:
+    """Gives an encoder masked language modelling in the place of the default objective, and an
+    encoder-decoder sequence to sequence.
+    """
+    if config.objective.type != config_lib.Objective.type:
+        return
+    if config.model.get("visible") == "full":
         config.objective = ConfigDict(dict(type="lm.objectives.masked", rate=0.15))
         logging.info("the model is an encoder: its objective is %s", config.objective.type)
+    if source_length := config.model.get("source_length", 0):
+        config.objective = ConfigDict(
+            dict(type="lm.objectives.seq2seq", source_length=source_length)
+        )
+        logging.info("the model reads sources: its objective is %s", config.objective.type)
 
 
 # What is compiled: the model, and the steps of a run.
@@ -396,11 +404,11 @@ def generator_of(model, params, sampling: Sampling, tokenizer: tokenizers.Tokeni
     Args:
       model: what has model_config, graphdef and mesh: an `AbstractModel` or a `Program`.
     """
-    of_sources = {}
+    sources = Sources()
     if reads_sources(model.model_config):
         _, end = tokenizer.around
         # No target has padding in it, and Marian's decoder begins with it.
-        of_sources = dict(source_end=end, never_ids=tokenizer.roles.get("pad", ()))
+        sources = Sources(end, tokenizer.roles.get("pad", ()))
     return Generator(
         model.model_config,
         model.graphdef,
@@ -409,7 +417,7 @@ def generator_of(model, params, sampling: Sampling, tokenizer: tokenizers.Tokeni
         sampling,
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
-        **of_sources,
+        sources=sources,
     )
 
 
@@ -967,6 +975,7 @@ class Experiment:
             before=before,
             end=end,
             sentinels=self.tokenizer.roles.get("sentinels", ())[:1],
+            branches=step.branches(p.model_config),
         )
         return dataclasses.replace(
             p.eval_fns,

@@ -208,6 +208,11 @@ class RecurrentFields:
     # The head is the embedding, and the last layer has its size (AWD-LSTM).
     tie_embeddings: bool = True
     head_bias: bool = False  # of the vocabulary's logits
+    # Longest source, which an encoder of so many layers in both directions reads, for translation;
+    # 0: there is none.
+    source_length: int = integer(0, most=2**24)
+    encoder_layers: int = integer(1, least=1, most=2**8)
+    start_id: int = integer(0, most=2**24)  # with a source: what is read at position 0
     # share of what layers and head read that is set to 0 in training
     dropout: float = number(0.0, least=0, below=1)
     init_std: float = number(0.05, least=0, most=100)  # of the tables; cells as torch.nn's
@@ -459,6 +464,9 @@ NEWER_FIELDS = (
     "embed_norm",
     "token_types",
     "head_transform",
+    "source_length",
+    "encoder_layers",
+    "start_id",
 )
 GROUPS = dict(
     data=Data,

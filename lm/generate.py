@@ -271,6 +271,7 @@ def continue_prompts(
             for number, texts in enumerate(found, start):
                 for sample, text in enumerate(texts):
                     write(number, sample, text)
+
         return
 
     for start in range(0, len(samples), batch_size):
@@ -499,7 +500,9 @@ def _check_beams() -> None:
         raise ValueError("--length_penalty goes with --num_beams above 1")
     if beams.number == 1:
         return
+
     drawing = (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PENALTY)
+
     if given := [f"--{flag.name}" for flag in drawing if flag.value is not None]:
         raise ValueError(f"{', '.join(given)}: with --num_beams nothing is drawn")
     if _SAMPLES.value > beams.number:

@@ -376,12 +376,12 @@ def _tree_hidden(model, batch) -> jax.Array:
     they have some; of a model that can't read such rows, of plain ones.
     """
     arrays = (batch["tokens"], batch["positions"], batch["segments"])
-    if not branches(model.config):
-        return model(*arrays).hidden
     source = {}
     if "source" in batch:
         names = ("source", "source_positions", "source_segments")
         source = {"source": tuple(batch[name] for name in names)}
+    if not branches(model.config):
+        return model(*arrays, **source).hidden
     return model(*arrays, visible=masks.by_tree(batch["until"]), **source).hidden
 
 

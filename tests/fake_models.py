@@ -21,7 +21,7 @@ class Model:
 
     def __init__(self, distribution, length=64):
         self.length = self.prompt_length = length
-        self.fills_blanks = False
+        self.fills_blanks = self.reads_sources = False
         self.questions = []  # all that were asked
         self._distribution = distribution
 

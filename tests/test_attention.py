@@ -470,7 +470,7 @@ def test_blocks_are_the_whole(kv_heads, dtype, tolerance):
             jax.nn.dot_product_attention, mask=mask[:, None], implementation="xla"
         )
         blocked = functools.partial(
-            blocked_attention, mask_BTT=mask, causal=True, block=block, max_blocks=max_blocks
+            blocked_attention, mask_BTS=mask, causal=True, blocks=(block, max_blocks)
         )
         # JAX's attention promotes bfloat16 by itself.
         with jax.numpy_dtype_promotion("standard"):

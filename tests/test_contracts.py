@@ -18,6 +18,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from lm import build, convert, evaluate, generate, sharding, stopping, trained
+from lm import config as config_lib
 from lm.data import pack
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import entries
@@ -54,7 +55,12 @@ OBJECTIVES = {
         },
     ),
 }
-NAMES = ["masked", "weighted", slow("encoder")]
+OBJECTIVES["spans"] = (
+    {"type": "lm.objectives.span_corruption", "source_length": 48, "rate": 0.3, "chunk": 8},
+    # A vocabulary that the mesh splits.
+    {"tokenizer.reserve": "sentinels:22", "model.vocab_size": 280, "data.label_prompt": ""},
+)
+NAMES = ["masked", "weighted", slow("encoder"), slow("spans")]
 # (mesh, who writes the collectives, microbatches)
 EXECUTIONS = {
     "accumulated": ({}, "partitioner", 4),
@@ -66,6 +72,9 @@ EXECUTIONS = {
 def execute(config, execution):
     """Changes how a configuration of one device is executed; returns the number of devices."""
     sizes, fsdp, accumulation = EXECUTIONS[execution]
+    if "source_length" in config.objective and "sequence" in sizes:
+        # Rows of two lengths aren't split.
+        sizes = dict(fsdp=2, tensor=2, data=2)
     one = dict(data=1, fsdp=1, fsdp2=1, tensor=1, sequence=1)
     config.mesh.update(one | sizes)
     config.train.update(dict(fsdp=fsdp, accumulation=accumulation))
@@ -88,6 +97,22 @@ def configure(tiny, folder, name):
     config.evals.text = entries.perplexity(every=3, batch_size=8)
     if name == "encoder":
         config.evals.text = entries.held_out("TextLoss", every=3, batch_size=8)
+    if name == "spans":
+        config.evals.text = entries.held_out("TextLoss", every=3, batch_size=8)
+        config.model = config_lib.model(
+            config_lib.ENCDEC,
+            context_length=32,
+            source_length=48,
+            num_layers=2,
+            encoder_layers=2,
+            embed_dim=32,
+            mlp_dim=64,
+            num_heads=4,
+            head_dim=8,
+            param_dtype="float32",
+            dropout=0.2,
+            bias="qkv,out,mlp,head",
+        )
     config.update_from_flattened_dict(changes)
     config.model.scan_unroll = config.model.num_layers  # see build._check_simulated
     return config

@@ -15,16 +15,16 @@ from lm import config as config_lib
 from lm.data import pack, seq2seq
 from lm.data.tokenizer import ByteTokenizer
 from lm.decoding.beams import Beams, search
-from lm.decoding.generator import Generator
+from lm.decoding.generator import Generator, Sources
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import entries
 from lm.evals.masked_answers import AFTER
 from lm.evals.predict import CompiledFns, PredictFns, Prompt, Question
 from lm.evals.source_answers import SourceAnswers
-from lm.models import encdec
+from lm.models import encdec, recurrent
 from lm.models.encdec import Config, EncoderDecoder
 from lm.objectives import seq2seq as objective
-from lm.step import make_tree_logprobs, make_tree_states
+from lm.step import branches, make_tree_logprobs, make_tree_states
 from tests.helpers import assert_trees_close, read_metrics, run_commands, run_training
 
 VOCAB = 19
@@ -64,13 +64,37 @@ BART = dict(
     scale_scores=True,
 )
 FORMS = {"t5": {}, "bart": BART, "2017": BART | dict(positions="sinusoids", embed_norm=False)}
+# And a recurrent net that attends to its source.
+ALL_FORMS = [*FORMS, "lstm"]
+
+
+def config_of(form):
+    if form != "lstm":
+        return make_config(**FORMS[form])
+    fields = config_lib.model(
+        "lm.models.recurrent",
+        vocab_size=VOCAB,
+        context_length=LENGTH,
+        source_length=SOURCE_LENGTH,
+        num_layers=3,
+        encoder_layers=2,
+        embed_dim=8,
+        hidden_dim=6,
+        start_id=3,
+        param_dtype="float32",
+        compute_dtype="float32",
+    ).to_dict()
+    del fields["type"]
+    return recurrent.Config(**fields)
 
 
 def drawn(config):
     """(graphdef, parameters large enough for every part to matter)."""
 
     def init():
-        return EncoderDecoder(config, jax.random.key(0))
+        is_recurrent = isinstance(config, recurrent.Config)
+        cls = recurrent.Recurrent if is_recurrent else EncoderDecoder
+        return cls(config, jax.random.key(0))
 
     graphdef, abstract = nnx.split(nnx.eval_shape(init), nnx.Param)
     rng = np.random.default_rng(1)
@@ -84,7 +108,7 @@ def drawn(config):
 
 @functools.cache
 def random_params(form):
-    return drawn(make_config(**FORMS[form]))
+    return drawn(config_of(form))
 
 
 def make_pairs(sizes, seed=0):
@@ -130,7 +154,7 @@ def log_softmax(logits):
 SIZES = [(5, 4), (6, 3), (3, 5), (9, 2), (2, 7)]
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_packed_pairs_are_as_pairs_alone(form):
     """On both sides: each target with its own source, wherever both lie in a row."""
     pairs = make_pairs(SIZES)
@@ -151,23 +175,24 @@ def test_packed_pairs_are_as_pairs_alone(form):
     assert len(found) == len(pairs)
 
 
-def test_a_target_sees_its_source_and_what_is_before_it():
+@pytest.mark.parametrize("form", ["t5", "lstm"])
+def test_a_target_sees_its_source_and_what_is_before_it(form):
     batch = rows_of(make_pairs([(5, 4), (6, 3)]))
-    wanted = logprobs("t5", batch)
+    wanted = logprobs(form, batch)
     first, second = batch["segments"][0] == 1, batch["segments"][0] == 2
 
     changed = batch | dict(source=batch["source"].copy())
     changed["source"][0, 0] += 1  # of the first pair
-    got = logprobs("t5", changed)
+    got = logprobs(form, changed)
     assert np.abs(got - wanted)[0][first].min() > 1e-4
     np.testing.assert_array_equal(got[0][second], wanted[0][second])
 
     # What the decoder reads at a text's first place is its own token, whatever is there.
     changed = batch | dict(tokens=batch["tokens"].copy())
     changed["tokens"][0, [0, 4]] = 9, 7
-    np.testing.assert_array_equal(logprobs("t5", changed), wanted)
+    np.testing.assert_array_equal(logprobs(form, changed), wanted)
     changed["tokens"][0, 2] += 1
-    got = logprobs("t5", changed)
+    got = logprobs(form, changed)
     np.testing.assert_array_equal(got[0][:2], wanted[0][:2])
     assert np.abs(got - wanted)[0][2:4].min() > 1e-5
 
@@ -279,13 +304,13 @@ def logits_by_hand(form, source, target):
     return np.array(compiled(form)[1](params, batch)[0, len(target)])
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_decoding_is_reading(form):
     """The greedy text of a batch of unequal sources, each as reading it anew gives it. What ends a
     source is added where it isn't there.
     """
     graphdef, params = random_params(form)
-    generator = make_generator(graphdef, params, never_ids=[17], source_end=[2])
+    generator = make_generator(graphdef, params, sources=Sources((2,), (17,)))
     sources = [*SOURCES[:2], [*SOURCES[2], 2]]
     texts = generator.generate(sources, 6, keys_B=row_keys([0, 0, 0]))
     for source, text in zip(SOURCES, texts):
@@ -309,15 +334,16 @@ def test_stacked_layers_decode_too():
         assert got.score == pytest.approx(wanted.score, abs=1e-4)
 
 
-def test_beams_find_what_is_likeliest():
+@pytest.mark.parametrize("form", ["2017", "lstm"])
+def test_beams_find_what_is_likeliest(form):
     """As many beams as there are tokens find the best of all texts of two."""
-    graphdef, params = random_params("2017")
+    graphdef, params = random_params(form)
     generator = make_generator(graphdef, params)
     for source, found in zip(SOURCES, search(generator, SOURCES, 2, Beams(VOCAB, 0.0))):
         scores = {}
-        first = log_softmax(logits_by_hand("2017", source, []))
+        first = log_softmax(logits_by_hand(form, source, []))
         for a in range(VOCAB):
-            second = log_softmax(logits_by_hand("2017", source, [a]))
+            second = log_softmax(logits_by_hand(form, source, [a]))
             for b in range(VOCAB):
                 scores[a, b] = float(first[a] + second[b])
         best = sorted(scores, key=lambda ids: -scores[ids])[:VOCAB]
@@ -335,7 +361,7 @@ def test_beams_find_what_is_likeliest():
 )
 def test_sources_that_are_too_long(sources, new, message):
     graphdef, params = random_params("t5")
-    generator = make_generator(graphdef, params, source_end=[2])
+    generator = make_generator(graphdef, params, sources=Sources((2,)))
     with pytest.raises(ValueError, match=message):
         generator.check(sources, new)
 
@@ -353,6 +379,7 @@ def predict_fns(form):
         before=[1],
         end=[2],
         sentinels=[18],
+        branches=branches(config_of(form)),
     )
     fns = CompiledFns(
         sharding.make_mesh({}, jax.devices()[:1]),
@@ -368,10 +395,12 @@ def predict_fns(form):
 WORDS = [[4], [5, 6], [7, 8, 9], [5, 10]]
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("fill", ["ltr", "infill"])
 def test_answers_are_by_the_chain_rule(form, fill):
-    """Of an answer to the source, or of what stands at a sentinel; words share one tree."""
+    """Of an answer to the source, or of what stands at a sentinel; words share one tree, where the
+    model can branch.
+    """
     fns, params = predict_fns(form)
     after = {} if fill == "ltr" else {AFTER: np.array([11, 12])}
     questions = [Question(Prompt(ids, after), WORDS, fill) for ids in SOURCES]
@@ -671,6 +700,18 @@ def test_a_run_learns_is_audited_asked_and_generates(tiny, tmp_path, fast_runs):
         run_training(config, tmp_path / "other")
 
 
+def test_a_recurrent_net_learns_too(tiny, tmp_path, fast_runs):
+    config = configure(tiny, tmp_path)
+    config.model = config_lib.model("lm.models.recurrent", cell="gru", source_length=32)
+    config.model.update(context_length=32, embed_dim=32, hidden_dim=48, param_dtype="float32")
+    config.optimizer.learning_rate = 1e-2
+    config.train.length = "30 steps"
+    metrics = run_training(config, tmp_path / "run")
+    assert metrics["eval/held_out/loss"] < 2.5
+    with pytest.raises(ValueError, match="config.model.num_layers = 1: with a source"):
+        recurrent.Config(**dict(vars(config_of("lstm")), num_layers=1))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -679,7 +720,7 @@ def test_a_run_learns_is_audited_asked_and_generates(tiny, tmp_path, fast_runs):
         ({"mesh.sequence": 2, "mesh.fsdp": 1}, "config.mesh.sequence splits rows"),
         (
             {"objective.type": "lm.objectives.causal"},
-            "takes text or conversation, and config.data.source = .* kind 'seq2seq'|make_loss",
+            "has no sources, which an encoder-decoder reads; wanted lm.objectives.seq2seq",
         ),
     ],
 )

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "banking77": [dict(text="Where is it?", category="card_arrival")],
     "gsm8k": [dict(question="1 + 1?", answer="It is 2.\n#### 2")],
     "multi30k_en_de": [dict(en="A dog.", de="Ein Hund.")],
+    "multi30k_de_en": [dict(en="A dog.", de="Ein Hund.")],
 }
 PYDOCS = [name for name in entries.shipped_tasks() if name.startswith("pydocs_")]
 LENGTH = 2048
@@ -114,7 +115,7 @@ def test_tasks_with_files(name, tmp_path):
     for split in ("train", "validation", "test"):
         lines = [json.dumps(record) + "\n" for record in records]
         (tmp_path / f"{split}.jsonl").write_text("".join(lines))
-    if name == "multi30k_en_de":
+    if name.startswith("multi30k"):
         path = f"{tmp_path}/{{split}}.{{column}}"
         for split, column in (("train", "en"), ("train", "de")):
             (tmp_path / f"{split}.{column}").write_text(records[0][column] + "\n")

@@ -24,9 +24,19 @@ def test_blocked_attention(length, block, max_blocks, causal):
     if causal:
         mask = np.tril(mask)
 
-    blocked = attention.blocked_attention(
-        q, k, v, mask, causal=causal, block=block, max_blocks=max_blocks
-    )
+    # One for both rows, as by distances, or one for each.
+    for bias in (None, draw(1, 4, length, length), draw(2, 4, length, length)):
+        blocked = attention.blocked_attention(
+            q, k, v, mask, causal=causal, bias_BNTS=bias, blocks=(block, max_blocks)
+        )
+        plain = attention.plain_attention(q, k, v, mask, bias)
+        np.testing.assert_allclose(blocked, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_blocked_attention_to_another_text():
+    q, k, v = draw(2, 30, 4, 8), draw(2, 11, 2, 8), draw(2, 11, 2, 8)
+    mask = (RANDOM.random((2, 30, 11)) < 0.7) | (np.arange(11) == 0)
+    blocked = attention.blocked_attention(q, k, v, mask, causal=False, blocks=(8, 8))
     plain = attention.plain_attention(q, k, v, mask)
     np.testing.assert_allclose(blocked, plain, rtol=1e-5, atol=1e-6)
 
@@ -36,9 +46,10 @@ def test_plain_attention_is_jax_s():
     mask = RANDOM.random((2, 6, 9)) < 0.8
     mask[:, :, 0] = True
 
-    plain = attention.plain_attention(q, k, v, mask)
-    wanted = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-    np.testing.assert_allclose(plain, wanted, rtol=1e-5, atol=1e-6)
+    for bias in (None, draw(2, 4, 6, 9)):
+        plain = attention.plain_attention(q, k, v, mask, bias)
+        wanted = jax.nn.dot_product_attention(q, k, v, bias, mask[:, None])
+        np.testing.assert_allclose(plain, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -214,6 +214,10 @@ FIELDS = {
     "param_dtype": "bfloat16",
     "compute_dtype": "bfloat16",
     "context_length": 64,
+    # Of a model that reads sources: tests/test_encdec.py.
+    "source_length": 32,
+    "encoder_layers": 2,
+    "start_id": 3,
 }
 
 
@@ -226,7 +230,7 @@ def test_every_field_is_used():
         leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(model))
         shapes[field] = [(str(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
     by_shape = ("cell", "vocab_size", "num_layers", "embed_dim", "hidden_dim", "tie_embeddings")
-    for field in (*by_shape, "head_bias", "param_dtype"):
+    for field in (*by_shape, "head_bias", "param_dtype", "source_length"):
         assert shapes[field] != shapes[""], field
 
 

@@ -24,10 +24,13 @@ class FakeFns:
 
     length = prompt_length = 64
     batch_size = 4
-    fills_blanks = False
+    fills_blanks = reads_sources = False
 
     def check_stop(self):
         pass
+
+    def room_of_prompt(self, max_new_tokens):
+        return self.length - max_new_tokens
 
     def token_logprobs(self, params, rows):
         return np.full((len(rows), self.length), -1.5, np.float32)

@@ -705,7 +705,7 @@ def test_shipped_tasks(path):
 def test_shipped_tasks_are_listed():
     expected = """
         sst2 ag_news trec imdb cola rte mnli boolq banking77 xquad squad xsum dialogsum wmt14_en_de
-        multi30k_en_de gsm8k piqa blimp lambada
+        multi30k_en_de multi30k_de_en gsm8k piqa blimp lambada
     """
     assert set(expected.split()) <= set(TASKS)
 

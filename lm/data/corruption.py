@@ -53,11 +53,13 @@ class SpanCorruption:
         """
         _, after = self.tokenizer.around
         num_sentinels = len(self.tokenizer.role_ids("sentinels"))
+
         raw = 1
         while True:
             num_noise, num_spans = self.sizes(raw + 1)
             source = raw + 1 - num_noise + num_spans + len(after)
             target = num_noise + num_spans + len(after)
+
             if source > self.source_length or target > length or num_spans > num_sentinels:
                 return raw
             raw += 1
@@ -68,6 +70,7 @@ class SpanCorruption:
         """Cuts a document into windows of a target of at most `length` and its source."""
         _, after = self.tokenizer.around
         text = ids[: len(ids) - len(after)]
+
         raw = self.raw_length(length)
         windows = []
         for start in range(0, len(text), raw):
@@ -83,6 +86,7 @@ class SpanCorruption:
         num_noise, num_spans = self.sizes(len(ids))
         kept_sizes = _partition(len(ids) - num_noise, num_spans, random)
         noise_sizes = _partition(num_noise, num_spans, random)
+
         source: list[int] = []
         target: list[int] = []
         place = 0
@@ -157,13 +161,16 @@ class FillInTheMiddle:
         room for the sentinels.
         """
         before, after = self.tokenizer.around
+
         windows = []
         step = max(length - 3, 1)
         for start in range(0, len(ids) - 1, step):
             # The last token of a window is the first one that the next window reads.
             piece = ids[start : start + step + 1]
+
             first = len(before) if start == 0 else 0
             last = len(piece) - (len(after) if start + step + 1 >= len(ids) else 0)
+
             if random.random() < self.rate and last > first:
                 middle = self._reordered(piece[first:last], random)
                 piece = [*piece[:first], *middle, *piece[last:]]
@@ -174,6 +181,7 @@ class FillInTheMiddle:
         one, two, three = self.tokenizer.role_ids("sentinels")[:3]
         start, stop = np.sort(random.integers(0, len(ids) + 1, 2)).tolist()
         beginning, middle, end = ids[:start], ids[start:stop], ids[stop:]
+
         if random.random() < self.end_first:
             return [one, two, *end, three, *beginning, *middle]
         return [one, *beginning, two, *end, three, *middle]

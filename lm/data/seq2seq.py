@@ -57,6 +57,7 @@ def lines(split: str, *, source: str, target: str, lowercase: bool = False) -> D
         text = files.read_text(files.expand(name.replace("{split}", split)))
         # Only the last line end goes: what an empty line belongs to is found below.
         columns.append((text.lower() if lowercase else text).removesuffix("\n").split("\n"))
+
     sources, targets = columns
     if len(sources) != len(targets):
         raise ValueError(
@@ -72,6 +73,7 @@ def lines(split: str, *, source: str, target: str, lowercase: bool = False) -> D
         elif text.strip() or wanted.strip():
             side = "target" if text.strip() else "source"
             raise ValueError(f"{place} has no {side}; wanted a text in both files, or in neither")
+
     if not items:
         raise ValueError(f"{source} and {target} have no texts in split {split!r}")
     return _documents(items)
@@ -97,6 +99,7 @@ def jsonl(
     """
     held_out_part = HeldOut(split, path, held_out, held_out_by)
     found = files.find(path.replace("{split}", split), ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"))
+
     items: list[SourceAndTarget] = []
     with progress.activity(f"reading {path}", len(found), "files") as reading:
         for file in reading.each(found):
@@ -109,9 +112,11 @@ def jsonl(
                             f"{file}:{number}: {key} is {value!r:.80}; wanted a text that isn't "
                             f"empty (the object has {sorted(record)})"
                         )
+
                 place = f"{file}:{number}"
                 in_file.append(SourceAndTarget(record[source_key], record[target_key], place))
             items += held_out_part.of_documents(in_file, file)
+
     if not items:
         raise held_out_part.error_without_documents()
     held_out_part.log()
@@ -135,6 +140,7 @@ def encode(texts: Documents, tokenizer: Tokenizer, *, length: int, source_length
                 left_out.add("the target is longer than config.data.length", item.name)
             else:
                 units.append(Unit(window(source, target), item.name, ""))
+
     left_out.log("sources and targets")
     if not units:
         raise ValueError(f"no text is left: {dict(left_out.counts)}")

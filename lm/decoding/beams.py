@@ -73,6 +73,7 @@ def begin(
     """The state behind the prompts, each as often as it has beams."""
     model = nnx.merge(graphdef, params)
     logits_BV, cache, position_B = generator.prefill(model, prompts_BT, lengths_B, cache_length)
+
     rows_B = jnp.repeat(jnp.arange(len(lengths_B)), num_beams)
     logprobs_BV = _logprobs(logits_BV, never_ids, vocab_size)[rows_B]
     return BeamState(logprobs_BV, model.take_rows(cache, rows_B), position_B[rows_B])
@@ -145,6 +146,7 @@ class Hypotheses:
           logprobs, numbers: [candidates], see `candidates`.
         """
         length = len(self._ids[0]) + 1
+
         going_on = []
         for rank, (logprob, number) in enumerate(zip(logprobs.tolist(), numbers.tolist())):
             beam, token = divmod(number, vocab_size)
@@ -159,6 +161,7 @@ class Hypotheses:
 
         self._ended.sort(key=lambda continuation: -continuation.score)
         del self._ended[self._beams.number :]
+
         # Where all have ended there is nothing to go on with.
         going_on = going_on[: self._beams.number] or [(0, self._stop_ids[0], -1e9)]
         going_on += [going_on[-1][:2] + (-1e9,)] * (self._beams.number - len(going_on))
@@ -203,12 +206,14 @@ def search(
         raise ValueError(
             f"num_beams = {beams.number} is above the vocabulary's {model.vocab_size} tokens"
         )
+
     begin_fn, advance_fn = _compiled(model.graph, model.never_ids, model.vocab_size, model.mesh)
     # So many that some go on, whichever stop tokens the others end with.
     number = max(2, 1 + len(model.stop_ids)) * beams.number
 
     prompts_BT, lengths_B, cache_length = model.padded(prompts, max_new_tokens)
     found = [Hypotheses(beams, model.stop_ids, max_new_tokens) for _ in prompts]
+
     with jax.set_mesh(model.mesh):
         state = begin_fn(
             model.params,
@@ -220,11 +225,13 @@ def search(
         while True:
             scores_BK = model.replicate(np.stack([each.scores for each in found]))
             best = jax.device_get(candidates(state.logprobs_BV, scores_BK, number=number))
+
             rows, tokens = [], []
             for prompt, (each, logprobs, numbers) in enumerate(zip(found, *best)):
                 for beam, token in each.take(logprobs, numbers, model.vocab_size):
                     rows.append(prompt * beams.number + beam)
                     tokens.append(token)
+
             if all(each.is_done for each in found):
                 return [each.best() for each in found]
 

@@ -231,6 +231,18 @@ def _compiled(
     return prefill_fn, step_fn
 
 
+class Sources(NamedTuple):
+    """How an encoder-decoder's prompts end, and what its texts never have.
+
+    Attributes:
+      end: ids that end every source; a prompt that lacks them gets them.
+      never_ids: are never chosen.
+    """
+
+    end: tuple[int, ...] = ()
+    never_ids: tuple[int, ...] = ()
+
+
 class Generator:
     """Continues prompts, and hands out each token as soon as it is chosen. Of an encoder-decoder
     prompts are sources, and what is generated are their targets.
@@ -242,8 +254,7 @@ class Generator:
       params: on `mesh`.
       stop_ids: a row ends with any of them.
       vocab_size: the tokenizer's.
-      never_ids: are never chosen.
-      source_end: ids that end every source; a prompt that lacks them gets them.
+      sources: of an encoder-decoder.
 
     Attributes:
       graph: the model in the form that decodes fastest, a key for caches of compiled functions.
@@ -260,16 +271,15 @@ class Generator:
         *,
         stop_ids: Sequence[int],
         vocab_size: int,
-        never_ids: Sequence[int] = (),
-        source_end: Sequence[int] = (),
+        sources: Sources = Sources(),
     ):
         decoding_graphdef, self.params = for_decoding(graphdef, params, mesh)
         self.graph = Graph(decoding_graphdef, graphdef)
         self.mesh = mesh
-        self.stop_ids, self.never_ids = tuple(stop_ids), tuple(never_ids)
+        self.stop_ids, self.never_ids = tuple(stop_ids), tuple(sources.never_ids)
         self.vocab_size = vocab_size
         self._config = model_config
-        self._source_end = list(source_end)
+        self._source_end = list(sources.end)
         # 0: the model reads no sources.
         self._source_length = getattr(model_config, "source_length", 0)
 

@@ -66,6 +66,7 @@ class DocumentClassification:
       verbalizer: (label, words) pairs; a word includes the space before it.
       max_documents: how many documents, evenly out of the split; 0: all.
       aggregate, length_norm: see lm/evals/scores/label_scores.py.
+      fill: see `lm.evals.predict.FILLS`.
 
     Raises:
       ValueError: documents without labels, an unknown choice, max_documents below 0, no room for
@@ -85,12 +86,14 @@ class DocumentClassification:
         max_documents: int,
         aggregate: str = "sum",
         length_norm: str = "none",
+        fill: str = "ltr",
     ):
         prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         chosen = list(records_lib.take(documents, max_documents))
         _check_labelled(name, chosen, encoder.label_prompt)
         prompts.check_choice(name, "aggregate", aggregate, AGGREGATES)
         prompts.check_choice(name, "length_norm", length_norm, NORMS)
+        prompts.check_choice(name, "fill", fill, FILLS)
 
         data_labels = {document.label for document in chosen}
         words, word_ids = tokenize_verbalizer(verbalizer, encoder.tokenizer, data_labels)
@@ -111,14 +114,14 @@ class DocumentClassification:
             texts.append(document.text + encoder.label_prompt)
             gold.append(labels.index(document.label))
             ids = encoder.prompt(document)
-            questions.append(_question(ids[-room:], word_ids))
+            questions.append(_question(ids[-room:], word_ids, fill))
             num_cut.append(max(len(ids) - room, 0))
 
         variant = Variant(
             name="",
             words=words,
             questions=questions,
-            prior_questions={"content_free": _content_free_questions(encoder, room, word_ids)},
+            prior_questions={"content_free": _content_free(encoder, room, word_ids, fill)},
             calibration_questions=[],
             num_cut=num_cut,
             asked=dict(template="{text}" + encoder.label_prompt, shots=[], before="", variant=""),
@@ -161,19 +164,19 @@ def _check_labelled(name: str, documents: Sequence[Document], label_prompt: str)
         )
 
 
-def _question(prompt_ids: Sequence[int], word_ids: Sequence[Sequence[int]]) -> Question:
+def _question(prompt_ids: Sequence[int], word_ids: Sequence[Sequence[int]], fill: str) -> Question:
     # An array holds thousands of prompts in a tenth of a list's memory.
-    return Question(Prompt(np.asarray(prompt_ids, np.int32)), word_ids)
+    return Question(Prompt(np.asarray(prompt_ids, np.int32)), word_ids, fill)
 
 
-def _content_free_questions(
-    encoder: Encoder, room: int, word_ids: Sequence[list[int]]
+def _content_free(
+    encoder: Encoder, room: int, word_ids: Sequence[list[int]], fill: str
 ) -> list[Question]:
     """What is asked without a document: the answers are the prior that others are corrected by."""
     questions = []
     for text in CONTENT_FREE:
         ids = encoder.prompt(Document(text, "", ""))
-        questions.append(_question(ids[-room:], word_ids))
+        questions.append(_question(ids[-room:], word_ids, fill))
     return questions
 
 

@@ -502,6 +502,7 @@ def classification(
     max_documents: int = 0,
     aggregate: str = "sum",
     length_norm: str = "none",
+    fill: str = "ltr",
 ) -> ConfigDict:
     """Makes the entry of `lm.evals.classification.DocumentClassification`: label words after the
     run's own labelled documents.
@@ -511,6 +512,7 @@ def classification(
       every, batch_size, split: see the top of this file.
       max_documents: how many documents, evenly out of the split; 0: all.
       aggregate, length_norm: how words become scores, see lm/evals/scores/label_scores.py.
+      fill: how the model fills a word in, see `lm.evals.predict.FILLS`.
     """
     return ConfigDict(
         dict(
@@ -522,6 +524,7 @@ def classification(
             verbalizer=_as_tuples(verbalizer),
             aggregate=aggregate,
             length_norm=length_norm,
+            fill=fill,
         )
     )
 

@@ -32,6 +32,8 @@ class SourceAnswers:
       before: ids that begin every text, of targets too.
       end: ids that end every source.
       sentinels: the tokenizer's first one, or none.
+      branches: whether the decoder reads rows in which sequences branch; else each continuation is
+        a row of its own.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class SourceAnswers:
         before: Sequence[int],
         end: Sequence[int],
         sentinels: Sequence[int],
+        branches: bool = True,
     ):
         self._mesh = mesh
         self._tree_logprobs = compiled(tree_logprobs, mesh)
         self._tree_states = compiled(tree_states, mesh)
         self._before, self._end = list(before), list(end)
         self._sentinels = list(sentinels)
+        self._branches = branches
 
     def logprobs(self, params, questions: Sequence[Question], limits: Limits) -> list[list[Answer]]:
         """For each question, in order, the answer to each of its continuations.
@@ -57,17 +61,18 @@ class SourceAnswers:
           ValueError: another form than the two, text behind an answer, or no sentinel to fill in.
         """
         rows = []
+        question_of_row = []
         for number, question in enumerate(questions):
-            row = self._row(question.prompt, question.continuations, question.fill, number)
-            rows.append(row)
-        outputs = run_rows(self._mesh, self._tree_logprobs, params, rows, len(rows), limits)
+            whole = [question.continuations]
+            for words in whole if self._branches else [[ids] for ids in question.continuations]:
+                rows.append(self._row(question.prompt, words, question.fill, len(rows)))
+                question_of_row.append(number)
 
-        answers = []
-        for row, (logprobs, is_best) in zip(rows, outputs):
-            of_question = []
+        outputs = run_rows(self._mesh, self._tree_logprobs, params, rows, len(rows), limits)
+        answers: list[list[Answer]] = [[] for _ in questions]
+        for number, row, (logprobs, is_best) in zip(question_of_row, rows, outputs):
             for queries in row.tree.continuation_queries:
-                of_question.append(Answer(logprobs[queries], is_best[queries]))
-            answers.append(of_question)
+                answers[number].append(Answer(logprobs[queries], is_best[queries]))
         return answers
 
     def states(self, params, prompts: Sequence[Prompt], limits: Limits) -> np.ndarray:
@@ -99,5 +104,6 @@ class SourceAnswers:
             )
         else:
             raise ValueError(f"fill = {fill!r}; valid of an encoder-decoder: ['ltr', 'infill']")
+
         tree = build_tree(begun, continuations)
         return alone(tree, number)._replace(source=[*ids, *after, *self._end])

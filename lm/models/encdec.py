@@ -154,6 +154,7 @@ class DecoderBlock(nnx.Module):
         c = config
         attention_key, source_key, mlp_key = jax.random.split(key, 3)
         out_std = c.init_std / (3 * c.num_layers) ** 0.5
+
         norm = dict(eps=c.norm_eps, use_bias="norm" in c.biases)
         self.residual = c.residual
         self.dropout = c.dropout
@@ -162,6 +163,7 @@ class DecoderBlock(nnx.Module):
         self.source_norm = NORMS[c.norm](c.embed_dim, **norm)
         self.source_attention = Attention(source_key, c, out_std=out_std)
         self.mlp_norm = NORMS[c.norm](c.embed_dim, **norm)
+
         use_bias = "mlp" in c.biases
         self.mlp = MLP(mlp_key, c, mlp_dim=c.mlp_dim, use_bias=use_bias, out_std=out_std)
 
@@ -246,8 +248,10 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
         def make_block(key):
             return DecoderBlock(key, c)
 
+        # The encoder's layers are always a stack: they run once for a text.
         keys = jax.random.split(jax.random.fold_in(encoder_key, 0), c.encoder_layers)
         self.encoder_layers = nnx.vmap(make_encoder_block, in_axes=0, out_axes=0)(keys)
+
         keys = jax.random.split(jax.random.fold_in(decoder_key, 0), c.num_layers)
         if stacked:
             self.layers = nnx.vmap(make_block, in_axes=0, out_axes=0)(keys)
@@ -309,6 +313,7 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
         encoder_keys, decoder_keys = keys_of_sites(keys_B, 2)
         hidden_BSD, seen = self.encode(*source, keys_B=encoder_keys)
         _, _, source_segments_BS = source
+
         read = Source(hidden_BSD, masks.of_source(segments_BT, source_segments_BS))
         arrays = (tokens_BT, positions_BT, segments_BT)
         output, of_decoder = self._decode(*arrays, read, visible=visible, keys_B=decoder_keys)
@@ -333,12 +338,14 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
 
         valid_BS = segments_BS > 0
         seen = watch.squares(valid_BS, {"encoder_embed": x_BSD})
+
         inputs = (positions_BS, mask, valid_BS)
         x_BSD, _, aux = transformer.run_layers(
             c, self.encoder_layers, x_BSD, None, inputs, keys_B=layer_keys
         )
         for name, sums_L in aux[SQUARES].items():
             seen[f"encoder_layers/*/{name}"] = sums_L
+
         if self.encoder_norm is not None:
             x_BSD = dropout(self.encoder_norm(x_BSD), c.dropout, out_keys)
         return x_BSD, seen
@@ -362,6 +369,7 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
         c = self.config
         visible = visible or masks.CAUSAL
         embed_keys, layer_keys, out_keys = self._keys(keys_B)
+
         tokens_BT = jnp.where(positions_BT == 0, c.start_id, tokens_BT)
         x_BTD = self._embed(
             tokens_BT, positions_BT, self.position_embed, self.embed_norm, embed_keys
@@ -381,12 +389,14 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
 
         valid_BT = segments_BT > 0
         seen = watch.squares(valid_BT, {"embed": x_BTD})
+
         inputs = (positions_BT, mask, valid_BT, source)
         x_BTD, cache, aux = transformer.run_layers(
             c, self.layers, x_BTD, cache, inputs, decode=decode, keys_B=layer_keys
         )
         for name, sums_L in aux[SQUARES].items():
             seen[f"layers/*/{name}"] = sums_L
+
         if self.norm is not None:
             x_BTD = dropout(self.norm(x_BTD), c.dropout, out_keys)
         return Output(x_BTD, cache, {}), seen
@@ -402,6 +412,7 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
         x = self.embed(tokens)
         if c.embed_scale:
             x = x * np.asarray(c.embed_dim**0.5, x.dtype)
+
         if position_embed is not None:
             x = x + position_embed(positions + c.position_offset)
         elif c.positions != "relative":
@@ -409,6 +420,7 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
             interleaved = c.positions == "sinusoids"
             table = jnp.asarray(sinusoids(length, c.embed_dim, interleaved=interleaved), x.dtype)
             x = x + table[positions]
+
         if norm is not None:
             x = norm(x)
         return stream(dropout(x, c.dropout, keys_B))
@@ -459,6 +471,7 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
         ones_B1 = jnp.ones_like(start_B1)
         source = Source(hidden_BSD, masks.of_source(ones_B1, segments_BS))
         output, _ = self._decode(start_B1, start_B1, ones_B1, source, cache=cache.layers)
+
         read = DecoderCache(output.cache, segments_BS)
         return Decoded(output.hidden[:, 0], read, jnp.ones_like(lengths_B))
 

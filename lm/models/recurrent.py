@@ -3,7 +3,13 @@
 A state begins anew with each segment of a row, so that packed texts are as texts alone. The cells
 are torch.nn's (lm/hf/torch_recurrent.py reads and writes its weights).
 
-Letters: B batch, T length, D embed, H units of a layer, G gates, X = G * H, V vocab.
+With config.model.source_length the model reads a source too, by an encoder in both directions.
+What the first layer says of a target attends to the encoder's output, and all other layers read
+both (Luong et al. 2015, arXiv 1508.04025, section 3.1; between the layers as in Wu et al. 2016,
+arXiv 1609.08144, section 3.1).
+
+Letters: B batch, T length, S length of the source, D embed, H units of a layer, E of the encoder's
+output, G gates, X = G * H, V vocab.
 """
 
 import dataclasses
@@ -18,7 +24,7 @@ from jax.sharding import Mesh
 
 from lm import collectives
 from lm import config as config_lib
-from lm.models.cached import CachedDecoding
+from lm.models.cached import CachedDecoding, Decoded
 from lm.models.transformer import Output
 from lm.nn import watch
 from lm.nn.layers import Embed, VocabHead, add_bias, dense, dropout, fold_in_each, gather, param
@@ -83,6 +89,12 @@ class Config(config_lib.RecurrentFields):
                 f"{self.compute_dtype!r}: a model of its own needs both"
             )
 
+        if self.source_length and self.num_layers < 2:
+            raise ValueError(
+                f"config.model.num_layers = {self.num_layers}: with a source the first layer "
+                "attends to it, and those behind it read what it finds; wanted 2 or more"
+            )
+
     branches = False  # a state can't be shared by continuations of the same row
     shortest_row = 16
 
@@ -99,22 +111,45 @@ class Config(config_lib.RecurrentFields):
         """(inputs, units) of each layer. Where the head is the embedding, the last has its size."""
         last = self.embed_dim if self.tie_embeddings else self.hidden_dim
         units = [self.hidden_dim] * (self.num_layers - 1) + [last]
-        return list(zip([self.embed_dim, *units], units))
+        # Behind the first layer with what it finds in the source.
+        context = self.source_dim if self.source_length else 0
+        inputs = [self.embed_dim, *(size + context for size in units)]
+        return list(zip(inputs, units))
+
+    @property
+    def source_dim(self) -> int:
+        """Units of the encoder's output: those of both directions."""
+        return 2 * self.hidden_dim
 
 
 def flops_per_token(
-    config: Config, length: int, *, causal: bool = True, backward: bool = True, head: float = 1.0
+    config: Config,
+    length: int,
+    *,
+    causal: bool = True,
+    backward: bool = True,
+    head: float = 1.0,
+    source_length: int = 0,
 ) -> float:
     """Model FLOPs of a token in training, or of its forward pass: 6, or 2, a weight of a matmul.
-    They don't depend on the length.
+    They don't depend on the length, but for the source's share.
 
     Args:
       head: share of the tokens whose logits are needed.
+      source_length: tokens of the encoder's row.
     """
-    gates = CELLS[config.cell].num_gates
-    weights = sum(gates * units * (inputs + units) for inputs, units in config.sizes)
-    _, last = config.sizes[-1]
-    return (6.0 if backward else 2.0) * (weights + head * config.vocab_size * last)
+    c = config
+    gates = CELLS[c.cell].num_gates
+    weights = sum(gates * units * (inputs + units) for inputs, units in c.sizes)
+    _, last = c.sizes[-1]
+    weights += head * c.vocab_size * last
+    if c.source_length:
+        inputs = [c.embed_dim, *[c.source_dim] * (c.encoder_layers - 1)]
+        encoder = sum(2 * gates * c.hidden_dim * (size + c.hidden_dim) for size in inputs)
+        encoder += c.source_dim * c.hidden_dim  # the keys
+        weights += encoder * source_length / length
+        weights += source_length * (c.hidden_dim + c.source_dim)  # scores, and their sum
+    return (6.0 if backward else 2.0) * weights
 
 
 class Layer(nnx.Module):
@@ -267,6 +302,85 @@ def _scan_time_backward(how: _How, saved, grads):
 _scan_time.defvjp(_scan_time_forward, _scan_time_backward)
 
 
+class Memory(NamedTuple):
+    """What an encoder said of a source."""
+
+    key_BSH: jax.Array
+    value_BSE: jax.Array
+    segments_BS: jax.Array
+
+
+class SourceState(NamedTuple):
+    """The cache of a model that reads sources."""
+
+    states: list[State]
+    memory: Memory
+
+
+class Encoder(nnx.Module):
+    """Layers that read a source in both directions, and what the first layer's states are compared
+    with.
+    """
+
+    def __init__(self, key: jax.Array, config: Config):
+        c = self.config = config
+        layers_key, key_key = jax.random.split(key)
+        layers = []
+        for number in range(c.encoder_layers):
+            inputs = c.source_dim if number else c.embed_dim
+            for direction in range(2):
+                layer_key = jax.random.fold_in(layers_key, 2 * number + direction)
+                layers.append(Layer(layer_key, c, inputs, c.hidden_dim))
+        self.layers = nnx.List(layers)
+
+        shape, std = (c.source_dim, c.hidden_dim), c.source_dim**-0.5
+        self.key = param(key_key, shape, ("embed", "mlp"), c.param_dtype, std=std)
+
+    def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, keys_BN) -> Memory:
+        """Of embedded sources.
+
+        Args:
+          keys_BN: keys for the dropout of what each layer reads; None: there is none.
+        """
+        c = self.config
+        valid_BS = segments_BS > 0
+        edge_B1 = jnp.zeros_like(segments_BS[:, :1])
+        starts_BS = segments_BS != jnp.concatenate([edge_B1, segments_BS[:, :-1]], axis=1)
+        ends_BS = segments_BS != jnp.concatenate([segments_BS[:, 1:], edge_B1], axis=1)
+        forth, back = self.layers[::2], self.layers[1::2]
+
+        for number, (forward, backward) in enumerate(zip(forth, back)):
+            x_BSD = _drop(x_BSD, c.dropout, keys_BN, number)
+            state = _no_state(c, len(x_BSD), c.hidden_dim)
+            forward_BSH, _ = forward(x_BSD, starts_BS, valid_BS, state)
+            # From right to left a text begins at its end.
+            turned = (x[:, ::-1] for x in (x_BSD, ends_BS, valid_BS))
+            backward_BSH, _ = backward(*turned, state)
+            x_BSD = jnp.concatenate([forward_BSH, backward_BSH[:, ::-1]], axis=-1)
+
+        key_BSH = dense("bse,eh->bsh", x_BSD, self.key, c.compute_dtype, "key")
+        return Memory(key_BSH, x_BSD, segments_BS)
+
+
+def _look_up(query_BTH: jax.Array, segments_BT: jax.Array, memory: Memory) -> jax.Array:
+    """What queries find in a memory, [B, T, E]: the mean of what it says of the source of their
+    segment, weighted by attention. Scores, softmax and sums are f32.
+    """
+    f32 = dict(preferred_element_type=jnp.float32)
+    scores_BTS = jnp.einsum("bth,bsh->bts", query_BTH, memory.key_BSH, **f32)
+    seen_BTS = segments_BT[:, :, None] == memory.segments_BS[:, None, :]
+    probs_BTS = jax.nn.softmax(jnp.where(seen_BTS, scores_BTS, -1e30), axis=-1)
+    probs_BTS = probs_BTS.astype(memory.value_BSE.dtype)
+    context_BTE = jnp.einsum("bts,bse->bte", probs_BTS, memory.value_BSE, **f32)
+    return context_BTE.astype(query_BTH.dtype)
+
+
+def _no_state(config: Config, batch_size: int, units: int) -> State:
+    """That of texts that have not begun."""
+    zeros = constrain(jnp.zeros((batch_size, units), jnp.float32), "batch", "act_mlp")
+    return State(zeros, zeros if config.cell == "lstm" else None)
+
+
 class Recurrent(CachedDecoding, nnx.Module):
     """A recurrent language model, called as a Transformer is. Its cache is a list of states.
 
@@ -284,6 +398,11 @@ class Recurrent(CachedDecoding, nnx.Module):
         for number, (inputs, units) in enumerate(c.sizes):
             layers.append(Layer(jax.random.fold_in(layers_key, number), c, inputs, units))
         self.layers = nnx.List(layers)
+        if c.source_length:
+            self.encoder = Encoder(jax.random.fold_in(key, 3), c)
+        else:
+            self.encoder = None
+
         _, last = c.sizes[-1]
         self.head = None if c.tie_embeddings else Embed(head_key, c.vocab_size, last, **table)
         self.head_bias = (
@@ -297,7 +416,8 @@ class Recurrent(CachedDecoding, nnx.Module):
         segments_BT: jax.Array,
         *,
         visible: Visible | None = None,
-        cache: list[State] | None = None,
+        source: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+        cache: list[State] | SourceState | None = None,
         decode: bool = False,
         keys_B: jax.Array | None = None,
     ) -> Output:
@@ -305,30 +425,49 @@ class Recurrent(CachedDecoding, nnx.Module):
 
         Args:
           visible: None, or causal.
-          cache: the states behind what was read before, see `init_cache`.
+          source: tokens, positions and segments of the source, where the model reads one.
+          cache: the states behind what was read before, see `init_cache`, with what the encoder
+            said of a source.
           decode: this is a later call: the text goes on.
           others: see `lm.models.transformer.Transformer`.
         """
         assert visible is None or visible.kind == "causal", visible
         c = self.config
+        keys_BN = None
+        if keys_B is not None and c.dropout:
+            keys_BN = fold_in_each(keys_B, jnp.arange(c.num_layers + 1 + c.encoder_layers))
+
+        memory = None
+        states = cache if decode else self.init_cache(len(tokens_BT), 0)
+        if self.encoder is not None:
+            if decode:
+                states, memory = cache
+            else:
+                source_tokens_BS, _, source_segments_BS = source
+                of_encoder = None if keys_BN is None else keys_BN[:, c.num_layers + 1 :]
+                embedded_BSD = self.embed(source_tokens_BS)
+                memory = self.encoder(embedded_BSD, source_segments_BS, of_encoder)
+            tokens_BT = jnp.where(positions_BT == 0, c.start_id, tokens_BT)
+
         x_BTD = self.embed(tokens_BT)
         valid_BT = segments_BT > 0
         starts_BT = positions_BT == 0
-        states = cache if decode else self.init_cache(len(tokens_BT), 0)
-        keys_BN = None
-        if keys_B is not None and c.dropout:
-            keys_BN = fold_in_each(keys_B, jnp.arange(c.num_layers + 1))
-
         seen = {"embed": x_BTD}
         new_states = []
         for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            if memory is not None and number == 1:
+                context_BTE = _look_up(x_BTD, segments_BT, memory)
+            if memory is not None and number:
+                x_BTD = jnp.concatenate([x_BTD, context_BTE], axis=-1)
             x_BTD = _drop(x_BTD, c.dropout, keys_BN, number)
             x_BTD, state = layer(x_BTD, starts_BT, valid_BT, state)
             new_states.append(state)
             seen[f"layers/{number}/hidden"] = x_BTD
+
         watch.report(self, watch.squares(valid_BT, seen))
         x_BTD = _drop(x_BTD, c.dropout, keys_BN, c.num_layers)
-        return Output(x_BTD, new_states, {})
+        new_cache = new_states if memory is None else SourceState(new_states, memory)
+        return Output(x_BTD, new_cache, {})
 
     @property
     def head_table(self) -> nnx.Param:
@@ -347,11 +486,25 @@ class Recurrent(CachedDecoding, nnx.Module):
     def init_cache(self, batch_size: int, length: int) -> list[State]:
         """The states of `batch_size` texts that have not begun; of any length."""
         del length
-        states = []
-        for _, units in self.config.sizes:
-            zeros = constrain(jnp.zeros((batch_size, units), jnp.float32), "batch", "act_mlp")
-            states.append(State(zeros, zeros if self.config.cell == "lstm" else None))
-        return states
+        return [_no_state(self.config, batch_size, units) for _, units in self.config.sizes]
+
+    def prefill(self, prompts_BT: jax.Array, lengths_B: jax.Array, cache) -> Decoded:
+        """Reads whole prompts; of a model that reads sources, sources and the first token of their
+        targets. See `lm.models.cached.CachedDecoding`.
+        """
+        if self.encoder is None:
+            return super().prefill(prompts_BT, lengths_B, cache)
+        positions_BS = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
+        segments_BS = (positions_BS < lengths_B[:, None]).astype(jnp.int32)
+
+        start_B1 = jnp.zeros((len(prompts_BT), 1), jnp.int32)
+        source = (prompts_BT, positions_BS, segments_BS)
+        output = self(start_B1, start_B1, jnp.ones_like(start_B1), source=source)
+        return Decoded(output.hidden[:, 0], output.cache, jnp.ones_like(lengths_B))
+
+    def take_rows(self, cache, rows_B: jax.Array):
+        """The cache of these rows, in this order; a row may come several times."""
+        return jax.tree.map(lambda x: x[rows_B], cache)
 
 
 def _drop(x_BTD, rate: float, keys_BN, number: int) -> jax.Array:

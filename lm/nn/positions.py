@@ -255,9 +255,11 @@ def bucket_of_distance(num_buckets: int, max_distance: int) -> np.ndarray:
     """
     exact = num_buckets // 2
     distances = np.arange(max_distance + 1, dtype=np.float32)
+
     # In f32, as where such models were trained: at the edges of buckets it matters.
     ratios = np.log(np.maximum(distances, exact) / np.float32(exact))
     ratios = ratios / np.float32(math.log(max_distance / exact))
+
     wide = exact + (ratios * np.float32(num_buckets - exact)).astype(np.int32)
     buckets = np.where(distances < exact, distances, np.minimum(wide, num_buckets - 1))
     return buckets.astype(np.int32)
@@ -298,6 +300,7 @@ class RelativeBias(nnx.Module):
             return buckets[jnp.clip(distance, 0, self.max_distance)]
 
         bucket_BTS = bucket(distance_BTS)
+
         if self.sees_later:
             later_BTS = one_side + bucket(-distance_BTS)
             bucket_BTS = jnp.where(distance_BTS < 0, later_BTS, bucket_BTS)

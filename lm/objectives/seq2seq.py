@@ -81,9 +81,11 @@ def make_loss(
         log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
         targets_BT1 = batch["targets"][..., None]
         of_target_BT = jnp.take_along_axis(logits_BTV, targets_BT1, axis=-1)[..., 0]
+
         nll_sum = jnp.sum((log_z_BT - of_target_BT) * weights_BT)
         uniform_sum = jnp.sum((log_z_BT - jnp.mean(logits_BTV, axis=-1)) * weights_BT)
         z_sum = jnp.sum(jnp.square(log_z_BT) * weights_BT)
+
         total = (1 - label_smoothing) * nll_sum + label_smoothing * uniform_sum + z_loss * z_sum
         return total, count, {"loss": (nll_sum, count), "z_loss": (z_loss * z_sum, count)}
 

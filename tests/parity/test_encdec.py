@@ -18,7 +18,7 @@ from lm import config as config_lib
 from lm import sharding
 from lm.data import tokenizer as lm_tokenizers
 from lm.decoding.beams import Beams, search
-from lm.decoding.generator import Generator
+from lm.decoding.generator import Generator, Sources
 from lm.decoding.sampling import Sampling, row_keys
 from lm.hf import directory as hf
 from lm.hf import families
@@ -216,7 +216,7 @@ def make_generator(graphdef, params, stop_ids=(-1,), never_ids=()):
         Sampling(temperature=0.0),
         stop_ids=stop_ids,
         vocab_size=96,
-        never_ids=never_ids,
+        sources=Sources((), never_ids),
     )
 
 

@@ -50,12 +50,12 @@ def blocked_attention(
     causal: bool,
     bias_BNTS=None,
     drop: Callable | None = None,
-    block: int = 128,
-    max_blocks: int = 8,
+    blocks: tuple[int, int] = (128, 8),
 ) -> jax.Array:
     """Attention under a mask, [B, T, N, H].
 
-    Queries go in at most `max_blocks` blocks of `block` positions or more. Under a mask within the
+    Queries go in blocks, each of a number of positions at least, and in so many blocks at most:
+    `blocks` are the two numbers. Under a mask within the
     causal one each block goes against the keys up to its own end: what lies right of the diagonal's
     blocks is never computed. XLA on CPUs and GPUs would compute the whole square.
 
@@ -67,14 +67,15 @@ def blocked_attention(
     """
     batch, length, heads, size = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
-    block = max(block, -(-length // max_blocks))
+    least, most_blocks = blocks
+    block = max(least, -(-length // most_blocks))
 
     # Heads come first: both matmuls then contract and produce the last dims.
     q = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
     k, v = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     bias = None if bias_BNTS is None else by_kv_head(bias_BNTS, kv_heads)
 
-    blocks = []
+    outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
         last_key = end if causal else k.shape[2]
@@ -97,9 +98,9 @@ def blocked_attention(
         out = jnp.einsum(
             "bkgts,bksh->bkgth", probs, v[:, :, :last_key], preferred_element_type=jnp.float32
         )
-        blocks.append(out.astype(v.dtype))
+        outputs.append(out.astype(v.dtype))
 
-    out_BKGTH = jnp.concatenate(blocks, axis=3)
+    out_BKGTH = jnp.concatenate(outputs, axis=3)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
