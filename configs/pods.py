@@ -24,12 +24,13 @@ ALL = "query,key,value,attention,out,up,gate"  # the norms and the activation
 NO_GATE = "query,key,value,attention,out,up"  # as ALL, for an MLP without a gate
 NO_UP = "query,key,attention,out,gate"  # the value and up projections too
 ATTENTION = "query,key,value,attention,out"  # the first half of the MLP too
+NO_SPLASH = "query,key,value,out,up"  # as NO_GATE, where attention is no kernel
 
 
 class Size(NamedTuple):
     mesh: dict[str, int]  # axis -> devices, where it isn't 1
     rows_per_chip: float
-    length: int  # tokens a row
+    length: int  # tokens a row; of an encoder-decoder the target's, and the source has four times
     remat: str
     chunk: int  # positions of a chunk of the loss
     gather: str  # config.train.fsdp_gather
@@ -58,6 +59,7 @@ SIZES = {
     "llama2_70b-v5p-8x8x4-lean": Size(dict(fsdp=8, fsdp2=32), 4, 4096, "attention", 1024, "staged"),
     "llama2_70b-v5p-8x8x8": Size(dict(fsdp=8, fsdp2=64), 4, 4096, "attention,out", 1024, "staged"),
     "llama2_70b-v6e-16x16": Size(dict(fsdp=16, fsdp2=16), 1, 4096, "attention,out", 512, "staged"),
+    "t5_11b-v5p-2x2x4": Size(dict(fsdp=4, fsdp2=4), 8, 128, NO_SPLASH, 128, "staged"),
     "mixtral_8x7b-v5p-4x4x8": Size(dict(fsdp=8, fsdp2=16), 4, 4096, ALL, 1024, "staged"),
     "gpt3_175b-v5p-8x8x16": Size(dict(data=8, fsdp=8, fsdp2=16), 4, 2048, "attention,out", 512, "staged"),  # noqa: E501
 }
@@ -70,9 +72,13 @@ def get_config(size: str = "llama2_7b-v5p-4x4x4") -> ConfigDict:
     preset, _, topology, *_ = size.split("-")
     chips = math.prod(int(side) for side in topology.split("x"))
 
-    c.model.update(presets.get(preset))
+    fields = presets.get(preset)
+    reads_sources = "source_length" in fields
+    if reads_sources:
+        c.model = config_lib.model(**fields)
+    else:
+        c.model.update(fields, attention="splash")
     c.model.compute_dtype = "bfloat16"
-    c.model.attention = "splash"
     c.model.remat = setting.remat
     c.model.context_length = max(setting.length, c.model.context_length)
     if setting.length > 8192:
@@ -88,7 +94,16 @@ def get_config(size: str = "llama2_7b-v5p-4x4x4") -> ConfigDict:
     c.tokenizer.vocab_size = min(c.model.vocab_size, 32000)
     c.tokenizer.max_documents = 200_000
 
-    if c.model.visible == "full":
+    is_encoder = c.model.get("visible") == "full"
+    if reads_sources:
+        c.tokenizer.reserve = "sentinels:100"
+        # Its random numbers, one for each pair of tokens and head, would be most of what is drawn.
+        c.model.attention_dropout = 0.0
+        c.objective = ConfigDict(
+            dict(type="lm.objectives.span_corruption", source_length=4 * setting.length)
+        )
+        c.objective.update(rate=0.15, mean_span=3.0, chunk=setting.chunk)
+    elif is_encoder:
         c.tokenizer.reserve = "mask"
         # Splash attention has no probabilities that could be dropped.
         c.model.attention_dropout = 0.0
@@ -115,7 +130,7 @@ def get_config(size: str = "llama2_7b-v5p-4x4x4") -> ConfigDict:
     c.checkpoint.best = "eval/validation/loss"
 
     about = dict(every=1000, batch_size=c.data.batch_size, max_documents=5000)
-    if c.model.visible == "full":
+    if is_encoder or reads_sources:
         c.evals.validation = entries.held_out("TextLoss", **about)
     else:
         c.evals.validation = entries.perplexity(**about)

@@ -126,7 +126,7 @@ SCHEMAS = TASKS | {
     "lm.evals.held_out.Preferences": dict(split="", max_documents=0),
     "lm.evals.heads.HeadOutputs": dict(split="", max_documents=0),
     "lm.evals.classification.DocumentClassification": dict(
-        split="", max_documents=0, verbalizer=(), aggregate="", length_norm=""
+        split="", max_documents=0, verbalizer=(), aggregate="", length_norm="", fill=""
     ),
     "lm.evals.generation.Samples": dict(prompts=(), max_new_tokens=0, temperature=0.0, top_k=0),
     "lm.evals.harness.Harness": dict(

@@ -171,7 +171,11 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each whole text, in windows without overlap. Each window is given
         one token: the one before it, BOS for the first.
+
+        Raises:
+          ValueError: a model that has no probability of a whole text.
         """
+        self._predict_fns.require(["token_logprobs"], "lm_eval's loglikelihood_rolling")
         windows = []
         owners = []  # for each window, the number of its request
         for number, request in enumerate(requests):
