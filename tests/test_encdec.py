@@ -23,6 +23,7 @@ from lm.evals.predict import CompiledFns, PredictFns, Prompt, Question
 from lm.evals.source_answers import SourceAnswers
 from lm.models import encdec, recurrent
 from lm.models.encdec import Config, EncoderDecoder
+from lm.nn.positions import sinusoids
 from lm.objectives import seq2seq as objective
 from lm.step import branches, make_tree_logprobs, make_tree_states
 from tests.helpers import assert_trees_close, read_metrics, run_commands, run_training
@@ -788,3 +789,26 @@ def test_the_first_bias_is_that_of_distance_0():
     np.testing.assert_array_equal(got[:, 5, 6], table[5])
     np.testing.assert_array_equal(got[:, 11, 0], table[3])
     np.testing.assert_array_equal(got[:, 0, 11], table[7])
+
+
+def test_sinusoids_are_the_papers_and_marians():
+    """A cosine behind its sine, or all cosines behind all sines; by the formula of each."""
+    paper = sinusoids(40, 6, interleaved=True)
+    halves = sinusoids(40, 6, interleaved=False)
+    for place, i in itertools.product((0, 1, 7, 39), range(3)):
+        angle = place / 10000 ** (2 * i / 6)
+        wanted = [np.sin(angle), np.cos(angle)]
+        np.testing.assert_allclose(paper[place, 2 * i : 2 * i + 2], wanted, atol=1e-6)
+        np.testing.assert_allclose(halves[place, [i, 3 + i]], wanted, atol=1e-6)
+
+
+def test_padding_is_never_generated():
+    """Of an encoder-decoder whose tokenizer has padding; what ends a text ends each source."""
+    graphdef, params = random_params("t5")
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    model = build.AbstractModel(make_config(), graphdef, {}, {}, mesh)
+    for reserve, never_ids in (("pad", (258,)), ("mask", ())):
+        tokenizer = ByteTokenizer(reserve)
+        generator = build.generator_of(model, params, Sampling(), tokenizer)
+        assert generator.never_ids == never_ids
+        assert generator.longest_prompt(3) == SOURCE_LENGTH - 1

@@ -395,6 +395,22 @@ def test_buckets_are_the_same(buckets, distance):
 
 
 @pytest.mark.parametrize(
+    "changes, scaled",
+    [
+        (dict(tie_word_embeddings=True), True),  # as v1.0's files say it
+        (dict(tie_word_embeddings=False), False),  # as v1.1's and FLAN's
+        # as transformers 5 writes both
+        (dict(tie_word_embeddings=True, scale_decoder_outputs=False), False),
+        (dict(tie_word_embeddings=True, scale_decoder_outputs=True), True),
+    ],
+)
+def test_what_says_that_t5_scales_its_logits(changes, scaled):
+    config = dict(model_type="t5", d_model=32, vocab_size=96) | changes
+    assert families.read_config(config)["head_scale"] is scaled
+    assert t.T5Config(**config).scale_decoder_outputs is scaled
+
+
+@pytest.mark.parametrize(
     "name, changes, message",
     [
         ("bart", dict(decoder_ffn_dim=40), "decoder_ffn_dim = 40 is not supported for bart"),
