@@ -25,6 +25,9 @@ class Model:
         self.questions = []  # all that were asked
         self._distribution = distribution
 
+    def room_of_prompt(self, max_new_tokens):
+        return self.length - max_new_tokens
+
     def logprobs(self, params, questions):
         self.questions += questions
         return [self._answers(question) for question in questions]

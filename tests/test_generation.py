@@ -76,9 +76,13 @@ class Parrot:
     """PredictFns whose model says the prompt again, backwards, without its first token."""
 
     length = LENGTH
+    reads_sources = False
 
     def __init__(self):
         self.calls = []
+
+    def room_of_prompt(self, max_new_tokens):
+        return self.length - max_new_tokens
 
     def check_stop(self):
         pass
@@ -252,6 +256,7 @@ class Reader:
 
     length = 64
     batch_size = 4
+    reads_sources = False
 
     def __init__(self):
         self.prompts = []

@@ -383,7 +383,7 @@ def test_no_config_json(tmp_path, directory):
         (
             dict(model_type="bloom"),
             r"model_type = 'bloom' is none of the families that can be read: "
-            r"\['arcee', 'bert', 'ernie4_5', 'glm', 'gpt2'",
+            r"\['arcee', 'bart', 'bert', 'ernie4_5', 'glm', 'gpt2'",
         ),
         (
             dict(hidden_act="tanh"),

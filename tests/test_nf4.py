@@ -109,7 +109,8 @@ def test_a_model_is_that_of_what_its_codes_stand_for():
     _, frozen_restored = trained.split(restored, lora.is_adapter)
     got = squares(nf4_graphdef, frozen)(adapters)
     wanted = squares(graphdef, frozen_restored)(adapters)
-    assert_trees_close(got, wanted, rtol=1e-4, atol=1e-4)
+    # Their matmuls round otherwise, which depends on the CPU.
+    assert_trees_close(got, wanted, rtol=1e-3, atol=1e-3)
 
     # 4 bits are near, and not the same.
     difference = np.abs(hidden(nf4_graphdef, quantized) - hidden(graphdef, plain)).mean()

@@ -389,9 +389,21 @@ def test_bos_of_vocab_and_merges(tmp_path):
 
 
 def test_forms_that_are_not_read(tmp_path):
-    (tmp_path / "spiece.model").write_text("a")
-    with pytest.raises(ValueError, match="spiece.model is .*, which lm doesn't read; this command"):
+    (tmp_path / "tekken.json").write_text("a")
+    with pytest.raises(ValueError, match="tekken.json is .*, which lm doesn't read; this command"):
         tokenizers.load(tmp_path)
+    (tmp_path / "tekken.json").unlink()
+    # T5's, and others' which have rules of their own.
+    (tmp_path / "spiece.model").write_text("a")
+    write_json(tmp_path, tokenizer_config=dict(tokenizer_class="AlbertTokenizer"))
+    with pytest.raises(ValueError, match="AlbertTokenizer has rules that lm doesn't know; this"):
+        tokenizers.load(tmp_path)
+    write_json(tmp_path, tokenizer_config={})
+    with pytest.raises(
+        ValueError, match="spiece.model is of a class that no file names; this comma"
+    ):
+        tokenizers.load(tmp_path)
+    (tmp_path / "spiece.model").unlink()
 
     ByteTokenizer().save(epath.Path(tmp_path))
     (tmp_path / "tokenizer.bytes").unlink()

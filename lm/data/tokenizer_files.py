@@ -605,6 +605,8 @@ def build(library, files: Mapping[str, bytes], config: Mapping, name: str) -> Bu
         raise ValueError(f"its class {class_name} has rules that lm doesn't know; {mending(name)}")
     if "tokenizer.json" in files:
         return _from_json(library, files, class_name)
+    if class_name == BACKEND and "spiece.model" in files:
+        raise ValueError(f"spiece.model is of a class that no file names; {mending(name)}")
     return _from_vocabulary(library, files, class_name)
 
 

@@ -126,8 +126,8 @@ def generation_step(
     *,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
-    never_ids: tuple[int, ...],
     vocab_size: int,
+    never_ids: tuple[int, ...] = (),
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Chooses the next token of each row, and runs the model on it.
 
