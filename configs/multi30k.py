@@ -20,11 +20,13 @@ def _transformer(c: ConfigDict) -> None:
     c.model = config_lib.model(**presets.get("transformer_base"))
     c.model.update(num_layers=3, encoder_layers=3, embed_dim=256, num_heads=4, mlp_dim=512)
     c.model.scan_unroll = c.model.num_layers
+    c.optimizer.name = "muon"
 
 
 def _lstm(c: ConfigDict) -> None:
     c.model = config_lib.model("lm.models.recurrent", cell="lstm", num_layers=2, encoder_layers=1)
     c.model.update(embed_dim=256, hidden_dim=384)
+    c.optimizer.name = "adamw"
 
 
 # What follows the path -> the function that chooses the model.
@@ -34,11 +36,6 @@ MODELS = {"": _transformer, "lstm": _lstm}
 def get_config(path: str = "") -> ConfigDict:
     path, _, kind = path.partition(",")
     c = config_lib.default()
-    config_lib.sized(MODELS, kind)(c)
-    c.model.update(context_length=128, source_length=128, dropout=0.3)
-    c.model.vocab_size = 0  # the tokenizer's
-    c.model.compute_dtype = "bfloat16"
-
     c.data.source = "lm.data.seq2seq.lines"
     c.data.source_args = dict(
         source=f"{path}/{{split}}.de", target=f"{path}/{{split}}.en", lowercase=True
@@ -50,7 +47,6 @@ def get_config(path: str = "") -> ConfigDict:
         dict(type="lm.objectives.seq2seq", source_length=128, label_smoothing=0.1)
     )
 
-    c.optimizer.name = "muon"
     c.optimizer.learning_rate = 3e-3
     c.optimizer.schedule = "linear"
     c.optimizer.warmup_steps = 200
@@ -59,6 +55,11 @@ def get_config(path: str = "") -> ConfigDict:
     c.optimizer.ema_decay = 0.995
     c.train.length = "12 epochs"
     c.checkpoint.every = 500
+
+    config_lib.sized(MODELS, kind)(c)
+    c.model.update(context_length=128, source_length=128, dropout=0.3)
+    c.model.vocab_size = 0  # the tokenizer's
+    c.model.compute_dtype = "bfloat16"
 
     c.evals.held_out = entries.held_out("TextLoss", every=250, split="val")
     c.evals.test = entries.task(
