@@ -2,9 +2,9 @@
 
     python -m lm.main --config=configs/seq2seq.py:BASE,PATH --workdir=runs/tuned
 
-BASE is the directory of a T5, FLAN-T5, BART or Marian checkpoint, or a run. PATH is JSONL, an
-object with "source" and "target" a line; a tenth is held out. With {split} in PATH there are files
-for train and validation, and the texts of the latter are generated too, and scored by ROUGE.
+BASE is the directory of a T5, FLAN-T5 or BART checkpoint, or a run. PATH is JSONL, an object with
+"source" and "target" a line; a tenth is held out. With {split} in PATH there are files for train
+and validation, and the texts of the latter are generated too, and scored by ROUGE.
 """
 
 from ml_collections import ConfigDict
@@ -25,9 +25,9 @@ def get_config(path: str = "") -> ConfigDict:
     )
     c.data.length = 128
     c.data.batch_size = 16
-    c.objective = ConfigDict(
-        dict(type="lm.objectives.seq2seq", source_length=512, label_smoothing=0.0, chunk=0)
-    )
+    source_length = min(512, c.model.source_length)
+    c.objective = ConfigDict(dict(type="lm.objectives.seq2seq", source_length=source_length))
+    c.objective.update(label_smoothing=0.0, chunk=0)
 
     # As T5 was tuned.
     c.optimizer.name = "adafactor"

@@ -408,7 +408,8 @@ def generator_of(model, params, sampling: Sampling, tokenizer: tokenizers.Tokeni
     if reads_sources(model.model_config):
         _, end = tokenizer.around
         # No target has padding in it, and Marian's decoder begins with it.
-        sources = Sources(end, tokenizer.roles.get("pad", ()))
+        padding = set(tokenizer.roles.get("pad", ())) - set(tokenizer.stop_ids)
+        sources = Sources(end, tuple(padding))
     return Generator(
         model.model_config,
         model.graphdef,
@@ -509,6 +510,15 @@ def make_objective(config: ConfigDict) -> Objective:
     )
 
 
+def _check_sources(config: ConfigDict, model_config, objective: Objective) -> None:
+    """Raises ValueError for a model that reads sources with an objective that has none."""
+    if reads_sources(model_config) and "source" not in objective.arrays:
+        raise ValueError(
+            f"config.objective.type = {config.objective.type!r} has no sources, which an "
+            "encoder-decoder reads; wanted lm.objectives.seq2seq, or lm.objectives.span_corruption"
+        )
+
+
 def _check_nothing(model_config, trained: list[str], **arguments) -> None:
     """What an objective that is for any model checks."""
 
@@ -579,6 +589,7 @@ def program(
     params = _divide(c, abstract, mesh)
     optimizer = optim.make_optimizer(c.optimizer, params.trained_axes, total_steps)
     objective = make_objective(c)
+    _check_sources(c, model_config, objective)
     objective.check(model_config, trained.paths_of(params.trained_axes))
 
     others = {name: other_model(c, name, devices, vocab_size) for name in c.models}
@@ -981,6 +992,7 @@ class Experiment:
             p.eval_fns,
             reserved=1 + len(end),  # a sentinel
             source_length=p.model_config.source_length,
+            context_length=p.model_config.context_length,
             token_logprobs=None,
             logprobs=answers.logprobs,
             infill=answers.logprobs,

@@ -234,7 +234,7 @@ def export_checkpoint(
             families.scorer(target_family) if fields.get("heads") else target_family,
             fields,
             params,
-            token_ids=_token_ids(tokenizer, is_scorer=bool(fields.get("heads"))),
+            token_ids=_token_ids(tokenizer, fields),
             progress=progress,
         )
 
@@ -256,14 +256,24 @@ def _check_empty(target: Path) -> None:
 
 
 def _token_ids(
-    tokenizer: tokenizers.Tokenizer, *, is_scorer: bool
+    tokenizer: tokenizers.Tokenizer, fields: Mapping[str, Any]
 ) -> dict[str, int | list[int] | None]:
-    """What config.json says of special tokens. A text ends at any of the stop ids."""
+    """What config.json says of special tokens. A text ends at any of the stop ids.
+
+    Args:
+      fields: of the model's Config.
+    """
     stop_ids = list(tokenizer.stop_ids)
     pad_ids = (None,)
-    if is_scorer:
+    if fields.get("heads"):
         # The score is that of the last token that is not padding.
         pad_ids = tokenizer.roles.get("pad") or tokenizer.roles.get("unk") or pad_ids
+    elif "start_id" in fields:
+        # transformers fills up sources and targets with it.
+        pad_ids = tokenizer.roles.get("pad") or (fields["start_id"],)
+    elif fields.get("visible") == "full":
+        # RoBERTa's positions count what is not padding.
+        pad_ids = tokenizer.roles.get("pad") or pad_ids
     return dict(
         bos_token_id=tokenizer.bos_id,
         eos_token_id=stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,

@@ -292,14 +292,17 @@ def _search(
     options: GenerationOptions,
 ) -> list[list[str]]:
     """The texts of each prompt's best beams, before any stop string."""
+    found = search(generator, prompt_ids, options.max_new_tokens, options.beams)
     texts = []
-    for continuations in search(generator, prompt_ids, options.max_new_tokens, options.beams):
+    for prompt, continuations in zip(prompt_ids, found):
         texts.append([])
         for continuation in continuations[: options.num_samples]:
-            text = tokenizer.decode(continuation.ids)
-            for string in options.stop:
-                text = text.split(string)[0] if string else text
-            texts[-1].append(text)
+            before = generator.before_text(prompt)
+            stream = stop_strings.TextStream(tokenizer, before, options.stop)
+            for token in continuation.ids:
+                stream.push(token)
+            stream.close()
+            texts[-1].append(stream.text)
     return texts
 
 

@@ -62,8 +62,9 @@ def suggest(
                 raise ValueError(
                     f"--examples={num_prompts}: none of them has the label {label!r}; take more"
                 )
-        prompts = [question.prompt for question in variant.calibration_questions]
-        states_PD = task.predict_fns.states(params, prompts)
+        questions = variant.calibration_questions
+        prompts = [question.prompt for question in questions]
+        states_PD = task.predict_fns.states(params, prompts, questions[0].fill)
         rows_VD = task.predict_fns.head_rows(params, np.arange(experiment.tokenizer.vocab_size))
 
     # What the head would do with these states.

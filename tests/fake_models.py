@@ -22,6 +22,7 @@ class Model:
     def __init__(self, distribution, length=64):
         self.length = self.prompt_length = length
         self.fills_blanks = self.reads_sources = False
+        self.fills = ("ltr",)
         self.questions = []  # all that were asked
         self._distribution = distribution
 

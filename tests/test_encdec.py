@@ -14,6 +14,7 @@ from lm import audit, build, sharding
 from lm import config as config_lib
 from lm.data import pack, seq2seq
 from lm.data.tokenizer import ByteTokenizer
+from lm.decoding import beams as beams_lib
 from lm.decoding.beams import Beams, search
 from lm.decoding.generator import Generator, Sources
 from lm.decoding.sampling import Sampling, row_keys
@@ -352,6 +353,45 @@ def test_beams_find_what_is_likeliest(form):
         assert found[0].score == pytest.approx(scores[best[0]], abs=1e-4)
 
 
+def test_a_penalty_of_repetition_is_of_the_text_alone():
+    """Not of its source, nor of what ends that."""
+    graphdef, params = random_params("t5")
+    arguments = dict(stop_ids=[-1], vocab_size=VOCAB, sources=Sources((2,)))
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    config = make_config()
+    penalized, plain = [
+        Generator(config, graphdef, params, mesh, Sampling(penalty, 0.0), **arguments)
+        for penalty in (50.0, 1.0)
+    ]
+    # All ids but one are in the source: a penalty on them would choose that one.
+    source = [*range(5, VOCAB), 3, 4][:13]
+    keys = row_keys([0])
+    first = [generator.generate([source], 1, keys)[0] for generator in (penalized, plain)]
+    assert first[0] == first[1]
+    text = penalized.generate([source], 6, keys)[0]
+    assert len(set(text)) == 6
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, tensor=2), dict(fsdp=4)])
+def test_beams_are_the_same_on_any_mesh(sizes):
+    """What the host reads of a step is on all devices, whichever rows they hold."""
+    graphdef, params = random_params("2017")
+    one = search(make_generator(graphdef, params), SOURCES * 2, 5, Beams(4))
+    mesh = sharding.make_mesh(sizes, jax.devices()[:4])
+    config = config_of("2017")
+    arguments = dict(stop_ids=[-1], vocab_size=VOCAB)
+    generator = Generator(config, graphdef, params, mesh, Sampling(), **arguments)
+    for wanted, got in zip(one, search(generator, SOURCES * 2, 5, Beams(4)), strict=True):
+        assert [each.ids for each in got] == [each.ids for each in wanted]
+
+    candidates = beams_lib._compiled(generator.graph, (), VOCAB, mesh)[2]
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+    logprobs = jax.device_put(np.zeros((8, VOCAB), np.float32), rows)
+    with jax.set_mesh(mesh):
+        found = candidates(logprobs, np.zeros((2, 4), np.float32), number=4)
+    assert all(array.sharding.is_fully_replicated for array in found)
+
+
 @pytest.mark.parametrize(
     "sources, new, message",
     [
@@ -427,14 +467,19 @@ def test_probabilities_of_all_words_sum_to_1():
 
 
 def test_states_are_where_an_answer_begins():
+    """Or what stands at a sentinel. A prompt that ends as a source does gets no second end."""
     fns, params = predict_fns("bart")
     graphdef, _ = random_params("bart")
-    states = fns.states(params, [Prompt(ids) for ids in SOURCES])
     model = nnx.merge(graphdef, params)
-    for ids, state in zip(SOURCES, states):
-        logits = state @ np.asarray(model.head_table[...]).T + np.asarray(params["head_bias"])
-        wanted = logits_by_hand("bart", [*ids, 2], [1])
-        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+    for fill in ("ltr", "infill"):
+        prompts = [Prompt(ids) for ids in [*SOURCES, [*SOURCES[0], 2]]]
+        states = fns.states(params, prompts, fill)
+        np.testing.assert_allclose(states[3], states[0], atol=1e-5)
+        for ids, state in zip(SOURCES, states):
+            logits = state @ np.asarray(model.head_table[...]).T + np.asarray(params["head_bias"])
+            source, begun = ([*ids, 2], [1]) if fill == "ltr" else ([*ids, 18, 2], [18])
+            wanted = logits_by_hand("bart", source, begun)
+            np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -696,6 +741,16 @@ def test_a_run_learns_is_audited_asked_and_generates(tiny, tmp_path, fast_runs):
     text = audit.audit(config, tmp_path / "audit", jax.devices()[:1], 1)
     assert "source: '<s>" in text
 
+    # What it can't answer is found before it is trained.
+    for name, key, value, message in (
+        ("words", "verbalizer.fill", "parallel", "'parallel'; valid: .*'infill'"),
+        ("texts", "output.max_new_tokens", 33, "wants texts of 33 tokens"),
+    ):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({f"evals.{name}.{key}": value})
+        with pytest.raises(ValueError, match=message):
+            build.build(other, jax.devices()[:1]).make_evaluators()
+
     config.evals.perplexity = entries.perplexity(every=0, split="val")
     with pytest.raises(ValueError, match="Perplexity takes text, and .* of the kind 'seq2seq'"):
         run_training(config, tmp_path / "other")
@@ -721,14 +776,21 @@ def test_a_recurrent_net_learns_too(tiny, tmp_path, fast_runs):
         ({"mesh.sequence": 2, "mesh.fsdp": 1}, "config.mesh.sequence splits rows"),
         (
             {"objective.type": "lm.objectives.causal"},
-            "has no sources, which an encoder-decoder reads; wanted lm.objectives.seq2seq",
+            "'lm.objectives.causal' has no sources, which an encoder-decoder reads; wanted lm.obj",
+        ),
+        (
+            {"objective.type": "lm.objectives.masked"},
+            "'lm.objectives.masked' has no sources, which an encoder-decoder reads",
         ),
     ],
 )
 def test_configurations_that_make_no_sense(tiny, tmp_path, changes, message):
     config = configure(tiny, tmp_path, **changes)
-    if changes.get("objective.type"):
+    if changes.get("objective.type") == "lm.objectives.causal":
         config.objective = config_lib.default().objective
+    elif changes.get("objective.type"):
+        config.objective = config_lib.ConfigDict(dict(type="lm.objectives.masked", rate=0.2))
+        config.tokenizer.reserve = "mask"
     with pytest.raises(ValueError, match=message):
         build.build(config, jax.devices()[: 2 if "mesh.sequence" in changes else 1])
 
@@ -807,8 +869,10 @@ def test_padding_is_never_generated():
     graphdef, params = random_params("t5")
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     model = build.AbstractModel(make_config(), graphdef, {}, {}, mesh)
-    for reserve, never_ids in (("pad", (258,)), ("mask", ())):
-        tokenizer = ByteTokenizer(reserve)
+    padded_by_eos = ByteTokenizer()
+    padded_by_eos.roles["pad"] = (257,)
+    tokenizers = {(258,): ByteTokenizer("pad"), (): ByteTokenizer("mask")}
+    for never_ids, tokenizer in [*tokenizers.items(), ((), padded_by_eos)]:
         generator = build.generator_of(model, params, Sampling(), tokenizer)
         assert generator.never_ids == never_ids
         assert generator.longest_prompt(3) == SOURCE_LENGTH - 1

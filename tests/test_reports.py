@@ -25,6 +25,7 @@ class FakeFns:
     length = prompt_length = 64
     batch_size = 4
     fills_blanks = reads_sources = False
+    fills = ("ltr",)
 
     def check_stop(self):
         pass

@@ -562,7 +562,9 @@ def test_a_run_takes_examples_of_its_objectives_kind():
 
     with pytest.raises(ValueError, match="takes pair, and .* has examples of the kind 'convers"):
         build._train_documents(program(("pair",)), examples, plain)
-    with pytest.raises(ValueError, match="concat_then_split' cuts conversations, .*; wanted 'first_"):
+    with pytest.raises(
+        ValueError, match="concat_then_split' cuts conversations, .*; wanted 'first_"
+    ):
         build._train_documents(program(packing="concat_then_split"), examples, plain)
     with pytest.raises(ValueError, match="streams = 24, but split 'train' has only 23 documents"):
         build._train_documents(program(streams=24), examples, plain)

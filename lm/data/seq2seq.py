@@ -52,9 +52,10 @@ def lines(split: str, *, source: str, target: str, lowercase: bool = False) -> D
     Raises:
       ValueError: files of different lengths, or a line of one alone, named by its number.
     """
+    source, target = (name.replace("{split}", split) for name in (source, target))
     columns = []
     for name in (source, target):
-        text = files.read_text(files.expand(name.replace("{split}", split)))
+        text = files.read_text(files.expand(name))
         # Only the last line end goes: what an empty line belongs to is found below.
         columns.append((text.lower() if lowercase else text).removesuffix("\n").split("\n"))
 

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from lm import sharding
 from lm.decoding import generator
 
 
@@ -109,7 +110,6 @@ def _logprobs(logits_BV: jax.Array, never_ids: tuple[int, ...], vocab_size: int)
     return generator.without(logprobs_BV, never_ids)
 
 
-@functools.partial(jax.jit, static_argnames="number")
 def candidates(logprobs_BV: jax.Array, scores_BK: jax.Array, *, number: int):
     """The best continuations of each prompt by one token: (log-probabilities, numbers of beam * V +
     token), both [B, number], the best first.
@@ -181,13 +181,20 @@ class Hypotheses:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(graph: generator.Graph, never_ids: tuple[int, ...], vocab_size: int, mesh: Mesh):
-    """(`begin`, `advance`) of a model, under jit. Cached as `lm.decoding.generator` does."""
+    """(`begin`, `advance`, `candidates`) of a model, under jit. Cached as `lm.decoding.generator`
+    does.
+    """
     of_ids = dict(never_ids=never_ids, vocab_size=vocab_size)
     begin_fn = jax.jit(
         functools.partial(begin, graph.graphdef, **of_ids),
         static_argnames=("num_beams", "cache_length"),
     )
-    return begin_fn, jax.jit(functools.partial(advance, graph.graphdef, **of_ids), donate_argnums=1)
+    advance_fn = jax.jit(functools.partial(advance, graph.graphdef, **of_ids), donate_argnums=1)
+    # Every process reads all of them.
+    candidates_fn = jax.jit(
+        candidates, static_argnames="number", out_shardings=sharding.replicated(mesh)
+    )
+    return begin_fn, advance_fn, candidates_fn
 
 
 def search(
@@ -207,7 +214,9 @@ def search(
             f"num_beams = {beams.number} is above the vocabulary's {model.vocab_size} tokens"
         )
 
-    begin_fn, advance_fn = _compiled(model.graph, model.never_ids, model.vocab_size, model.mesh)
+    begin_fn, advance_fn, candidates_fn = _compiled(
+        model.graph, model.never_ids, model.vocab_size, model.mesh
+    )
     # So many that some go on, whichever stop tokens the others end with.
     number = max(2, 1 + len(model.stop_ids)) * beams.number
 
@@ -224,7 +233,7 @@ def search(
         )
         while True:
             scores_BK = model.replicate(np.stack([each.scores for each in found]))
-            best = jax.device_get(candidates(state.logprobs_BV, scores_BK, number=number))
+            best = jax.device_get(candidates_fn(state.logprobs_BV, scores_BK, number=number))
 
             rows, tokens = [], []
             for prompt, (each, logprobs, numbers) in enumerate(zip(found, *best)):

@@ -93,7 +93,10 @@ def prefill_state(
 
     seen_BV = None
     if sampling.repetition_penalty != 1:
-        seen_BV = _tokens_of_prompts(prompts_BT, lengths_B, logits_BV.shape)
+        # A source is no part of the text.
+        reads_sources = getattr(model.config, "source_length", 0)
+        own_B = jnp.zeros_like(lengths_B) if reads_sources else lengths_B
+        seen_BV = _tokens_of_prompts(prompts_BT, own_B, logits_BV.shape)
 
     return DecodeState(
         logits_BV=logits_BV,
@@ -294,6 +297,12 @@ class Generator:
         if self._source_length:
             return self._source_length - len(self._source_end)
         return self._config.context_length - max_new_tokens
+
+    def before_text(self, prompt: Sequence[int]) -> Sequence[int]:
+        """What stands before the text that continues a prompt: the prompt, but nothing of a
+        source.
+        """
+        return () if self._source_length else prompt
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises ValueError for prompts that are empty, or too long to be continued."""

@@ -97,7 +97,8 @@ def stream_texts(
     Yields:
       What is new of each row's text, once a token, until all rows have ended.
     """
-    texts = [TextStream(tokenizer, ids, stop) for ids in prompts]
+    # A source is another text.
+    texts = [TextStream(tokenizer, generator.before_text(ids), stop) for ids in prompts]
 
     for tokens in generator.stream(prompts, max_new_tokens, row_keys(seeds)):
         pieces = []

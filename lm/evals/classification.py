@@ -26,7 +26,7 @@ from lm.evals.label_results import (
     score_prompts,
 )
 from lm.evals.masked_answers import AFTER
-from lm.evals.predict import FILLS, Artifact, PredictFns, Prompt, Question, ShownPrompt
+from lm.evals.predict import Artifact, PredictFns, Prompt, Question, ShownPrompt
 from lm.evals.prompt_format import ChatFormat, TextFormat
 from lm.evals.scores.label_scores import (
     AGGREGATES,
@@ -93,7 +93,7 @@ class DocumentClassification:
         _check_labelled(name, chosen, encoder.label_prompt)
         prompts.check_choice(name, "aggregate", aggregate, AGGREGATES)
         prompts.check_choice(name, "length_norm", length_norm, NORMS)
-        prompts.check_choice(name, "fill", fill, FILLS)
+        prompts.check_choice(name, "fill", fill, predict_fns.fills)
 
         data_labels = {document.label for document in chosen}
         words, word_ids = tokenize_verbalizer(verbalizer, encoder.tokenizer, data_labels)
@@ -336,6 +336,7 @@ class PromptClassification:
         prompts.check_least(examples_key, temperature_examples, 0)
         prompts.check_least(f"config.evals.{name}.max_documents", max_documents, 0)
         _check_choices(name, prompt, verbalizer, priors, ensemble)
+        prompts.check_choice(name, "verbalizer.fill", verbalizer["fill"], predict_fns.fills)
         templates = _parse_templates(name, prompt["templates"])
 
         self.predict_fns = predict_fns
@@ -638,7 +639,6 @@ def _check_choices(
     prompts.check_choice(name, "verbalizer.boundary", verbalizer["boundary"], BOUNDARIES)
     prompts.check_choice(name, "verbalizer.aggregate", verbalizer["aggregate"], AGGREGATES)
     prompts.check_choice(name, "verbalizer.length_norm", verbalizer["length_norm"], NORMS)
-    prompts.check_choice(name, "verbalizer.fill", verbalizer["fill"], FILLS)
 
     if not verbalizer["words"] or not prompt["templates"] or not prompt["seeds"]:
         raise ValueError(

@@ -165,7 +165,8 @@ class Samples:
         self._prompt_ids: list[list[int]] = []
         max_prompt = predict_fns.room_of_prompt(max_new_tokens)
         for prompt in prompts:
-            ids = [self._tokenizer.bos_id] + self._tokenizer.encode(prompt)
+            before, _ = self._tokenizer.around
+            ids = [*before, *self._tokenizer.encode(prompt)]
             if len(ids) > max_prompt:
                 raise ValueError(
                     f"{key}.prompts: {prompt!r:.40} has {len(ids)} tokens; wanted 1 to "
@@ -330,7 +331,7 @@ class TextGeneration:
         # need.
         longest, length = self._output.max_new_tokens + 1, self._predict_fns.length
         if self._predict_fns.reads_sources:
-            longest, length = 1, self._predict_fns.prompt_length
+            longest, length = 1, self._predict_fns.room_of_prompt(self._output.max_new_tokens)
         return prompts_lib.truncate_prompt(start, ids, longest, length, self._name)
 
     def _no_answer_in(self, template: prompts_lib.Template) -> str:

@@ -62,6 +62,9 @@ class HarnessModel(TemplateLM):
         self._params = params
         self._tokenizer = tokenizer
         self.max_length = predict_fns.prompt_length
+        self._reads_sources = predict_fns.reads_sources
+        # lm_eval then makes tokens of a continuation by itself: it is another text.
+        self.backend = "seq2seq" if self._reads_sources else "causal"
         self.max_gen_toks = 256
         self.num_cut: dict[str, int] = {}
 
@@ -151,6 +154,11 @@ class HarnessModel(TemplateLM):
                 f"{self.max_length}, the longest text that the model is given (none at all: "
                 "the tokenizer merges it with the context, which lm_eval cuts off)"
             )
+        if self._reads_sources:
+            if texts:
+                self._count_cut(texts[0], len(context) - self.max_length)
+            return tuple(context[-self.max_length :])
+
         # One more than max_length: the last token is predicted, not read.
         whole = list(context) + list(continuation)
         if texts:
@@ -226,13 +234,13 @@ class HarnessModel(TemplateLM):
                 f"generation options {unknown} of an lm_eval task are not known here; there are "
                 f"until, max_gen_toks, do_sample, temperature, {', '.join(SAMPLING_OPTIONS)}"
             )
-        if max_new_tokens >= self.max_length:
+        max_prompt = self._predict_fns.room_of_prompt(max_new_tokens)
+        if max_prompt < 1:
             raise ValueError(
                 f"max_gen_toks = {max_new_tokens} must be below {self.max_length}, the longest "
                 "text that the model is given (config.data.length)"
             )
 
-        max_prompt = self.max_length - max_new_tokens
         prompts = []
         for context in contexts:
             ids = self.tok_encode(context)

@@ -63,7 +63,10 @@ class LinearVerbalizer:
         # The prompts are those of PromptClassification; the records that would fit its temperature
         # train the vectors.
         # How it would score words doesn't matter: they only say where the vectors start.
-        scoring = dict(terminator="", aggregate="sum", length_norm="none", weights=(), fill="ltr")
+        scoring = dict(terminator="", aggregate="sum", length_norm="none", weights=())
+        # An encoder-decoder has text behind a word only where it fills it in.
+        is_blank = predict_fns.reads_sources and verbalizer["after"]
+        scoring["fill"] = "infill" if is_blank else "ltr"
         task = PromptClassification(
             predict_fns,
             name=name,
@@ -137,7 +140,8 @@ class LinearVerbalizer:
         """(states to train on [n, D], states to evaluate [n, D], what both were divided by)."""
         variant = self._prompt_set.variants[0]
         questions = [*variant.calibration_questions, *variant.questions]
-        states = self._predict_fns.states(params, [question.prompt for question in questions])
+        prompts_ = [question.prompt for question in questions]
+        states = self._predict_fns.states(params, prompts_, questions[0].fill)
         states = states.astype(np.float64)
         if not np.isfinite(states).all():
             raise ValueError(

@@ -138,6 +138,7 @@ class CompiledFns:
     )
     reserved: int = 0  # tokens of a row that a question takes beside its own
     source_length: int = 0  # tokens of a source, which prompts are; 0: there are none
+    context_length: int = 0  # tokens of a text that is generated of a source
     target_logprobs: Callable | None = None  # see lm.step.make_token_logprobs
     token_logprobs: Callable | None = None  # the same where targets are next tokens
     logprobs: Callable | None = None  # (params, questions, limits) -> [[Answer]]
@@ -204,8 +205,27 @@ class PredictFns:
         return bool(self._compiled_fns.source_length)
 
     def room_of_prompt(self, max_new_tokens: int) -> int:
-        """Tokens of a prompt that leaves room for a continuation of so many."""
-        return self.prompt_length if self.reads_sources else self.length - max_new_tokens
+        """Tokens of a prompt that leaves room for a continuation of so many.
+
+        Raises:
+          ValueError: an encoder-decoder makes no texts of so many tokens.
+        """
+        if not self.reads_sources:
+            return self.length - max_new_tokens
+        most = self._compiled_fns.context_length
+        if max_new_tokens > most:
+            raise ValueError(
+                f"{self._asked_by} wants texts of {max_new_tokens} tokens (max_new_tokens); wanted "
+                f"at most config.model.context_length = {most}"
+            )
+        return self.prompt_length
+
+    @property
+    def fills(self) -> tuple[str, ...]:
+        """Those of `FILLS` that the model answers by."""
+        if self.reads_sources:
+            return "ltr", "infill"
+        return FILLS[:-1] if self.fills_blanks else ("ltr",)
 
     def require(self, names: Iterable[str], asked_by: str = "") -> None:
         """Raises ValueError where the model lacks one of these functions, by their names here.
@@ -214,7 +234,7 @@ class PredictFns:
           asked_by: who asks for them, if not the evaluator.
         """
         functions = vars(self._compiled_fns).items()
-        others = ("mesh", "arrays", "reserved", "source_length")
+        others = ("mesh", "arrays", "reserved", "source_length", "context_length")
         available = [n for n, value in functions if n not in others and value is not None]
         missing = [name for name in names if name not in available]
         if missing:
@@ -279,9 +299,12 @@ class PredictFns:
         # Fetched only now: the devices don't wait for the host between batches.
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *outputs)
 
-    def states(self, params, prompts: Sequence[Prompt]) -> np.ndarray:
-        """[prompts, D] f32, the state that the head sees after each prompt."""
-        return self._function("states")(params, prompts, self._limits)
+    def states(self, params, prompts: Sequence[Prompt], fill: str = "ltr") -> np.ndarray:
+        """[prompts, D] f32, the state that the head sees after each prompt; `fill` as in a
+        `Question` about it.
+        """
+        form = {"fill": fill} if self.reads_sources else {}
+        return self._function("states")(params, prompts, self._limits, **form)
 
     def head_rows(self, params, ids: Sequence[int]) -> np.ndarray:
         """[ids, D] f32, what the head multiplies a state with for each id."""

@@ -75,10 +75,14 @@ class SourceAnswers:
                 answers[number].append(Answer(logprobs[queries], is_best[queries]))
         return answers
 
-    def states(self, params, prompts: Sequence[Prompt], limits: Limits) -> np.ndarray:
-        """[prompts, D] f32, the state that the head sees where an answer to each prompt begins."""
+    def states(
+        self, params, prompts: Sequence[Prompt], limits: Limits, fill: str = "ltr"
+    ) -> np.ndarray:
+        """[prompts, D] f32, the state that the head sees where an answer to each prompt begins, or
+        what stands at its sentinel.
+        """
         # A tree with a single query, whose target doesn't matter.
-        rows = [self._row(prompt, [[0]], "ltr", number) for number, prompt in enumerate(prompts)]
+        rows = [self._row(prompt, [[0]], fill, number) for number, prompt in enumerate(prompts)]
         outputs = run_rows(self._mesh, self._tree_states, params, rows, len(rows), limits)
         return np.concatenate(outputs)
 
@@ -86,6 +90,9 @@ class SourceAnswers:
         self, prompt: Prompt, continuations: Sequence[Sequence[int]], fill: str, number: int
     ) -> MergedTree:
         ids, after = list(map(int, prompt.ids)), text_after(prompt)
+        # lm_eval's prompts have it already.
+        if self._end and ids[-len(self._end) :] == self._end:
+            del ids[-len(self._end) :]
         # What stands first doesn't matter: the decoder reads its own token there.
         if fill == "ltr" and not after:
             begun = [0, *self._before]

@@ -54,12 +54,7 @@ def cross_entropy(
 
 
 def check(model_config, trained: list[str], **arguments) -> None:
-    """Raises ValueError for a model that sees the token that it is to predict, or reads sources."""
-    if getattr(model_config, "source_length", 0):
-        raise ValueError(
-            "config.objective.type = 'lm.objectives.causal' has no sources, which an "
-            "encoder-decoder reads; wanted lm.objectives.seq2seq, or lm.objectives.span_corruption"
-        )
+    """Raises ValueError for a model that sees the token that it is to predict."""
     if getattr(model_config, "visible", "causal") != "causal":
         raise ValueError(
             "config.objective.type = 'lm.objectives.causal' predicts the next token, and "

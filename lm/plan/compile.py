@@ -217,8 +217,17 @@ def _abstract_ids(program: build.Program, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
 
 
+def _check_decodes(program: build.Program, name: str) -> None:
+    """Raises ValueError for a model whose decoding isn't planned."""
+    if build.reads_sources(program.model_config):
+        raise ValueError(
+            f"the program {name!r} of a model that reads sources isn't planned; wanted train, eval"
+        )
+
+
 def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
     """Prefill of a prompt a chip."""
+    _check_decodes(program, "prefill")
     rows = len(program.devices)
     length = min(PROMPT_LENGTH, config.data.length)
 
@@ -237,6 +246,7 @@ def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
 
 def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
     """A decode step of a row a chip, with a cache of config.data.length positions."""
+    _check_decodes(program, "decode")
     rows = len(program.devices)
     params = program.abstract_params
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from lm import config as config_lib
 from lm.models import transformer
 
 KNOBS = (
@@ -123,7 +124,16 @@ class ActivationBytes(NamedTuple):
 
 
 def activation_bytes(config: ConfigDict, settings: dict, chips: int) -> ActivationBytes:
-    """The memory model: what a chip holds of a microbatch's activations and logits."""
+    """The memory model: what a chip holds of a microbatch's activations and logits.
+
+    Raises:
+      ValueError: a model that it isn't made for.
+    """
+    if config.model.type != config_lib.MODEL:
+        raise ValueError(
+            f"the search for settings has no memory model of config.model.type = "
+            f"{config.model.type!r}; it has one of {config_lib.MODEL!r}"
+        )
     model = config.model
     tokens = config.data.batch_size * config.data.length / chips / settings["train.accumulation"]
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,22 +13,26 @@ import safetensors.numpy
 import sentencepiece
 import torch
 import transformers as t
+from etils import epath
 from flax import nnx
 
 from lm import config as config_lib
-from lm import sharding
+from lm import convert, sharding, step
 from lm.data import tokenizer as lm_tokenizers
 from lm.decoding.beams import Beams, search
 from lm.decoding.generator import Generator, Sources
 from lm.decoding.sampling import Sampling, row_keys
+from lm.evals.predict import CompiledFns, PredictFns
+from lm.evals.source_answers import SourceAnswers
 from lm.hf import directory as hf
 from lm.hf import families
 from lm.models import encdec
 from lm.nn.positions import bucket_of_distance
 from lm.objectives import seq2seq
-from tests.helpers import ROOT, read_jsonl, run_commands
+from tests.helpers import ROOT, read_jsonl, run_commands, run_training
 from tests.parity.test_families import with_layouts
 from tests.parity.test_tokenizers import CORPUS, STRINGS
+from tests.test_encdec import configure
 
 T5 = dict(
     num_layers=2,
@@ -593,3 +598,68 @@ def test_a_checkpoint_is_asked_for_label_words(fill, tmp_path):
     for key, tensor in model.state_dict().items():
         np.testing.assert_array_equal(again.state_dict()[key].numpy(), tensor.numpy())
     assert t.AutoTokenizer.from_pretrained(tmp_path / "again")(texts) == tokenizer(texts)
+
+
+def test_a_run_is_written_as_a_t5(tiny, tmp_path):
+    """As transformers reads it: its loss is ours."""
+    changes = {"model.scale_scores": False, "train.length": "3 steps", "model.dropout": 0.0}
+    config = configure(tiny, tmp_path, **changes)
+    metrics = run_training(config, tmp_path / "run")
+    family = convert.export_checkpoint(epath.Path(tmp_path / "run"), tmp_path / "hf", jax.devices())
+    assert family == "t5"
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["pad_token_id"] == written["decoder_start_token_id"] == 0
+
+    model = t.T5ForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    total, count = 0.0, 0
+    for line in (tmp_path / "val.de").read_text().splitlines():
+        ids = torch.tensor([[256, *line.encode(), 257]])
+        with torch.no_grad():
+            total += float(model(ids, labels=ids).loss) * ids.shape[1]
+        count += ids.shape[1]
+    assert total / count == pytest.approx(metrics["eval/held_out/loss"], abs=1e-4)
+
+
+def test_lm_eval_asks_for_answers_to_sources(tmp_path):
+    """Contexts and continuations are texts of their own: log-likelihoods as by hand."""
+    from lm.evals import harness
+
+    unigram(tmp_path, "spiece", {})
+    tokenizer = t.AutoTokenizer.from_pretrained(tmp_path)
+    CONFIGS["t5-words"] = (t.T5Config, T5 | dict(vocab_size=len(tokenizer)))
+    model = make("t5-words", tmp_path)
+    source, graphdef, params = load(tmp_path)
+    answers = SourceAnswers(
+        sharding.make_mesh({}, jax.devices()[:1]),
+        step.make_tree_logprobs(graphdef),
+        step.make_tree_states(graphdef),
+        before=[],
+        end=[tokenizer.eos_token_id],
+        sentinels=[],
+    )
+    fns = PredictFns(
+        CompiledFns(
+            sharding.make_mesh({}, jax.devices()[:1]),
+            reserved=2,
+            source_length=64,
+            context_length=32,
+            logprobs=answers.logprobs,
+        ),
+        batch_size=4,
+        length=32,
+    )
+    ours = harness.HarnessModel(fns, params, lm_tokenizers.load(tmp_path))
+    pairs = [("the cat and", " the hat"), ("the other ", "one 12"), ("the cat", " and")]
+    requests = [SimpleNamespace(args=pair) for pair in pairs]
+    for (context, continuation), (got, _) in zip(pairs, ours.loglikelihood(requests)):
+        ids = tokenizer(continuation.strip(), add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logits = model(
+                torch.tensor([tokenizer(context.strip()).input_ids]),
+                decoder_input_ids=torch.tensor([[0, *ids[:-1]]]),
+            ).logits[0]
+        logprobs = torch.log_softmax(logits, -1).numpy()
+        wanted = sum(logprobs[place, token] for place, token in enumerate(ids))
+        assert got == pytest.approx(wanted, abs=1e-3)
+    with pytest.raises(ValueError, match="no token_logprobs, which lm_eval's loglikelihood_roll"):
+        ours.loglikelihood_rolling([SimpleNamespace(args=("a text",))])
