@@ -97,6 +97,9 @@ class ScriptedGenerator:
     def longest_prompt(self, max_new_tokens):
         return self.longest
 
+    def before_text(self, prompt):
+        return prompt
+
     def check(self, prompts, max_new_tokens):
         assert max_new_tokens == 50
 

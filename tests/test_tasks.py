@@ -975,7 +975,7 @@ def test_ties_are_half_right(tmp_path):
 class LinearModel(Model):
     """States that tell labels apart, each in a direction of its own, with noise."""
 
-    def states(self, params, prompts):
+    def states(self, params, prompts, fill="ltr"):
         # "test 4\n?" is record 4, whose label write_records chose by its square.
         directions = []
         for prompt in prompts:
