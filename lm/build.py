@@ -978,7 +978,7 @@ class Experiment:
         sources, and a text by itself is none.
         """
         p = self.program
-        before, end = self.tokenizer.around
+        before, end = seq2seq.ends(self.tokenizer)
         answers = SourceAnswers(
             p.mesh,
             step.make_tree_logprobs(p.graphdef),

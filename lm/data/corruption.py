@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from lm.data import pack
-from lm.data.seq2seq import window
+from lm.data.seq2seq import ends, window
 from lm.data.tokenizer import Tokenizer
 
 
@@ -68,8 +68,11 @@ class SpanCorruption:
         self, ids: list[int], length: int, random: np.random.Generator
     ) -> list[dict[str, np.ndarray]]:
         """Cuts a document into windows of a target of at most `length` and its source."""
-        _, after = self.tokenizer.around
-        text = ids[: len(ids) - len(after)]
+        before, after = ends(self.tokenizer)
+        # Of a document, what stands for BOS and isn't one goes too.
+        around_before, _ = self.tokenizer.around
+        first = len(around_before) - len(before)
+        text = ids[first : len(ids) - len(after)]
 
         raw = self.raw_length(length)
         windows = []

@@ -169,8 +169,7 @@ class TextLayout(NamedTuple):
     """How windows of documents lie in rows.
 
     Attributes:
-      bos_id: the token that begins a document's first window, and none of its other windows; -1:
-        there is none, and each window is counted as a document.
+      bos_id: the token that begins a document's first window, and none of its other windows.
       more: arrays that a window has besides, a value for each token.
     """
 
@@ -200,8 +199,6 @@ class TextLayout(NamedTuple):
     def num_started(self, row: dict[str, np.ndarray]) -> int:
         """Returns how many documents begin in a row."""
         first_of_windows = (row["positions"] == 0) & (row["segments"] > 0)
-        if self.bos_id < 0:
-            return int(np.sum(first_of_windows))
         return int(np.sum(row["tokens"][first_of_windows] == self.bos_id))
 
 
@@ -284,9 +281,8 @@ def layout_of(kind: str, encoder: Encoder) -> Layout:
         return SourceLayout(encoder.source_length)
     if kind == "text":
         before, _ = encoder.tokenizer.around
-        bos_id = before[0] if before else -1
         more = set(encoder.arrays) - set(batch.ARRAYS) if encoder.transform else ()
-        return TextLayout(bos_id, tuple(sorted(more)))
+        return TextLayout(before[0], tuple(sorted(more)))
     return UnitLayout(2 if kind in ("pair", "judged") else 1)
 
 

@@ -149,9 +149,17 @@ def encode(texts: Documents, tokenizer: Tokenizer, *, length: int, source_length
 
 
 def around(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text with what the tokenizer puts around it."""
-    before, after = tokenizer.around
+    """The ids of a source or a target with what stands around it."""
+    before, after = ends(tokenizer)
     return [*before, *tokenizer.encode(text), *after]
+
+
+def ends(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns what stands before and behind each source and target: BOS and EOS, or EOS alone where
+    the tokenizer has no BOS (T5's), for which EOS stands elsewhere.
+    """
+    before, after = tokenizer.around
+    return () if before == after else before, after
 
 
 def window(source: list[int], target: list[int], *, begins: bool = True) -> dict[str, np.ndarray]:

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
       roles: name -> ids, of those of `lm.data.roles.ROLES` that it has.
       special: text -> id, of the tokens that no text is to have.
       around: ids before a document, and ids after it. They are BOS and EOS; of BERT's and its
-        like, [CLS] and [SEP]; of T5's, nothing and EOS.
+        like, [CLS] and [SEP].
       fingerprint: names the exact mapping.
       files: name -> content, of a Hugging Face checkpoint; else a chat template at most.
     """
@@ -736,11 +736,7 @@ class HuggingFaceTokenizer(Roles):
         return tuple(self.special[text] for text in ends if text in self.special)
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """[CLS] and [SEP] if these are what the files put around a text, EOS alone if it is that
-        (T5), else BOS and EOS.
-        """
-        if self.prompt("a") == [*self.encode("a"), self.eos_id] and "bos" not in self.roles:
-            return (), (self.eos_id,)
+        """[CLS] and [SEP] if these are what the files put around a text, else BOS and EOS."""
         cls_ids, sep_ids = self.roles.get("cls", ()), self.roles.get("sep", ())
         if cls_ids and sep_ids and self.prompt("a") == [*cls_ids, *self.encode("a"), *sep_ids]:
             return cls_ids, sep_ids

@@ -10,6 +10,7 @@ import numpy as np
 
 from lm import escape
 from lm.data import records as records_lib
+from lm.data import seq2seq
 from lm.data.pack import Encoder
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.beams import Beams, search
@@ -166,6 +167,8 @@ class Samples:
         max_prompt = predict_fns.room_of_prompt(max_new_tokens)
         for prompt in prompts:
             before, _ = self._tokenizer.around
+            if predict_fns.reads_sources:
+                before, _ = seq2seq.ends(self._tokenizer)
             ids = [*before, *self._tokenizer.encode(prompt)]
             if len(ids) > max_prompt:
                 raise ValueError(

@@ -18,7 +18,11 @@ from flax import nnx
 
 from lm import config as config_lib
 from lm import convert, sharding, step
+from lm.data import seq2seq as seq2seq_data
 from lm.data import tokenizer as lm_tokenizers
+from lm.data.corruption import SpanCorruption
+from lm.data.pack import Encoder
+from lm.data.sources import Document
 from lm.decoding.beams import Beams, search
 from lm.decoding.generator import Generator, Sources
 from lm.decoding.sampling import Sampling, row_keys
@@ -475,7 +479,14 @@ def test_t5s_tokens_are_the_same(settings, form, tmp_path):
         assert ours.prompt(text) == theirs.encode(text), text
     ids = theirs.encode("the cat and the hat")
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    assert ours.around == ((), (theirs.eos_token_id,))
+    assert seq2seq_data.ends(ours) == ((), (theirs.eos_token_id,))
+    assert seq2seq_data.around(ours, "the cat") == theirs.encode("the cat")
+    spans = SpanCorruption(ours, 0.3, 2.0, 64) if settings.get("extra_ids") != 0 else None
+    if spans:
+        document = Encoder(ours, "").training(Document("the cat and the hat", "", ""))
+        (window,) = spans.windows(document, 32, np.random.default_rng(0))
+        assert theirs.eos_token_id not in window["source"][:-1]
+        assert window["source"][-1] == window["targets"][-1] == theirs.eos_token_id
     assert ours.stop_ids == (theirs.eos_token_id,)
     assert ours.role("pad") == theirs.pad_token_id
     count = settings.get("extra_ids", 100)

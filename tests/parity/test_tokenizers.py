@@ -385,7 +385,7 @@ def test_what_transformers_saves_is_read_as_it_is(form, vocabularies, tmp_path):
 @pytest.mark.parametrize("name", ["spiece.model", "spm.model"])
 def test_forms_of_encoders_are_refused_by_name(name, tmp_path):
     (tmp_path / name).write_text("a")
-    with pytest.raises(ValueError, match=f"{name} is .*, which lm doesn't read; this command"):
+    with pytest.raises(ValueError, match=f"{name} is .*; this command writes a tokenizer.json"):
         lm_tokenizers.load(tmp_path)
 
 
