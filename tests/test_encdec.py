@@ -20,7 +20,7 @@ from lm.decoding.generator import Generator, Sources
 from lm.decoding.sampling import Sampling, row_keys
 from lm.evals import entries
 from lm.evals.masked_answers import AFTER
-from lm.evals.predict import CompiledFns, PredictFns, Prompt, Question
+from lm.evals.predict import CompiledFns, Limits, PredictFns, Prompt, Question, never_stop
 from lm.evals.source_answers import SourceAnswers
 from lm.models import encdec, recurrent
 from lm.models.encdec import Config, EncoderDecoder
@@ -480,6 +480,25 @@ def test_states_are_where_an_answer_begins():
             source, begun = ([*ids, 2], [1]) if fill == "ltr" else ([*ids, 18, 2], [18])
             wanted = logits_by_hand("bart", source, begun)
             np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_sources_of_a_tokenizer_without_bos():
+    """What stands for BOS before documents is no part of a source."""
+    graphdef, params = random_params("t5")
+    answers = SourceAnswers(
+        sharding.make_mesh({}, jax.devices()[:1]),
+        make_tree_logprobs(graphdef),
+        make_tree_states(graphdef),
+        before=[],
+        end=[2],
+        sentinels=[],
+    )
+    limits = Limits(4, LENGTH, never_stop)
+    prompts = [Prompt(ids) for ids in ([5, 6], [2, 5, 6], [5, 6, 2])]
+    found = answers.logprobs(params, [Question(prompt, WORDS) for prompt in prompts], limits)
+    wanted = log_softmax(logits_by_hand("t5", [5, 6, 2], []))[4]
+    for of_prompt in found:
+        assert of_prompt[0].logprobs[0] == pytest.approx(float(wanted), abs=1e-4)
 
 
 @pytest.mark.parametrize(

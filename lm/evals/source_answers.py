@@ -90,9 +90,11 @@ class SourceAnswers:
         self, prompt: Prompt, continuations: Sequence[Sequence[int]], fill: str, number: int
     ) -> MergedTree:
         ids, after = list(map(int, prompt.ids)), text_after(prompt)
-        # lm_eval's prompts have it already.
+        # lm_eval's prompts have it already. Documents of a tokenizer without BOS begin with it.
         if self._end and ids[-len(self._end) :] == self._end:
             del ids[-len(self._end) :]
+        if not self._before and ids[: len(self._end)] == self._end:
+            del ids[: len(self._end)]
         # What stands first doesn't matter: the decoder reads its own token there.
         if fill == "ltr" and not after:
             begun = [0, *self._before]
