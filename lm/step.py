@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import sharding, trained
+from lm.data import batch as batch_contract
 from lm.nn import masks
 from lm.optim import Optimizer
 
@@ -378,8 +379,7 @@ def _tree_hidden(model, batch) -> jax.Array:
     arrays = (batch["tokens"], batch["positions"], batch["segments"])
     source = {}
     if "source" in batch:
-        names = ("source", "source_positions", "source_segments")
-        source = {"source": tuple(batch[name] for name in names)}
+        source = {"source": batch_contract.source_of(batch)}
     if not branches(model.config):
         return model(*arrays, **source).hidden
     return model(*arrays, visible=masks.by_tree(batch["until"]), **source).hidden

@@ -12,6 +12,7 @@ from flax import nnx
 
 from lm import audit, build, sharding
 from lm import config as config_lib
+from lm.data import batch as batch_contract
 from lm.data import pack, seq2seq
 from lm.data.tokenizer import ByteTokenizer
 from lm.decoding import beams as beams_lib
@@ -139,7 +140,7 @@ def compiled(form):
     def logits(params, batch):
         model = nnx.merge(graphdef, params)
         arrays = (batch["tokens"], batch["positions"], batch["segments"])
-        return model.logits(model(*arrays, source=objective.source_of(batch)).hidden)
+        return model.logits(model(*arrays, source=batch_contract.source_of(batch)).hidden)
 
     return jax.jit(token_logprobs), jax.jit(logits)
 
@@ -268,7 +269,7 @@ def test_dropout_is_a_function_of_the_row():
 
     def hidden(model, rows, keys_B):
         arrays = [batch[name][rows] for name in ("tokens", "positions", "segments")]
-        source = [x[rows] for x in objective.source_of(batch)]
+        source = [x[rows] for x in batch_contract.source_of(batch)]
         return np.asarray(run(model, arrays, source, keys_B))
 
     plain = hidden(nnx.merge(graphdef, params), slice(None), keys)
@@ -570,7 +571,7 @@ def test_every_field_moves_something():
         def run(params):
             model = nnx.merge(graphdef, params)
             arrays = (batch["tokens"], batch["positions"], batch["segments"])
-            hidden = model(*arrays, source=objective.source_of(batch), keys_B=keys).hidden
+            hidden = model(*arrays, source=batch_contract.source_of(batch), keys_B=keys).hidden
             return model.logits(hidden)
 
         return np.asarray(run(params)).astype(np.float32)

@@ -43,16 +43,18 @@ ARRAYS = {
 # What rows of examples have besides, for objectives that declare it; see `lm.data.units.Unit`.
 UNIT_ARRAYS = {"values": Array(np.float32), "stored_logprobs": Array(np.float32)}
 
+# What rows have besides that hold sources beside their targets.
+SOURCE_NAMES = ("source", "source_positions", "source_segments")
+
 
 def source_arrays(length: int) -> dict[str, Array]:
-    """What rows have besides that hold sources, of `length` places, beside their targets. A target
-    and its source are segments of the same number.
-    """
-    return {
-        "source": Array(np.int32, (length,)),
-        "source_positions": Array(np.int32, (length,)),
-        "source_segments": Array(np.int32, (length,)),
-    }
+    """Arrays of sources of `length` places; a target and its source share a segment's number."""
+    return {name: Array(np.int32, (length,)) for name in SOURCE_NAMES}
+
+
+def source_of(batch: Mapping) -> tuple:
+    """Tokens, positions and segments of a batch's sources, as a model reads them."""
+    return tuple(batch[name] for name in SOURCE_NAMES)
 
 
 def empty_row(length: int, arrays: Mapping[str, Array] = ARRAYS) -> dict[str, np.ndarray]:

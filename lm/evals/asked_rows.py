@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm import sharding
+from lm.data import batch as batch_contract
 from lm.evals.predict import Limits
 from lm.evals.tree import MergedTree
 
@@ -132,7 +133,7 @@ def _pack(
 
     if shape.source:
         by_place = (shape.rows, shape.source)
-        for name in ("source", "source_positions", "source_segments"):
+        for name in batch_contract.SOURCE_NAMES:
             batch[name] = np.zeros(by_place, np.int32)
 
     for row, (tree, _, source) in enumerate(rows):

@@ -32,14 +32,9 @@ def check(model_config, trained: list[str], *, source_length: int, **arguments) 
         )
 
 
-def source_of(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens, positions and segments of a batch's sources."""
-    return batch["source"], batch["source_positions"], batch["source_segments"]
-
-
 def _hidden(model, batch, keys_B) -> jax.Array:
     arrays = (batch["tokens"], batch["positions"], batch["segments"])
-    return model(*arrays, source=source_of(batch), keys_B=keys_B).hidden
+    return model(*arrays, source=batch_contract.source_of(batch), keys_B=keys_B).hidden
 
 
 def token_logprobs(model, batch) -> tuple[jax.Array, jax.Array]:
