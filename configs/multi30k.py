@@ -25,7 +25,7 @@ def _transformer(c: ConfigDict) -> None:
 
 def _lstm(c: ConfigDict) -> None:
     c.model = config_lib.model("lm.models.recurrent", cell="lstm", num_layers=2, encoder_layers=1)
-    c.model.update(embed_dim=256, hidden_dim=384)
+    c.model.update(embed_dim=256, hidden_dim=384, embed_scale=True)
     c.optimizer.name = "adamw"
 
 

@@ -205,6 +205,7 @@ class RecurrentFields:
     num_layers: int = integer(2, least=1, most=2**8)
     embed_dim: int = integer(256, least=1, most=2**18)
     hidden_dim: int = integer(256, least=1, most=2**18)  # units of a layer
+    embed_scale: bool = False  # the embedding, by embed_dim^0.5
     # The head is the embedding, and the last layer has its size (AWD-LSTM).
     tie_embeddings: bool = True
     head_bias: bool = False  # of the vocabulary's logits
@@ -215,7 +216,7 @@ class RecurrentFields:
     start_id: int = integer(0, most=2**24)  # with a source: what is read at position 0
     # share of what layers and head read that is set to 0 in training
     dropout: float = number(0.0, least=0, below=1)
-    init_std: float = number(0.05, least=0, most=100)  # of the tables; cells as torch.nn's
+    init_std: float = number(0.05, least=0, most=100)  # of the tables
     param_dtype: str = one_of("bfloat16", "float32")
     # "": bfloat16 on TPU and GPU, float32 on CPU
     compute_dtype: str = one_of("", "bfloat16", "float32")
@@ -467,6 +468,7 @@ NEWER_FIELDS = (
     "source_length",
     "encoder_layers",
     "start_id",
+    "embed_scale",
 )
 GROUPS = dict(
     data=Data,

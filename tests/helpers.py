@@ -111,6 +111,13 @@ def model_config(**changes):
     return Config(**fields | small | changes)
 
 
+def small_encdec(**changes):
+    """config.model of an encoder-decoder, with these changes."""
+    sizes = dict(num_layers=2, encoder_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, head_dim=8)
+    options = dict(context_length=32, param_dtype="float32")
+    return config_lib.model(config_lib.ENCDEC, **sizes | options | changes)
+
+
 def abstract_model(config):
     """(graphdef, abstract nnx state of the parameters) of a Transformer; nothing is computed."""
 

@@ -32,6 +32,7 @@ from tests.helpers import (
     run_training,
     saved_steps,
     slow,
+    small_encdec,
     terminate_at,
 )
 from tests.toys import sampling
@@ -60,7 +61,8 @@ OBJECTIVES["spans"] = (
     # A vocabulary that the mesh splits.
     {"tokenizer.reserve": "sentinels:22", "model.vocab_size": 280, "data.label_prompt": ""},
 )
-NAMES = ["masked", "weighted", slow("encoder"), slow("spans")]
+OBJECTIVES["recurrent"] = OBJECTIVES["spans"]
+NAMES = ["masked", "weighted", slow("encoder"), slow("spans"), slow("recurrent")]
 # (mesh, who writes the collectives, microbatches)
 EXECUTIONS = {
     "accumulated": ({}, "partitioner", 4),
@@ -95,26 +97,16 @@ def configure(tiny, folder, name):
     config.objective = ConfigDict(objective)
     config.model.param_dtype = "float32"
     config.evals.text = entries.perplexity(every=3, batch_size=8)
-    if name == "encoder":
+    if name in ("encoder", "spans", "recurrent"):
         config.evals.text = entries.held_out("TextLoss", every=3, batch_size=8)
     if name == "spans":
-        config.evals.text = entries.held_out("TextLoss", every=3, batch_size=8)
-        config.model = config_lib.model(
-            config_lib.ENCDEC,
-            context_length=32,
-            source_length=48,
-            num_layers=2,
-            encoder_layers=2,
-            embed_dim=32,
-            mlp_dim=64,
-            num_heads=4,
-            head_dim=8,
-            param_dtype="float32",
-            dropout=0.2,
-            bias="qkv,out,mlp,head",
-        )
+        config.model = small_encdec(source_length=48, dropout=0.2, bias="qkv,out,mlp,head")
+    if name == "recurrent":
+        config.model = config_lib.model("lm.models.recurrent", context_length=32, source_length=48)
+        config.model.update(embed_dim=32, hidden_dim=48, param_dtype="float32", dropout=0.2)
     config.update_from_flattened_dict(changes)
-    config.model.scan_unroll = config.model.num_layers  # see build._check_simulated
+    if "scan_unroll" in config.model:
+        config.model.scan_unroll = config.model.num_layers  # see build._check_simulated
     return config
 
 

@@ -13,7 +13,7 @@ from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
 from lm.evals import entries
 from lm.objectives import prefix
-from tests.helpers import model_config, random_model, read_metrics, run_training
+from tests.helpers import model_config, random_model, read_metrics, run_training, small_encdec
 
 BYTES = ByteTokenizer("sentinels:40")
 SENTINELS = BYTES.role_ids("sentinels")
@@ -275,18 +275,7 @@ def configure(tiny, name):
         config.objective = config_lib.ConfigDict(
             dict(type="lm.objectives.span_corruption", source_length=48, rate=0.2, mean_span=2.0)
         )
-        config.model = config_lib.model(
-            config_lib.ENCDEC,
-            context_length=32,
-            source_length=48,
-            num_layers=2,
-            encoder_layers=2,
-            embed_dim=32,
-            mlp_dim=64,
-            num_heads=4,
-            head_dim=8,
-            param_dtype="float32",
-        )
+        config.model = small_encdec(source_length=48)
     elif name == "prefix":
         config.objective = config_lib.ConfigDict(dict(type="lm.objectives.prefix"))
     else:

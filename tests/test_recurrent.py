@@ -207,6 +207,7 @@ FIELDS = {
     "num_layers": 3,
     "embed_dim": 10,
     "hidden_dim": 14,
+    "embed_scale": True,
     "tie_embeddings": False,
     "head_bias": True,
     "dropout": 0.5,
@@ -247,11 +248,26 @@ def test_bad_fields(changes, message):
         make_config(**changes)
 
 
+def test_the_embedding_is_scaled():
+    graphdef, params = random_model(embed_scale=True)
+    scaled = params | dict(embed=dict(table=params["embed"]["table"] * np.float32(8**0.5)))
+    plain, _ = random_model()
+    np.testing.assert_allclose(hidden(graphdef, params), hidden(plain, scaled), atol=1e-6)
+
+
 def test_flops_are_those_of_the_matmuls():
     config = make_config(num_layers=2)
     weights = 4 * (12 * (8 + 12) + 8 * (12 + 8)) + VOCAB * 8
     assert recurrent.flops_per_token(config, 100) == 6 * weights
     assert recurrent.flops_per_token(config, 10, backward=False) == 2 * weights
+
+    # With a source of twice the length, of 2 x 12 values a token.
+    config = make_config(num_layers=2, source_length=20)
+    decoder = 4 * (12 * (8 + 12) + 8 * (12 + 24 + 8)) + VOCAB * 8
+    look_ups = (12 + 8) * 24 + 2 * 2 * 20 * 24 + (8 + 24) * 8
+    encoder = 2 * 4 * 12 * (8 + 12)
+    got = recurrent.flops_per_token(config, 10, backward=False, source_length=20)
+    assert got == 2 * (decoder + look_ups + 2 * encoder)
 
 
 # --- weights of torch.nn ---

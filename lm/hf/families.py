@@ -899,7 +899,6 @@ def _t5_layer(stack: str, hf_prefix: str, *sublayers: str) -> tuple[Tensor, ...]
     return _in_layers(hf_prefix, *tensors, stack=stack)
 
 
-_ENCDEC = "lm.models.encdec"
 _T5_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 _T5 = Family(  # v1.0, v1.1 and FLAN
     "t5", "T5ForConditionalGeneration",
@@ -943,7 +942,7 @@ _T5 = Family(  # v1.0, v1.1 and FLAN
         norm="rmsnorm", residual="pre_norm", positions="relative", position_offset=0,
         scale_scores=False, embed_scale=False, embed_norm=False,
     ),
-    model=_ENCDEC, tensors_decide=True, supported_values=dict(is_decoder=(False,)),
+    model=config_lib.ENCDEC, tensors_decide=True, supported_values=dict(is_decoder=(False,)),
     ignored_keys=(
         "dense_act_fn", "is_gated_act", "dropout_rate", "initializer_factor", "output_past",
         "eos_token_ids",
@@ -1005,7 +1004,7 @@ _BART_CONSTANTS = dict(
 _BART = Family(
     "bart", "BartForConditionalGeneration",
     _BART_KEYS, _bart_tensors(embed_norm=True), _BART_CONSTANTS,
-    model=_ENCDEC, tensors_decide=True, biases=_BERT_BIASES,
+    model=config_lib.ENCDEC, tensors_decide=True, biases=_BERT_BIASES,
     copies=dict(
         decoder_attention_heads="encoder_attention_heads", decoder_ffn_dim="encoder_ffn_dim"
     ),
@@ -1028,7 +1027,7 @@ _MARIAN = Family(
     ),
     _bart_tensors(embed_norm=False),
     _BART_CONSTANTS | dict(positions="sinusoids_halves", position_offset=0, embed_norm=False),
-    model=_ENCDEC, tensors_decide=True, biases=_BERT_BIASES,
+    model=config_lib.ENCDEC, tensors_decide=True, biases=_BERT_BIASES,
     copies=_BART.copies | dict(decoder_vocab_size="vocab_size"),
     supported_values=dict(
         normalize_before=(False,), add_final_layer_norm=(False,), normalize_embedding=(False,),

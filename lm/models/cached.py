@@ -25,6 +25,12 @@ class Decoded(NamedTuple):
     position_B: jax.Array
 
 
+def read_from_left(prompts_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(positions, segments) of prompts that are padded on the right, [B, T] each."""
+    positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
+    return positions_BT, (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+
+
 class CachedDecoding:
     """`prefill` and `decode_step` of a model whose call takes `cache` and `decode`, and whose
     positions count up.
@@ -39,9 +45,7 @@ class CachedDecoding:
           lengths_B: the prompts' lengths, without padding.
           cache: an empty one (`init_cache`).
         """
-        positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
-        segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-        output = self(prompts_BT, positions_BT, segments_BT, cache=cache)
+        output = self(prompts_BT, *read_from_left(prompts_BT, lengths_B), cache=cache)
         last_BD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         return Decoded(last_BD, output.cache, lengths_B)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from lm import config as config_lib
 from lm.models import transformer
-from lm.models.cached import CachedDecoding, Decoded
+from lm.models.cached import CachedDecoding, Decoded, read_from_left
 from lm.models.transformer import SQUARES, Block, Output, keys_of_sites, stream
 from lm.nn import masks, watch
 from lm.nn.attention import Attention, Cache
@@ -463,8 +463,7 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
           lengths_B: their lengths, without padding.
           cache: an empty one (`init_cache`).
         """
-        positions_BS = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
-        segments_BS = (positions_BS < lengths_B[:, None]).astype(jnp.int32)
+        positions_BS, segments_BS = read_from_left(prompts_BT, lengths_B)
         hidden_BSD, _ = self.encode(prompts_BT, positions_BS, segments_BS)
 
         start_B1 = jnp.zeros((len(prompts_BT), 1), jnp.int32)

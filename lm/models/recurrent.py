@@ -4,9 +4,9 @@ A state begins anew with each segment of a row, so that packed texts are as text
 are torch.nn's (lm/hf/torch_recurrent.py reads and writes its weights).
 
 With config.model.source_length the model reads a source too, by an encoder in both directions.
-What the first layer says of a target attends to the encoder's output, and all other layers read
-both (Luong et al. 2015, arXiv 1508.04025, section 3.1; between the layers as in Wu et al. 2016,
-arXiv 1609.08144, section 3.1).
+What each layer says of a target looks up what it needs in the encoder's output. The next layer
+reads both, and behind the last one they become what the head reads (Luong et al. 2015, arXiv
+1508.04025, section 3.1: "general" scores, equation 5).
 
 Letters: B batch, T length, S length of the source, D embed, H units of a layer, E of the encoder's
 output, G gates, X = G * H, V vocab.
@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from lm import collectives
 from lm import config as config_lib
-from lm.models.cached import CachedDecoding, Decoded
+from lm.models.cached import CachedDecoding, Decoded, read_from_left
 from lm.models.transformer import Output
 from lm.nn import watch
 from lm.nn.layers import Embed, VocabHead, add_bias, dense, dropout, fold_in_each, gather, param
@@ -89,12 +90,6 @@ class Config(config_lib.RecurrentFields):
                 f"{self.compute_dtype!r}: a model of its own needs both"
             )
 
-        if self.source_length and self.num_layers < 2:
-            raise ValueError(
-                f"config.model.num_layers = {self.num_layers}: with a source the first layer "
-                "attends to it, and those behind it read what it finds; wanted 2 or more"
-            )
-
     branches = False  # a state can't be shared by continuations of the same row
     shortest_row = 16
 
@@ -111,7 +106,7 @@ class Config(config_lib.RecurrentFields):
         """(inputs, units) of each layer. Where the head is the embedding, the last has its size."""
         last = self.embed_dim if self.tie_embeddings else self.hidden_dim
         units = [self.hidden_dim] * (self.num_layers - 1) + [last]
-        # Behind the first layer with what it finds in the source.
+        # Each with what the layer before it finds in the source.
         context = self.source_dim if self.source_length else 0
         inputs = [self.embed_dim, *(size + context for size in units)]
         return list(zip(inputs, units))
@@ -146,9 +141,10 @@ def flops_per_token(
     if c.source_length:
         inputs = [c.embed_dim, *[c.source_dim] * (c.encoder_layers - 1)]
         encoder = sum(2 * gates * c.hidden_dim * (size + c.hidden_dim) for size in inputs)
-        encoder += c.source_dim * c.hidden_dim  # the keys
         weights += encoder * source_length / length
-        weights += source_length * (c.hidden_dim + c.source_dim)  # scores, and their sum
+        for _, units in c.sizes:
+            weights += units * c.source_dim + 2 * source_length * c.source_dim
+        weights += (last + c.source_dim) * last
     return (6.0 if backward else 2.0) * weights
 
 
@@ -161,13 +157,13 @@ class Layer(nnx.Module):
         self.cell = CELLS[c.cell]
         self.compute_dtype = c.compute_dtype
         gates = self.cell.num_gates
+        axes, dtype = ("embed", "gates", "mlp"), c.param_dtype
+        # Gates of inputs of variance 1 have it too. torch.nn draws a third of it, or less, and a
+        # second layer sees next to nothing of the first.
+        self.input_weight = param(in_key, (inputs, gates, units), axes, dtype, std=inputs**-0.5)
+        self.state_weight = param(state_key, (units, gates, units), axes, dtype, std=units**-0.5)
         # The variance of torch.nn's draw, which is uniform up to 1 / sqrt(H).
-        std = (3 * units) ** -0.5
-
-        axes = ("embed", "gates", "mlp")
-        options = dict(dtype=c.param_dtype, std=std)
-        self.input_weight = param(in_key, (inputs, gates, units), axes, **options)
-        self.state_weight = param(state_key, (units, gates, units), axes, **options)
+        options = dict(dtype=dtype, std=(3 * units) ** -0.5)
         self.bias = param(bias_key, (gates, units), ("gates", "mlp"), **options)
         # A GRU's reset gate comes between its candidate's two biases.
         is_gru = c.cell == "gru"
@@ -305,7 +301,6 @@ _scan_time.defvjp(_scan_time_forward, _scan_time_backward)
 class Memory(NamedTuple):
     """What an encoder said of a source."""
 
-    key_BSH: jax.Array
     value_BSE: jax.Array
     segments_BS: jax.Array
 
@@ -318,23 +313,17 @@ class SourceState(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Layers that read a source in both directions, and what the first layer's states are compared
-    with.
-    """
+    """Layers that read a source in both directions."""
 
     def __init__(self, key: jax.Array, config: Config):
         c = self.config = config
-        layers_key, key_key = jax.random.split(key)
         layers = []
         for number in range(c.encoder_layers):
             inputs = c.source_dim if number else c.embed_dim
             for direction in range(2):
-                layer_key = jax.random.fold_in(layers_key, 2 * number + direction)
+                layer_key = jax.random.fold_in(key, 2 * number + direction)
                 layers.append(Layer(layer_key, c, inputs, c.hidden_dim))
         self.layers = nnx.List(layers)
-
-        shape, std = (c.source_dim, c.hidden_dim), c.source_dim**-0.5
-        self.key = param(key_key, shape, ("embed", "mlp"), c.param_dtype, std=std)
 
     def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, keys_BN) -> Memory:
         """Of embedded sources.
@@ -358,21 +347,45 @@ class Encoder(nnx.Module):
             backward_BSH, _ = backward(*turned, state)
             x_BSD = jnp.concatenate([forward_BSH, backward_BSH[:, ::-1]], axis=-1)
 
-        key_BSH = dense("bse,eh->bsh", x_BSD, self.key, c.compute_dtype, "key")
-        return Memory(key_BSH, x_BSD, segments_BS)
+        return Memory(x_BSD, segments_BS)
 
 
-def _look_up(query_BTH: jax.Array, segments_BT: jax.Array, memory: Memory) -> jax.Array:
-    """What queries find in a memory, [B, T, E]: the mean of what it says of the source of their
-    segment, weighted by attention. Scores, softmax and sums are f32.
-    """
-    f32 = dict(preferred_element_type=jnp.float32)
-    scores_BTS = jnp.einsum("bth,bsh->bts", query_BTH, memory.key_BSH, **f32)
-    seen_BTS = segments_BT[:, :, None] == memory.segments_BS[:, None, :]
-    probs_BTS = jax.nn.softmax(jnp.where(seen_BTS, scores_BTS, -1e30), axis=-1)
-    probs_BTS = probs_BTS.astype(memory.value_BSE.dtype)
-    context_BTE = jnp.einsum("bts,bse->bte", probs_BTS, memory.value_BSE, **f32)
-    return context_BTE.astype(query_BTH.dtype)
+class Reader(nnx.Module):
+    """What a decoder's layers find in a memory, and what the head reads of it."""
+
+    def __init__(self, key: jax.Array, config: Config):
+        c = config
+        self.compute_dtype = c.compute_dtype
+        queries_key, out_key = jax.random.split(key)
+        queries = []
+        for number, (_, units) in enumerate(c.sizes):
+            query_key, shape = jax.random.fold_in(queries_key, number), (units, c.source_dim)
+            queries.append(
+                param(query_key, shape, ("embed", "mlp"), c.param_dtype, std=units**-0.5)
+            )
+        self.queries = nnx.List(queries)
+
+        _, last = c.sizes[-1]
+        shape = (last + c.source_dim, last)
+        self.out = param(out_key, shape, ("mlp", "embed"), c.param_dtype, std=shape[0] ** -0.5)
+
+    def look_up(self, number: int, x_BTH: jax.Array, segments_BT, memory: Memory) -> jax.Array:
+        """States of layer `number`, and behind them the mean of what the memory says of the source
+        of their segment, weighted by attention, [B, T, H + E]. Scores, softmax and sums are f32.
+        """
+        f32 = dict(preferred_element_type=jnp.float32)
+        query_BTE = dense("bth,he->bte", x_BTH, self.queries[number], self.compute_dtype, "query")
+        scores_BTS = jnp.einsum("bte,bse->bts", query_BTE, memory.value_BSE, **f32)
+        seen_BTS = segments_BT[:, :, None] == memory.segments_BS[:, None, :]
+        probs_BTS = jax.nn.softmax(jnp.where(seen_BTS, scores_BTS, -1e30), axis=-1)
+
+        probs_BTS = probs_BTS.astype(memory.value_BSE.dtype)
+        context_BTE = jnp.einsum("bts,bse->bte", probs_BTS, memory.value_BSE, **f32)
+        return jnp.concatenate([x_BTH, context_BTE.astype(x_BTH.dtype)], axis=-1)
+
+    def combine(self, x_BTX: jax.Array) -> jax.Array:
+        """What the head reads, [B, T, D], of the last layer's states and what they found."""
+        return jnp.tanh(dense("btx,xd->btd", x_BTX, self.out, self.compute_dtype, "out"))
 
 
 def _no_state(config: Config, batch_size: int, units: int) -> State:
@@ -398,10 +411,8 @@ class Recurrent(CachedDecoding, nnx.Module):
         for number, (inputs, units) in enumerate(c.sizes):
             layers.append(Layer(jax.random.fold_in(layers_key, number), c, inputs, units))
         self.layers = nnx.List(layers)
-        if c.source_length:
-            self.encoder = Encoder(jax.random.fold_in(key, 3), c)
-        else:
-            self.encoder = None
+        self.encoder = Encoder(jax.random.fold_in(key, 3), c) if c.source_length else None
+        self.reader = Reader(jax.random.fold_in(key, 4), c) if c.source_length else None
 
         _, last = c.sizes[-1]
         self.head = None if c.tie_embeddings else Embed(head_key, c.vocab_size, last, **table)
@@ -445,29 +456,36 @@ class Recurrent(CachedDecoding, nnx.Module):
             else:
                 source_tokens_BS, _, source_segments_BS = source
                 of_encoder = None if keys_BN is None else keys_BN[:, c.num_layers + 1 :]
-                embedded_BSD = self.embed(source_tokens_BS)
+                embedded_BSD = self._embed(source_tokens_BS)
                 memory = self.encoder(embedded_BSD, source_segments_BS, of_encoder)
             tokens_BT = jnp.where(positions_BT == 0, c.start_id, tokens_BT)
 
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self._embed(tokens_BT)
         valid_BT = segments_BT > 0
         starts_BT = positions_BT == 0
         seen = {"embed": x_BTD}
         new_states = []
         for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
-            if memory is not None and number == 1:
-                context_BTE = _look_up(x_BTD, segments_BT, memory)
-            if memory is not None and number:
-                x_BTD = jnp.concatenate([x_BTD, context_BTE], axis=-1)
             x_BTD = _drop(x_BTD, c.dropout, keys_BN, number)
             x_BTD, state = layer(x_BTD, starts_BT, valid_BT, state)
             new_states.append(state)
             seen[f"layers/{number}/hidden"] = x_BTD
+            if memory is not None:
+                x_BTD = self.reader.look_up(number, x_BTD, segments_BT, memory)
+
+        if memory is not None:
+            x_BTD = self.reader.combine(x_BTD)
 
         watch.report(self, watch.squares(valid_BT, seen))
         x_BTD = _drop(x_BTD, c.dropout, keys_BN, c.num_layers)
         new_cache = new_states if memory is None else SourceState(new_states, memory)
         return Output(x_BTD, new_cache, {})
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        x_BTD = self.embed(tokens_BT)
+        if self.config.embed_scale:
+            x_BTD = x_BTD * np.asarray(self.config.embed_dim**0.5, x_BTD.dtype)
+        return x_BTD
 
     @property
     def head_table(self) -> nnx.Param:
@@ -494,11 +512,8 @@ class Recurrent(CachedDecoding, nnx.Module):
         """
         if self.encoder is None:
             return super().prefill(prompts_BT, lengths_B, cache)
-        positions_BS = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
-        segments_BS = (positions_BS < lengths_B[:, None]).astype(jnp.int32)
-
+        source = (prompts_BT, *read_from_left(prompts_BT, lengths_B))
         start_B1 = jnp.zeros((len(prompts_BT), 1), jnp.int32)
-        source = (prompts_BT, positions_BS, segments_BS)
         output = self(start_B1, start_B1, jnp.ones_like(start_B1), source=source)
         return Decoded(output.hidden[:, 0], output.cache, jnp.ones_like(lengths_B))
 

@@ -131,4 +131,71 @@ def test_fifty_steps_are_the_same(cell):
                     kept[moving] = gradient[moving]
                     gradient = kept
                 parameter -= rate * gradient
-        assert abs(float(loss) - float(their)) < 1e-4, number
+        assert abs(float(loss) - their.item()) < 1e-4, number
+
+
+# --- with a source ---
+
+SOURCE_SIZES = dict(embed_dim=6, hidden_dim=10, source_length=9, encoder_layers=2, start_id=3)
+
+
+def torch_cells(cell, layer):
+    """A torch.nn layer with the weights of ours."""
+    inputs, _, units = layer["input_weight"].shape
+    config = make_config(
+        cell=cell, num_layers=1, tie_embeddings=False, embed_dim=inputs, hidden_dim=units
+    )
+    state_dict = torch_recurrent.write_cells({0: layer}, config)
+    cells = MODULES[cell](inputs, units, batch_first=True)
+    cells.load_state_dict({name: torch.tensor(array) for name, array in state_dict.items()})
+    return cells
+
+
+def their_logits(cell, params, table, sources, tokens):
+    """A translation's, by torch.nn's layers and the attention of Luong et al. 2015, a text each."""
+    logits = []
+    for source, target in zip(sources, tokens):
+        memory = table[source][None]
+        for number in range(0, len(params["encoder"]["layers"]), 2):
+            forward, backward = (
+                torch_cells(cell, params["encoder"]["layers"][number + k]) for k in (0, 1)
+            )
+            back, _ = backward(memory.flip(1))
+            memory = torch.cat([forward(memory)[0], back.flip(1)], dim=-1)
+
+        x = table[[SOURCE_SIZES["start_id"], *target[1:]]][None]
+        reader = params["reader"]
+        for number in sorted(params["layers"]):
+            x, _ = torch_cells(cell, params["layers"][number])(x)
+            query = x @ torch.tensor(reader["queries"][number])
+            context = torch.softmax(query @ memory.mT, dim=-1) @ memory
+            x = torch.cat([x, context], dim=-1)
+        logits.append(torch.tanh(x @ torch.tensor(reader["out"])) @ table.T)
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("cell", list(MODULES))
+def test_a_source_is_read_as_torch_would(cell):
+    """Logits and the table's gradient; the sources are of several lengths."""
+    graphdef, params = random_model(cell=cell, **SOURCE_SIZES)
+    batch = make_batch(TOKENS)
+    lengths = np.array([9, 4, 1, 7])
+    source = np.random.default_rng(5).integers(0, VOCAB, (4, 9)).astype(np.int32)
+    places = np.broadcast_to(np.arange(9, dtype=np.int32), (4, 9))
+    read = (places < lengths[:, None]).astype(np.int32)
+
+    @jax.jit
+    def ours(params):
+        model = nnx.merge(graphdef, params)
+        arrays = (batch["tokens"], batch["positions"], batch["segments"])
+        logits = model.logits(model(*arrays, source=(source, places, read)).hidden)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    (_, got), grads = jax.value_and_grad(ours, has_aux=True)(params)
+
+    table = torch.tensor(np.asarray(params["embed"]["table"]), requires_grad=True)
+    sources = [row[:length] for row, length in zip(source, lengths)]
+    wanted = their_logits(cell, params, table, sources, batch["tokens"])
+    wanted.sin().sum().backward()
+    np.testing.assert_allclose(got, wanted.detach().numpy(), atol=1e-4)
+    np.testing.assert_allclose(grads["embed"]["table"], table.grad.numpy(), rtol=1e-3, atol=1e-3)
