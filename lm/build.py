@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from lm import checkpoint, collectives, files, looking, optim, sharding, startup, step, trained
 from lm import config as config_lib
 from lm.data import batch as batch_contract
-from lm.data import chat, labelled, pack, roles, seq2seq, units
+from lm.data import chat, labelled, pack, prompts, roles, seq2seq, units
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
@@ -114,6 +114,9 @@ def encoded(config: ConfigDict, examples: Documents, tokenizer: tokenizers.Token
         # What an encoder says of a text stands at [CLS]; another model has read it at its end.
         place = "first" if config.model.get("visible") == "full" else "last"
         return labelled.encode(examples, tokenizer, length=config.data.length, place=place)
+    if examples.kind == prompts.KIND:
+        room = config.data.length - config.rollout.max_new_tokens
+        return prompts.encode(examples, tokenizer, room=room)
     if examples.kind == seq2seq.KIND:
         source_length = config.objective.get("source_length", 0)
         return seq2seq.encode(
@@ -537,6 +540,7 @@ class Program:
     flops_per_token: Callable  # (length, causal=True, backward=True) -> model FLOPs
     objective: Objective
     optimizer: optim.Optimizer
+    others: Mapping[str, AbstractModel]  # of config.models, by name
     # ShapeDtypeStructs with shardings: all parameters of the model; the state, with those that are
     # trained; and what is fixed
     abstract_params: dict
@@ -629,6 +633,7 @@ def program(
         objective=objective,
         flops_per_token=_flops_per_token(c, model_config, objective),
         optimizer=optimizer,
+        others=others,
         abstract_params=params.whole,
         abstract_state=abstract_state,
         abstract_fixed=abstract_fixed,
@@ -1096,6 +1101,8 @@ def _train_documents(
             f"config.objective.type = {c.objective.type!r} takes {' or '.join(kinds)}, and "
             f"config.data.source = {c.data.source!r} has examples of the kind {documents_.kind!r}"
         )
+    if documents_.kind == prompts.KIND:
+        _check_rollouts(c)
     has_sources = "source" in run_program.objective.arrays
     if (documents_.kind != "text" or has_sources) and c.data.packing != "first_fit":
         raise ValueError(
@@ -1110,6 +1117,20 @@ def _train_documents(
             f"{len(packed)} documents; set config.data.streams to at most that"
         )
     return packed
+
+
+def _check_rollouts(config: ConfigDict) -> None:
+    """Raises ValueError for prompts with no policy that answers them, or with epochs."""
+    if not config.data.loader:
+        raise ValueError(
+            f"config.data.source = {config.data.source!r} has prompts, which a policy answers: "
+            "wanted config.data.loader = 'lm.rl.rollouts.RolloutLoader'"
+        )
+    _, unit = config_lib.parse_length(config.train.length)
+    if unit == "epochs":
+        raise ValueError(
+            f"config.train.length = {config.train.length!r}: rollouts have no epochs; wanted steps"
+        )
 
 
 def _stream_arguments(config: ConfigDict, epochs: Fraction | None) -> dict:

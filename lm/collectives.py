@@ -258,6 +258,16 @@ def segment_sums(values_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Arra
     return jax.lax.psum(sums_BS, "sequence") if parts > 1 else sums_BS, parts
 
 
+def row_sums(values_BT: jax.Array) -> jax.Array:
+    """Returns [B], the sums over whole rows; where the sequence axis is manual, on all its devices
+    the same.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sums_B = jnp.sum(values_BT, axis=1)
+    is_split = mesh.manual_axes and mesh.shape["sequence"] > 1
+    return jax.lax.psum(sums_B, "sequence") if is_split else sums_B
+
+
 # Sequence parallelism. The sequence axis splits rows into their positions everywhere but in
 # attention, which sees whole rows of some of the heads: an all-to-all before it and one after
 # (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv 2309.14509). Every device then has the same causal

@@ -305,6 +305,35 @@ class Chat:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rollout:
+    """config.rollout: the texts that a policy writes and learns from (lm/rl/rollouts.py)."""
+
+    samples: int = integer(8, least=1, most=2**16)  # texts of each prompt; gae: 1 is enough
+    steps: int = integer(1, least=1, most=2**16)  # batches that are drawn at a time
+    epochs: int = integer(1, least=1, most=2**16)  # how often each of them is learnt from
+    max_new_tokens: int = integer(64, least=1, most=2**24)
+    slots: int = integer(64, least=1, most=2**20)  # texts that are decoded together
+    # of texts, by those of the same prompt: grpo | dr_grpo | rloo; of tokens, by a critic: gae
+    advantage: str = one_of("grpo", "dr_grpo", "rloo", "gae")
+    gamma: float = number(1.0, above=0, most=1)  # gae: how much a later reward counts
+    gae_lambda: float = number(0.95, least=0, most=1)
+    kl: float = number(0.0, least=0)  # of a token, taken off the reward
+    # what reaches max_new_tokens is learnt from as it is | not at all
+    overlong: str = one_of("learn", "leave_out")
+    # rollouts in a row in which no prompt's texts differ in reward, after which the run stops
+    patience: int = integer(20, least=1, most=2**31)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """The keys that all entries of config.rewards have; the others are arguments."""
+
+    # dotted path of a function (records, texts, **arguments) -> scores, see lm/rl/rewards.py
+    type: str = ""
+    weight: float = number(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokenizer:
     # A SentencePiece model, the tokenizer folder of a run, or the directory of a Hugging Face
     # checkpoint; "": see kind.
@@ -473,6 +502,7 @@ NEWER_FIELDS = (
 GROUPS = dict(
     data=Data,
     chat=Chat,
+    rollout=Rollout,
     tokenizer=Tokenizer,
     model=ModelFields,
     objective=Objective,
@@ -496,6 +526,8 @@ def default() -> ConfigDict:
     c.evals = ConfigDict()
     # name -> the keys of OtherModel
     c.models = ConfigDict()
+    # name -> the keys of Reward, and arguments
+    c.rewards = ConfigDict()
     return c
 
 
@@ -515,12 +547,13 @@ def check(config: ConfigDict) -> None:
       ValueError: a key that is missing or unknown, or whose value has another type or lies outside
         its range; all of them are named, with what is wanted.
     """
-    named = ("evals", "models")
+    named = ("evals", "models", "rewards")
     top = {k: value for k, value in config.items() if k not in GROUPS and k not in named}
     problems = _problems("config", Run, top)
     for name, group in GROUPS.items():
         problems += _problems_of_group(f"config.{name}", group, config.get(name))
-    problems += _problems_of_evals(config.get("evals"))
+    problems += _problems_of_entries("evals", config.get("evals"), Eval)
+    problems += _problems_of_entries("rewards", config.get("rewards"), Reward)
     problems += _problems_of_models(config.get("models"))
     if problems:
         raise ValueError("\n".join(problems))
@@ -634,19 +667,19 @@ def _problems_of_group(name: str, group: type, values) -> list[str]:
     return _problems(name, group, values)
 
 
-def _problems_of_evals(evals) -> list[str]:
-    """Problems of what all entries have; the evaluators check the rest when they are built."""
-    if not isinstance(evals, (ConfigDict, dict)):
-        return [f"config.evals = {evals!r}; wanted entries by name (lm/evals/entries.py)"]
+def _problems_of_entries(group: str, entries, common_keys: type) -> list[str]:
+    """Problems of what all entries have; what they name checks the rest when it is built."""
+    if not isinstance(entries, (ConfigDict, dict)):
+        return [f"config.{group} = {entries!r}; wanted entries by name (lm/evals/entries.py)"]
 
     problems = []
-    for name, entry in evals.items():
+    for name, entry in entries.items():
         if not isinstance(entry, (ConfigDict, dict)):
-            problems.append(f"config.evals.{name} = {entry!r}; wanted an entry, a ConfigDict")
+            problems.append(f"config.{group}.{name} = {entry!r}; wanted an entry, a ConfigDict")
             continue
-        common = {field.name for field in dataclasses.fields(Eval)}
+        common = {field.name for field in dataclasses.fields(common_keys)}
         values = {key: value for key, value in entry.items() if key in common}
-        problems += _problems(f"config.evals.{name}", Eval, values)
+        problems += _problems(f"config.{group}.{name}", common_keys, values)
     return problems
 
 

@@ -160,23 +160,25 @@ def make_train_step(
             grads, state.opt_state, state.params, state.step, rounding_key
         )
 
-        # The old state stays where anything is not finite, or where an earlier step halted.
+        # The old state stays where anything is not finite, where an earlier step halted, and where
+        # nothing has weight: without a gradient the optimizer would still move.
         grad_norm = optax.global_norm(grads)
         finite = (
             jnp.isfinite(terms["loss"][0])
             & jnp.isfinite(grad_norm)
             & jnp.isfinite(scalars["update_norm"])
         )
-        good = finite & ~state.halted
+        goes_on = finite & ~state.halted
+        is_update = goes_on & (count > 0)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
+            lambda new, old: jnp.where(is_update, new, old),
             (params, opt_state),
             (state.params, state.opt_state),
         )
         if nonfinite == "halt":
-            halted = ~good
+            halted = ~goes_on
             skipped = state.skipped
-            step = state.step + good.astype(jnp.int32)
+            step = state.step + goes_on.astype(jnp.int32)
         else:
             halted = state.halted
             skipped = state.skipped + (~finite).astype(jnp.int32)

@@ -102,7 +102,7 @@ def _loop(run: "Run", profile: telemetry.Profile) -> None:
             streams_before = run.streams
             batch, batch_hash = run.next_batch()
             profile.before(run.step + 1)
-            looked = run.look(batch)
+            looked = run.look(batch) | run.terms_of_batch()
             with run.timer.first_step():
                 run.state, metrics = train_step(run.state, batch, run.fixed)
             run.step += 1
@@ -134,7 +134,8 @@ class PendingStep(NamedTuple):
 
     step: int
     metrics: dict  # on the devices
-    looked: dict  # name -> (sum, count), see `lm.looking.terms`
+    # name -> (sum, count): of a look (`lm.looking.terms`), and of the loader
+    looked: dict
     batch_hash: str
     streams_before: dict  # stream states before its batch
     epochs: float  # that have begun with its batch
@@ -341,11 +342,26 @@ class Run:
         began = time.monotonic()
         idle_before = not self.pending
         params = trained.merge(self.state.params, self.fixed.frozen)
-        batch, batch_hash = self.loader.next(params)
+        with self._saved_if_it_fails("the next batch behind step"):
+            batch, batch_hash = self.loader.next(params)
         self.streams = self.loader.state()
         if idle_before or self.pending[-1].metrics["grad_norm"].is_ready():
             self.timer.waited_for_data(time.monotonic() - began)
+        self._write_files_of_batch()
         return batch, batch_hash
+
+    def _write_files_of_batch(self) -> None:
+        """Writes what the loader has to show of the batch."""
+        if not hasattr(self.loader, "report") or jax.process_index():
+            return
+        _, shown = self.loader.report()
+        for path, text in shown.items():
+            (self.workdir / path).parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(self.workdir / path, text)
+
+    def terms_of_batch(self) -> dict[str, tuple[float, float]]:
+        """What the loader says of the batch."""
+        return self.loader.report()[0] if hasattr(self.loader, "report") else {}
 
     def look(self, batch: dict[str, jax.Array]) -> dict[str, tuple[float, float]]:
         """What a look inside the step of this batch gives, if one is due; else {}.
@@ -455,7 +471,7 @@ class Run:
 
         self.read_metrics()
         if names:
-            with self.timer.paused("evals"), self._saved_if_it_fails():
+            with self.timer.paused("evals"), self._saved_if_it_fails("the eval of step"):
                 values = self.run_evals(step, names)
                 self.progress.note(" | ".join([f"step {step}", *evaluate.summary(values)]))
         with self.timer.paused("checkpoints"):
@@ -467,8 +483,8 @@ class Run:
                 self.save(step, self.streams)
 
     @contextlib.contextmanager
-    def _saved_if_it_fails(self):
-        """An eval that fails costs no step: they are saved before its error ends the run."""
+    def _saved_if_it_fails(self, what: str):
+        """What fails between steps costs none: they are saved before its error ends the run."""
         try:
             yield
         except stopping.Stopped:
@@ -477,10 +493,11 @@ class Run:
             unsaved = self.checkpointer.latest() != self.step
             # Processes save together; where one failed alone, the others wait for it in the eval.
             unsaved = unsaved and self.loader.boundary(self.step)
-            if unsaved and stopping.all_come_to(f"the eval of step {self.step} failed"):
+            if unsaved and stopping.all_come_to(f"{what} {self.step} failed"):
+                self.read_metrics()
                 self.save(self.step, self.streams)
                 self.checkpointer.wait()
-                logging.error("an eval failed; step %d is saved", self.step)
+                logging.error("%s %d failed; it is saved", what, self.step)
             raise
 
     def due_evals(self) -> list[str]:

@@ -111,6 +111,8 @@ _FREE_KEYS = (
     "train.look_every",
     "train.check_replicas_every",
     "tracking.",
+    "rewards.",
+    "rollout.",
     "init_from",
 )
 _PICTURES = [

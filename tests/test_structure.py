@@ -49,6 +49,7 @@ RANKS = {
     "lm/evals/": 6,
     "lm/build.py": 7,
     "lm/instructions.py": 7,
+    "lm/rl/": 8,
     "lm/weights.py": 8,
     "lm/plan/": 8,
     "lm/evaluate.py": 9,

@@ -63,7 +63,7 @@ class DecodeState(NamedTuple):
     # True for the tokens of the prompt and those chosen; None without a repetition penalty
     seen_BV: jax.Array | None
     keys_B: jax.Array  # one a row, so that a row's draws don't depend on the other rows
-    num_chosen: jax.Array  # tokens chosen so far
+    num_chosen_B: jax.Array  # tokens chosen so far
 
 
 def prefill_state(
@@ -105,7 +105,7 @@ def prefill_state(
         done_B=jnp.zeros(lengths_B.shape, bool),
         seen_BV=seen_BV,
         keys_B=keys_B,
-        num_chosen=jnp.zeros((), jnp.int32),
+        num_chosen_B=jnp.zeros(lengths_B.shape, jnp.int32),
     )
 
 
@@ -131,6 +131,7 @@ def generation_step(
     stop_ids: tuple[int, ...],
     vocab_size: int,
     never_ids: tuple[int, ...] = (),
+    scored_at: float = 1.0,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Chooses the next token of each row, and runs the model on it.
 
@@ -139,18 +140,19 @@ def generation_step(
       sampling, vocab_size: see `sample`.
       stop_ids: a row is done with any of them, and gets the first of them from then on.
       never_ids: are never chosen.
+      scored_at: temperature of the log-probabilities.
 
     Returns:
       (the state one token further, the tokens [B], their log-probabilities [B] f32). These are the
       model's own, whatever the sampling makes of them.
     """
     # A draw depends on the row's key and on how many came before it, on nothing else.
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.num_chosen)
+    keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.num_chosen_B)
     possible_BV = without(state.logits_BV, never_ids)
     token_B = sample(keys_B, possible_BV, sampling, vocab_size=vocab_size, seen_BV=state.seen_BV)
 
     token_B = jnp.where(state.done_B, stop_ids[0], token_B)
-    logprobs_BV = jax.nn.log_softmax(state.logits_BV[:, :vocab_size])
+    logprobs_BV = jax.nn.log_softmax(state.logits_BV[:, :vocab_size] / scored_at)
     logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
 
     done_B = state.done_B | jnp.any(token_B[:, None] == jnp.asarray(stop_ids)[None], axis=1)
@@ -168,7 +170,7 @@ def generation_step(
         done_B=done_B,
         seen_BV=seen_BV,
         keys_B=state.keys_B,
-        num_chosen=state.num_chosen + 1,
+        num_chosen_B=state.num_chosen_B + 1,
     )
     return new_state, token_B, logprob_B
 
@@ -260,6 +262,7 @@ class Generator:
       sources: of an encoder-decoder.
 
     Attributes:
+      config: the model's.
       graph: the model in the form that decodes fastest, a key for caches of compiled functions.
       params, mesh, stop_ids, never_ids, vocab_size: of that form, and as given.
     """
@@ -281,7 +284,7 @@ class Generator:
         self.mesh = mesh
         self.stop_ids, self.never_ids = tuple(stop_ids), tuple(sources.never_ids)
         self.vocab_size = vocab_size
-        self._config = model_config
+        self.config = model_config
         self._source_end = list(sources.end)
         # 0: the model reads no sources.
         self._source_length = getattr(model_config, "source_length", 0)
@@ -296,7 +299,7 @@ class Generator:
         """
         if self._source_length:
             return self._source_length - len(self._source_end)
-        return self._config.context_length - max_new_tokens
+        return self.config.context_length - max_new_tokens
 
     def before_text(self, prompt: Sequence[int]) -> Sequence[int]:
         """What stands before the text that continues a prompt: the prompt, but nothing of a
@@ -306,7 +309,7 @@ class Generator:
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises ValueError for prompts that are empty, or too long to be continued."""
-        most = self._config.context_length
+        most = self.config.context_length
         if not 1 <= max_new_tokens <= most:
             raise ValueError(
                 f"max_new_tokens = {max_new_tokens}; wanted 1 or more, and at most the model's "
@@ -390,7 +393,7 @@ class Generator:
                 lengths_B,
                 self.replicate(np.asarray(jax.random.key_data(keys_B))),
                 cache_length=cache_length,
-                copies=copies_of_a_row(len(prompts), self._config, self.mesh),
+                copies=copies_of_a_row(len(prompts), self.config, self.mesh),
             )
 
     def padded(
@@ -403,7 +406,7 @@ class Generator:
         """
         prompts = [[*self._without_end(ids), *self._source_end] for ids in prompts]
         longest = max(map(len, prompts))
-        c = self._config
+        c = self.config
         most, new_length = c.context_length, longest + max_new_tokens
         if self._source_length:
             most, new_length = self._source_length, max_new_tokens

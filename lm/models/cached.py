@@ -31,6 +31,11 @@ def read_from_left(prompts_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Arr
     return positions_BT, (positions_BT < lengths_B[:, None]).astype(jnp.int32)
 
 
+def _rows_axis(cache) -> int:
+    """The dim of the rows: a stack of layers is one array for all of them."""
+    return 0 if isinstance(cache, list) else 1
+
+
 class CachedDecoding:
     """`prefill` and `decode_step` of a model whose call takes `cache` and `decode`, and whose
     positions count up.
@@ -51,9 +56,19 @@ class CachedDecoding:
 
     def take_rows(self, cache, rows_B: jax.Array):
         """The cache of these rows, in this order; a row may come several times."""
-        # A stack of layers is one array for all of them.
-        axis = 0 if isinstance(cache, list) else 1
-        return jax.tree.map(functools.partial(jnp.take, indices=rows_B, axis=axis), cache)
+        take = functools.partial(jnp.take, indices=rows_B, axis=_rows_axis(cache))
+        return jax.tree.map(take, cache)
+
+    def put_rows(self, cache, rows_N: jax.Array, others):
+        """The cache with these of its rows replaced by those of another one, in order. Rows that
+        it doesn't have are left out.
+        """
+        before = (slice(None),) * _rows_axis(cache)
+
+        def put(x, other):
+            return x.at[*before, rows_N].set(other, mode="drop")
+
+        return jax.tree.map(put, cache, others)
 
     def decode_step(self, token_B: jax.Array, position_B: jax.Array, cache) -> Decoded:
         """Reads one token a row, of these positions."""

@@ -146,7 +146,8 @@ def _encdec(family, num_layers, embed_dim, num_heads, mlp_dim, **changes):
     return dict(head_dim=embed_dim // num_heads) | family | sizes | changes
 
 
-_LSTM = dict(type="lm.models.recurrent", cell="lstm")
+# A table that is the head too is small for the cells that read it.
+_LSTM = dict(type="lm.models.recurrent", cell="lstm", embed_scale=True)
 
 
 # fmt: off
@@ -169,7 +170,7 @@ PRESETS = {
     # Recurrent: as many weights as "mini"; AWD-LSTM's sizes (Merity et al. 2018, arXiv 1708.02182,
     # section 5), without its weight dropping, on the words of WikiText-2.
     "lstm_mini": _LSTM | dict(
-        vocab_size=2048, num_layers=2, embed_dim=256, hidden_dim=384, embed_scale=True
+        vocab_size=2048, num_layers=2, embed_dim=256, hidden_dim=384
     ),
     "awd_lstm": _LSTM | dict(
         vocab_size=33278, num_layers=3, embed_dim=400, hidden_dim=1150, dropout=0.4, head_bias=True

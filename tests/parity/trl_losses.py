@@ -1,6 +1,7 @@
-"""Losses of preference training as trl computes them: the methods of its trainers, called on a
-trainer that was never set up, for one example at a time, with a stand-in for the model which gives
-the example's completions prescribed log-probabilities. All is f64, where trl does not cast.
+"""Losses of preference and policy training as trl computes them: the methods of its trainers,
+called on a trainer that was never set up, with a stand-in for the model which gives completions
+prescribed log-probabilities; those of preferences for one example at a time. All is f64, where trl
+does not cast.
 """
 
 import collections
@@ -8,7 +9,7 @@ import types
 
 import numpy as np
 import torch
-from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -162,3 +163,46 @@ def reward(scores, margin, centring):
     output = types.SimpleNamespace(logits=scores[:, None])
     inputs = {} if margin is None else dict(margin=torch.tensor([margin]))
     return uninitialized(RewardTrainer, args=args).compute_loss(lambda **batch: output, inputs)
+
+
+def policy(texts, *, importance_cap, **attributes):
+    """(GRPOTrainer's loss of texts, its gradient for their log-probabilities [B, T], metrics).
+
+    Args:
+      texts: logprobs, old, sampled, reference, weights [B, T]; advantages [B].
+    """
+    arrays = {name: torch.tensor(np.asarray(array)).double() for name, array in texts.items()}
+    logprobs = arrays["logprobs"].requires_grad_()
+    mask = arrays["weights"]
+    tokens = mask.long()
+    inputs = dict(
+        prompt_ids=tokens[:, :0],
+        prompt_mask=tokens[:, :0],
+        completion_ids=tokens,
+        completion_mask=tokens,
+        advantages=arrays["advantages"],
+        old_per_token_logps=arrays["old"],
+        ref_per_token_logps=arrays["reference"],
+        importance_sampling_ratio=torch.exp(arrays["old"] - arrays["sampled"]).clamp(
+            max=importance_cap or 1.0
+        ),
+        num_items_in_batch=mask.sum(),
+    )
+    trainer = uninitialized(
+        GRPOTrainer,
+        args=types.SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=bool(importance_cap),
+        vllm_importance_sampling_correction=True,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        **attributes,
+    )
+    trainer.accelerator.num_processes = 1
+    trainer.accelerator.reduce = lambda x, reduction: x
+    found = lambda *args, **options: (logprobs, torch.zeros_like(logprobs), None)
+    trainer._get_per_token_logps_and_entropies = found
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.item(), logprobs.grad.numpy(), trainer._metrics["eval"]

@@ -1,0 +1,99 @@
+"""Reinforcement learning: a model learns from texts of its own, by what they earn.
+
+    python -m lm.main --config=configs/rl.py:grpo,BASE,prompts.jsonl --workdir=runs/grpo
+
+BASE is a run's directory or that of a Hugging Face checkpoint. The prompts are JSONL,
+{"prompt": ..., "answer": ...}, texts or messages (lm/data/prompts.py). What a text earns is
+config.rewards, here whether it is the record's answer; lm/rl/rewards.py has others.
+
+A size is grpo (Shao et al. 2024), dr_grpo (Liu et al. 2025), dapo (Yu et al. 2025), gspo (Zheng et
+al. 2025), rloo (Ahmadian et al. 2024) or ppo (Schulman et al. 2017), which trains a critic.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from lm import config as config_lib
+
+LENGTH = 512
+
+
+def get_config(argument: str = "grpo") -> ConfigDict:
+    size, *given = argument.split(",")
+    change: Callable = config_lib.sized(SIZES, size)
+    base, path = (*given, "", "")[:2]
+
+    c = config_lib.default()
+    c.model.context_length = LENGTH  # most checkpoints have longer ones
+    config_lib.start_from(c, base)
+    c.data.source = "lm.data.prompts.jsonl"
+    c.data.source_args = ConfigDict(dict(path=path, held_out=0.05))
+    c.data.loader = "lm.rl.rollouts.RolloutLoader"
+    c.data.streams = 1
+    c.data.batch_size = 64
+    c.data.length = min(LENGTH, c.model.context_length)
+    c.rollout.max_new_tokens = c.data.length // 4
+    c.rewards.exact = ConfigDict(dict(type="lm.rl.rewards.exact", weight=1.0, key="answer"))
+
+    c.objective = ConfigDict(dict(type="lm.objectives.policy", ratio="token"))
+    c.objective.update(aggregate="token_mean", divisor=1.0, clip_low=0.2, clip_high=0.2)
+    c.objective.update(old="present", importance_cap=2.0, kl=0.0, kl_estimator="k3")
+    c.objective.update(reference="none", value_weight=0.0, value_clip=0.2, temperature=1.0, chunk=0)
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.schedule = "constant"
+    c.optimizer.warmup_steps = 0
+    c.optimizer.weight_decay = 0.0
+    c.train.length = "200 steps"
+    c.train.log_every = 1
+
+    change(c)
+    if base and c.objective.reference == "model":
+        c.models.reference = ConfigDict(dict(init_from=base, model={}))
+    return c
+
+
+def _grpo(c: ConfigDict) -> None:
+    c.rollout.advantage = "grpo"
+    c.objective.update(aggregate="sequence_means", kl=0.04, reference="model")
+
+
+def _dr_grpo(c: ConfigDict) -> None:
+    c.rollout.advantage = "dr_grpo"
+    c.objective.update(aggregate="sums", divisor=float(c.rollout.max_new_tokens))
+
+
+def _dapo(c: ConfigDict) -> None:
+    c.rollout.advantage = "grpo"
+    c.rollout.overlong = "leave_out"
+    c.objective.update(aggregate="token_mean", clip_high=0.28)
+
+
+def _gspo(c: ConfigDict) -> None:
+    c.rollout.update(advantage="grpo", steps=4)
+    # Ratios of whole texts are near 1 (section 5.1).
+    c.objective.update(ratio="sequence", aggregate="sequence_means", old="stored")
+    c.objective.update(clip_low=3e-4, clip_high=4e-4)
+
+
+def _rloo(c: ConfigDict) -> None:
+    c.rollout.update(advantage="rloo", kl=0.05)
+    c.objective.update(aggregate="sums", reference="model")
+
+
+def _ppo(c: ConfigDict) -> None:
+    c.model.heads = "scalar"
+    c.init_new = "heads/*"
+    c.rollout.update(advantage="gae", samples=1, steps=2, epochs=4, kl=0.05)
+    c.objective.update(old="stored", value_weight=0.1, reference="model")
+
+
+# What follows the colon -> the function that changes the configuration.
+SIZES = {
+    "grpo": _grpo,
+    "dr_grpo": _dr_grpo,
+    "dapo": _dapo,
+    "gspo": _gspo,
+    "rloo": _rloo,
+    "ppo": _ppo,
+}
