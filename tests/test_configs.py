@@ -18,7 +18,8 @@ from lm import config as config_lib
 from lm.data import pydocs, sources
 from lm.evals import entries
 from lm.models import presets
-from tests.helpers import with_conversations
+from tests import test_policy
+from tests.helpers import run_training, with_conversations
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 PARAMETERS = {
@@ -337,6 +338,15 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
         recorder.patch(patch)
         build.build(of_chat, jax.devices()[:1])
     read |= recorder.read
+
+    for kind in ("grpo", "ppo"):
+        of_rollouts = test_policy.configure(tiny, tmp_path, **test_policy.KINDS[kind])
+        of_rollouts.train.length = "2 steps"
+        recorder = ReadRecorder(of_rollouts)
+        with monkeypatch.context() as patch:
+            recorder.patch(patch)
+            run_training(of_rollouts, tmp_path / kind)
+        read |= recorder.read
 
     assert all_keys(config_lib.default()) - {"data.source_args.data_dir"} <= all_keys(c)
     unread = all_keys(c) - read

@@ -294,7 +294,79 @@ def test_microbatches_are_the_whole(tiny, tmp_path):
         np.testing.assert_allclose(*losses, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("fast_runs")
+def test_the_divergence_is_from_the_reference(tiny, tmp_path):
+    """0 from itself; by itself, as all there is of the reward, it brings the policy back."""
+    away = configure(tiny, tmp_path, **{"train.length": "30 steps"})
+    run_training(away, tmp_path / "away")
+    config = configure(
+        tiny,
+        tmp_path,
+        **{
+            "init_from": str(tmp_path / "away"),
+            "objective.reference": "model",
+            "objective.kl": 0.1,
+            "train.length": "2 steps",
+        },
+    )
+    config.models.reference = ConfigDict(dict(init_from=str(tmp_path / "away"), model={}))
+    run_training(config, tmp_path / "itself")
+    first = read_metrics(tmp_path / "itself")[0]
+    assert abs(first["train/kl"]) < 1e-6 and abs(first["train/kl_of_text"]) < 1e-4
+
+    run_training(configure(tiny, tmp_path, **{"train.length": "1 steps"}), tmp_path / "begun")
+    config.models.reference.init_from = str(tmp_path / "begun")
+    config.rewards.even.type = "tests.toys.rewards.constant"
+    config.update_from_flattened_dict(
+        {
+            "objective.kl": 0.0,
+            "rollout.kl": 1.0,
+            "rollout.advantage": "rloo",
+            "train.length": "30 steps",
+        }
+    )
+    run_training(config, tmp_path / "back")
+    nats = [line["train/kl_of_text"] for line in read_metrics(tmp_path / "back")]
+    assert np.mean(nats[-3:]) < np.mean(nats[:3]) / 2, nats
+
+
+@pytest.mark.usefixtures("fast_runs")
+def test_the_base_without_adapters_is_a_reference(tiny, tmp_path):
+    run_training(configure(tiny, tmp_path, **{"train.length": "2 steps"}), tmp_path / "base")
+    config = configure(
+        tiny,
+        tmp_path,
+        **{
+            "init_from": str(tmp_path / "base"),
+            "model.lora_rank": 4,
+            "objective.reference": "base",
+            "objective.kl": 0.1,
+            "optimizer.learning_rate": 0.1,
+        },
+    )
+    run_training(config, tmp_path / "run")
+    kl = [line["train/kl"] for line in read_metrics(tmp_path / "run")]
+    assert abs(kl[0]) < 1e-6 and kl[-1] > 1e-3, kl
+
+
 # --- what is drawn ---
+
+
+@pytest.mark.usefixtures("fast_runs")
+def test_what_is_learnt_is_what_was_drawn(tiny, tmp_path):
+    """The ids themselves, not those of the decoded text: most of these bytes are no characters."""
+    config = configure(tiny, tmp_path)
+    experiment = build.build(config, jax.devices()[:1])
+    loader = rollouts.RolloutLoader(experiment)
+    with jax.set_mesh(experiment.program.mesh):
+        batch, _ = loader.next(experiment.program.make_params(jax.random.key(0)))
+    (shown,) = loader.report()[1].values()
+    for number, line in enumerate(map(json.loads, shown.splitlines())):
+        row = {name: np.asarray(array[number]) for name, array in batch.items()}
+        written = row["weights"] > 0
+        assert row["targets"][written].tolist() == line["ids"]
+        logprobs = row["sampled_logprobs"][written]
+        np.testing.assert_array_equal(logprobs, np.float32(line["logprobs"]))
 
 
 def make_generator(config):

@@ -21,6 +21,8 @@ from lm.evals.label_results import (
     ENSEMBLES,
     PromptSet,
     Variant,
+    ensemble_mean,
+    mean_priors,
     metric_names,
     results,
     score_prompts,
@@ -28,6 +30,7 @@ from lm.evals.label_results import (
 from lm.evals.masked_answers import AFTER
 from lm.evals.predict import Artifact, PredictFns, Prompt, Question, ShownPrompt
 from lm.evals.prompt_format import ChatFormat, TextFormat
+from lm.evals.scores.calibration import divide_by_prior
 from lm.evals.scores.label_scores import (
     AGGREGATES,
     NORMS,
@@ -345,6 +348,7 @@ class PromptClassification:
         self._prompt = prompt
         self._priors = priors
         self._ensemble = ensemble
+        self._ways: list[tuple] = []  # (template, words, examples) of each variant
         self._scorer = LabelScorer(
             verbalizer["length_norm"],
             verbalizer["aggregate"],
@@ -467,6 +471,7 @@ class PromptClassification:
             around = self._format.around(examples)
             asked = prompts.describe(template, shots, shots_split, around, name)
             variants.append(self._build_variant(asked, examples, template, words))
+            self._ways.append((template, words, examples))
         if self.predict_fns.fills_blanks:
             _warn_of_lengths(self._name, variants)
         return variants
@@ -593,6 +598,34 @@ class PromptClassification:
             batch_prior="batch" in self._priors,
             by_length=self.predict_fns.fills_blanks,
         )
+
+    def distributions(self, params, records: Sequence[Mapping], prior: str = "") -> np.ndarray:
+        """The label distributions of other records, [n, K], asked as those of the eval.
+
+        Args:
+          records: with the columns of the templates.
+          prior: of `priors`, but for batch: what the distributions are divided by; "": nothing.
+        """
+        variants = []
+        for (template, words, examples), variant in zip(self._ways, self.prompt_set.variants):
+            texts = self._format.wrap(examples, list(map(template, records)))
+            questions, num_cut = self._tokenize(texts, words)
+            kept = {prior: variant.prior_questions[prior]} if prior else {}
+            variants.append(
+                variant._replace(
+                    questions=questions,
+                    num_cut=num_cut,
+                    prior_questions=kept,
+                    calibration_questions=[],
+                )
+            )
+
+        asked = score_prompts(self.predict_fns, params, self.prompt_set._replace(variants=variants))
+        distributions = [self._scorer.distributions(logprobs.examples) for logprobs in asked]
+        if prior:
+            priors = mean_priors(asked, self._scorer)[prior]
+            distributions = list(map(divide_by_prior, distributions, priors))
+        return ensemble_mean(distributions, self._ensemble)
 
     def shown_prompts(self, count: int) -> Iterator[ShownPrompt]:
         return self.prompt_set.shown_prompts(count, self._tokenizer.spell)
