@@ -282,6 +282,23 @@ def test_state_dicts_go_there_and_back(cell):
     assert_trees_close(again, params["layers"], rtol=0, atol=0)
 
 
+def test_the_gates_order_is_taken_for_granted():
+    """Gates in another order are other weights, of another function: no array tells them apart."""
+    graphdef, params = random_model()
+    state_dict = torch_recurrent.write_cells(params["layers"], make_config())
+    turned = {}
+    for name, array in state_dict.items():
+        turned[name] = np.roll(array.reshape(4, -1, *array.shape[1:]), 1, axis=0).reshape(
+            array.shape
+        )
+    layers = torch_recurrent.read_cells(turned, make_config())
+    np.testing.assert_array_equal(
+        layers[0]["bias"], np.roll(params["layers"][0]["bias"], 1, axis=0)
+    )
+    other = hidden(graphdef, params | dict(layers=layers))
+    assert np.abs(np.asarray(other - hidden(graphdef, params))).max() > 0.1
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -24,6 +24,8 @@ def _names(layer: int) -> tuple[str, str, str, str]:
 def read_cells(state_dict: Mapping[str, np.ndarray], config: Config) -> dict:
     """The parameters `layers` of a model, out of the state dict of a torch.nn.RNN, LSTM or GRU.
 
+    No array says in which order the gates stand: that of torch.nn is taken for granted.
+
     Args:
       config: of the model; it says which cell the weights are of, and their sizes.
 
