@@ -313,6 +313,9 @@ class Rollout:
     epochs: int = integer(1, least=1, most=2**16)  # how often each of them is learnt from
     max_new_tokens: int = integer(64, least=1, most=2**24)
     slots: int = integer(64, least=1, most=2**20)  # texts that are decoded together
+    # What FSDP splits is gathered once a rollout, not for each token: a device then has the whole
+    # model, or its share of the tensor axis.
+    reshard: bool = True
     # of texts, by those of the same prompt: grpo | dr_grpo | rloo; of tokens, by a critic: gae
     advantage: str = one_of("grpo", "dr_grpo", "rloo", "gae")
     gamma: float = number(1.0, above=0, most=1)  # gae: how much a later reward counts

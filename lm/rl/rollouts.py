@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import build, step, stopping
+from lm import build, sharding, step, stopping
 from lm.data import batch as batch_contract
 from lm.data import loader as loaders
 from lm.data.prompts import EncodedPrompt
@@ -76,6 +77,7 @@ class RolloutLoader:
         self._shardings = experiment.program.batch_shardings()
         self._arrays = experiment.program.objective.arrays
         self._score = _compiled_scores(experiment)
+        self._reshard = _compiled_reshard(experiment)
 
         self._batches, self._prompts_taken, self._without_signal = 0, 0, 0
         self._rollout: Rollout | None = None
@@ -141,7 +143,7 @@ class RolloutLoader:
         key = step.step_key(jax.random.key(self._config.seed), ROLLOUT, self._batches)
 
         drawn = batched.draw(
-            self._make_generator(params, Sampling(temperature=o.temperature)),
+            self._make_generator(self._reshard(params), Sampling(temperature=o.temperature)),
             [prompt.ids for prompt in prompts],
             samples=c.samples,
             max_new_tokens=c.max_new_tokens,
@@ -388,6 +390,27 @@ def _compiled_scores(experiment: build.Experiment) -> Callable | None:
 def _scores_of(graphdef, graphdefs: Mapping[str, Any], scores: Callable, params, batch, others):
     models = step.merge_each(graphdefs, others)
     return scores(nnx.merge(graphdef, params), batch, **models)
+
+
+def _compiled_reshard(experiment: build.Experiment) -> Callable:
+    """Parameters -> the same ones, as a rollout has them on the mesh."""
+    p = experiment.program
+    if p.mesh.size == 1 or not experiment.config.rollout.reshard:
+        return _as_they_are
+    return jax.jit(_as_they_are, out_shardings=jax.tree.map(_gathered, p.abstract_params))
+
+
+def _as_they_are(params):
+    return params
+
+
+def _gathered(leaf) -> NamedSharding:
+    """A parameter's layout without FSDP's axes."""
+    kept = []
+    for axes in leaf.sharding.spec:
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        kept.append(tuple(axis for axis in axes if axis not in sharding.FSDP_AXES) or None)
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec(*kept))
 
 
 def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[float, float]]:
