@@ -1,10 +1,12 @@
 """Reinforcement learning: a model learns from texts of its own, by what they earn.
 
     python -m lm.main --config=configs/rl.py:grpo,BASE,prompts.jsonl --workdir=runs/grpo
+    python -m lm.main --config=configs/rl.py:ppo,BASE,,REWARD --workdir=runs/ppo
 
 BASE is a run's directory or that of a Hugging Face checkpoint. The prompts are JSONL,
-{"prompt": ..., "answer": ...}, texts or messages (lm/data/prompts.py). What a text earns is
-config.rewards, here whether it is the record's answer; lm/rl/rewards.py has others.
+{"prompt": ..., "answer": ...}, texts or messages (lm/data/prompts.py); without a file they are
+questions about docstrings, those of docs/tuning.md. What a text earns is config.rewards: whether it
+is the record's answer, or with REWARD, where a reward model is, its score. lm/rl/ has others.
 
 A size is grpo (Shao et al. 2024), dr_grpo (Liu et al. 2025), dapo (Yu et al. 2025), gspo (Zheng et
 al. 2025), rloo (Ahmadian et al. 2024) or ppo (Schulman et al. 2017), which trains a critic.
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
+from lm.evals import entries
 
 LENGTH = 512
 
@@ -22,19 +25,29 @@ LENGTH = 512
 def get_config(argument: str = "grpo") -> ConfigDict:
     size, *given = argument.split(",")
     change: Callable = config_lib.sized(SIZES, size)
-    base, path = (*given, "", "")[:2]
+    base, path, reward = (*given, "", "", "")[:3]
 
     c = config_lib.default()
     c.model.context_length = LENGTH  # most checkpoints have longer ones
     config_lib.start_from(c, base)
-    c.data.source = "lm.data.prompts.jsonl"
-    c.data.source_args = ConfigDict(dict(path=path, held_out=0.05))
+    if path:
+        c.data.source = "lm.data.prompts.jsonl"
+        c.data.source_args = ConfigDict(dict(path=path, held_out=0.05))
+    else:
+        tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
+        c.data.source = "lm.instructions.questions"
+        c.data.source_args = ConfigDict(dict(tasks=tasks, wording=dict(space=True)))
+        c.evals.questions = entries.task("pydocs_questions", every=50, max_documents=200)
     c.data.loader = "lm.rl.rollouts.RolloutLoader"
     c.data.streams = 1
     c.data.batch_size = 64
     c.data.length = min(LENGTH, c.model.context_length)
     c.rollout.max_new_tokens = c.data.length // 4
-    c.rewards.exact = ConfigDict(dict(type="lm.rl.rewards.exact", weight=1.0, key="answer"))
+    if reward:
+        c.models.reward = ConfigDict(dict(init_from=reward, model={}))
+        c.rewards.score = ConfigDict(dict(type="lm.rl.judges.RewardModel", weight=1.0))
+    else:
+        c.rewards.exact = ConfigDict(dict(type="lm.rl.rewards.exact", weight=1.0, key="answer"))
 
     c.objective = ConfigDict(dict(type="lm.objectives.policy", ratio="token"))
     c.objective.update(aggregate="token_mean", divisor=1.0, clip_low=0.2, clip_high=0.2)

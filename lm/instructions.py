@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.data import conversations, labelled
+from lm.data import prompts as data_prompts
 from lm.data.conversations import Example
 from lm.data.labelled import Labelled, LabelledTexts
 from lm.data.sources import Documents
@@ -113,6 +114,26 @@ def preferences(
     for task, number, sides in _mixed(split, tasks, how, rate_cap, rounds, seed):
         examples.append(Example(sides, "pair", 0.0, None, f"{task}[{number}]", source=task))
     return conversations.as_documents(examples)
+
+
+def questions(
+    split: str,
+    *,
+    tasks: Mapping[str, Mapping],
+    rate_cap: int = 3000,
+    rounds: int = 1,
+    wording: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Documents:
+    """Returns the prompts of a mixture, which a policy is to answer; a record has the right
+    `answer` and the `task`. See `mixture`.
+    """
+    how, asked = _wording(wording), []
+    for task, number, (messages, _) in _mixed(split, tasks, how, rate_cap, rounds, seed):
+        *prompt, answer = messages
+        record = dict(answer=answer["content"].strip(), task=task)
+        asked.append(data_prompts.Asked(prompt, record, f"{task}[{number}]"))
+    return data_prompts.as_documents(asked)
 
 
 def labelled_texts(

@@ -355,6 +355,19 @@ def test_preferences():
         assert right[0] == wrong[0] == " "
 
 
+def test_questions():
+    """A mixture's conversations without their last answers, which rewards know."""
+    tasks = dict(q=entries.instructed("pydocs_questions").to_dict())
+    arguments = dict(tasks=tasks, rate_cap=50, seed=3)
+    asked = instructions.questions("train", **arguments)
+    mixed = instructions.mixture("train", **arguments)
+    assert asked.kind == "prompt" and len(asked) == len(mixed) == 50
+    for item, example in zip(asked.items, mixed.items, strict=True):
+        (messages,) = example.conversations
+        assert item.prompt == messages[:-1] and item.name == example.name
+        assert item.record == dict(answer=messages[-1]["content"].strip(), task="q")
+
+
 # configs/sft.py
 
 

@@ -9,7 +9,7 @@ HIGHER = frozenset(
     "accuracy macro_f1 micro_f1 weighted_f1 balanced_accuracy mcc kappa auroc auroc_ovo "
     "confidence_auroc selective_accuracy label_mass train_accuracy greedy_accuracy "
     "exact_match f1 rouge1 rouge2 rougeL rougeLsum bleu bleu_lc chrf chrf++ acc "
-    "acc_norm".split()
+    "acc_norm reward".split()
 )
 LOWER = frozenset(
     "loss perplexity pseudo_perplexity word_perplexity byte_perplexity bits_per_byte nll brier ece "

@@ -15,7 +15,15 @@ from lm.reports.page import Cell, Section, Text
 from lm.reports.runs import Run
 
 # Drawn first; the other metrics are there on demand.
-MAIN_CURVES = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second")
+MAIN_CURVES = (
+    "train/loss",
+    "train/reward",
+    "train/kl_of_text",
+    "train/text_tokens",
+    "train/grad_norm",
+    "train/learning_rate",
+    "train/tokens_per_second",
+)
 MAX_FIRST, MAX_FIGURES = 50, 150
 MAX_COLUMNS = 24  # main metrics beside each run
 # What of each run is shown as text or picture, for so many runs.
