@@ -25,6 +25,8 @@ LENGTH = 512
 def get_config(argument: str = "grpo") -> ConfigDict:
     size, *given = argument.split(",")
     change: Callable = config_lib.sized(SIZES, size)
+    if len(given) > 3:
+        raise ValueError(f"{argument!r}: wanted SIZE,BASE,PROMPTS,REWARD, the last ones optional")
     base, path, reward = (*given, "", "", "")[:3]
 
     c = config_lib.default()
@@ -32,12 +34,12 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     config_lib.start_from(c, base)
     if path:
         c.data.source = "lm.data.prompts.jsonl"
-        c.data.source_args = ConfigDict(dict(path=path, held_out=0.05))
+        c.data.source_args = ConfigDict(dict(path=path, held_out=0.0))
     else:
         tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
         c.data.source = "lm.instructions.questions"
         c.data.source_args = ConfigDict(dict(tasks=tasks, wording=dict(space=True)))
-        c.evals.questions = entries.task("pydocs_questions", every=50, max_documents=200)
+        c.evals.questions = entries.task("pydocs_questions", every=48, max_documents=200)
     c.data.loader = "lm.rl.rollouts.RolloutLoader"
     c.data.streams = 1
     c.data.batch_size = 64

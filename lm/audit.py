@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import build, escape, files
+from lm import build, escape, files, weights
 from lm.data import batch as batch_contract
 from lm.data.tokenizer import Tokenizer
 from lm.reports import page
@@ -73,8 +73,13 @@ def _first_batch(experiment: build.Experiment) -> dict[str, np.ndarray]:
     program = experiment.program
     params = None
     if experiment.config.data.loader:
-        # It may draw texts from the model.
-        params = program.make_params(jax.random.key(experiment.config.seed))
+        # It may draw texts from the model, and ask others about them.
+        experiment.others.update(weights.load_others(experiment))
+        if init_from := experiment.config.init_from:
+            source = build.checkpoint_directory(init_from, "config.init_from")
+            params, _ = weights.load_weights(experiment, source, averaged=False)
+        else:
+            params = program.make_params(jax.random.key(experiment.config.seed))
 
     loader = experiment.make_loader()
     try:

@@ -48,6 +48,9 @@ RESUMABLE = (
     "data.source_args.held_out_by",
     "data.source_args.path",
     "chat.reference_logprobs",
+    "rollout.slots",
+    "rollout.reshard",
+    "rollout.patience",
     "tokenizer.path",
     "tokenizer.reserve",
     # Another key that old runs don't have. It matters at step 0 only.
@@ -673,7 +676,7 @@ def _problems_of_group(name: str, group: type, values) -> list[str]:
 def _problems_of_entries(group: str, entries, common_keys: type) -> list[str]:
     """Problems of what all entries have; what they name checks the rest when it is built."""
     if not isinstance(entries, (ConfigDict, dict)):
-        return [f"config.{group} = {entries!r}; wanted entries by name (lm/evals/entries.py)"]
+        return [f"config.{group} = {entries!r}; wanted entries by name, each with a type"]
 
     problems = []
     for name, entry in entries.items():

@@ -339,13 +339,20 @@ class Run:
 
     def next_batch(self) -> tuple[dict[str, jax.Array], str]:
         """The next batch and its hash. Counts the time in which the devices wait for it."""
+        params = trained.merge(self.state.params, self.fixed.frozen)
+        writes = contextlib.nullcontext()
+        if hasattr(self.loader, "report"):
+            # What it writes with the model is a time of its own, behind the step before.
+            jax.block_until_ready(self.state)
+            writes = self.timer.paused("rollouts")
+
         began = time.monotonic()
         idle_before = not self.pending
-        params = trained.merge(self.state.params, self.fixed.frozen)
-        with self._saved_if_it_fails("the next batch behind step"):
+        with writes, self._saved_if_it_fails("the next batch behind step"):
             batch, batch_hash = self.loader.next(params)
         self.streams = self.loader.state()
-        if idle_before or self.pending[-1].metrics["grad_norm"].is_ready():
+        waits = not hasattr(self.loader, "report")
+        if waits and (idle_before or self.pending[-1].metrics["grad_norm"].is_ready()):
             self.timer.waited_for_data(time.monotonic() - began)
         self._write_files_of_batch()
         return batch, batch_hash

@@ -36,6 +36,9 @@ def test_patterns():
     assert rewards.pattern(records, texts, pattern=r"####") == [1, 1, 0]
     assert rewards.pattern(records, texts, pattern=r"#### *(\d+)", key="answer") == [1, 0, 0]
     assert rewards.pattern([{}], texts[:1], pattern=r"(\d)", key="answer") == [None]
+    assert rewards.pattern(records, texts, pattern=r"so|(8)", key="answer") == [0, 0, 0]
+    with pytest.raises(ValueError, match="has no group"):
+        rewards.pattern(records, texts, pattern=r"\d", key="answer")
 
 
 def test_lengths():
@@ -74,6 +77,7 @@ def test_shares_of_instructions():
     assert instructions.followed([record] * 3, texts, all_or_none=True) == [1, 0, 0]
     assert instructions.followed([{}], texts[:1]) == [None]
     assert len(instructions.CHECKS) >= 10
+    assert not instructions.keeps("a" * 100_000, dict(type="sentences", count=1))  # in no time
     with pytest.raises(ValueError, match="type = 'rhymes'; valid: .'least_words'"):
         instructions.keeps("a", dict(type="rhymes"))
     with pytest.raises(ValueError, match="most_words.*missing 1 required"):

@@ -101,10 +101,16 @@ class ChatEncoder:
         Raises:
           ValueError: a template that refuses it.
         """
+        (ids,) = self.prompts([messages])
+        return ids
+
+    def prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
+        """Returns what `prompt` does for each conversation, faster than one by one."""
         source = chat.template(self._tokenizer)
-        guard, *_ = _unused(source + json.dumps(messages, ensure_ascii=False))
-        text = chat.render(source, self._guarded(messages, guard), tokens=self._tokens)
-        return self._encoded([Span(text, False)], guard).ids.tolist()
+        guard, *_ = _unused(source + json.dumps(conversations, ensure_ascii=False))
+        guarded = [self._guarded(messages, guard) for messages in conversations]
+        texts = chat.render_all(source, guarded, tokens=self._tokens)
+        return [self._encoded([Span(text, False)], guard).ids.tolist() for text in texts]
 
     def _guarded(self, value, guard: str):
         """A message with a guard in each special token that it spells out."""

@@ -80,7 +80,8 @@ def jsonl(split: str, *, path: str, held_out: float, held_out_by: str = "hash") 
 
 def as_documents(asked: Sequence[Asked]) -> Documents:
     """Returns prompts as the documents of a split."""
-    contents = (json.dumps(item, ensure_ascii=False).encode() for item in asked)
+    # Not the names: files may move.
+    contents = (json.dumps([a.prompt, a.record], ensure_ascii=False).encode() for a in asked)
     return Documents(asked, files.short_hash_of_parts(contents), kind=KIND)
 
 
@@ -93,7 +94,9 @@ def _prompt(record: Mapping[str, Any], place: str) -> str | list[dict[str, Any]]
     prompt = record.get("prompt")
     is_text = isinstance(prompt, str) and prompt
     is_messages = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
-    if not (is_text or is_messages) or not is_utf8_text(json.dumps(prompt, ensure_ascii=False)):
+    if not is_utf8_text(json.dumps(record, ensure_ascii=False)):
+        raise ValueError(f"{place} has characters that UTF-8 can't hold")
+    if not (is_text or is_messages):
         raise ValueError(
             f"{place}: prompt is {prompt!r:.80}; wanted a text that isn't empty, or a list of "
             f'{{"role": one of {list(ROLES)}, "content": text}} (the object has {sorted(record)})'
@@ -116,17 +119,15 @@ def encode(asked: Documents, tokenizer: Tokenizer, *, room: int) -> Documents:
     Raises:
       ValueError: none is left, or a template that refuses one.
     """
-    encoder = None
     encoded: list[EncodedPrompt] = []
     left_out = LeftOut()
 
+    messages = [item.prompt for item in asked if not isinstance(item.prompt, str)]
+    of_messages = iter(ChatEncoder(tokenizer, "answers").prompts(messages) if messages else ())
     with progress.activity("encoding prompts", len(asked), "prompts") as encoding:
         for item in encoding.each(asked):
-            if isinstance(item.prompt, str):
-                ids = tuple(tokenizer.prompt(item.prompt))
-            else:
-                encoder = encoder or ChatEncoder(tokenizer, "answers")
-                ids = tuple(encoder.prompt(item.prompt))
+            is_text = isinstance(item.prompt, str)
+            ids = tuple(tokenizer.prompt(item.prompt) if is_text else next(of_messages))
             if len(ids) > room:
                 left_out.add(
                     "longer than config.data.length less config.rollout.max_new_tokens", item.name

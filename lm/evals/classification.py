@@ -620,6 +620,9 @@ class PromptClassification:
                 )
             )
 
+        cut = sum(any(cuts) for cuts in zip(*(variant.num_cut for variant in variants)))
+        if cut:
+            logging.warning("%s: %d of %d prompts are cut", self._name, cut, len(records))
         asked = score_prompts(self.predict_fns, params, self.prompt_set._replace(variants=variants))
         distributions = [self._scorer.distributions(logprobs.examples) for logprobs in asked]
         if prior:

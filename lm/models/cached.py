@@ -31,11 +31,6 @@ def read_from_left(prompts_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Arr
     return positions_BT, (positions_BT < lengths_B[:, None]).astype(jnp.int32)
 
 
-def _rows_axis(cache) -> int:
-    """The dim of the rows: a stack of layers is one array for all of them."""
-    return 0 if isinstance(cache, list) else 1
-
-
 class CachedDecoding:
     """`prefill` and `decode_step` of a model whose call takes `cache` and `decode`, and whose
     positions count up.
@@ -54,16 +49,20 @@ class CachedDecoding:
         last_BD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         return Decoded(last_BD, output.cache, lengths_B)
 
+    def rows_axis(self, cache) -> int:
+        """The dim of the rows: a stack of layers is one array for all of them."""
+        return 0 if isinstance(cache, list) else 1
+
     def take_rows(self, cache, rows_B: jax.Array):
         """The cache of these rows, in this order; a row may come several times."""
-        take = functools.partial(jnp.take, indices=rows_B, axis=_rows_axis(cache))
+        take = functools.partial(jnp.take, indices=rows_B, axis=self.rows_axis(cache))
         return jax.tree.map(take, cache)
 
     def put_rows(self, cache, rows_N: jax.Array, others):
         """The cache with these of its rows replaced by those of another one, in order. Rows that
         it doesn't have are left out.
         """
-        before = (slice(None),) * _rows_axis(cache)
+        before = (slice(None),) * self.rows_axis(cache)
 
         def put(x, other):
             return x.at[*before, rows_N].set(other, mode="drop")

@@ -489,6 +489,14 @@ class EncoderDecoder(CachedDecoding, nnx.Module):
         layers = super().take_rows(cache.layers, rows_B)
         return DecoderCache(layers, cache.source_segments_BS[rows_B])
 
+    def put_rows(self, cache: DecoderCache, rows_N: jax.Array, others: DecoderCache):
+        """See `lm.models.cached.CachedDecoding`."""
+        layers = super().put_rows(cache.layers, rows_N, others.layers)
+        segments_BS = cache.source_segments_BS.at[rows_N].set(
+            others.source_segments_BS, mode="drop"
+        )
+        return DecoderCache(layers, segments_BS)
+
     def for_decoding(self, params: dict, platform: str) -> tuple[Any, dict]:
         """See `lm.models.transformer.Transformer.for_decoding`; of the decoder's layers."""
         c = self.config

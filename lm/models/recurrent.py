@@ -517,9 +517,10 @@ class Recurrent(CachedDecoding, nnx.Module):
         output = self(start_B1, start_B1, jnp.ones_like(start_B1), source=source)
         return Decoded(output.hidden[:, 0], output.cache, jnp.ones_like(lengths_B))
 
-    def take_rows(self, cache, rows_B: jax.Array):
-        """The cache of these rows, in this order; a row may come several times."""
-        return jax.tree.map(lambda x: x[rows_B], cache)
+    def rows_axis(self, cache) -> int:
+        """See `lm.models.cached.CachedDecoding`."""
+        del cache
+        return 0
 
 
 def _drop(x_BTD, rate: float, keys_BN, number: int) -> jax.Array:

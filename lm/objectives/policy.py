@@ -18,9 +18,8 @@ import numpy as np
 from lm import collectives
 from lm.data import batch as batch_contract
 from lm.nn import lora
-from lm.objectives import causal, policy_losses
+from lm.objectives import causal, policy_losses, preference
 from lm.objectives.policy_losses import KL_ESTIMATORS
-from lm.objectives.preference import check_no_dropout
 
 token_logprobs = causal.token_logprobs
 
@@ -28,6 +27,7 @@ RATIOS = ("token", "sequence")
 AGGREGATES = ("sequence_means", "token_mean", "sums")
 OLD = ("present", "stored")
 REFERENCES = ("none", "model", "base")
+MISMATCH = 0.1  # nats, from which on a token counts as mismatched
 _PER_TOKEN = batch_contract.Array(np.float32)
 
 
@@ -90,6 +90,11 @@ class Options:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"config.objective.{name} = {value}; wanted 0, or a number above")
+        if self.temperature != 1 and self.chunk:
+            raise ValueError(
+                f"config.objective.temperature = {self.temperature} needs all logits at once: "
+                "wanted config.objective.chunk = 0"
+            )
         if self.kl and self.reference == "none":
             raise ValueError(f"config.objective.kl = {self.kl} needs config.objective.reference")
 
@@ -116,33 +121,28 @@ def check(model_config, trained: list[str], **arguments) -> None:
     """Checks the model.
 
     Raises:
-      ValueError: dropout; a critic without a head of its own; a temperature that the head's bias
-        stands in the way of; a reference without adapters, where there are none.
+      ValueError: an encoder; dropout; a critic without a head of its own; a reference without
+        adapters, where there are none.
     """
     o = Options(**arguments)
-    check_no_dropout(model_config)
+    causal.check(model_config, trained)
+    preference.check_no_dropout(model_config)
     if o.value_weight and not any(path.startswith("heads/scalar/") for path in trained):
         raise ValueError(
             f"config.objective.value_weight = {o.value_weight} trains a critic: wanted "
             "config.model.heads = 'scalar', and heads/* among config.train.trained"
         )
-    if o.temperature != 1 and "head" in getattr(model_config, "bias", ""):
-        raise ValueError(
-            f"config.objective.temperature = {o.temperature}: the model's head has a bias, which "
-            "allows 1 only"
-        )
-    if o.reference == "base" and not all(map(lora.is_adapter, trained)):
-        raise ValueError(
-            "config.objective.reference = 'base' is the model without its adapters, and more than "
-            "them is trained; wanted config.model.lora_rank above 0"
-        )
+    if o.reference == "base":
+        # What a critic says is in no log-probability.
+        preference.check_base([path for path in trained if not path.startswith("heads/")])
 
 
 def logprobs_at(model, hidden_BTD, targets_BT, temperature: float, chunk: int) -> jax.Array:
     """The targets' log-probabilities at a temperature, [B, T]; see `causal.logprobs`."""
-    if temperature != 1:
-        hidden_BTD = hidden_BTD / np.asarray(temperature, hidden_BTD.dtype)
-    return causal.logprobs(model, hidden_BTD, targets_BT, chunk)[0]
+    if temperature == 1:
+        return causal.logprobs(model, hidden_BTD, targets_BT, chunk)[0]
+    logits_BTV = jax.nn.log_softmax(model.logits(hidden_BTD) / temperature)
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
 
 
 def make_scores(**arguments) -> Callable | None:
@@ -189,11 +189,18 @@ def make_loss(**arguments) -> Callable:
     bounds = dict(clip_low=o.clip_low, clip_high=o.clip_high)
 
     def loss(model, batch, keys_B, **models):
-        weights_BT, sampled_BT = batch["weights"], batch["sampled_logprobs"]
+        weights_BT = batch["weights"]
         output = model(batch["tokens"], batch["positions"], batch["segments"], keys_B=keys_B)
         logprobs_BT = logprobs_at(model, output.hidden, batch["targets"], o.temperature, o.chunk)
+
+        # What is no text has log-probabilities too, whose exponentials may be infinite.
+        def of_texts(values_BT):
+            return jnp.where(weights_BT > 0, values_BT, 0)
+
+        logprobs_BT = of_texts(logprobs_BT)
         present_BT = jax.lax.stop_gradient(logprobs_BT)
-        old_BT = batch["old_logprobs"] if o.old == "stored" else present_BT
+        old_BT = of_texts(batch["old_logprobs"]) if o.old == "stored" else present_BT
+        sampled_BT = of_texts(batch["sampled_logprobs"])
 
         # How far the policy may go.
         log_ratios_BT = logprobs_BT - old_BT
@@ -207,7 +214,7 @@ def make_loss(**arguments) -> Callable:
             losses_BT *= policy_losses.truncated_weights(old_BT, sampled_BT, o.importance_cap)
 
         if o.reference != "none":
-            reference_BT = batch["reference_logprobs"]
+            reference_BT = of_texts(batch["reference_logprobs"])
             if o.kl:
                 losses_BT += o.kl * policy_losses.kl_estimates(
                     logprobs_BT, reference_BT, o.kl_estimator
@@ -266,11 +273,10 @@ def _watched(weights_BT, present_BT, old_BT, sampled_BT, importance_cap: float) 
     that wrote the texts.
     """
     mean = functools.partial(_mean, weights_BT=weights_BT)
-    mismatch_BT = jnp.where(weights_BT > 0, jnp.abs(old_BT - sampled_BT), 0)
+    mismatch_BT = jnp.abs(old_BT - sampled_BT)
     terms = {
         "mismatch": mean(mismatch_BT),
-        # Of each microbatch the largest.
-        "largest_mismatch": (jnp.max(mismatch_BT), jnp.ones(())),
+        "mismatched": mean(mismatch_BT > MISMATCH),
         "policy_moved": mean(policy_losses.kl_estimates(old_BT, present_BT, "k3")),
     }
     if importance_cap:

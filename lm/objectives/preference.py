@@ -47,8 +47,12 @@ def check(model_config, trained: list[str], *, reference: str = "model", **other
         adapters, where there are none, or where more than them is trained.
     """
     check_no_dropout(model_config)
-    if reference != "base":
-        return
+    if reference == "base":
+        check_base(trained)
+
+
+def check_base(trained: list[str]) -> None:
+    """Raises ValueError where the model without its adapters isn't what it was before training."""
     others = [path for path in trained if not lora.is_adapter(path)]
     if others or not trained:
         raise ValueError(

@@ -54,7 +54,8 @@ def _most_words(text: str, count: int) -> bool:
 
 
 def _sentences(text: str, count: int) -> bool:
-    return len(re.findall(r"[^.!?]*\w[^.!?]*[.!?]+(?=\s|$)", text)) == count
+    *ended, _ = re.split(r"[.!?]+(?=\s|$)", text)
+    return sum(re.search(r"\w", part) is not None for part in ended) == count
 
 
 def _paragraphs(text: str, count: int) -> bool:

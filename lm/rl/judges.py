@@ -35,6 +35,16 @@ class _Judge:
         _check_tokenizer(experiment, model, where)
         self._experiment, self._name = experiment, model
         self._model = experiment.program.others[model]
+        config, length = self._model.model_config, experiment.config.data.length
+        if build.sees_all(config) or build.reads_sources(config):
+            raise ValueError(
+                f"{where}: config.models.{model} is no causal model, which is asked here"
+            )
+        if config.context_length < length:
+            raise ValueError(
+                f"{where}: config.models.{model} has a context of {config.context_length}, and "
+                f"rows have config.data.length = {length}"
+            )
 
     @property
     def _params(self):
@@ -114,7 +124,7 @@ class Verbalizer(_Judge):
     Args:
       model: of config.models.
       task: a name of lm/evals/tasks/, or a .toml file, of lm.evals.classification.
-      label: the wanted one; "": that in the record's `key`.
+      label: the wanted one; "": that in the record's `key`, by its name or number.
       column: of the task's templates, that the text fills.
       with_prompt: whether the prompt, as text, stands before it.
       prior: what the distribution is divided by, of the task's `priors`; "": nothing.
@@ -187,7 +197,13 @@ class Verbalizer(_Judge):
 
         scores: list[float | None] = []
         for record, distribution in zip(records, P):
-            label = self._label or record.get(self._key)
-            known = label in self._labels
-            scores.append(float(distribution[self._labels.index(label)]) if known else None)
+            number = self._number(self._label or record.get(self._key))
+            scores.append(None if number is None else float(distribution[number]))
         return scores
+
+    def _number(self, label) -> int | None:
+        """The number of a label, which is its name or its number; None: it is neither."""
+        if label in self._labels:
+            return self._labels.index(label)
+        is_number = isinstance(label, int) and not isinstance(label, bool)
+        return label if is_number and 0 <= label < len(self._labels) else None

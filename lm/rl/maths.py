@@ -3,6 +3,7 @@
 It runs in a process with limits: what a model writes may take a computer algebra system for ever.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from lm import limited
 from lm.rl.rewards import Scores, Text
 
 # Texts that one process looks at, each for so many seconds at most.
-TOGETHER, SECONDS = 16, 1
+TOGETHER, SECONDS = 16, 3
 
 
 def right(
@@ -37,6 +38,7 @@ def _verified(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
             raise
         # One of them took too much: which one?
         if len(pairs) == 1:
+            logging.warning("the text %r counts as wrong: %s", pairs[0][1][:80], error)
             return [0.0]
         middle = len(pairs) // 2
         return _verified(pairs[:middle]) + _verified(pairs[middle:])

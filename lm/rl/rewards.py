@@ -6,6 +6,7 @@ none: the texts of that prompt aren't learnt from, and are counted. What asks a 
 made as (experiment, **arguments) and called as (records, texts, params).
 """
 
+import functools
 import inspect
 import math
 import re
@@ -66,42 +67,14 @@ def make(experiment: build.Experiment) -> dict[str, Callable]:
 
 
 class _OfFunction:
-    """A function with its arguments. The first process calls it, and tells the others."""
+    """A function with its arguments, which needs no model."""
 
     def __init__(self, function: Callable, arguments: Mapping[str, Any]):
         self._function, self._arguments = function, arguments
 
     def __call__(self, records, texts, params) -> Scores:
         del params
-        if jax.process_count() == 1:
-            return self._function(records, texts, **self._arguments)
-        return _told_by_first(lambda: self._function(records, texts, **self._arguments), len(texts))
-
-
-def _told_by_first(compute: Callable[[], Scores], count: int) -> Scores:
-    """What the first process computes, on all of them.
-
-    Raises:
-      RuntimeError: it failed there; on the first process its own error.
-    """
-    error, found = None, np.full(count + 1, np.nan)
-    if jax.process_index() == 0:
-        try:
-            scores = compute()
-            _check_count(scores, count)
-            found[1:] = [math.nan if score is None else score for score in scores]
-            found[0] = 1
-        except Exception as raised:
-            error = raised
-    found = multihost_utils.broadcast_one_to_all(found)
-    if found[0] != 1:
-        raise error or RuntimeError("a reward failed on the first process")
-    return [None if math.isnan(score) else float(score) for score in found[1:]]
-
-
-def _check_count(scores: Scores, count: int) -> None:
-    if len(scores) != count:
-        raise ValueError(f"a reward gave {len(scores)} scores of {count} texts")
+        return self._function(records, texts, **self._arguments)
 
 
 def score(
@@ -117,20 +90,51 @@ def score(
     """
     scores = {}
     for name, reward in made.items():
-        found = list(reward(records, texts, params))
-        where = f"the reward {name!r} (config.rewards.{name})"
-        if len(found) != len(texts):
-            raise ValueError(f"{where} gave {len(found)} scores of {len(texts)} texts")
-
-        for value, text in zip(found, texts):
-            is_number = isinstance(value, (int, float, np.number)) and math.isfinite(value)
-            if value is not None and not is_number:
-                raise ValueError(
-                    f"{where} gave {value!r} for the text {text.text!r:.80}; wanted a finite "
-                    "number, or None where it can't tell"
-                )
-        scores[name] = np.array([math.nan if v is None else float(v) for v in found])
+        compute = functools.partial(_numbers, name, reward, records, texts, params)
+        if jax.process_count() == 1 or not isinstance(reward, _OfFunction):
+            scores[name] = compute()
+        else:
+            # What runs on a host may say something else on another one.
+            scores[name] = _told_by_first(compute, len(texts))
     return scores
+
+
+def _numbers(name: str, reward: Callable, records, texts: Sequence[Text], params) -> np.ndarray:
+    """The scores of a reward, checked, see `score`."""
+    found = list(reward(records, texts, params))
+    where = f"the reward {name!r} (config.rewards.{name})"
+    if len(found) != len(texts):
+        raise ValueError(f"{where} gave {len(found)} scores of {len(texts)} texts")
+
+    for value, text in zip(found, texts):
+        is_number = isinstance(value, (int, float, np.number)) and math.isfinite(value)
+        if value is not None and not is_number:
+            raise ValueError(
+                f"{where} gave {value!r} for the text {text.text!r:.80}; wanted a finite number, "
+                "or None where it can't tell"
+            )
+    return np.array([math.nan if value is None else float(value) for value in found])
+
+
+def _told_by_first(compute: Callable[[], np.ndarray], count: int) -> np.ndarray:
+    """f64 [count], what the first process computes, on all of them.
+
+    Raises:
+      RuntimeError: it failed there; on the first process its own error.
+    """
+    error, found = None, np.zeros(count + 1)
+    if jax.process_index() == 0:
+        try:
+            found[1:], found[0] = compute(), 1
+        except Exception as raised:
+            error = raised
+
+    # As bits: f64 would become f32 on the way.
+    bits = multihost_utils.broadcast_one_to_all(found.view(np.uint32))
+    found = np.asarray(bits).view(np.float64)
+    if found[0] != 1:
+        raise error or RuntimeError("a reward failed on the first process")
+    return found[1:]
 
 
 # --- answers and forms ---
@@ -163,6 +167,10 @@ def pattern(
     that of the record.
     """
     compiled_pattern = re.compile(pattern)
+    if key and not compiled_pattern.groups:
+        raise ValueError(
+            f"pattern = {pattern!r} has no group, which key = {key!r} is to be found in"
+        )
     scores: list[float | None] = []
     for record, text in zip(records, texts):
         found = compiled_pattern.search(text.text)
@@ -171,7 +179,8 @@ def pattern(
         elif record.get(key) is None:
             scores.append(None)
         else:
-            scores.append(float(bool(found) and found[1].strip() == str(record[key]).strip()))
+            group = (found and found[1]) or ""
+            scores.append(float(group.strip() == str(record[key]).strip()))
     return scores
 
 
@@ -181,6 +190,8 @@ def length(
     """0 for a text of `least` to `most` tokens, and less by 1 / `most` for each token too many or
     too few.
     """
+    if not 0 <= least <= most or most < 1:
+        raise ValueError(f"least = {least}, most = {most}; wanted 0 <= least <= most, from 1 on")
     scores = []
     for text in texts:
         count = len(text.ids)

@@ -44,7 +44,9 @@ class Rollout(NamedTuple):
       texts: N.
       scores: reward -> f64 [N], NaN where the reward says nothing of a text.
       rows: N, as in a batch.
+      spans: of each row, the places whose targets are the text's tokens.
       is_learnt: bool [N].
+      has_signal: whether some prompt's texts, of those, earned more or less than each other.
     """
 
     prompts: Sequence[EncodedPrompt]
@@ -52,7 +54,9 @@ class Rollout(NamedTuple):
     draws: Sequence[batched.Draw]
     scores: Mapping[str, np.ndarray]
     rows: Sequence[dict[str, np.ndarray]]
+    spans: Sequence[slice]
     is_learnt: np.ndarray
+    has_signal: bool
 
 
 class RolloutLoader:
@@ -163,20 +167,38 @@ class RolloutLoader:
         scores = rewards.score(self._rewards, records, texts, params)
         rewards_N = sum(self._weights[name] * scores[name] for name in scores)
 
-        rows = [self._row(prompt.ids, draw) for prompt, draw in zip(of_texts, draws)]
+        rows, spans = [], []
+        for prompt, draw in zip(of_texts, draws):
+            start = len(prompt.ids) - 1
+            spans.append(slice(start, start + len(draw.ids)))
+            rows.append(self._row(prompt.ids, draw, spans[-1]))
         self._add_scores(params, rows)
-        is_learnt = self._add_advantages(rows, rewards_N)
-        is_learnt &= self._not_overlong(draws)
+
+        is_learnt = np.isfinite(rewards_N) & self._not_overlong(draws)
+        is_learnt &= self._add_advantages(rows, spans, rewards_N, is_learnt)
         for row, learnt in zip(rows, is_learnt):
             row["weights"] *= learnt
+        has_signal = self._has_signal(rewards_N, is_learnt)
+        return Rollout(prompts, texts, draws, scores, rows, spans, is_learnt, has_signal)
 
-        return Rollout(prompts, texts, draws, scores, rows, is_learnt)
+    def _has_signal(self, rewards_N: np.ndarray, is_learnt: np.ndarray) -> bool:
+        """Whether texts that are learnt from differ in what they earn, by prompt or at all."""
+        of_prompts = [np.arange(len(rewards_N))]
+        if self._config.rollout.advantage != "gae":
+            of_prompts = of_prompts[0].reshape(-1, self._config.rollout.samples)
+        for numbers in of_prompts:
+            earned = rewards_N[numbers[is_learnt[numbers]]]
+            if len(earned) and np.ptp(earned):
+                return True
+        return False
 
-    def _row(self, prompt: Sequence[int], draw: batched.Draw) -> dict[str, np.ndarray]:
+    def _row(
+        self, prompt: Sequence[int], draw: batched.Draw, written: slice
+    ) -> dict[str, np.ndarray]:
         """The row of a text, whose tokens have weight."""
         row = batch_contract.empty_row(self._config.data.length, self._arrays)
         ids = np.array([*prompt, *draw.ids], np.int32)
-        places, written = slice(0, len(ids) - 1), slice(len(prompt) - 1, len(ids) - 1)
+        places = slice(0, len(ids) - 1)
         row["tokens"][places], row["targets"][places] = ids[:-1], ids[1:]
         row["positions"][places] = np.arange(len(ids) - 1)
         row["segments"][places] = 1
@@ -199,8 +221,19 @@ class RolloutLoader:
             for row, values_T in zip(rows, values_NT):
                 row[name] = np.where(row["weights"] > 0, values_T, 0).astype(np.float32)
 
-    def _add_advantages(self, rows: Sequence[dict[str, np.ndarray]], rewards_N) -> np.ndarray:
-        """Adds advantages. Returns which texts say anything, bool [N]."""
+    def _add_advantages(
+        self,
+        rows: Sequence[dict[str, np.ndarray]],
+        spans: Sequence[slice],
+        rewards_N: np.ndarray,
+        is_learnt: np.ndarray,
+    ) -> np.ndarray:
+        """Adds advantages. Returns which texts say anything, bool [N]: those of a prompt that all
+        have the same say nothing, and neither do those of one with a text that has none.
+
+        Args:
+          is_learnt: whether a text is to be learnt from as far as is known.
+        """
         c = self._config.rollout
         is_scored = np.isfinite(rewards_N)
 
@@ -212,7 +245,7 @@ class RolloutLoader:
         rewards_N = np.where(is_scored, rewards_N, 0.0)
 
         if c.advantage == "gae":
-            self._add_generalized(rows, rewards_N, c.kl * kl_NT)
+            self._add_generalized(rows, spans, rewards_N, c.kl * kl_NT, is_learnt)
             return is_scored
 
         rewards_PG = (rewards_N - c.kl * kl_NT.sum(axis=1)).reshape(-1, c.samples)
@@ -223,30 +256,32 @@ class RolloutLoader:
             row["advantages"] = (row["weights"] * advantage).astype(np.float32)
         return np.repeat(says_something, c.samples)
 
-    def _add_generalized(self, rows, rewards_N: np.ndarray, penalties_NT: np.ndarray) -> None:
-        """Adds GAE's advantages, whitened over the rollout, and returns. The reward comes with a
-        text's last token.
+    def _add_generalized(self, rows, spans, rewards_N, penalties_NT, is_learnt) -> None:
+        """Adds GAE's advantages, whitened over what is learnt from, and returns. The reward comes
+        with a text's last token.
         """
         c = self._config.rollout
-        spans = [np.flatnonzero(row["weights"]) for row in rows]
-        lengths_N = np.array([len(span) for span in spans])
+        lengths_N = np.array([span.stop - span.start for span in spans])
 
         rewards_NT = np.zeros((len(rows), c.max_new_tokens))
         values_NT = np.zeros_like(rewards_NT)
         for number, (row, span) in enumerate(zip(rows, spans)):
-            rewards_NT[number, : len(span)] = -penalties_NT[number, span]
-            rewards_NT[number, len(span) - 1] += rewards_N[number]
-            values_NT[number, : len(span)] = row["old_values"][span]
+            length = lengths_N[number]
+            rewards_NT[number, :length] = -penalties_NT[number, span]
+            rewards_NT[number, length - 1] += rewards_N[number]
+            values_NT[number, :length] = row["old_values"][span]
 
         advantages_NT, returns_NT = advantages.generalized(
             rewards_NT, values_NT, lengths_N, gamma=c.gamma, lam=c.gae_lambda
         )
 
         is_real_NT = np.arange(c.max_new_tokens)[None] < lengths_N[:, None]
-        advantages_NT = advantages.whitened(advantages_NT, is_real_NT)
-        for number, (row, span) in enumerate(zip(rows, spans)):
-            row["advantages"][span] = advantages_NT[number, : len(span)]
-            row["returns"][span] = returns_NT[number, : len(span)]
+        advantages_NT = advantages.whitened(advantages_NT, is_real_NT & is_learnt[:, None])
+        for row, span, length, advantages_T, returns_T in zip(
+            rows, spans, lengths_N, advantages_NT, returns_NT
+        ):
+            row["advantages"][span] = advantages_T[:length]
+            row["returns"][span] = returns_T[:length]
 
     def _not_overlong(self, draws: Sequence[batched.Draw]) -> np.ndarray:
         """Which texts are learnt from as far as their length says, bool [N]."""
@@ -256,15 +291,17 @@ class RolloutLoader:
 
     def _check_signal(self, rollout: Rollout) -> None:
         """Raises NoSignal, after so many rollouts without any."""
-        self._without_signal = 0 if rollout.is_learnt.any() else self._without_signal + 1
+        self._without_signal = 0 if rollout.has_signal else self._without_signal + 1
         patience = self._config.rollout.patience
         if self._without_signal >= patience:
             mean = {name: round(float(np.nanmean(x)), 4) for name, x in rollout.scores.items()}
             raise NoSignal(
                 f"step {self._batches}: in {patience} rollouts in a row no prompt had texts of "
-                f"different reward (config.rollout.patience); the means are {mean}. Easier or "
-                "harder prompts, more texts of each (config.rollout.samples), or a reward that "
-                "tells degrees apart would give something to learn"
+                "different reward that could be learnt from (config.rollout.patience); the means "
+                f"are {mean}, and {np.mean([d.has_ended for d in rollout.draws]):.0%} of the last "
+                "texts have ended. Easier or harder prompts, more texts of each "
+                "(config.rollout.samples), longer ones, or a reward that tells degrees apart would "
+                "give something to learn"
             )
 
     def _files(self, rollout: Rollout) -> dict[str, str]:
@@ -272,9 +309,7 @@ class RolloutLoader:
         samples = self._config.rollout.samples
         lines = []
         for number, (text, draw) in enumerate(zip(rollout.texts, rollout.draws)):
-            row = rollout.rows[number]
-            written = np.flatnonzero(row["sampled_logprobs"])
-            advantage = float(row["advantages"][written].mean()) if len(written) else 0.0
+            advantages_T = rollout.rows[number]["advantages"][rollout.spans[number]]
             scores = {}
             for name, values in rollout.scores.items():
                 scores[name] = None if np.isnan(values[number]) else float(values[number])
@@ -283,7 +318,7 @@ class RolloutLoader:
                 prompt=rollout.prompts[number // samples].name,
                 text=text.text,
                 rewards=scores,
-                advantage=advantage,
+                advantage=float(advantages_T.mean()),
                 is_learnt=bool(rollout.is_learnt[number]),
                 has_ended=draw.has_ended,
                 ids=draw.ids,
@@ -369,6 +404,20 @@ def _check_numbers(config, options: policy.Options, per_rollout: int) -> None:
             f"config.rollout.samples = {c.samples}: {c.advantage!r} compares a prompt's texts with "
             "each other; wanted 2 or more"
         )
+    if c.samples > c.slots:
+        raise ValueError(
+            f"config.rollout.slots = {c.slots}: a prompt's {c.samples} texts are decoded together"
+        )
+    if c.advantage == "dr_grpo" and options.divisor not in (1, c.max_new_tokens):
+        raise ValueError(
+            f"config.objective.divisor = {options.divisor}: a text has up to "
+            f"config.rollout.max_new_tokens = {c.max_new_tokens}; wanted that, or 1"
+        )
+    if options.reference == "model" and "reference" not in config.models:
+        raise ValueError(
+            "config.objective.reference = 'model' needs config.models.reference, with the "
+            "init_from that it is to be"
+        )
     if c.kl and options.reference == "none":
         raise ValueError(f"config.rollout.kl = {c.kl} needs config.objective.reference")
     if not config.rewards:
@@ -395,7 +444,8 @@ def _scores_of(graphdef, graphdefs: Mapping[str, Any], scores: Callable, params,
 def _compiled_reshard(experiment: build.Experiment) -> Callable:
     """Parameters -> the same ones, as a rollout has them on the mesh."""
     p = experiment.program
-    if p.mesh.size == 1 or not experiment.config.rollout.reshard:
+    split = [axis for axis in sharding.FSDP_AXES if p.mesh.shape[axis] > 1]
+    if not split or not experiment.config.rollout.reshard:
         return _as_they_are
     return jax.jit(_as_they_are, out_shardings=jax.tree.map(_gathered, p.abstract_params))
 
@@ -437,9 +487,8 @@ def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[fl
 
     if "reference_logprobs" in rollout.rows[0]:
         nats = 0.0
-        for row in rollout.rows:
+        for row, span in zip(rollout.rows, rollout.spans):
             name = "old_logprobs" if "old_logprobs" in row else "sampled_logprobs"
-            is_written = row["sampled_logprobs"] != 0
-            nats += float((row[name] - row["reference_logprobs"])[is_written].sum())
+            nats += float((row[name] - row["reference_logprobs"])[span].sum())
         terms["kl_of_text"] = (nats, float(num_texts))
     return terms
