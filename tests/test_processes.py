@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from lm import convert
 from lm.evals import entries
 from lm.hf import safetensors
+from tests import test_policy
 from tests.helpers import (
     CONFIG_FILE,
     LAST_STEP,
@@ -394,3 +395,25 @@ def test_a_configuration_error_in_all(config, tmp_path):
     assert codes == [1, 1], outputs
     for output in outputs:
         assert "multiple of the number of processes" in output, outputs
+
+
+@pytest.mark.slow
+def test_processes_draw_the_same_texts(tiny, tmp_path):
+    """And are told what they earn by the first one."""
+    config = test_policy.configure(tiny, tmp_path, **{"objective.aggregate": "sequence_means"})
+    config.mesh.update(dict(data=2, fsdp=4))
+    run_training(config, tmp_path / "one", devices=8)
+    hosts = Hosts(2, config, tmp_path / "two")
+    codes, outputs = hosts.wait()
+    assert codes == [0, 0], outputs
+
+    wanted = test_policy.read_rollouts(tmp_path / "one")
+    got = test_policy.read_rollouts(tmp_path / "two")
+    assert got.keys() == wanted.keys()
+    for name, text in got.items():
+        for line, other in zip(text.splitlines(), wanted[name].splitlines(), strict=True):
+            line, other = json.loads(line), json.loads(other)
+            assert (line["ids"], line["rewards"]) == (other["ids"], other["rewards"])
+    for line, other in zip(read_metrics(hosts.run), read_metrics(tmp_path / "one"), strict=True):
+        assert line["train/loss"] == pytest.approx(other["train/loss"], abs=1e-5)
+        assert line["train/reward"] == other["train/reward"]
