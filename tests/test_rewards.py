@@ -178,7 +178,7 @@ def probabilities(experiment, prompt):
 
 def test_a_reward_needs_a_head(policy):
     other = policy.program.others["reward"]
-    plain = other._replace(model_config=types.SimpleNamespace(heads=""))
+    plain = other._replace(model_config=types.SimpleNamespace(heads="", context_length=99))
     policy.program.others["reward"] = plain
     with pytest.raises(ValueError, match="has the heads ''; a reward model has 'scalar'"):
         judges.RewardModel(policy, model="reward")

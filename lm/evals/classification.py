@@ -620,10 +620,12 @@ class PromptClassification:
                 )
             )
 
-        cut = sum(any(cuts) for cuts in zip(*(variant.num_cut for variant in variants)))
-        if cut:
-            logging.warning("%s: %d of %d prompts are cut", self._name, cut, len(records))
-        asked = score_prompts(self.predict_fns, params, self.prompt_set._replace(variants=variants))
+        asked_set = self.prompt_set._replace(variants=variants)
+        if asked_set.num_truncated:
+            num_cut = asked_set.num_truncated
+            logging.warning("%s: %d of %d prompts are cut", self._name, num_cut, len(records))
+        asked = score_prompts(self.predict_fns, params, asked_set)
+
         distributions = [self._scorer.distributions(logprobs.examples) for logprobs in asked]
         if prior:
             priors = mean_priors(asked, self._scorer)[prior]

@@ -82,6 +82,7 @@ class Options:
             value = getattr(self, name)
             if value not in valid:
                 raise ValueError(f"config.objective.{name} = {value!r}; valid: {list(valid)}")
+
         for name in ("divisor", "clip_low", "clip_high", "value_clip", "temperature"):
             value = getattr(self, name)
             if not 0 < value < math.inf:

@@ -35,6 +35,7 @@ class _Judge:
         _check_tokenizer(experiment, model, where)
         self._experiment, self._name = experiment, model
         self._model = experiment.program.others[model]
+
         config, length = self._model.model_config, experiment.config.data.length
         if build.sees_all(config) or build.reads_sources(config):
             raise ValueError(

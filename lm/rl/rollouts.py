@@ -445,7 +445,7 @@ def _compiled_reshard(experiment: build.Experiment) -> Callable:
     """Parameters -> the same ones, as a rollout has them on the mesh."""
     p = experiment.program
     split = [axis for axis in sharding.FSDP_AXES if p.mesh.shape[axis] > 1]
-    if not split or not experiment.config.rollout.reshard:
+    if not experiment.config.rollout.reshard or not split:
         return _as_they_are
     return jax.jit(_as_they_are, out_shardings=jax.tree.map(_gathered, p.abstract_params))
 
