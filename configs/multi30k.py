@@ -28,7 +28,7 @@ def _lstm(c: ConfigDict) -> None:
     c.model.update(embed_dim=256, hidden_dim=384, embed_scale=True)
     c.optimizer.name = "muon"
     c.optimizer.learning_rate = 4e-3  # 1e-2 is too much where it lasts for long
-    c.train.length = "3 epochs"
+    c.train.length = "2 epochs"
 
 
 # What follows the path -> the function that chooses the model.

@@ -103,7 +103,7 @@ def configure(tiny, folder, name):
         config.model = small_encdec(source_length=48, dropout=0.2, bias="qkv,out,mlp,head")
     if name == "recurrent":
         config.model = config_lib.model("lm.models.recurrent", context_length=32, source_length=48)
-        config.model.update(embed_dim=32, hidden_dim=48, param_dtype="float32", dropout=0.2)
+        config.model.update(embed_dim=32, hidden_dim=48, param_dtype="float32")
     config.update_from_flattened_dict(changes)
     if "scan_unroll" in config.model:
         config.model.scan_unroll = config.model.num_layers  # see build._check_simulated
