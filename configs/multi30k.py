@@ -6,7 +6,8 @@ PATH has train.de, train.en, val.de, val.en, test_2016_flickr.de and test_2016_f
 1,014 and 1,000 lines; Elliott et al. 2016). The model is the Transformer of 2017 in a small size,
 or with PATH,lstm an LSTM with attention. Texts are lower case, and BLEU is of lower case too.
 
-On 2 cores the Transformer takes an hour and reaches 41.6 BLEU on the test set.
+On 2 cores the Transformer takes an hour and reaches 41.6 BLEU on the test set; the LSTM, a third of
+that, reaches 32.0.
 """
 
 from ml_collections import ConfigDict
