@@ -140,6 +140,9 @@ class Progress:
             f"step {step}/{self._total}",
             f"loss {values.get('train/loss', math.nan):.3f}",
         ]
+        # Of a policy the loss says little, and nothing where no text is learnt from.
+        if "train/reward" in values:
+            parts.append(f"reward {values['train/reward']:.3f}")
         if "train/tokens_per_second" in values:
             parts.append(f"{values['train/tokens_per_second']:,.0f} tokens/s")
         if "train/mfu" in values:
