@@ -84,7 +84,7 @@ def _prefix(c: ConfigDict) -> None:
 
 def _lstm(c: ConfigDict) -> None:
     c.model = config_lib.model(**presets.get("lstm_mini"))
-    # Beside 5e-3 and 1e-2 of Muon and 1e-2 of AdamW, in 100 steps (4e-2: a little worse).
+    # Of 1e-2, 2e-2 and 4e-2 the best after 100 steps, and far better than AdamW's best of them.
     c.optimizer.learning_rate = 2e-2
     c.evals.part = entries.perplexity(every=100, max_documents=120)
     c.evals.validation = entries.perplexity(every=0)

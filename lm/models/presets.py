@@ -169,9 +169,7 @@ PRESETS = {
     "roberta_base": _sized(_ROBERTA, 12, 768, 12),
     # Recurrent: as many weights as "mini"; AWD-LSTM's sizes (Merity et al. 2018, arXiv 1708.02182,
     # section 5), without its weight dropping, on the words of WikiText-2.
-    "lstm_mini": _LSTM | dict(
-        vocab_size=2048, num_layers=2, embed_dim=256, hidden_dim=384
-    ),
+    "lstm_mini": _LSTM | dict(vocab_size=2048, num_layers=2, embed_dim=256, hidden_dim=384),
     "awd_lstm": _LSTM | dict(
         vocab_size=33278, num_layers=3, embed_dim=400, hidden_dim=1150, dropout=0.4, head_bias=True
     ),

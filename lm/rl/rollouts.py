@@ -239,9 +239,8 @@ class RolloutLoader:
 
         kl_NT = np.zeros((len(rows), self._config.data.length))
         if c.kl:
-            name = "old_logprobs" if "old_logprobs" in self._arrays else "sampled_logprobs"
-            kl_NT = np.stack([(row[name] - row["reference_logprobs"]) for row in rows])
-            kl_NT = kl_NT * np.stack([row["weights"] for row in rows])
+            for kl_T, row, span in zip(kl_NT, rows, spans):
+                kl_T[span] = _log_ratios(row, span)
         rewards_N = np.where(is_scored, rewards_N, 0.0)
 
         if c.advantage == "gae":
@@ -463,6 +462,14 @@ def _gathered(leaf) -> NamedSharding:
     return NamedSharding(leaf.sharding.mesh, PartitionSpec(*kept))
 
 
+def _log_ratios(row: Mapping[str, np.ndarray], span: slice) -> np.ndarray:
+    """Of a text's tokens, to the reference: by the trainer's log-probabilities where it has them,
+    else by the sampler's.
+    """
+    logprobs_T = row.get("old_logprobs", row["sampled_logprobs"])
+    return (logprobs_T - row["reference_logprobs"])[span]
+
+
 def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """What is logged of a rollout."""
     terms = {}
@@ -488,7 +495,6 @@ def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[fl
     if "reference_logprobs" in rollout.rows[0]:
         nats = 0.0
         for row, span in zip(rollout.rows, rollout.spans):
-            name = "old_logprobs" if "old_logprobs" in row else "sampled_logprobs"
-            nats += float((row[name] - row["reference_logprobs"])[span].sum())
+            nats += float(_log_ratios(row, span).sum())
         terms["kl_of_text"] = (nats, float(num_texts))
     return terms
