@@ -81,21 +81,16 @@ def jsonl(
       ValueError: a record in none of the forms or in another than those before it, or with an
         unknown label (file and line are named); see `lm.data.sources.jsonl`.
     """
-    held_out_part = HeldOut(split, path, held_out, held_out_by)
-    found = files.find(path.replace("{split}", split), ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"))
     numbers = {name: number for number, name in enumerate(labels)}
-
     kinds: dict[str, str] = {}
-    items: list[Labelled] = []
-    with progress.activity(f"reading {path}", len(found), "files") as reading:
-        for file in reading.each(found):
-            in_file = []
-            for number, record in files.read_jsonl(file):
-                place = f"{file}:{number}"
-                kind, item = _read(record, place, numbers)
-                kinds.setdefault(kind, place)
-                in_file.append(item)
-            items += held_out_part.of_documents(in_file, file)
+
+    def read(record: dict, place: str) -> Labelled:
+        kind, item = _read(record, place, numbers)
+        kinds.setdefault(kind, place)
+        return item
+
+    held_out_part = HeldOut(split, path, held_out, held_out_by)
+    items = held_out_part.of_jsonl(read)
     if len(kinds) > 1:
         raise ValueError(f"{path} has records of several kinds: {kinds}; wanted one of them")
     if not items:

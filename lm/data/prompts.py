@@ -60,18 +60,12 @@ def jsonl(split: str, *, path: str, held_out: float, held_out_by: str = "hash") 
       ValueError: an object without a prompt (file and line are named); see
         `lm.data.sources.jsonl`.
     """
+
+    def read(record: dict, place: str) -> Asked:
+        return Asked(_prompt(record, place), record, place)
+
     held_out_part = HeldOut(split, path, held_out, held_out_by)
-    found = files.find(path.replace("{split}", split), ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"))
-
-    asked: list[Asked] = []
-    with progress.activity(f"reading {path}", len(found), "files") as reading:
-        for file in reading.each(found):
-            in_file = []
-            for number, record in files.read_jsonl(file):
-                place = f"{file}:{number}"
-                in_file.append(Asked(_prompt(record, place), record, place))
-            asked += held_out_part.of_documents(in_file, file)
-
+    asked = held_out_part.of_jsonl(read)
     if not asked:
         raise held_out_part.error_without_documents()
     held_out_part.log()

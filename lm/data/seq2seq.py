@@ -98,26 +98,19 @@ def jsonl(
       ValueError: an object without one of them (file and line are named); see
         `lm.data.sources.jsonl`.
     """
+
+    def read(record: dict, place: str) -> SourceAndTarget:
+        for key in (source_key, target_key):
+            value = record.get(key)
+            if not is_utf8_text(value) or not value.strip():
+                raise ValueError(
+                    f"{place}: {key} is {value!r:.80}; wanted a text that isn't empty (the object "
+                    f"has {sorted(record)})"
+                )
+        return SourceAndTarget(record[source_key], record[target_key], place)
+
     held_out_part = HeldOut(split, path, held_out, held_out_by)
-    found = files.find(path.replace("{split}", split), ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"))
-
-    items: list[SourceAndTarget] = []
-    with progress.activity(f"reading {path}", len(found), "files") as reading:
-        for file in reading.each(found):
-            in_file = []
-            for number, record in files.read_jsonl(file):
-                for key in (source_key, target_key):
-                    value = record.get(key)
-                    if not is_utf8_text(value) or not value.strip():
-                        raise ValueError(
-                            f"{file}:{number}: {key} is {value!r:.80}; wanted a text that isn't "
-                            f"empty (the object has {sorted(record)})"
-                        )
-
-                place = f"{file}:{number}"
-                in_file.append(SourceAndTarget(record[source_key], record[target_key], place))
-            items += held_out_part.of_documents(in_file, file)
-
+    items = held_out_part.of_jsonl(read)
     if not items:
         raise held_out_part.error_without_documents()
     held_out_part.log()

@@ -10,8 +10,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from lm import files, progress
 from lm.data import records
@@ -132,21 +132,15 @@ def jsonl(
       ValueError: no file, a line that is not such an object (file and line are named), a file that
         is no text, a share out of range, or an unknown split.
     """
+
+    def read(record: dict, place: str) -> Document:
+        for key in (text_key, label_key) if label_key else (text_key,):
+            if key not in record:
+                raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
+        return _document(record, place, place, text_key, label_key)
+
     held_out_part = HeldOut(split, path, held_out, held_out_by)
-    names = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
-    found = files.find(path.replace("{split}", split), names)
-    documents = []
-    with progress.activity(f"reading {path}", len(found), "files") as reading:
-        for file in reading.each(found):
-            in_file = []
-            for number, record in files.read_jsonl(file):
-                place = f"{file}:{number}"
-                for key in (text_key, label_key) if label_key else (text_key,):
-                    if key not in record:
-                        raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
-                in_file.append(_document(record, place, place, text_key, label_key))
-            documents += held_out_part.of_documents(in_file, file)
-        return _in_memory(documents, held_out_part)
+    return _in_memory(held_out_part.of_jsonl(read), held_out_part)
 
 
 def tfds(
@@ -214,6 +208,24 @@ class HeldOut:
         self._held_out, self._by = held_out, held_out_by
         self._chars = {}  # file -> (characters that the split has, characters)
         self._squares = 0  # of the documents' characters, summed
+
+    def of_jsonl(self, read: Callable[[dict, str], Any]) -> list:
+        """Returns what `read(record, place)` makes of the lines of JSONL files, as far as the split
+        has it.
+
+        Raises:
+          ValueError: no such file, or a line that is no JSON object; see `read`.
+        """
+        names = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
+        found = files.find(self._path.replace("{split}", self._split), names)
+        documents = []
+        with progress.activity(f"reading {self._path}", len(found), "files") as reading:
+            for file in reading.each(found):
+                in_file = []
+                for number, record in files.read_jsonl(file):
+                    in_file.append(read(record, f"{file}:{number}"))
+                documents += self.of_documents(in_file, file)
+        return documents
 
     def of_documents(self, documents: list[Document], file: str) -> list[Document]:
         """Returns those documents of a file that the split has."""
