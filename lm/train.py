@@ -504,7 +504,7 @@ class Run:
                 self.read_metrics()
                 self.save(self.step, self.streams)
                 self.checkpointer.wait()
-                logging.error("%s %d failed; it is saved", what, self.step)
+                logging.error("%s %d failed; step %d is saved", what, self.step, self.step)
             raise
 
     def due_evals(self) -> list[str]:
