@@ -2,6 +2,7 @@
 
     python -m lm.main --config=configs/rl.py:grpo,BASE,prompts.jsonl --workdir=runs/grpo
     python -m lm.main --config=configs/rl.py:ppo,BASE,,REWARD --workdir=runs/ppo
+    python -m lm.main --config=configs/rl.py:verbalizer,BASE --workdir=runs/numpy
 
 BASE is a run's directory or that of a Hugging Face checkpoint. The prompts are JSONL,
 {"prompt": ..., "answer": ...}, texts or messages (lm/data/prompts.py); without a file they are
@@ -10,6 +11,10 @@ is the record's answer, or with REWARD, where a reward model is, its score. lm/r
 
 A size is grpo (Shao et al. 2024), dr_grpo (Liu et al. 2025), dapo (Yu et al. 2025), gspo (Zheng et
 al. 2025), rloo (Ahmadian et al. 2024) or ppo (Schulman et al. 2017), which trains a critic.
+
+verbalizer is grpo for what a frozen model, REWARD or BASE itself, says of a text when it is asked a
+classification task: the probability of one label. Without a file the model goes on from the first
+words of docstrings, and is rewarded where they could be numpy's.
 """
 
 from collections.abc import Callable
@@ -20,6 +25,7 @@ from lm import config as config_lib
 from lm.evals import entries
 
 LENGTH = 512
+STARTS = ("Return the ", "Compute the eigenvalues of ", "Raise an exception if ")
 
 
 def get_config(argument: str = "grpo") -> ConfigDict:
@@ -32,20 +38,29 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     c = config_lib.default()
     c.model.context_length = LENGTH  # most checkpoints have longer ones
     config_lib.start_from(c, base)
-    if path:
-        c.data.source = "lm.data.prompts.jsonl"
-        c.data.source_args = ConfigDict(dict(path=path, held_out=0.0))
-    else:
-        tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
-        c.data.source = "lm.instructions.questions"
-        c.data.source_args = ConfigDict(dict(tasks=tasks, wording=dict(space=True)))
-        c.evals.questions = entries.task("pydocs_questions", every=48, max_documents=200)
     c.data.loader = "lm.rl.rollouts.RolloutLoader"
     c.data.streams = 1
     c.data.batch_size = 64
     c.data.length = min(LENGTH, c.model.context_length)
     c.rollout.max_new_tokens = c.data.length // 4
-    if reward:
+
+    if path:
+        c.data.source = "lm.data.prompts.jsonl"
+        c.data.source_args = ConfigDict(dict(path=path, held_out=0.0))
+    elif size == "verbalizer":
+        c.rollout.prompt_tokens = 8
+    else:
+        tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
+        c.data.source = "lm.instructions.questions"
+        c.data.source_args = ConfigDict(dict(tasks=tasks, wording=dict(space=True)))
+        c.evals.questions = entries.task("pydocs_questions", every=48, max_documents=200)
+
+    if size == "verbalizer":
+        c.models.judge = ConfigDict(dict(init_from=reward or base, model={}))
+        c.rewards.label = ConfigDict(dict(type="lm.rl.judges.Verbalizer", weight=1.0))
+        c.rewards.label.update(model="judge", task="pydocs_library", label="numpy")
+        c.rewards.label.update(column="excerpt", with_prompt=True, prior="")
+    elif reward:
         c.models.reward = ConfigDict(dict(init_from=reward, model={}))
         c.rewards.score = ConfigDict(dict(type="lm.rl.judges.RewardModel", weight=1.0))
     else:
@@ -63,8 +78,15 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     c.train.log_every = 1
 
     change(c)
-    if base and c.objective.reference == "model":
+    has_reference = bool(base) and c.objective.reference == "model"
+    if has_reference:
         c.models.reference = ConfigDict(dict(init_from=base, model={}))
+    if not path:
+        # What learning costs: texts as the base was trained on, which earn nothing.
+        about = dict(source="lm.data.pydocs.pydocs", source_args=dict(data_dir="~/.cache/lm"))
+        c.evals.text = entries.perplexity(every=48, max_documents=120, **about)
+        beside = "reference" if has_reference else ""
+        c.evals.samples = entries.samples(STARTS, every=48, beside=beside)
     return c
 
 
@@ -111,4 +133,5 @@ SIZES = {
     "gspo": _gspo,
     "rloo": _rloo,
     "ppo": _ppo,
+    "verbalizer": _grpo,
 }

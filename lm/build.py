@@ -76,13 +76,28 @@ def documents(config: ConfigDict, split: str, key: str = "config.data.split") ->
       key: the configuration's key for the split, for messages.
 
     Raises:
+      ValueError: see `documents_of`.
+    """
+    data = config.data
+    return documents_of(data.source, data.source_args.to_dict(), split, "config.data", key)
+
+
+def documents_of(
+    path: str, arguments: Mapping[str, Any], split: str, where: str, key: str
+) -> Documents:
+    """A split of a source.
+
+    Args:
+      path, arguments: the source's dotted path, and its arguments.
+      where, key: the configuration's keys for the source and for the split, for messages.
+
+    Raises:
       ValueError: no such source, or arguments that it doesn't take; see the source.
     """
-    source = resolve(config.data.source, "config.data.source")
-    arguments = config.data.source_args.to_dict()
+    source = resolve(path, f"{where}.source")
     if not callable(source):
         raise ValueError(
-            f"config.data.source = {config.data.source!r} is not a function; lm.data.sources has "
+            f"{where}.source = {path!r} is not a function; lm.data.sources has "
             f"{['jsonl', 'text', 'tfds']}"
         )
     signature = inspect.signature(source)
@@ -91,14 +106,13 @@ def documents(config: ConfigDict, split: str, key: str = "config.data.split") ->
         _check_annotations(signature, arguments)
     except TypeError as error:
         raise ValueError(
-            f"config.data.source_args = {arguments}: {error}; {config.data.source} takes "
-            f"{signature}"
+            f"{where}.source_args = {arguments}: {error}; {path} takes {signature}"
         ) from None
     try:
         return source(split, **arguments)
     except ValueError as error:
         raise ValueError(
-            f"{error} ({key} = {split!r}, config.data.source_args = {arguments!r:.400})"
+            f"{error} ({key} = {split!r}, {where}.source_args = {arguments!r:.400})"
         ) from None
 
 
@@ -898,10 +912,6 @@ class Experiment:
         mesh, length = self.program.mesh, self.config.data.length
         eval_fns = self.eval_fns()
 
-        @functools.cache
-        def read_split(split: str, key: str) -> Documents:
-            return encoded(self.config, documents(self.config, split, key), self.tokenizer)
-
         evaluators = {}
         for name, entry in self.config.evals.items():
             arguments = entry.to_dict()
@@ -910,8 +920,7 @@ class Experiment:
             arguments.pop("every")
             batch_size = arguments.pop("batch_size")
             if "split" in arguments:
-                split_key = f"config.evals.{name}.split"
-                arguments["documents"] = read_split(arguments.pop("split"), split_key)
+                arguments["documents"] = self._documents_of(name, arguments)
                 _check_kind(name, cls, arguments["documents"])
                 key = f"config.evals.{name}.batch_size"
                 sharding.check_batch(mesh, batch_size, length, key)
@@ -933,12 +942,28 @@ class Experiment:
             predict_fns.require(getattr(evaluators[name], "asks", ()))
         return evaluators
 
+    def _documents_of(self, name: str, arguments: dict[str, Any]) -> Documents:
+        """The split of an entry of config.evals, of the run's source or of its own. Takes the keys
+        that say so out of its arguments.
+        """
+        key, split = f"config.evals.{name}", arguments.pop("split")
+        source, source_args = arguments.pop("source", ""), arguments.pop("source_args", {})
+        if source:
+            found = documents_of(source, source_args, split, key, f"{key}.split")
+        else:
+            found = documents(self.config, split, f"{key}.split")
+        return encoded(self.config, found, self.tokenizer)
+
     def eval_fns(self) -> CompiledFns:
         """What evaluators may ask of the model."""
         p = self.program
 
         def make_generator(params, sampling: Sampling) -> Generator:
             return generator_of(p, params, sampling, self.tokenizer)
+
+        def make_other_generator(name: str, sampling: Sampling) -> Generator:
+            # Loaded after evaluators are made.
+            return generator_of(p.others[name], self.others[name], sampling, self.tokenizer)
 
         def unit_terms(params, batch):
             return p.eval_fns.unit_terms(params, batch, self.others)
@@ -951,6 +976,9 @@ class Experiment:
         return dataclasses.replace(
             fns,
             make_generator=make_generator,
+            make_other_generators={
+                name: functools.partial(make_other_generator, name) for name in p.others
+            },
             unit_terms=unit_terms if fns.unit_terms else None,
         )
 
@@ -1012,6 +1040,7 @@ def _check_kind(name: str, evaluator: type, split: Documents) -> None:
         raise ValueError(
             f"config.evals.{name}.type = {evaluator.__module__}.{evaluator.__qualname__} takes "
             f"{' or '.join(kinds)}, and config.data.source has examples of the kind {split.kind!r}"
+            " (an entry may have a source of its own)"
         )
 
 
@@ -1096,10 +1125,20 @@ def _train_documents(
     """
     c = run_program.config
     kinds = run_program.objective.examples
+    has_beginnings = bool(c.rollout.prompt_tokens) and prompts.KIND in kinds
+    if documents_.kind == "text" and has_beginnings:
+        _check_rollouts(c)
+        room = c.data.length - c.rollout.max_new_tokens
+        return prompts.beginnings(
+            documents_, tokenizer, num_tokens=c.rollout.prompt_tokens, room=room
+        )
     if documents_.kind not in kinds:
+        is_text = documents_.kind == "text" and prompts.KIND in kinds
+        hint = "; config.rollout.prompt_tokens makes prompts of their beginnings" * is_text
         raise ValueError(
             f"config.objective.type = {c.objective.type!r} takes {' or '.join(kinds)}, and "
-            f"config.data.source = {c.data.source!r} has examples of the kind {documents_.kind!r}"
+            f"config.data.source = {c.data.source!r} has examples of the kind "
+            f"{documents_.kind!r}{hint}"
         )
     if documents_.kind == prompts.KIND:
         _check_rollouts(c)

@@ -315,6 +315,8 @@ class Rollout:
     steps: int = integer(1, least=1, most=2**16)  # batches that are drawn at a time
     epochs: int = integer(1, least=1, most=2**16)  # how often each of them is learnt from
     max_new_tokens: int = integer(64, least=1, most=2**24)
+    # of a text, whose beginning is a prompt, where config.data.source has texts; 0: it has prompts
+    prompt_tokens: int = integer(0, most=2**24)
     slots: int = integer(64, least=1, most=2**20)  # texts that are decoded together
     # What FSDP splits is gathered once a rollout, not for each token: a device then has the whole
     # model, or its share of the tensor axis.

@@ -146,7 +146,7 @@ def settings(config: ConfigDict, name: str) -> dict:
     where the data are.
     """
     entry = config.evals[name].to_dict()
-    for key in ("every", "batch_size"):
+    for key in ("every", "batch_size", "source_args"):
         entry.pop(key, None)
     if isinstance(entry.get("source"), dict):
         source = entry.pop("source")

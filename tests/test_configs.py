@@ -134,6 +134,8 @@ def test_every_configuration_has_evals_that_take_their_arguments(path, size):
         assert arguments.pop("batch_size") > 0
         if "split" in arguments:
             arguments["documents"] = arguments.pop("split")
+            for key in ("source", "source_args"):
+                arguments.pop(key, None)
         inspect.signature(evaluator).bind(None, name=name, encoder=None, **arguments)
     if c.checkpoint.best:
         assert c.checkpoint.best.split("/")[1] in c.evals

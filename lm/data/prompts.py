@@ -4,7 +4,8 @@ from.
     {"prompt": "Return the ", ...}                                   a text that is continued
     {"prompt": [{"role": "user", "content": ...}, ...], ...}         messages that are answered
 
-What else a record has (the right answer, a label) is for rewards.
+What else a record has (the right answer, a label) is for rewards. Beginnings of texts are prompts
+too.
 """
 
 import dataclasses
@@ -128,8 +129,43 @@ def encode(asked: Documents, tokenizer: Tokenizer, *, room: int) -> Documents:
                 )
             else:
                 encoded.append(EncodedPrompt(ids, item.record, item.name))
+    return _as_encoded(asked, encoded, left_out)
 
+
+def beginnings(
+    documents: Documents, tokenizer: Tokenizer, *, num_tokens: int, room: int
+) -> Documents:
+    """Returns the first `num_tokens` tokens of texts, behind BOS, as `EncodedPrompt`s whose records
+    have the texts' labels. Texts that end before are left out, and the log counts them.
+
+    Raises:
+      ValueError: none is left; prompts of more than `room` tokens.
+    """
+    before, _ = tokenizer.around
+    if len(before) + num_tokens > room:
+        raise ValueError(
+            f"config.rollout.prompt_tokens = {num_tokens}, with {len(before)} before them: wanted "
+            f"at most config.data.length less config.rollout.max_new_tokens = {room}"
+        )
+    encoded: list[EncodedPrompt] = []
+    left_out = LeftOut()
+
+    with progress.activity("encoding prompts", len(documents), "prompts") as encoding:
+        for document in encoding.each(documents):
+            ids = tokenizer.encode(document.text)
+            if len(ids) <= num_tokens:
+                left_out.add("ends within config.rollout.prompt_tokens", document.name)
+                continue
+            record = dict(label=document.label)
+            prompt = (*before, *ids[:num_tokens])
+            encoded.append(EncodedPrompt(prompt, record, document.name))
+    return _as_encoded(documents, encoded, left_out)
+
+
+def _as_encoded(
+    documents: Documents, encoded: Sequence[EncodedPrompt], left_out: LeftOut
+) -> Documents:
     left_out.log("prompts")
     if not encoded:
         raise ValueError(f"no prompt is left: {dict(left_out.counts)}")
-    return dataclasses.replace(asked, items=encoded)
+    return dataclasses.replace(documents, items=encoded, kind=KIND)

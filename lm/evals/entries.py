@@ -5,14 +5,16 @@ Three keys are for the caller (lm/build.py, lm/train.py):
 
   every       steps between two evaluations in training; 0: only at the last step
   batch_size  rows of a batch
-  split       split of the run's own documents that is evaluated
+  split       split of the run's own documents that is evaluated, or of the entry's own `source`
 
 All entries are evaluated at the last step of training, and by --mode=eval.
 """
 
 import pathlib
 import tomllib
+import types
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -119,7 +121,9 @@ INSTRUCTIONS = dict(
 
 # The other types, with values of the types that their keys have.
 SCHEMAS = TASKS | {
-    "lm.evals.perplexity.Perplexity": dict(split="", max_documents=0, stride=0),
+    "lm.evals.perplexity.Perplexity": dict(
+        split="", source="", source_args={}, max_documents=0, stride=0
+    ),
     "lm.evals.perplexity.PseudoPerplexity": dict(split="", max_documents=0),
     "lm.evals.held_out.TextLoss": dict(split="", max_documents=0),
     "lm.evals.held_out.AnswerLoss": dict(split="", max_documents=0),
@@ -128,7 +132,9 @@ SCHEMAS = TASKS | {
     "lm.evals.classification.DocumentClassification": dict(
         split="", max_documents=0, verbalizer=(), aggregate="", length_norm="", fill=""
     ),
-    "lm.evals.generation.Samples": dict(prompts=(), max_new_tokens=0, temperature=0.0, top_k=0),
+    "lm.evals.generation.Samples": dict(
+        prompts=(), max_new_tokens=0, temperature=0.0, top_k=0, beside=""
+    ),
     "lm.evals.harness.Harness": dict(
         tasks=(),
         num_fewshot=0,
@@ -192,7 +198,7 @@ def _check_values(where: str, schema: Mapping, values: Mapping) -> None:
         elif key in _ITEMS:
             if not all(isinstance(item, _ITEMS[key]) for item in value):
                 raise ValueError(f"{path} = {value!r}; wanted an array of {_ITEM_WORDS[key]}")
-        elif isinstance(value, Mapping) and key != "lines":
+        elif isinstance(value, Mapping) and key not in ("lines", "source_args"):
             _check_values(path, schema[key], value)
 
 
@@ -412,6 +418,8 @@ def perplexity(
     every: int,
     split: str = "validation",
     batch_size: int = 16,
+    source: str = "",
+    source_args: Mapping[str, Any] = types.MappingProxyType({}),
     max_documents: int = 0,
     stride: int = 0,
 ) -> ConfigDict:
@@ -419,6 +427,7 @@ def perplexity(
 
     Args:
       every, batch_size, split: see the top of this file.
+      source, source_args: whose split it is, as config.data has them; "": the run's own.
       max_documents: how many documents, evenly out of the split; 0: all.
       stride: tokens by which the windows of a long document advance; 0: windows without overlap.
     """
@@ -428,6 +437,8 @@ def perplexity(
             every=every,
             batch_size=batch_size,
             split=split,
+            source=source,
+            source_args=dict(source_args),
             max_documents=max_documents,
             stride=stride,
         )
@@ -536,6 +547,7 @@ def samples(
     max_new_tokens: int = 64,
     temperature: float = 0.8,
     top_k: int = 50,
+    beside: str = "",
 ) -> ConfigDict:
     """Makes the entry of `lm.evals.generation.Samples`: continuations of fixed prompts, in
     samples.md.
@@ -544,6 +556,7 @@ def samples(
       every: see the top of this file.
       temperature: 0 takes the best token each time.
       top_k: draw from so many best tokens; 0: from all.
+      beside: a name in config.models, "reference", whose texts stand beside the model's; "": none.
     """
     return ConfigDict(
         dict(
@@ -554,5 +567,6 @@ def samples(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
+            beside=beside,
         )
     )

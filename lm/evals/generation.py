@@ -133,9 +133,11 @@ class Samples:
       prompts: texts that a document may begin with.
       temperature: 0 takes the best token each time.
       top_k: draw from so many best tokens; 0: from all.
+      beside: a name in config.models, whose texts of the same random numbers stand before the
+        model's; "": none.
 
     Raises:
-      ValueError: no prompts, or one that is too long; a number that is too small.
+      ValueError: no prompts, or one that is too long; a number that is too small; no such model.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class Samples:
         max_new_tokens: int,
         temperature: float,
         top_k: int,
+        beside: str = "",
     ):
         # Checked here: the first evaluation may come after hours.
         key = f"config.evals.{name}"
@@ -156,12 +159,17 @@ class Samples:
         prompts_lib.check_least(f"{key}.top_k", top_k, 0)
         if not prompts:
             raise ValueError(f"{key}.prompts is empty; wanted one text or more")
+        if beside and beside not in predict_fns.other_models:
+            raise ValueError(
+                f"{key}.beside = {beside!r}; config.models has {list(predict_fns.other_models)}"
+            )
 
         self._predict_fns = predict_fns
         self._tokenizer = encoder.tokenizer
         self._prompts = prompts
         self._max_new_tokens = max_new_tokens
         self._sampling = Sampling(temperature=temperature, top_k=top_k)
+        self._beside = beside
 
         self._prompt_ids: list[list[int]] = []
         max_prompt = predict_fns.room_of_prompt(max_new_tokens)
@@ -183,15 +191,22 @@ class Samples:
 
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
         self._predict_fns.check_stop()
-        generator = self._predict_fns.make_generator(params, self._sampling)
+        generators = {"": self._predict_fns.make_generator(params, self._sampling)}
+        if self._beside:
+            other = self._predict_fns.make_other_generator(self._beside, self._sampling)
+            generators = {f"by {self._beside}:\n": other, "by the model:\n": generators[""]}
+
         # The same keys at each evaluation, one a prompt.
         keys_B = jax.random.split(jax.random.key(0), len(self._prompt_ids))
-        continuations = generator.generate(self._prompt_ids, self._max_new_tokens, keys_B)
+        blocks: list[list[str]] = [[] for _ in self._prompts]
+        for title, generator in generators.items():
+            continuations = generator.generate(self._prompt_ids, self._max_new_tokens, keys_B)
+            for parts, prompt, ids in zip(blocks, self._prompts, continuations):
+                text = escape.fenced(f"{prompt}⟫{self._tokenizer.decode(ids)}")
+                parts.append(title + text)
 
-        blocks = []
-        for prompt, ids in zip(self._prompts, continuations):
-            blocks.append(escape.fenced(f"{prompt}⟫{self._tokenizer.decode(ids)}"))
-        yield "samples", Artifact("samples.md", "\n".join(blocks) + "\n", append=True)
+        text = "\n".join("\n".join(parts) for parts in blocks)
+        yield "samples", Artifact("samples.md", text + "\n", append=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,6 +148,8 @@ class CompiledFns:
     head_outputs: Callable | None = None  # (params, batch) -> see lm.step.make_head_outputs
     unit_terms: Callable | None = None  # (params, batch) -> see lm.step.make_unit_terms
     make_generator: Callable | None = None  # (params, Sampling) -> Generator
+    # name in config.models -> the same without params, of that model
+    make_other_generators: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
 
 # XLA may leave out roundings to bf16 between operations that it fuses, and what it fuses depends on
@@ -235,6 +237,7 @@ class PredictFns:
         """
         functions = vars(self._compiled_fns).items()
         others = ("mesh", "arrays", "reserved", "source_length", "context_length")
+        others += ("make_other_generators",)
         available = [n for n, value in functions if n not in others and value is not None]
         missing = [name for name in names if name not in available]
         if missing:
@@ -313,3 +316,12 @@ class PredictFns:
     def make_generator(self, params, sampling) -> Any:
         """A `lm.decoding.generator.Generator`, which continues prompts."""
         return self._function("make_generator")(params, sampling)
+
+    @property
+    def other_models(self) -> tuple[str, ...]:
+        """Names of config.models."""
+        return tuple(self._compiled_fns.make_other_generators)
+
+    def make_other_generator(self, name: str, sampling) -> Any:
+        """The same of one of `other_models`, as it was loaded."""
+        return self._compiled_fns.make_other_generators[name](sampling)
