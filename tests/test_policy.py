@@ -1,6 +1,7 @@
 """Reinforcement learning: advantages, the loss, what is drawn, and runs."""
 
 import json
+import re
 import types
 
 import jax
@@ -11,9 +12,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import rl
-from lm import audit, build, stopping
+from lm import audit, build, checkpoint, stopping, train
 from lm.decoding import batched
 from lm.decoding.sampling import Sampling
+from lm.evals import entries
 from lm.objectives import policy
 from lm.rl import advantages, rollouts
 from tests.helpers import (
@@ -245,7 +247,9 @@ def test_a_policy_learns(tiny, tmp_path, kind):
 @pytest.mark.usefixtures("fast_runs")
 @pytest.mark.parametrize("kind", ["grpo", slow("ppo")])
 def test_a_killed_run_writes_the_same_texts(tiny, tmp_path, monkeypatch, kind):
-    """Killed in a rollout, or stopped in a step: all that it leaves is as of a run that wasn't."""
+    """Killed in a rollout, an update or a save, or stopped in a step: all that it leaves is as of a
+    run that wasn't.
+    """
     config = configure(tiny, tmp_path, **KINDS[kind] | {"checkpoint.every": 2})
     run_training(config, tmp_path / "whole")
 
@@ -255,8 +259,13 @@ def test_a_killed_run_writes_the_same_texts(tiny, tmp_path, monkeypatch, kind):
     def kill(*unused):
         raise Killed
 
-    for run, owner in (("in_rollout", rollouts.RolloutLoader), ("in_files", rollouts)):
-        name = "_add_advantages" if run == "in_rollout" else "_terms"
+    places = {
+        "rollout": (rollouts.RolloutLoader, "_add_advantages"),
+        "files": (rollouts, "_terms"),
+        "update": (train.Run, "read_metrics"),
+        "save": (checkpoint.Checkpointer, "save"),
+    }
+    for run, (owner, name) in places.items():
         with monkeypatch.context() as patch:
             calls = []
             original = getattr(owner, name)
@@ -386,6 +395,71 @@ def test_the_base_without_adapters_is_a_reference(tiny, tmp_path):
     run_training(config, tmp_path / "run")
     kl = [line["train/kl"] for line in read_metrics(tmp_path / "run")]
     assert abs(kl[0]) < 1e-6 and kl[-1] > 1e-3, kl
+
+
+def evaluated(run):
+    """The one loss on texts that a run has found."""
+    (line,) = [line for line in read_metrics(run) if "eval/text/loss" in line]
+    return line["eval/text/loss"]
+
+
+@pytest.mark.usefixtures("fast_runs")
+def test_what_is_watched_beside_the_prompts(tiny, tmp_path):
+    """Where nothing is learnt, the loss on the base's texts is the base's own, and samples are
+    those of the reference that stand beside them.
+    """
+    base = configure(tiny, tmp_path)
+    base.data = tiny.data
+    base.data.length = 16
+    base.objective = CAUSAL
+    base.evals.text = entries.perplexity(every=0)
+    base.train.length = "2 steps"
+    run_training(base, tmp_path / "base")
+    wanted = evaluated(tmp_path / "base")
+
+    config = configure(tiny, tmp_path, **{"init_from": str(tmp_path / "base")})
+    config.models.reference = ConfigDict(dict(init_from=str(tmp_path / "base"), model={}))
+    config.rewards.even.type = "tests.toys.rewards.constant"
+    config.train.length = "2 steps"
+    texts = dict(source=tiny.data.source, source_args=tiny.data.source_args.to_dict())
+    config.evals.text = entries.perplexity(every=0, **texts)
+    config.evals.samples = entries.samples(("ab",), every=0, beside="reference", max_new_tokens=4)
+    run_training(config, tmp_path / "run")
+    assert evaluated(tmp_path / "run") == wanted
+    samples = (tmp_path / "run/samples.md").read_text()
+    _, reference, policy_text = re.split("by reference:|by the model:", samples)
+    assert reference.strip() == policy_text.strip() and "ab⟫" in reference
+
+    config.evals.samples.beside = "base"
+    with pytest.raises(ValueError, match="beside = 'base'; config.models has .'reference'"):
+        run_training(config, tmp_path / "other")
+    config.evals = dict(text=entries.perplexity(every=0, split="train"))
+    with pytest.raises(ValueError, match="kind 'prompt' .an entry may have a source of its own"):
+        run_training(config, tmp_path / "other")
+
+
+@pytest.mark.usefixtures("fast_runs")
+def test_beginnings_of_texts_are_prompts(tiny, tmp_path):
+    config = configure(tiny, tmp_path, **{"rollout.prompt_tokens": 5, "train.length": "2 steps"})
+    lengths = [3, 5, 6, 7, 9]
+    lines = [{"text": "abcdefghij"[:n], "label": str(n)} for n in lengths]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config.data.source = "lm.data.sources.jsonl"
+    config.data.source_args = ConfigDict(dict(path=str(path), held_out=0.0, label_key="label"))
+    experiment = build.build(config, jax.devices()[:1])
+    prompts = list(experiment.train_documents)
+    # A text that ends within them leaves nothing to be written.
+    assert [prompt.record["label"] for prompt in prompts] == ["6", "7", "9"]
+    assert {prompt.ids for prompt in prompts} == {(256, *b"abcde")}
+    run_training(config, tmp_path / "run")
+
+    config.rollout.prompt_tokens = 8
+    with pytest.raises(ValueError, match="prompt_tokens = 8, with 1 before .* = 8"):
+        build.build(config, jax.devices()[:1])
+    config.rollout.prompt_tokens = 0
+    with pytest.raises(ValueError, match="kind 'text'; config.rollout.prompt_tokens makes"):
+        build.build(config, jax.devices()[:1])
 
 
 # --- what is drawn ---
