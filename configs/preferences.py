@@ -6,9 +6,9 @@
 
 BASE is a run's directory or that of a Hugging Face checkpoint, mostly of supervised tuning. A size
 is reward, or a loss of lm/objectives/preference.py: dpo, robust, hinge, ipo, orpo, simpo, kto. What
-follows BASE is a file of pairs (for kto of judged answers) in a format of lm/data/conversations.py;
-without one the pairs are those of docs/tuning.md, answers to questions about docstrings with wrong
-ones as long.
+follows BASE is a file of pairs (for kto of judged answers) in a format of lm/data/conversations.py,
+or a task of lm/evals/tasks/ that has wrong answers; without one the pairs are those of
+docs/tuning.md, answers to questions about docstrings with wrong ones as long.
 
 The reference is BASE itself. --config.model.lora_rank=8 --config.objective.reference=base trains
 adapters, and takes the model without them; --mode=reference computes what it says beforehand.
@@ -38,12 +38,14 @@ def get_config(argument: str = "dpo") -> ConfigDict:
         c.model.context_length = max(LENGTH, c.model.context_length)
     c.data.length = min(LENGTH, c.model.context_length)
     c.data.batch_size = 16
-    if paths:
+    task = paths[0] if paths and paths[0] in entries.shipped_tasks() else ""
+    if paths and not task:
         c.data.source = "lm.data.conversations.conversations"
         path = ",".join(paths)
         c.data.source_args = ConfigDict(dict(path=path, held_out=0.05, held_out_by="hash"))
     else:
-        tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
+        task = task or "pydocs_questions"
+        tasks = {task: entries.instructed(task)}
         c.data.batch_size = 8
         c.data.source = "lm.instructions.preferences"
         # As few as show it: the whole walk is half an hour on two cores.

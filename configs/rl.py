@@ -5,9 +5,10 @@
     python -m lm.main --config=configs/rl.py:verbalizer,BASE --workdir=runs/numpy
 
 BASE is a run's directory or that of a Hugging Face checkpoint. The prompts are JSONL,
-{"prompt": ..., "answer": ...}, texts or messages (lm/data/prompts.py); without a file they are
-questions about docstrings, those of docs/tuning.md. What a text earns is config.rewards: whether it
-is the record's answer, or with REWARD, where a reward model is, its score. lm/rl/ has others.
+{"prompt": ..., "answer": ...}, texts or messages (lm/data/prompts.py), or the questions of a task
+of lm/evals/tasks/, those about docstrings if none is named. What a text earns is config.rewards:
+whether it is the record's answer, or with REWARD, where a reward model is, its score. lm/rl/ has
+others.
 
 A size is grpo (Shao et al. 2024), dr_grpo (Liu et al. 2025), dapo (Yu et al. 2025), gspo (Zheng et
 al. 2025), rloo (Ahmadian et al. 2024) or ppo (Schulman et al. 2017), which trains a critic.
@@ -22,9 +23,11 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
+from lm.data.pydocs_tasks import VERBS
 from lm.evals import entries
 
 LENGTH = 512
+COMMAND = rf"^\s*({'|'.join(VERBS)})\b"  # how a command begins
 STARTS = ("Return the ", "Compute the eigenvalues of ", "Raise an exception if ")
 
 
@@ -44,27 +47,24 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     c.data.length = min(LENGTH, c.model.context_length)
     c.rollout.max_new_tokens = c.data.length // 4
 
-    if path:
+    if path.endswith(".jsonl"):
         c.data.source = "lm.data.prompts.jsonl"
         c.data.source_args = ConfigDict(dict(path=path, held_out=0.0))
     elif size == "verbalizer":
         c.rollout.prompt_tokens = 8
     else:
-        tasks = dict(pydocs_questions=entries.instructed("pydocs_questions"))
+        task = path or "pydocs_questions"
         c.data.source = "lm.instructions.questions"
-        c.data.source_args = ConfigDict(dict(tasks=tasks, wording=dict(space=True)))
-        c.evals.questions = entries.task("pydocs_questions", every=48, max_documents=200)
+        about = dict(tasks={task: entries.instructed(task)}, wording=dict(space=True))
+        c.data.source_args = ConfigDict(about)
+        c.evals[task] = entries.task(task, every=48, max_documents=200)
 
-    if size == "verbalizer":
-        c.models.judge = ConfigDict(dict(init_from=reward or base, model={}))
-        c.rewards.label = ConfigDict(dict(type="lm.rl.judges.Verbalizer", weight=1.0))
-        c.rewards.label.update(model="judge", task="pydocs_library", label="numpy")
-        c.rewards.label.update(column="excerpt", with_prompt=True, prior="")
-    elif reward:
+    _rewards(c, size, path, reward or base)
+    if reward and size != "verbalizer":
+        # What it stands for is watched.
+        c.rewards.right.weight = 0.0
         c.models.reward = ConfigDict(dict(init_from=reward, model={}))
         c.rewards.score = ConfigDict(dict(type="lm.rl.judges.RewardModel", weight=1.0))
-    else:
-        c.rewards.exact = ConfigDict(dict(type="lm.rl.rewards.exact", weight=1.0, key="answer"))
 
     c.objective = ConfigDict(dict(type="lm.objectives.policy", ratio="token"))
     c.objective.update(aggregate="token_mean", divisor=1.0, clip_low=0.2, clip_high=0.2)
@@ -81,13 +81,26 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     has_reference = bool(base) and c.objective.reference == "model"
     if has_reference:
         c.models.reference = ConfigDict(dict(init_from=base, model={}))
-    if not path:
+    if not path.endswith(".jsonl"):
         # What learning costs: texts as the base was trained on, which earn nothing.
         about = dict(source="lm.data.pydocs.pydocs", source_args=dict(data_dir="~/.cache/lm"))
         c.evals.text = entries.perplexity(every=48, max_documents=120, **about)
         beside = "reference" if has_reference else ""
         c.evals.samples = entries.samples(STARTS, every=48, beside=beside)
     return c
+
+
+def _rewards(c: ConfigDict, size: str, path: str, judge: str) -> None:
+    """Sets what a text earns by itself."""
+    if size == "verbalizer":
+        c.models.judge = ConfigDict(dict(init_from=judge, model={}))
+        about = dict(model="judge", task="pydocs_library", label="numpy", prior="")
+        about |= dict(type="lm.rl.judges.Verbalizer", column="excerpt", with_prompt=True)
+    elif path == "docstring_commands":
+        about = dict(type="lm.rl.rewards.pattern", pattern=COMMAND, key="")
+    else:
+        about = dict(type="lm.rl.rewards.exact", key="answer")
+    c.rewards.right = ConfigDict(about | dict(weight=1.0))
 
 
 def _grpo(c: ConfigDict) -> None:

@@ -3,6 +3,7 @@
     python -m lm.main --config=configs/sft.py:alpaca,BASE,alpaca_data.json --workdir=runs/alpaca
     python -m lm.main --config=configs/sft.py:chat,BASE,chats.jsonl --workdir=runs/chat
     python -m lm.main --config=configs/sft.py:questions,BASE --workdir=runs/questions
+    python -m lm.main --config=configs/sft.py:summaries,BASE --workdir=runs/summaries
     python -m lm.main --config=configs/sft.py:flan,BASE --workdir=runs/flan
     python -m lm.main --config=configs/sft.py:opt_iml,BASE --workdir=runs/opt_iml
 
@@ -11,7 +12,8 @@ them is held out. alpaca writes them as Stanford Alpaca does; chat in ChatML, wh
 to a tokenizer that lacks them. --config.model.lora_rank=8 trains adapters.
 
 questions is docs/tuning.md's example: questions about functions, with short answers out of their
-docstrings. flan and opt_iml are mixtures of instructions (lm/instructions.py) about the docstrings of this
+docstrings. summaries is what its reinforcement learning starts from: first lines of docstrings.
+flan and opt_iml are mixtures of instructions (lm/instructions.py) about the docstrings of this
 machine; config.data.source_args.held_out_clusters names what isn't tuned on. More tasks follow with
 their files, for training and evals both:
 
@@ -78,16 +80,25 @@ def _chat(c: ConfigDict, data: list[str]) -> None:
 
 def _questions(c: ConfigDict, data: list[str]) -> None:
     """Tunes on one task, which the base model is asked with four examples."""
+    _one_task(c, data, "pydocs_questions")
+    c.data.source_args.rate_cap = 9000
+    shots = dict(shots=4, sampler="random")
+    c.evals.with_examples = entries.task("pydocs_questions", max_documents=500, prompt=shots)
+
+
+def _summaries(c: ConfigDict, data: list[str]) -> None:
+    """Tunes on the first lines of docstrings."""
+    _one_task(c, data, "pydocs_summary")
+
+
+def _one_task(c: ConfigDict, data: list[str], name: str) -> None:
     _mixture(c, data)
-    name = "pydocs_questions"
     c.data.source_args.tasks = ConfigDict({name: entries.instructed(name)})
-    c.data.source_args.update(held_out_clusters="", rate_cap=9000)
+    c.data.source_args.update(held_out_clusters="", rate_cap=6000)
     c.data.batch_size = 8
     c.optimizer.learning_rate = 1e-3
     c.evals = ConfigDict(dict(held_out=entries.held_out("AnswerLoss", every=200)))
     c.evals.questions = entries.task(name, max_documents=500)
-    shots = dict(shots=4, sampler="random")
-    c.evals.with_examples = entries.task(name, max_documents=500, prompt=shots)
 
 
 def _mixture(c: ConfigDict, data: list[str]) -> None:
@@ -147,6 +158,7 @@ SIZES = {
     "alpaca": _alpaca,
     "chat": _chat,
     "questions": _questions,
+    "summaries": _summaries,
     "flan": _flan,
     "opt_iml": _opt_iml,
 }

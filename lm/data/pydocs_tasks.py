@@ -251,6 +251,36 @@ def _summary(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iterator[d
         yield dict(excerpt=shortened(doc.body, EXCERPT_CHARS), answer=doc.summary)
 
 
+# With which summaries begin as commands, "Return the sum.", as PEP 257 wants them.
+VERBS = (
+    "Add Allow Append Apply Assign Build Calculate Call Change Check Clear Close Collect Compare "
+    "Compute Concatenate Configure Construct Convert Copy Count Create Decode Define Delete "
+    "Determine Divide Draw Encode Ensure Estimate Evaluate Execute Extract Fetch Fill Find Format "
+    "Generate Get Handle Initialize Insert Interpolate Invoke Join Load Log Make Map Merge Move "
+    "Multiply Open Parse Perform Prepare Print Provide Put Raise Read Reduce Register Remove "
+    "Replace Reset Return Round Run Sample Save Search Select Send Set Show Solve Sort Split Start "
+    "Stop Test Transform Update Use Validate Wait Wrap Write"
+).split()
+
+
+def _commands(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iterator[dict]:
+    """A summary that is a command, and one that isn't as wrong one, as long within a character. One
+    of them is the docstring's own.
+    """
+    for record in _summary(doc, docs, rng):
+        own, is_command = doc.summary, _is_command(doc.summary)
+        others = [other.summary for other in rng.sample(docs, min(512, len(docs)))]
+        for other in others:
+            if _is_command(other) != is_command and abs(len(other) - len(own)) <= 1:
+                answer, wrong = (own, other) if is_command else (other, own)
+                yield record | dict(answer=answer, wrong=wrong)
+                break
+
+
+def _is_command(summary: str) -> bool:
+    return summary.split(" ", 1)[0] in VERBS
+
+
 def _which_summary(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iterator[dict]:
     """Which of four summaries of a library belongs to a docstring's body."""
     for record in _summary(doc, docs, rng):
@@ -402,6 +432,7 @@ FAMILIES: dict[str, Family] = {
     "raises": _raises,
     "name": _name,
     "summary": _summary,
+    "commands": _commands,
     "which_summary": _which_summary,
     "which_parameter": _which_parameter,
     "questions": _questions,

@@ -165,7 +165,7 @@ class RolloutLoader:
             texts.append(rewards.Text(text, prompt.ids, tuple(draw.ids), draw.has_ended))
         records = [prompt.record for prompt in of_texts]
         scores = rewards.score(self._rewards, records, texts, params)
-        rewards_N = sum(self._weights[name] * scores[name] for name in scores)
+        rewards_N = _weighted(scores, self._weights)
 
         rows, spans = [], []
         for prompt, draw in zip(of_texts, draws):
@@ -419,8 +419,11 @@ def _check_numbers(config, options: policy.Options, per_rollout: int) -> None:
         )
     if c.kl and options.reference == "none":
         raise ValueError(f"config.rollout.kl = {c.kl} needs config.objective.reference")
-    if not config.rewards:
-        raise ValueError("config.rewards is empty: a policy needs something to be rewarded for")
+    if not any(entry.weight for entry in config.rewards.values()):
+        raise ValueError(
+            f"config.rewards has no entry with a weight, of {list(config.rewards)}: a policy needs "
+            "something to be rewarded for"
+        )
 
 
 def _compiled_scores(experiment: build.Experiment) -> Callable | None:
@@ -462,6 +465,13 @@ def _gathered(leaf) -> NamedSharding:
     return NamedSharding(leaf.sharding.mesh, PartitionSpec(*kept))
 
 
+def _weighted(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """What each text earns together, [N]; NaN where a reward can't tell. What weighs nothing is
+    only watched.
+    """
+    return sum(weight * scores[name] for name, weight in weights.items() if weight)
+
+
 def _log_ratios(row: Mapping[str, np.ndarray], span: slice) -> np.ndarray:
     """Of a text's tokens, to the reference: by the trainer's log-probabilities where it has them,
     else by the sampler's.
@@ -472,13 +482,12 @@ def _log_ratios(row: Mapping[str, np.ndarray], span: slice) -> np.ndarray:
 
 def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """What is logged of a rollout."""
-    terms = {}
-    total, num_texts = np.zeros(len(rollout.texts)), len(rollout.texts)
+    terms, num_texts = {}, len(rollout.texts)
     for name, scores in rollout.scores.items():
         is_scored = np.isfinite(scores)
         terms[f"reward/{name}"] = (float(scores[is_scored].sum()), float(is_scored.sum()))
-        total = total + weights[name] * scores
 
+    total = _weighted(rollout.scores, weights)
     is_scored = np.isfinite(total)
     terms["reward"] = (float(total[is_scored].sum()), float(is_scored.sum()))
 
