@@ -587,9 +587,16 @@ class Program:
 
 
 def program(
-    config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, total_steps: int
+    config: ConfigDict,
+    devices: Sequence[jax.Device],
+    vocab_size: int,
+    total_steps: int,
+    make_other: Callable[..., AbstractModel] = other_model,
 ) -> Program:
     """The compiled part of a run, for a tokenizer of `vocab_size` ids.
+
+    Args:
+      make_other: makes each model of config.models, as `other_model` does.
 
     Raises:
       ValueError: a mesh or batch that doesn't fit the devices, unknown names, sizes that the mesh
@@ -610,7 +617,7 @@ def program(
     _check_sources(c, model_config, objective)
     objective.check(model_config, trained.paths_of(params.trained_axes))
 
-    others = {name: other_model(c, name, devices, vocab_size) for name in c.models}
+    others = {name: make_other(c, name, devices, vocab_size) for name in c.models}
     abstract_fixed = step.Fixed(params.frozen, {name: others[name].params for name in others})
 
     # The train step, and where its state lies.

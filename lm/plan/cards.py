@@ -1,5 +1,5 @@
-"""Cards: the reports of the configurations of configs/pods.py and configs/sft_pods.py, how they are
-checked and shown.
+"""Cards: the reports of the configurations of configs/pods.py, configs/sft_pods.py and
+configs/rl_pods.py, how they are checked and shown.
 """
 
 import json
@@ -47,6 +47,9 @@ def table(report: dict) -> str:
         days = _by_model(report["days"], "{:,.1f} days")
         chip_hours = _by_model(report["chip_hours"], "{:,.0f}")
         lines.append(f"{report['tokens']:.3g} tokens: {days}; chip-hours: {chip_hours}")
+    if "rollout_to_update" in report:
+        lines.append(f"\na rollout: {_by_model(report['rollout_ms'], '{:,.0f} ms')}")
+        lines.append(f"  to its updates: {_by_model(report['rollout_to_update'], '{:.2f}')}")
     lines.append(report.get("in_words", ""))
     return "\n".join(lines)
 

@@ -25,8 +25,10 @@ from lm import build, sharding, step
 from lm import config as config_lib
 from lm.decoding.generator import decode_step, prefill
 from lm.plan import hlo, search
+from lm.rl import rollouts
 
-PROGRAMS = ("train", "eval", "prefill", "decode")
+PROGRAMS = ("train", "eval", "scores", "reshard", "prefill", "decode")
+ROLLOUT_LOADER = "lm.rl.rollouts.RolloutLoader"
 # Tokens of the prompts that the prefill program is compiled for, at most.
 PROMPT_LENGTH = 1024
 # Dims of a pod's torus, by the generation of TPU.
@@ -225,11 +227,66 @@ def _check_decodes(program: build.Program, name: str) -> None:
         )
 
 
+def _is_policy(config: ConfigDict) -> bool:
+    return config.data.loader == ROLLOUT_LOADER
+
+
+def _check_policy(config: ConfigDict, name: str) -> None:
+    """Raises ValueError for a model that isn't trained on texts of its own."""
+    if not _is_policy(config):
+        raise ValueError(
+            f"the program {name!r} is one of rollouts: wanted config.data.loader = "
+            f"{ROLLOUT_LOADER!r}"
+        )
+
+
+def _scores_job(config: ConfigDict, program: build.Program) -> _Job:
+    """What a rollout asks of a batch of its texts, such as the reference's log-probabilities."""
+    _check_policy(config, "scores")
+    scores = rollouts.make_scores(program)
+    if scores is None:
+        raise ValueError("the program 'scores': this objective asks nothing of texts beforehand")
+    others = {name: other.params for name, other in program.others.items()}
+    batch = program.abstract_batch(config.data.batch_size)
+    return _Job(
+        jax.jit(scores),
+        (program.abstract_params, batch, others),
+        _model_flops(program, config.data.batch_size, config.data.length),
+    )
+
+
+def _reshard_job(config: ConfigDict, program: build.Program) -> _Job:
+    """The parameters from their layout in training to that of rollouts."""
+    _check_policy(config, "reshard")
+    layout = rollouts.layout_of(program)
+    if layout is None:
+        raise ValueError(
+            "the program 'reshard': the parameters' layout in rollouts is that of training "
+            "(config.rollout.reshard, and a mesh that splits them)"
+        )
+    jitted = jax.jit(lambda params: params, out_shardings=layout)
+    return _Job(jitted, (program.abstract_params,), ModelFlops(0.0, 0.0))
+
+
+def _decoded_params(config: ConfigDict, program: build.Program):
+    """The abstract parameters as texts are decoded with them."""
+    layout = rollouts.layout_of(program) if _is_policy(config) else None
+    if layout is None:
+        return program.abstract_params
+
+    def lay_out(leaf, sharding_):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_)
+
+    return jax.tree.map(lay_out, program.abstract_params, layout)
+
+
 def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
     """Prefill of a prompt a chip."""
     _check_decodes(program, "prefill")
     rows = len(program.devices)
     length = min(PROMPT_LENGTH, config.data.length)
+    if _is_policy(config):
+        length = config.data.length - config.rollout.max_new_tokens
 
     def run(params, prompts_BT, lengths_B):
         model = nnx.merge(program.graphdef, params)
@@ -239,16 +296,18 @@ def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
     lengths_B = _abstract_ids(program, rows)
     return _Job(
         jax.jit(run),
-        (program.abstract_params, prompts_BT, lengths_B),
+        (_decoded_params(config, program), prompts_BT, lengths_B),
         _model_flops(program, rows, length),
     )
 
 
 def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
-    """A decode step of a row a chip, with a cache of config.data.length positions."""
+    """A decode step of a row a chip, or of a rollout's slots, with a cache of config.data.length
+    positions.
+    """
     _check_decodes(program, "decode")
-    rows = len(program.devices)
-    params = program.abstract_params
+    rows = config.rollout.slots if _is_policy(config) else len(program.devices)
+    params = _decoded_params(config, program)
 
     def init_cache(params):
         return nnx.merge(program.graphdef, params).init_cache(rows, config.data.length)
@@ -274,6 +333,8 @@ def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
 _JOBS = {
     "train": _train_job,
     "eval": _eval_job,
+    "scores": _scores_job,
+    "reshard": _reshard_job,
     "prefill": _prefill_job,
     "decode": _decode_job,
 }
@@ -405,7 +466,9 @@ def plan(
 
     # The learning rate's schedule needs a length; where that hangs on the corpus, any will do.
     total_steps = _total_steps(config)
-    program = build.program(config, devices, config.model.vocab_size, total_steps or 10**6)
+    program = build.program(
+        config, devices, config.model.vocab_size, total_steps or 10**6, make_other=_other_model
+    )
     params = program.abstract_params
     report = {
         "topology": topology,
@@ -428,7 +491,44 @@ def plan(
 
     if "train" in report:
         report |= _run_report(report["train"], config, len(devices), total_steps)
+    if {"train", "prefill", "decode"} <= set(report) and _is_policy(config):
+        report |= _rollout_report(report, config)
     return report
+
+
+def _other_model(
+    config: ConfigDict, name: str, devices: Sequence[jax.Device], vocab_size: int
+) -> build.AbstractModel:
+    """A model of config.models, taken to be as the one that is trained, which a reference is: no
+    checkpoint is read.
+    """
+    other = config.copy_and_resolve_references().unlock()
+    other.model.update(config.models[name].model)
+    return build.abstract_model(other, devices, vocab_size)
+
+
+def _rollout_report(report: dict, config: ConfigDict) -> dict:
+    """What a rollout takes whose texts are all as long as can be, and the steps that learn from it:
+    milliseconds by model.
+    """
+    c = config.rollout
+    texts = config.data.batch_size * c.steps
+    times = dict(
+        prefill=math.ceil(texts / c.samples / report["chips"]),
+        decode=math.ceil(texts / c.slots) * c.max_new_tokens,
+        scores=c.steps,
+        reshard=1,
+    )
+    rollout_ms, update_ms, ratios = {}, {}, {}
+    for model, step_ms in report["train"]["step_ms"].items():
+        rollout_ms[model] = sum(
+            count * report[name]["step_ms"][model]
+            for name, count in times.items()
+            if name in report
+        )
+        update_ms[model] = c.steps * c.epochs * step_ms
+        ratios[model] = rollout_ms[model] / update_ms[model]
+    return dict(rollout_ms=rollout_ms, update_ms=update_ms, rollout_to_update=ratios)
 
 
 def _run_report(train: dict, config: ConfigDict, chips: int, total_steps: int | None) -> dict:

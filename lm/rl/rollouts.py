@@ -428,14 +428,19 @@ def _check_numbers(config, options: policy.Options, per_rollout: int) -> None:
 
 def _compiled_scores(experiment: build.Experiment) -> Callable | None:
     """(params, batch, parameters of other models) -> see `lm.objectives.policy.make_scores`."""
-    arguments = experiment.config.objective.to_dict()
+    scores = make_scores(experiment.program)
+    return compiled(scores, experiment.program.mesh) if scores else None
+
+
+def make_scores(program: build.Program) -> Callable | None:
+    """The same, pure; None: nothing is asked of rows."""
+    arguments = program.config.objective.to_dict()
     del arguments["type"]
     scores = policy.make_scores(**arguments)
     if scores is None:
         return None
-    p = experiment.program
-    graphdefs = {name: other.graphdef for name, other in p.others.items()}
-    return compiled(functools.partial(_scores_of, p.graphdef, graphdefs, scores), p.mesh)
+    graphdefs = {name: other.graphdef for name, other in program.others.items()}
+    return functools.partial(_scores_of, program.graphdef, graphdefs, scores)
 
 
 def _scores_of(graphdef, graphdefs: Mapping[str, Any], scores: Callable, params, batch, others):
@@ -445,11 +450,16 @@ def _scores_of(graphdef, graphdefs: Mapping[str, Any], scores: Callable, params,
 
 def _compiled_reshard(experiment: build.Experiment) -> Callable:
     """Parameters -> the same ones, as a rollout has them on the mesh."""
-    p = experiment.program
-    split = [axis for axis in sharding.FSDP_AXES if p.mesh.shape[axis] > 1]
-    if not experiment.config.rollout.reshard or not split:
-        return _as_they_are
-    return jax.jit(_as_they_are, out_shardings=jax.tree.map(_gathered, p.abstract_params))
+    layout = layout_of(experiment.program)
+    return jax.jit(_as_they_are, out_shardings=layout) if layout else _as_they_are
+
+
+def layout_of(program: build.Program):
+    """The parameters' shardings in a rollout; None: they are those of training."""
+    split = [axis for axis in sharding.FSDP_AXES if program.mesh.shape[axis] > 1]
+    if not program.config.rollout.reshard or not split:
+        return None
+    return jax.tree.map(_gathered, program.abstract_params)
 
 
 def _as_they_are(params):
