@@ -11,6 +11,8 @@ import types
 import jax
 import pytest
 
+from ml_collections import ConfigDict
+
 from lm import config as config_lib
 from lm.models.transformer import flops_per_token
 from lm.plan import __main__ as plan_main
@@ -18,7 +20,7 @@ from lm.plan import cards
 from lm.plan import compile as plan_lib
 from tests.helpers import ROOT
 
-PODS = ("configs/pods.py", "configs/sft_pods.py")  # files whose sizes have cards
+PODS = ("configs/pods.py", "configs/sft_pods.py", "configs/rl_pods.py")  # files whose sizes have cards
 V5E_FLOPS = 197e12  # of a chip, a second
 
 
@@ -58,6 +60,29 @@ def card():
 def test_an_unknown_program_is_refused(small):
     with pytest.raises(ValueError, match=r"no programs \['test'\]; valid: \['train', 'eval'"):
         plan_lib.plan(small, "v5e:2x2", programs=("train", "test"))
+
+
+@pytest.mark.slow
+def test_rollouts(small):
+    """The weights are gathered once, and texts are decoded without any transfer."""
+    with pytest.raises(ValueError, match="'reshard' is one of rollouts: wanted config.data.loader"):
+        plan_lib.plan(small, "v5e:2x2", programs=("reshard",))
+
+    small.data.loader = plan_lib.ROLLOUT_LOADER
+    small.objective = ConfigDict(dict(type="lm.objectives.policy", reference="model", chunk=128))
+    small.models.reference = ConfigDict(dict(init_from="nowhere", model={}))
+    small.rollout.update(slots=64, samples=8, max_new_tokens=256, steps=2, epochs=3)
+    small.train.length = "100 steps"
+    report = plan_lib.plan(small, "v5e:2x2", programs=plan_lib.PROGRAMS)
+
+    gathered = report["parameters_gib"] * 2**30 * 3  # three quarters of each weight
+    assert report["reshard"]["wire_gb"] == pytest.approx(gathered / 1e9, rel=0.05)
+    assert report["decode"]["wire_gb"] < 1e-3 < report["scores"]["executed_tflops"]
+    for model, ratio in report["rollout_to_update"].items():
+        ms = {name: report[name]["step_ms"][model] for name in plan_lib.PROGRAMS}
+        # 64 texts of 8 prompts, two a chip.
+        rollout = ms["reshard"] + 2 * ms["scores"] + 2 * ms["prefill"] + 256 * ms["decode"]
+        assert ratio == pytest.approx(rollout / 6 / ms["train"])
 
 
 def check_memory(report):

@@ -1,5 +1,6 @@
 """Reinforcement learning: advantages, the loss, what is drawn, and runs."""
 
+import collections
 import json
 import re
 import types
@@ -490,8 +491,9 @@ def make_generator(config):
     return e.eval_fns().make_generator(params, Sampling(temperature=1.0))
 
 
-def test_texts_depend_on_neither_slots_nor_neighbours(tiny, tmp_path):
-    generator = make_generator(configure(tiny, tmp_path))
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_texts_depend_on_neither_slots_nor_neighbours(tiny, tmp_path, positions):
+    generator = make_generator(configure(tiny, tmp_path, **{"model.positions": positions}))
     prompts = [[256, *text.encode()] for text in PROMPTS]
     options = dict(samples=2, max_new_tokens=8, temperature=1.0, key=jax.random.key(3))
     wanted = batched.draw(generator, prompts, slots=16, **options)
@@ -510,6 +512,34 @@ def test_texts_depend_on_neither_slots_nor_neighbours(tiny, tmp_path):
     assert others != wanted
     twice = batched.draw(generator, [prompts[0]] * 2, slots=4, **options)
     assert twice[0] != twice[1]
+
+
+@pytest.mark.usefixtures("fast_runs")
+def test_a_frozen_policy_writes_other_texts_each_time(tiny, tmp_path):
+    """Of the same prompt too; and the trainer gives them the sampler's log-probabilities."""
+    frozen = {"objective.temperature": 0.7, "optimizer.learning_rate": 1e-12}
+    config = configure(tiny, tmp_path, **frozen)
+    run_training(config, tmp_path / "run")
+    texts = collections.defaultdict(list)
+    for text in read_rollouts(tmp_path / "run").values():
+        for line in map(json.loads, text.splitlines()):
+            texts[line["prompt"]].append(tuple(line["ids"]))
+    assert len(texts) == len(PROMPTS) and {len(x) for x in texts.values()} == {12}  # 3 epochs
+    # Of 12 texts of up to 8 of 258 tokens, none should come twice.
+    assert all(len(set(x)) == 12 for x in texts.values())
+    assert max(x["train/mismatch"] for x in read_metrics(tmp_path / "run")) < 1e-5
+
+
+@pytest.mark.usefixtures("fast_runs")
+def test_the_schedule_counts_updates(tiny, tmp_path):
+    """Not rollouts, of which each serves four: the last update has the last learning rate."""
+    changes = KINDS["steps"] | {"rollout.epochs": 2, "train.length": "8 steps"}
+    changes |= {"optimizer.schedule": "linear", "optimizer.final_learning_rate": 1e-4}
+    run_training(configure(tiny, tmp_path, **changes), tmp_path / "run")
+    rates = [line["train/learning_rate"] for line in read_metrics(tmp_path / "run")]
+    assert len(rates) == 8 and rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(1e-2) and rates[-1] < 2e-3
+    assert sorted(read_rollouts(tmp_path / "run")) == ["0.jsonl", "4.jsonl"]
 
 
 # --- what gives nothing to learn ---
@@ -576,9 +606,19 @@ def test_what_a_reward_cannot_tell_is_left_out(tiny, tmp_path):
 def test_texts_at_the_limit_can_be_left_out(tiny, tmp_path):
     config = configure(tiny, tmp_path, **{"rollout.overlong": "leave_out"})
     run_training(config, tmp_path / "run")
+    left_out = 0
     for text in read_rollouts(tmp_path / "run").values():
-        for line in map(json.loads, text.splitlines()):
-            assert line["has_ended"] or not line["is_learnt"]
+        lines = [json.loads(line) for line in text.splitlines()]
+        for start in range(0, len(lines), 4):
+            # They are among those that the others of their prompt are compared with.
+            group = lines[start : start + 4]
+            earned = np.array([[line["rewards"]["even"] for line in group]])
+            (wanted,) = advantages.of_groups(earned, "grpo")
+            for line, advantage in zip(group, wanted):
+                assert line["advantage"] == pytest.approx(advantage, rel=1e-5)
+                assert line["has_ended"] or not line["is_learnt"]
+                left_out += not line["has_ended"]
+    assert left_out > 10
 
 
 CAUSAL = ConfigDict(dict(type="lm.objectives.causal", z_loss=0.0, balance_loss=0.0, chunk=0))

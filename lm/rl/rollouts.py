@@ -511,9 +511,27 @@ def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[fl
     surprise = -sum(sum(draw.logprobs) for draw in rollout.draws)
     terms["entropy"] = (surprise, num_tokens)
 
+    if "returns" in rollout.rows[0]:
+        terms["value_explained"] = (_value_explained(rollout), 1.0)
     if "reference_logprobs" in rollout.rows[0]:
         nats = 0.0
         for row, span in zip(rollout.rows, rollout.spans):
             nats += float(_log_ratios(row, span).sum())
         terms["kl_of_text"] = (nats, float(num_texts))
     return terms
+
+
+def _value_explained(rollout: Rollout) -> float:
+    """The share of the returns' variance over tokens that the critic foresees (R^2)."""
+    values, returns = [], []
+    for row, span, learnt in zip(rollout.rows, rollout.spans, rollout.is_learnt):
+        if learnt:
+            values.append(row["old_values"][span])
+            returns.append(row["returns"][span])
+    if not returns:
+        return float("nan")
+
+    of_tokens = np.concatenate(returns)
+    variance = float(of_tokens.var())
+    left = float((of_tokens - np.concatenate(values)).var())
+    return 1 - left / variance if variance else float("nan")
