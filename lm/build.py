@@ -603,9 +603,7 @@ def program(
         can't divide.
     """
     c = config
-    mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
-    _check_batches(c, mesh)
-    _check_simulated(c, devices)
+    mesh = _checked_mesh(c, devices)
 
     # The model, its optimizer and its loss.
     model_config, make_model = make_model_fn(c, vocab_size, devices[0].platform)
@@ -633,17 +631,10 @@ def program(
     abstract_state = step.abstract_state(params.trained, params.trained_axes, optimizer, mesh)
     shardings, whole = jax.tree.map(_layout, abstract_state), sharding.replicated(mesh)
 
-    jit_step = functools.partial(
-        jax.jit,
-        in_shardings=(shardings, None, jax.tree.map(_layout, abstract_fixed)),
-        compiler_options=startup.compiler_options(devices[0]),
-    )
+    jit_step = _step_compiler(shardings, jax.tree.map(_layout, abstract_fixed), devices[0])
 
     def make_params(key):
         return nnx.to_pure_dict(nnx.split(make_model(key), nnx.Param)[1])
-
-    def init_state(params):
-        return step.init_state(params, optimizer)
 
     return Program(
         config=c,
@@ -661,7 +652,11 @@ def program(
         is_trained=params.is_trained,
         # Under jit one seed gives the same bits on every mesh.
         make_params=jax.jit(make_params, out_shardings=jax.tree.map(_layout, params.whole)),
-        init_state=jax.jit(init_state, out_shardings=shardings, donate_argnums=0),
+        init_state=jax.jit(
+            functools.partial(step.init_state, optimizer=optimizer),
+            out_shardings=shardings,
+            donate_argnums=0,
+        ),
         train_step=jit_step(train_step, out_shardings=(shardings, whole), donate_argnums=0),
         look=jit_step(look, out_shardings=whole),
         eval_params=jax.jit(optimizer.eval_params, out_shardings=shardings.params),
@@ -669,6 +664,22 @@ def program(
             graphdef, objective, mesh, others, branches=step.branches(model_config)
         ),
     )
+
+
+def _step_compiler(state_shardings, fixed_shardings, device: jax.Device) -> Callable:
+    """jax.jit for functions of (state, batch, fixed)."""
+    return functools.partial(
+        jax.jit,
+        in_shardings=(state_shardings, None, fixed_shardings),
+        compiler_options=startup.compiler_options(device),
+    )
+
+
+def _checked_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+    _check_batches(config, mesh)
+    _check_simulated(config, devices)
+    return mesh
 
 
 def _flops_per_token(config: ConfigDict, model_config, objective: Objective) -> Callable:
@@ -954,6 +965,7 @@ class Experiment:
         that say so out of its arguments.
         """
         key, split = f"config.evals.{name}", arguments.pop("split")
+
         source, source_args = arguments.pop("source", ""), arguments.pop("source_args", {})
         if source:
             found = documents_of(source, source_args, split, key, f"{key}.split")

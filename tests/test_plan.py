@@ -10,7 +10,6 @@ import types
 
 import jax
 import pytest
-
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
@@ -20,7 +19,11 @@ from lm.plan import cards
 from lm.plan import compile as plan_lib
 from tests.helpers import ROOT
 
-PODS = ("configs/pods.py", "configs/sft_pods.py", "configs/rl_pods.py")  # files whose sizes have cards
+PODS = (
+    "configs/pods.py",
+    "configs/sft_pods.py",
+    "configs/rl_pods.py",
+)  # files whose sizes have cards
 V5E_FLOPS = 197e12  # of a chip, a second
 
 

@@ -51,7 +51,7 @@ RANKS = {
     "lm/instructions.py": 7,
     "lm/rl/": 8,
     "lm/weights.py": 8,
-    "lm/plan/": 8,
+    "lm/plan/": 9,
     "lm/evaluate.py": 9,
     "lm/audit.py": 10,
     "lm/reference.py": 10,

@@ -147,15 +147,16 @@ def beginnings(
             f"config.rollout.prompt_tokens = {num_tokens}, with {len(before)} before them: wanted "
             f"at most config.data.length less config.rollout.max_new_tokens = {room}"
         )
+
     encoded: list[EncodedPrompt] = []
     left_out = LeftOut()
-
     with progress.activity("encoding prompts", len(documents), "prompts") as encoding:
         for document in encoding.each(documents):
             ids = tokenizer.encode(document.text)
             if len(ids) <= num_tokens:
                 left_out.add("ends within config.rollout.prompt_tokens", document.name)
                 continue
+
             record = dict(label=document.label)
             prompt = (*before, *ids[:num_tokens])
             encoded.append(EncodedPrompt(prompt, record, document.name))

@@ -270,6 +270,7 @@ def _commands(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iterator[
     for record in _summary(doc, docs, rng):
         own, is_command = doc.summary, _is_command(doc.summary)
         others = [other.summary for other in rng.sample(docs, min(512, len(docs)))]
+
         for other in others:
             if _is_command(other) != is_command and abs(len(other) - len(own)) <= 1:
                 answer, wrong = (own, other) if is_command else (other, own)

@@ -236,6 +236,7 @@ class PredictFns:
           asked_by: who asks for them, if not the evaluator.
         """
         functions = vars(self._compiled_fns).items()
+
         others = ("mesh", "arrays", "reserved", "source_length", "context_length")
         others += ("make_other_generators",)
         available = [n for n, value in functions if n not in others and value is not None]

@@ -246,6 +246,7 @@ def _scores_job(config: ConfigDict, program: build.Program) -> _Job:
     scores = rollouts.make_scores(program)
     if scores is None:
         raise ValueError("the program 'scores': this objective asks nothing of texts beforehand")
+
     others = {name: other.params for name, other in program.others.items()}
     batch = program.abstract_batch(config.data.batch_size)
     return _Job(
@@ -259,6 +260,7 @@ def _reshard_job(config: ConfigDict, program: build.Program) -> _Job:
     """The parameters from their layout in training to that of rollouts."""
     _check_policy(config, "reshard")
     layout = rollouts.layout_of(program)
+
     if layout is None:
         raise ValueError(
             "the program 'reshard': the parameters' layout in rollouts is that of training "
@@ -519,15 +521,16 @@ def _rollout_report(report: dict, config: ConfigDict) -> dict:
         scores=c.steps,
         reshard=1,
     )
+    compiled = {name: count for name, count in times.items() if name in report}
+
     rollout_ms, update_ms, ratios = {}, {}, {}
     for model, step_ms in report["train"]["step_ms"].items():
-        rollout_ms[model] = sum(
-            count * report[name]["step_ms"][model]
-            for name, count in times.items()
-            if name in report
-        )
+        rollout_ms[model] = 0.0
+        for name, count in compiled.items():
+            rollout_ms[model] += count * report[name]["step_ms"][model]
         update_ms[model] = c.steps * c.epochs * step_ms
         ratios[model] = rollout_ms[model] / update_ms[model]
+
     return dict(rollout_ms=rollout_ms, update_ms=update_ms, rollout_to_update=ratios)
 
 

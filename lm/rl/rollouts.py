@@ -524,6 +524,7 @@ def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[fl
 def _value_explained(rollout: Rollout) -> float:
     """The share of the returns' variance over tokens that the critic foresees (R^2)."""
     values, returns = [], []
+
     for row, span, learnt in zip(rollout.rows, rollout.spans, rollout.is_learnt):
         if learnt:
             values.append(row["old_values"][span])
