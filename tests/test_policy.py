@@ -582,6 +582,23 @@ def test_evals_fall_between_rollouts():
         rl.get_config("grpo,a,b,c,d")
 
 
+def test_what_is_rewarded():
+    """A reward model's score, beside the rule that it learnt, which is watched."""
+    weights = {}
+    for argument in ("grpo", "ppo,,docstring_commands", "ppo,,docstring_commands,JUDGE"):
+        rewards = rl.get_config(argument).rewards
+        weights[argument] = {entry.type: entry.weight for entry in rewards.values()}
+    pattern = "lm.rl.rewards.pattern"
+    assert list(weights.values()) == [
+        {"lm.rl.rewards.exact": 1},
+        {pattern: 1},
+        {pattern: 0, "lm.rl.judges.RewardModel": 1},
+    ]
+    c = rl.get_config("verbalizer,BASE,,JUDGE")
+    assert c.models.judge.init_from == "JUDGE" and c.models.reference.init_from == "BASE"
+    assert re.search(rl.COMMAND, " Return x.") and not re.search(rl.COMMAND, "Returns x.")
+
+
 @pytest.mark.usefixtures("fast_runs")
 def test_what_a_reward_cannot_tell_is_left_out(tiny, tmp_path):
     config = configure(tiny, tmp_path)
@@ -591,6 +608,9 @@ def test_what_a_reward_cannot_tell_is_left_out(tiny, tmp_path):
     config.rewards.even = ConfigDict(
         dict(type="tests.toys.rewards.nothing_of", weight=1.0, key="bad")
     )
+    # What weighs nothing leaves nothing out.
+    watched = dict(type="tests.toys.rewards.nothing_of", weight=0.0, key="prompt")
+    config.rewards.watched = ConfigDict(watched)
     config.train.length = "2 steps"
     run_training(config, tmp_path / "run")
     shares = [line["train/texts_unscored"] for line in read_metrics(tmp_path / "run")]
@@ -630,6 +650,7 @@ CAUSAL = ConfigDict(dict(type="lm.objectives.causal", z_loss=0.0, balance_loss=0
     [
         ({"rewards.even.type": "tests.toys.rewards.broken"}, "missing a required argument: 'how'"),
         ({"rewards.even.type": "tests.toys.rewards.none"}, "rewards.even.type = .* can't be"),
+        ({"rewards.even.weight": 0.0}, "rewards has no entry with a weight, of .'even'"),
         ({"objective": CAUSAL}, "takes text or conversation"),
         ({"objective.aggregate": "mean"}, r"aggregate = 'mean'; valid: \['sequence_means'"),
         ({"objective.temperature": 0.0}, "temperature = 0.0; wanted a number above 0"),

@@ -140,6 +140,24 @@ def test_the_length_of_a_wrong_answer_tells_nothing():
     assert 0.2 < in_excerpt / len(records) < 0.9
 
 
+def test_commands_are_better_whatever_their_length():
+    own = {doc.name: doc.summary for doc in docstrings("train")}
+    records = pydocs_tasks.load("train", "commands")
+    assert len(records) > 0.9 * len(pydocs_tasks.load("train", "summary"))
+    differences, own_wins = [], 0
+    for record in records:
+        better, worse = record["answer"], record["wrong"]
+        assert better.split()[0] in pydocs_tasks.VERBS
+        assert worse.split()[0] not in pydocs_tasks.VERBS
+        assert own[record["name"]] in (better, worse)
+        differences.append(len(better) - len(worse))
+        own_wins += own[record["name"]] == better
+    assert set(differences) <= {-1, 0, 1}
+    assert abs(sum(differences)) / len(records) < 0.1
+    # Nor is the docstring's own summary the better one most times.
+    assert 0.3 < own_wins / len(records) < 0.7
+
+
 def test_nothing_of_a_split_is_in_another():
     train, validation = docstrings("train"), docstrings("validation")
     assert not {doc.name for doc in train} & {doc.name for doc in validation}

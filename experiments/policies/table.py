@@ -16,7 +16,7 @@ from configs import rl
 from lm import files
 from lm.data import pydocs
 
-LAST = 64  # steps of a chain's PPO
+LAST = 64  # steps of PPO in the chain
 LABELS = ("numpy", "jax")  # the runs of the verbalizer's reward
 
 # --- the chain ---
