@@ -226,8 +226,8 @@ def ours(folder: Path) -> dict[str, float]:
     c.data.batch_size = PROMPTS * SAMPLES
     c.data.length = PROMPT_TOKENS + NEW_TOKENS
     c.rollout.update(samples=SAMPLES, max_new_tokens=NEW_TOKENS, slots=PROMPTS * SAMPLES)
-    c.rewards.exact.type = "policies.vowels"
-    del c.rewards.exact["key"]
+    c.rewards.right.type = "policies.vowels"
+    del c.rewards.right["key"]
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 1e-6
     c.evals = {}

@@ -70,6 +70,8 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     c.objective.update(aggregate="token_mean", divisor=1.0, clip_low=0.2, clip_high=0.2)
     c.objective.update(old="present", importance_cap=2.0, kl=0.0, kl_estimator="k3")
     c.objective.update(reference="none", value_weight=0.0, value_clip=0.2, temperature=1.0, chunk=0)
+    # Whatever a flag makes of it.
+    c.objective.places = c.rollout.get_ref("max_new_tokens")
     c.optimizer.learning_rate = 1e-5
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0

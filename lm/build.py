@@ -520,11 +520,18 @@ def make_objective(config: ConfigDict) -> Objective:
         prepare=module.make_prepare(**arguments) if has_prepare else None,
         **transforms,
         examples=examples,
-        head_share=module.head_share(**arguments) if hasattr(module, "head_share") else 1.0,
+        head_share=_head_share(module, config.data.length, arguments),
         check=functools.partial(getattr(module, "check", _check_nothing), **arguments),
         unit_terms=unit_terms,
         outputs=getattr(module, "outputs", None),
     )
+
+
+def _head_share(module, length: int, arguments: Mapping[str, Any]) -> float:
+    """Of the tokens of rows of `length`, those whose logits an objective needs."""
+    if not hasattr(module, "head_share"):
+        return 1.0
+    return module.head_share(length=length, **arguments)
 
 
 def _check_sources(config: ConfigDict, model_config, objective: Objective) -> None:

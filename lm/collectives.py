@@ -262,10 +262,14 @@ def row_sums(values_BT: jax.Array) -> jax.Array:
     """Returns [B], the sums over whole rows; where the sequence axis is manual, on all its devices
     the same.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     sums_B = jnp.sum(values_BT, axis=1)
-    is_split = mesh.manual_axes and mesh.shape["sequence"] > 1
-    return jax.lax.psum(sums_B, "sequence") if is_split else sums_B
+    return jax.lax.psum(sums_B, "sequence") if has_parts_of_rows() else sums_B
+
+
+def has_parts_of_rows() -> bool:
+    """Whether what is traced sees a part of each row: the sequence axis is manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.manual_axes) and mesh.shape["sequence"] > 1
 
 
 # Sequence parallelism. The sequence axis splits rows into their positions everywhere but in
@@ -295,17 +299,15 @@ def gather_sequence(x: jax.Array, heads_dim: int | None = None) -> jax.Array:
 
 def split_sequence(x_BTNH: jax.Array) -> jax.Array:
     """Undoes `gather_sequence` of an array with heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes and mesh.shape["sequence"] > 1:
+    if has_parts_of_rows():
         return jax.lax.all_to_all(x_BTNH, "sequence", split_axis=1, concat_axis=2, tiled=True)
     return constrain(x_BTNH, "batch", "length", "act_heads", None)
 
 
 def places(length: int) -> jax.Array:
     """[length] int32, where in its row each position stands that is seen here."""
-    mesh = jax.sharding.get_abstract_mesh()
     places_T = jnp.arange(length)
-    if mesh.manual_axes and mesh.shape["sequence"] > 1:
+    if has_parts_of_rows():
         places_T = places_T + jax.lax.axis_index("sequence") * length
     return places_T
 

@@ -199,7 +199,7 @@ def configure(tiny, folder, **changes):
     c.objective.aggregate = "token_mean"
     c.objective.old = "present"
     c.objective.value_weight = 0.0
-    c.objective.update(temperature=1.0, chunk=0, reference="none", kl=0.0, ratio="token")
+    c.objective.update(temperature=1.0, chunk=0, reference="none", kl=0.0, ratio="token", places=0)
     c.optimizer.learning_rate = 1e-2
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0
@@ -311,6 +311,7 @@ def test_a_rollouts_weights_are_whole(tiny, tmp_path):
 @pytest.mark.parametrize("fsdp", ["partitioner", slow("by_hand")])
 def test_any_mesh_draws_the_same_texts(tiny, tmp_path, fsdp):
     changes = {"objective.aggregate": "sequence_means", "objective.ratio": "sequence"}
+    changes["objective.places"] = 8
     config = configure(tiny, tmp_path, **changes)
     run_training(config, tmp_path / "one")
     sizes = dict(data=2, fsdp=2, sequence=2) if fsdp == "by_hand" else dict(fsdp=4, tensor=2)
@@ -329,6 +330,29 @@ def test_any_mesh_draws_the_same_texts(tiny, tmp_path, fsdp):
     for line, other in zip(lines, others, strict=True):
         assert line["train/loss"] == pytest.approx(other["train/loss"], abs=1e-5)
         assert line["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("fast_runs")
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_logits_of_texts_alone_are_enough(tiny, tmp_path, kind):
+    """The same texts, losses and gradients, for fewer FLOPs."""
+    flops = []
+    for places in (0, 8):
+        run = tmp_path / f"places-{places}"
+        config = configure(tiny, tmp_path, **KINDS[kind] | {"objective.places": places})
+        run_training(config, run)
+        flops.append(read_metrics(run)[-1]["train/flops"])
+    assert flops[1] < flops[0]
+
+    wanted, got = read_rollouts(tmp_path / "places-0"), read_rollouts(tmp_path / "places-8")
+    assert wanted.keys() == got.keys()
+    for name, text in got.items():
+        for line, other in zip(text.splitlines(), wanted[name].splitlines(), strict=True):
+            assert json.loads(line)["ids"] == json.loads(other)["ids"]
+    lines, others = read_metrics(tmp_path / "places-8"), read_metrics(tmp_path / "places-0")
+    for line, other in zip(lines, others, strict=True):
+        for key in ("loss", "grad_norm", "mismatch"):
+            assert line[f"train/{key}"] == pytest.approx(other[f"train/{key}"], rel=1e-3, abs=1e-5)
 
 
 def test_microbatches_are_the_whole(tiny, tmp_path):
@@ -659,6 +683,8 @@ CAUSAL = ConfigDict(dict(type="lm.objectives.causal", z_loss=0.0, balance_loss=0
         ({"rollout.slots": 2}, "rollout.slots = 2: a prompt's 4 texts are decoded together"),
         ({"objective.reference": "model"}, "'model' needs config.models.reference"),
         ({"objective.chunk": 8, "objective.temperature": 0.5}, "wanted config.objective.chunk = 0"),
+        ({"objective.places": 5}, "places = 5: a text has up to .*max_new_tokens = 8; wanted that"),
+        ({"objective.places": 8, "objective.chunk": 16}, "chunk = 16 must divide .*places = 8"),
         ({"rollout.steps": 2}, "wanted config.objective.old = 'stored'"),
         ({"rollout.advantage": "gae"}, "'gae' needs a critic"),
         ({"objective.value_weight": 0.1}, "wanted config.model.heads = 'scalar'"),

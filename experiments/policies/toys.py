@@ -65,13 +65,14 @@ def make_config(size: str, how: str, folder: Path) -> ConfigDict:
     if size == "ppo":
         c.init_new = ""
         c.rollout.update(samples=1, steps=1, gae_lambda=1.0)
-        c.objective.value_weight = 1.0
+        c.objective.update(value_weight=1.0, value_clip=10.0)
     if how == "three":
         c.rollout.max_new_tokens = 4
     c.rewards = ConfigDict()
     c.rewards.right = ConfigDict(dict(type="toys.right", weight=0.0))
     c.rewards.rewarded = ConfigDict(dict(type="toys.rewarded", weight=1.0, how=how))
-    c.optimizer.learning_rate = 3e-3
+    # PPO has four updates of a rollout.
+    c.optimizer.learning_rate = 1e-3 if size == "ppo" else 3e-3
     c.train.length = f"{ROLLOUTS * c.rollout.epochs} steps"
     return c
 
@@ -99,7 +100,7 @@ def main() -> None:
         # Five rollouts, 1,600 texts.
         at = [np.mean(shares[start : start + 5]) for start in (0, 48, 95)]
         # While there is something to foresee: later nearly all texts are right.
-        explained = read(run, "value_explained")[5:20]
+        explained = read(run, "value_explained")[5:15]
         foreseen = f"{np.mean(explained):.2f}" if explained else ""
         shown = " | ".join(f"{share:.3f}" for share in at)
         print(f"| {size} | {how} | {shown} | {foreseen} |", flush=True)

@@ -50,6 +50,8 @@ class Options:
       value_weight, value_clip: of the critic's loss; 0: there is no critic.
       temperature: that the texts were drawn at: the policy is the model at this temperature.
       chunk: positions of each row whose logits exist at a time; 0: all.
+      places: of each row, from its end, where its text stands: the prompt's logits aren't computed.
+        0: anywhere.
 
     Raises:
       ValueError: an unknown name, or numbers out of their range.
@@ -69,6 +71,7 @@ class Options:
     value_clip: float = 0.2
     temperature: float = 1.0
     chunk: int = 0
+    places: int = 0
 
     def __post_init__(self):
         choices = dict(
@@ -96,6 +99,11 @@ class Options:
                 f"config.objective.temperature = {self.temperature} needs all logits at once: "
                 "wanted config.objective.chunk = 0"
             )
+        if self.places and self.chunk and self.places % self.chunk:
+            raise ValueError(
+                f"config.objective.chunk = {self.chunk} must divide config.objective.places = "
+                f"{self.places}"
+            )
         if self.kl and self.reference == "none":
             raise ValueError(f"config.objective.kl = {self.kl} needs config.objective.reference")
 
@@ -116,6 +124,11 @@ def arrays(**arguments) -> dict[str, batch_contract.Array]:
 def examples(**arguments) -> tuple[str, ...]:
     """The kinds of examples that it is for."""
     return ("prompt",)
+
+
+def head_share(*, length: int, **arguments) -> float:
+    """Of the tokens of rows of `length`, those whose logits are needed."""
+    return (Options(**arguments).places or length) / length
 
 
 def check(model_config, trained: list[str], **arguments) -> None:
@@ -157,7 +170,9 @@ def make_scores(**arguments) -> Callable | None:
 
     def logprobs(model, batch):
         hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
-        return logprobs_at(model, hidden_BTD, batch["targets"], o.temperature, o.chunk), hidden_BTD
+        hidden_BTD, of_texts = _of_texts(hidden_BTD, batch, o.places)
+        targets_BT = of_texts["targets"]
+        return logprobs_at(model, hidden_BTD, targets_BT, o.temperature, o.chunk), hidden_BTD
 
     def scores(model, batch, **models):
         found = {}
@@ -173,7 +188,13 @@ def make_scores(**arguments) -> Callable | None:
         if o.reference == "base":
             with lora.off():
                 found["reference_logprobs"], _ = logprobs(model, batch)
-        return found
+
+        # As long as rows are.
+        length = batch["tokens"].shape[1]
+        return {
+            name: jnp.pad(values, ((0, 0), (length - values.shape[1], 0)))
+            for name, values in found.items()
+        }
 
     needed = o.old == "stored" or o.value_weight or o.reference != "none"
     return scores if needed else None
@@ -190,9 +211,10 @@ def make_loss(**arguments) -> Callable:
     bounds = dict(clip_low=o.clip_low, clip_high=o.clip_high)
 
     def loss(model, batch, keys_B, **models):
-        weights_BT = batch["weights"]
         output = model(batch["tokens"], batch["positions"], batch["segments"], keys_B=keys_B)
-        logprobs_BT = logprobs_at(model, output.hidden, batch["targets"], o.temperature, o.chunk)
+        hidden_BTD, batch = _of_texts(output.hidden, batch, o.places)
+        weights_BT = batch["weights"]
+        logprobs_BT = logprobs_at(model, hidden_BTD, batch["targets"], o.temperature, o.chunk)
 
         # What is no text has log-probabilities too, whose exponentials may be infinite.
         def of_texts(values_BT):
@@ -224,7 +246,7 @@ def make_loss(**arguments) -> Callable:
             terms["kl"] = _mean(estimates_BT, weights_BT)
         if o.value_weight:
             value_losses_BT = policy_losses.value_losses(
-                model.head_outputs("scalar", output.hidden)[..., 0],
+                model.head_outputs("scalar", hidden_BTD)[..., 0],
                 batch["old_values"],
                 batch["returns"],
                 clip=o.value_clip,
@@ -236,6 +258,15 @@ def make_loss(**arguments) -> Callable:
         return loss_sum, count, {"loss": (loss_sum, count)} | terms | output.aux
 
     return loss
+
+
+def _of_texts(hidden_BTD, batch, places: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Hidden states and arrays at the last places of rows, where texts stand."""
+    # A device with a part of each row has some of them, or none.
+    if not places or collectives.has_parts_of_rows():
+        return hidden_BTD, batch
+    first = hidden_BTD.shape[1] - places
+    return hidden_BTD[:, first:], {name: array[:, first:] for name, array in batch.items()}
 
 
 def _lengths(weights_BT) -> jax.Array:

@@ -169,9 +169,10 @@ class RolloutLoader:
 
         rows, spans = [], []
         for prompt, draw in zip(of_texts, draws):
-            start = len(prompt.ids) - 1
+            first = self._first_place(len(prompt.ids))
+            start = first + len(prompt.ids) - 1
             spans.append(slice(start, start + len(draw.ids)))
-            rows.append(self._row(prompt.ids, draw, spans[-1]))
+            rows.append(self._row(prompt.ids, draw, first, spans[-1]))
         self._add_scores(params, rows)
 
         is_learnt = np.isfinite(rewards_N) & self._not_overlong(draws)
@@ -192,13 +193,20 @@ class RolloutLoader:
                 return True
         return False
 
+    def _first_place(self, num_prompt: int) -> int:
+        """Where a prompt of so many tokens begins in its row: its last one stands where the
+        objective looks for the text's first target.
+        """
+        places = self._options.places
+        return self._config.data.length - places - num_prompt + 1 if places else 0
+
     def _row(
-        self, prompt: Sequence[int], draw: batched.Draw, written: slice
+        self, prompt: Sequence[int], draw: batched.Draw, first: int, written: slice
     ) -> dict[str, np.ndarray]:
         """The row of a text, whose tokens have weight."""
         row = batch_contract.empty_row(self._config.data.length, self._arrays)
         ids = np.array([*prompt, *draw.ids], np.int32)
-        places = slice(0, len(ids) - 1)
+        places = slice(first, first + len(ids) - 1)
         row["tokens"][places], row["targets"][places] = ids[:-1], ids[1:]
         row["positions"][places] = np.arange(len(ids) - 1)
         row["segments"][places] = 1
@@ -411,6 +419,11 @@ def _check_numbers(config, options: policy.Options, per_rollout: int) -> None:
         raise ValueError(
             f"config.objective.divisor = {options.divisor}: a text has up to "
             f"config.rollout.max_new_tokens = {c.max_new_tokens}; wanted that, or 1"
+        )
+    if options.places not in (0, c.max_new_tokens):
+        raise ValueError(
+            f"config.objective.places = {options.places}: a text has up to "
+            f"config.rollout.max_new_tokens = {c.max_new_tokens}; wanted that, or 0"
         )
     if options.reference == "model" and "reference" not in config.models:
         raise ValueError(
