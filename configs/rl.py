@@ -47,10 +47,11 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     c.data.length = min(LENGTH, c.model.context_length)
     c.rollout.max_new_tokens = c.data.length // 4
 
-    if path.endswith(".jsonl"):
+    is_file = bool(path) and path not in entries.shipped_tasks()
+    if is_file:
         c.data.source = "lm.data.prompts.jsonl"
         c.data.source_args = ConfigDict(dict(path=path, held_out=0.0))
-    elif size == "verbalizer":
+    elif size == "verbalizer" and not path:
         c.rollout.prompt_tokens = 8
     else:
         task = path or "pydocs_questions"
@@ -71,7 +72,7 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     c.objective.update(old="present", importance_cap=2.0, kl=0.0, kl_estimator="k3")
     c.objective.update(reference="none", value_weight=0.0, value_clip=0.2, temperature=1.0, chunk=0)
     # Whatever a flag makes of it.
-    c.objective.places = c.rollout.get_ref("max_new_tokens")
+    c.objective.places = c.rollout.get_oneway_ref("max_new_tokens")
     c.optimizer.learning_rate = 1e-5
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0
@@ -83,7 +84,7 @@ def get_config(argument: str = "grpo") -> ConfigDict:
     has_reference = bool(base) and c.objective.reference == "model"
     if has_reference:
         c.models.reference = ConfigDict(dict(init_from=base, model={}))
-    if not path.endswith(".jsonl"):
+    if not is_file:
         # What learning costs: texts as the base was trained on, which earn nothing.
         about = dict(source="lm.data.pydocs.pydocs", source_args=dict(data_dir="~/.cache/lm"))
         c.evals.text = entries.perplexity(every=48, max_documents=120, **about)

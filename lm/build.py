@@ -742,7 +742,8 @@ def _loss_by_position(config: ConfigDict, mesh: Mesh, graphdef, objective: Objec
     or in rows, one on each device.
     """
     rows = config.data.batch_size // sharding.batch_parts(mesh)
-    chunks = config.data.length // (config.objective.get("chunk", 0) or config.data.length)
+    length, o = config.data.length, config.objective
+    chunks = -(-length // (o.get("chunk", 0) or o.get("places", 0) or length))
     microbatches = min(rows, config.train.accumulation * chunks)
     while rows % microbatches:
         microbatches += 1
@@ -945,8 +946,7 @@ class Experiment:
             arguments.pop("every")
             batch_size = arguments.pop("batch_size")
             if "split" in arguments:
-                arguments["documents"] = self._documents_of(name, arguments)
-                _check_kind(name, cls, arguments["documents"])
+                arguments["documents"] = self._documents_of(name, cls, arguments)
                 key = f"config.evals.{name}.batch_size"
                 sharding.check_batch(mesh, batch_size, length, key)
 
@@ -967,9 +967,9 @@ class Experiment:
             predict_fns.require(getattr(evaluators[name], "asks", ()))
         return evaluators
 
-    def _documents_of(self, name: str, arguments: dict[str, Any]) -> Documents:
-        """The split of an entry of config.evals, of the run's source or of its own. Takes the keys
-        that say so out of its arguments.
+    def _documents_of(self, name: str, cls: type, arguments: dict[str, Any]) -> Documents:
+        """The split that an evaluator of config.evals reads, of the run's source or of its own.
+        Takes the keys that say so out of its arguments.
         """
         key, split = f"config.evals.{name}", arguments.pop("split")
 
@@ -978,6 +978,7 @@ class Experiment:
             found = documents_of(source, source_args, split, key, f"{key}.split")
         else:
             found = documents(self.config, split, f"{key}.split")
+        _check_kind(name, cls, found, f"{key}.source" if source else "config.data.source")
         return encoded(self.config, found, self.tokenizer)
 
     def eval_fns(self) -> CompiledFns:
@@ -1059,14 +1060,13 @@ class Experiment:
         )
 
 
-def _check_kind(name: str, evaluator: type, split: Documents) -> None:
+def _check_kind(name: str, evaluator: type, split: Documents, source_key: str) -> None:
     """Raises ValueError for documents that an evaluator isn't for."""
     kinds = getattr(evaluator, "examples", ("text",))
     if split.kind not in kinds:
         raise ValueError(
             f"config.evals.{name}.type = {evaluator.__module__}.{evaluator.__qualname__} takes "
-            f"{' or '.join(kinds)}, and config.data.source has examples of the kind {split.kind!r}"
-            " (an entry may have a source of its own)"
+            f"{' or '.join(kinds)}, and {source_key} has examples of the kind {split.kind!r}"
         )
 
 

@@ -459,7 +459,9 @@ def test_what_is_watched_beside_the_prompts(tiny, tmp_path):
     with pytest.raises(ValueError, match="beside = 'base'; config.models has .'reference'"):
         run_training(config, tmp_path / "other")
     config.evals = dict(text=entries.perplexity(every=0, split="train"))
-    with pytest.raises(ValueError, match="kind 'prompt' .an entry may have a source of its own"):
+    with pytest.raises(
+        ValueError, match="and config.data.source has examples of the kind 'prompt'"
+    ):
         run_training(config, tmp_path / "other")
 
 

@@ -274,7 +274,7 @@ def _commands(doc: Docstring, docs: Docstrings, rng: random.Random) -> Iterator[
         for other in others:
             if _is_command(other) != is_command and abs(len(other) - len(own)) <= 1:
                 answer, wrong = (own, other) if is_command else (other, own)
-                yield record | dict(answer=answer, wrong=wrong)
+                yield record | dict(answer=answer, wrong=wrong, own=own)
                 break
 
 

@@ -191,10 +191,10 @@ def make_scores(**arguments) -> Callable | None:
 
         # As long as rows are.
         length = batch["tokens"].shape[1]
-        return {
-            name: jnp.pad(values, ((0, 0), (length - values.shape[1], 0)))
-            for name, values in found.items()
-        }
+        for name, values in found.items():
+            before = length - values.shape[1]
+            found[name] = jnp.pad(values, ((0, 0), (before, 0)))
+        return found
 
     needed = o.old == "stored" or o.value_weight or o.reference != "none"
     return scores if needed else None

@@ -183,12 +183,12 @@ class _Job(NamedTuple):
 
 
 def _model_flops(
-    program: build.Program, rows: int, length: int, *, backward: bool = False
+    program: build.Program, rows: int, length: int, *, backward: bool = False, **counted
 ) -> ModelFlops:
-    """Model FLOPs of `rows` rows of `length` tokens."""
+    """Model FLOPs of `rows` rows of `length` tokens; `counted` is for the model's function."""
 
     def total(causal: bool) -> float:
-        per_token = program.flops_per_token(length, causal=causal, backward=backward)
+        per_token = program.flops_per_token(length, causal=causal, backward=backward, **counted)
         return rows * length * per_token
 
     return ModelFlops(causal=total(True), full=total(False))
@@ -206,10 +206,11 @@ def _train_job(config: ConfigDict, program: build.Program) -> _Job:
 def _eval_job(config: ConfigDict, program: build.Program) -> _Job:
     token_logprobs = step.make_token_logprobs(program.graphdef, program.objective.token_logprobs)
     batch = program.abstract_batch(config.data.batch_size)
+    rows, length = config.data.batch_size, config.data.length
     return _Job(
         jax.jit(token_logprobs),
         (program.abstract_params, batch),
-        _model_flops(program, config.data.batch_size, config.data.length),
+        _model_flops(program, rows, length, **_all_logits(config)),
     )
 
 
@@ -229,6 +230,28 @@ def _check_decodes(program: build.Program, name: str) -> None:
 
 def _is_policy(config: ConfigDict) -> bool:
     return config.data.loader == ROLLOUT_LOADER
+
+
+def _all_logits(config: ConfigDict) -> dict[str, float]:
+    """What is counted where a policy's head sees each token, and not those of its texts alone."""
+    return {"head": 1.0} if _is_policy(config) else {}
+
+
+def _slots(config: ConfigDict, program: build.Program) -> int:
+    """Rows of a rollout that are decoded together, as `lm.decoding.batched.draw` has them.
+
+    Raises:
+      ValueError: the mesh can't divide them.
+    """
+    c = config.rollout
+    prompts = config.data.batch_size * c.steps // c.samples
+    slots = min(c.slots // c.samples, prompts) * c.samples
+    if slots % sharding.batch_parts(program.mesh):
+        raise ValueError(
+            f"config.rollout.slots = {c.slots}: {slots} texts are decoded together, and the mesh "
+            f"has {sharding.batch_parts(program.mesh)} parts; wanted a multiple of these"
+        )
+    return slots
 
 
 def _check_policy(config: ConfigDict, name: str) -> None:
@@ -299,7 +322,7 @@ def _prefill_job(config: ConfigDict, program: build.Program) -> _Job:
     return _Job(
         jax.jit(run),
         (_decoded_params(config, program), prompts_BT, lengths_B),
-        _model_flops(program, rows, length),
+        _model_flops(program, rows, length, **_all_logits(config)),
     )
 
 
@@ -308,7 +331,7 @@ def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
     positions.
     """
     _check_decodes(program, "decode")
-    rows = config.rollout.slots if _is_policy(config) else len(program.devices)
+    rows = _slots(config, program) if _is_policy(config) else len(program.devices)
     params = _decoded_params(config, program)
 
     def init_cache(params):
@@ -328,7 +351,7 @@ def _decode_job(config: ConfigDict, program: build.Program) -> _Job:
     return _Job(
         jax.jit(run, donate_argnums=3),
         (params, ids_B, ids_B, cache),
-        _model_flops(program, rows, 1),
+        _model_flops(program, rows, 1, **_all_logits(config)),
     )
 
 
@@ -517,7 +540,7 @@ def _rollout_report(report: dict, config: ConfigDict) -> dict:
     texts = config.data.batch_size * c.steps
     times = dict(
         prefill=math.ceil(texts / c.samples / report["chips"]),
-        decode=math.ceil(texts / c.slots) * c.max_new_tokens,
+        decode=math.ceil(texts / min(c.slots, texts)) * c.max_new_tokens,
         scores=c.steps,
         reshard=1,
     )

@@ -188,11 +188,14 @@ class Verbalizer(_Judge):
         self, records: Sequence[Mapping[str, Any]], texts: Sequence[Text], params
     ) -> Scores:
         del params
-        decode = self._experiment.tokenizer.decode
         asked = []
         for record, text in zip(records, texts):
-            before = decode(text.prompt_ids) if self._with_prompt else ""
-            asked.append(dict(record) | {self._column: before + text.text})
+            shown = text.text
+            if self._with_prompt:
+                # At once: a decoder may leave out a space at the beginning.
+                ids = text.ids[:-1] if text.has_ended else text.ids
+                shown = self._experiment.tokenizer.decode([*text.prompt_ids, *ids])
+            asked.append(dict(record) | {self._column: shown})
 
         P = self._evaluator.distributions(self._params, asked, self._prior)
 

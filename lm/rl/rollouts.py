@@ -524,8 +524,8 @@ def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[fl
     surprise = -sum(sum(draw.logprobs) for draw in rollout.draws)
     terms["entropy"] = (surprise, num_tokens)
 
-    if "returns" in rollout.rows[0]:
-        terms["value_explained"] = (_value_explained(rollout), 1.0)
+    if "returns" in rollout.rows[0] and np.isfinite(explained := _value_explained(rollout)):
+        terms["value_explained"] = (explained, 1.0)
     if "reference_logprobs" in rollout.rows[0]:
         nats = 0.0
         for row, span in zip(rollout.rows, rollout.spans):
@@ -535,7 +535,9 @@ def _terms(rollout: Rollout, weights: Mapping[str, float]) -> dict[str, tuple[fl
 
 
 def _value_explained(rollout: Rollout) -> float:
-    """The share of the returns' variance over tokens that the critic foresees (R^2)."""
+    """R^2 of the critic: 1 less its mean squared error over the variance of tokens' returns; NaN
+    where they are all the same.
+    """
     values, returns = [], []
 
     for row, span, learnt in zip(rollout.rows, rollout.spans, rollout.is_learnt):
@@ -547,5 +549,5 @@ def _value_explained(rollout: Rollout) -> float:
 
     of_tokens = np.concatenate(returns)
     variance = float(of_tokens.var())
-    left = float((of_tokens - np.concatenate(values)).var())
-    return 1 - left / variance if variance else float("nan")
+    error = float(np.square(of_tokens - np.concatenate(values)).mean())
+    return 1 - error / variance if variance else float("nan")
