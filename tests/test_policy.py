@@ -622,6 +622,13 @@ def test_what_is_rewarded():
     ]
     c = rl.get_config("verbalizer,BASE,,JUDGE")
     assert c.models.judge.init_from == "JUDGE" and c.models.reference.init_from == "BASE"
+    # One way: the places follow the length, and not the length the places.
+    c.rollout.max_new_tokens = 17
+    assert c.objective.places == 17
+    c.objective.places = 0
+    assert c.rollout.max_new_tokens == 17
+
+    assert rl.get_config("grpo,,questions/*.jsonl.gz").data.source == "lm.data.prompts.jsonl"
     assert re.search(rl.COMMAND, " Return x.") and not re.search(rl.COMMAND, "Returns x.")
 
 

@@ -137,7 +137,7 @@ def test_a_verbalizers_reward_is_the_labels_probability(policy, tmp_path):
         (tmp_path / f"{split}.jsonl").write_text(record)
 
     make = functools.partial(judges.Verbalizer, policy, model="reward", task=path)
-    texts = [rewards.Text(text, (256, 97), (98,), True) for text in ("ab", "c", "")]
+    texts = [rewards.Text(text, (256, 97), (*text.encode(), 257), True) for text in ("ab", "c", "")]
     labels = ["red", "blue", "nothing"]
     with jax.set_mesh(policy.program.mesh):
         got = make()([{"label": label} for label in labels], texts, None)
@@ -147,8 +147,8 @@ def test_a_verbalizers_reward_is_the_labels_probability(policy, tmp_path):
         assert got[2] is None
 
         # One label for all, the prompt before it, and corrected by a prior.
-        (score,) = make(label="green", with_prompt=True)([{}], texts[:1], None)
-        assert score == pytest.approx(probabilities(policy, "aab" + CORPUS)["green"], abs=1e-5)
+        (score,) = make(label="red", with_prompt=True)([{}], texts[:1], None)
+        assert score == pytest.approx(probabilities(policy, "aab" + CORPUS)["red"], abs=1e-5)
         each = [
             make(label=label, prior="content_free")([{}], texts[:1], None) for label in VERBALIZER
         ]
