@@ -1,7 +1,7 @@
 """Speed of reinforcement learning, of a Llama of 20M parameters drawn at random, in f32.
 
     python benchmarks/policies.py                          # rollouts against lm.generate's batches
-    pip install -c constraints.txt -e '.[parity]' accelerate
+    pip install -c constraints.txt -e '.[parity]'
     python benchmarks/policies.py --measure=iterations     # against trl's GRPOTrainer
 
 decoding: the same prompts and numbers of texts; once all texts reach the limit, and once they end

@@ -65,7 +65,7 @@ def make_config(size: str, how: str, folder: Path) -> ConfigDict:
     if size == "ppo":
         c.init_new = ""
         c.rollout.update(samples=1, steps=1, gae_lambda=1.0)
-        c.objective.update(value_weight=1.0, value_clip=10.0)
+        c.objective.update(value_weight=5.0, value_clip=10.0)
     if how == "three":
         c.rollout.max_new_tokens = 4
     c.rewards = ConfigDict()
@@ -100,7 +100,7 @@ def main() -> None:
         # Five rollouts, 1,600 texts.
         at = [np.mean(shares[start : start + 5]) for start in (0, 48, 95)]
         # While there is something to foresee: later nearly all texts are right.
-        explained = read(run, "value_explained")[5:15]
+        explained = read(run, "value_explained")[10:20]
         foreseen = f"{np.mean(explained):.2f}" if explained else ""
         shown = " | ".join(f"{share:.3f}" for share in at)
         print(f"| {size} | {how} | {shown} | {foreseen} |", flush=True)
