@@ -37,7 +37,6 @@ RESUMABLE = (
     "train.fsdp",
     "train.fsdp_gather",
     "objective.chunk",
-    "objective.places",
     "model.attention",
     "model.remat",
     "model.scan_unroll",

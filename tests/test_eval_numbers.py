@@ -73,6 +73,9 @@ def arguments(eval_name, folder):
     for key in ("type", "every", "batch_size"):
         del values[key]
     if values.pop("split", ""):
+        # What says where the documents are is not the evaluator's.
+        for key in ("source", "source_args"):
+            values.pop(key, None)
         values["documents"] = Documents([Document("a text", "d0", "red")], "fingerprint")
     return values
 
