@@ -14,9 +14,8 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs import rl
-from configs.sft_pods import ROPE_SCALING
+from configs.sft_pods import set_llama3
 from lm import config as config_lib
-from lm.models import presets
 
 PROMPT_TOKENS = 512
 
@@ -44,13 +43,7 @@ def get_config(size: str = "llama3_1b-v5e-2x4-grpo") -> ConfigDict:
     preset = size.split("-")[0]
     c = rl.get_config(f"grpo,checkpoints/{preset},questions.jsonl")
 
-    c.model.update(presets.get(preset))
-    c.model.compute_dtype = "bfloat16"
-    c.model.attention = "splash"
-    c.model.remat = setting.remat
-    c.model.context_length = 131072
-    c.model.rope_scaling = ROPE_SCALING[preset]
-    c.mesh.update({"fsdp": 1, **setting.mesh})
+    set_llama3(c, preset, setting.remat, setting.mesh)
     if preset == "llama3_8b":
         c.model.lora_rank = 16
         c.model.lora_alpha = 32.0

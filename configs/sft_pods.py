@@ -36,19 +36,24 @@ SIZES = {
 }
 
 
+def set_llama3(c: ConfigDict, preset: str, remat: str, mesh: dict[str, int]) -> None:
+    """Sets a model of Llama 3 and its mesh."""
+    c.model.update(presets.get(preset))
+    c.model.compute_dtype = "bfloat16"
+    c.model.attention = "splash"
+    c.model.remat = remat
+    c.model.context_length = 131072
+    c.model.rope_scaling = ROPE_SCALING[preset]
+    c.mesh.update({"fsdp": 1, **mesh})
+
+
 def get_config(size: str = "llama3_1b-v5e-2x4") -> ConfigDict:
     c = config_lib.default()
     setting = config_lib.sized(SIZES, size)
     preset, _, topology, *_ = size.split("-")
     is_lora = size.endswith("-lora")
 
-    c.model.update(presets.get(preset))
-    c.model.compute_dtype = "bfloat16"
-    c.model.attention = "splash"
-    c.model.remat = setting.remat
-    c.model.context_length = 131072
-    c.model.rope_scaling = ROPE_SCALING[preset]
-    c.mesh.update({"fsdp": 1, **setting.mesh})
+    set_llama3(c, preset, setting.remat, setting.mesh)
     c.init_from = f"checkpoints/{preset}"
     if is_lora:
         c.model.lora_rank = 16

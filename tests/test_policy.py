@@ -298,7 +298,7 @@ def test_a_rollouts_weights_are_whole(tiny, tmp_path):
     experiment = build.build(config, jax.devices()[:8])
     with jax.set_mesh(experiment.program.mesh):
         params = experiment.program.make_params(jax.random.key(0))
-        gathered = rollouts._compiled_reshard(experiment)(params)
+        gathered = rollouts.make_reshard(experiment.program)(params)
     axes = set()
     for leaf, whole in zip(jax.tree.leaves(params), jax.tree.leaves(gathered), strict=True):
         np.testing.assert_array_equal(leaf, whole)

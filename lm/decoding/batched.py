@@ -52,6 +52,21 @@ class _Request(NamedTuple):
     first: int  # number of its first text
 
 
+class BoardLayout(NamedTuple):
+    """How many texts are decoded together, and how many prompts are read together."""
+
+    slots: int
+    read_together: int
+
+
+def board_layout(num_prompts: int, samples: int, slots: int) -> BoardLayout:
+    """The layout for so many prompts, of `samples` texts each, in `slots` slots at most."""
+    at_once = max(slots // samples, 1)  # prompts in the slots
+    read_together = max(-(-min(at_once, num_prompts) // 4), 1)
+    groups = -(-num_prompts // read_together)
+    return BoardLayout(min(at_once, groups * read_together) * samples, read_together)
+
+
 class _Functions(NamedTuple):
     """What is compiled: (params, ...) -> ..., see the functions of these names."""
 
@@ -89,8 +104,7 @@ def draw(
     # Long prompts first: the cache has room for the longest one, and the end comes sooner.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     requests = [_Request(prompts[i], i * samples) for i in order]
-    at_once = max(slots // samples, 1)  # prompts in the slots
-    read_together = max(-(-min(at_once, len(prompts)) // 4), 1)
+    layout = board_layout(len(prompts), samples, slots)
     board = _Board(
         generator,
         _compiled(
@@ -100,14 +114,14 @@ def draw(
         samples=samples,
         max_new_tokens=max_new_tokens,
         longest=max(map(len, prompts)),
-        slots=min(at_once, -(-len(prompts) // read_together) * read_together) * samples,
+        slots=layout.slots,
     )
 
     drawn: dict[int, Draw] = {}  # by the text's number
     while requests or board.is_busy:
-        while requests and board.num_free >= read_together * samples:
-            board.fill(requests[:read_together], read_together)
-            del requests[:read_together]
+        while requests and board.num_free >= layout.read_together * samples:
+            board.fill(requests[: layout.read_together], layout.read_together)
+            del requests[: layout.read_together]
         drawn |= dict(board.decode(CHUNK))
 
     texts = [drawn[number] for number in sorted(drawn)]

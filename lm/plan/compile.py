@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from lm import build, sharding, step
 from lm import config as config_lib
+from lm.decoding import batched
 from lm.decoding.generator import decode_step, prefill
 from lm.plan import hlo, search
 from lm.rl import rollouts
@@ -245,7 +246,7 @@ def _slots(config: ConfigDict, program: build.Program) -> int:
     """
     c = config.rollout
     prompts = config.data.batch_size * c.steps // c.samples
-    slots = min(c.slots // c.samples, prompts) * c.samples
+    slots = batched.board_layout(prompts, c.samples, c.slots).slots
     if slots % sharding.batch_parts(program.mesh):
         raise ValueError(
             f"config.rollout.slots = {c.slots}: {slots} texts are decoded together, and the mesh "
@@ -282,15 +283,14 @@ def _scores_job(config: ConfigDict, program: build.Program) -> _Job:
 def _reshard_job(config: ConfigDict, program: build.Program) -> _Job:
     """The parameters from their layout in training to that of rollouts."""
     _check_policy(config, "reshard")
-    layout = rollouts.layout_of(program)
+    reshard = rollouts.make_reshard(program)
 
-    if layout is None:
+    if reshard is None:
         raise ValueError(
             "the program 'reshard': the parameters' layout in rollouts is that of training "
             "(config.rollout.reshard, and a mesh that splits them)"
         )
-    jitted = jax.jit(lambda params: params, out_shardings=layout)
-    return _Job(jitted, (program.abstract_params,), ModelFlops(0.0, 0.0))
+    return _Job(reshard, (program.abstract_params,), ModelFlops(0.0, 0.0))
 
 
 def _decoded_params(config: ConfigDict, program: build.Program):
@@ -517,7 +517,7 @@ def plan(
     if "train" in report:
         report |= _run_report(report["train"], config, len(devices), total_steps)
     if {"train", "prefill", "decode"} <= set(report) and _is_policy(config):
-        report |= _rollout_report(report, config)
+        report |= _rollout_report(report, config, program)
     return report
 
 
@@ -532,7 +532,7 @@ def _other_model(
     return build.abstract_model(other, devices, vocab_size)
 
 
-def _rollout_report(report: dict, config: ConfigDict) -> dict:
+def _rollout_report(report: dict, config: ConfigDict, program: build.Program) -> dict:
     """What a rollout takes whose texts are all as long as can be, and the steps that learn from it:
     milliseconds by model.
     """
@@ -540,7 +540,7 @@ def _rollout_report(report: dict, config: ConfigDict) -> dict:
     texts = config.data.batch_size * c.steps
     times = dict(
         prefill=math.ceil(texts / c.samples / report["chips"]),
-        decode=math.ceil(texts / min(c.slots, texts)) * c.max_new_tokens,
+        decode=math.ceil(texts / _slots(config, program)) * c.max_new_tokens,
         scores=c.steps,
         reshard=1,
     )

@@ -81,7 +81,7 @@ class RolloutLoader:
         self._shardings = experiment.program.batch_shardings()
         self._arrays = experiment.program.objective.arrays
         self._score = _compiled_scores(experiment)
-        self._reshard = _compiled_reshard(experiment)
+        self._reshard = make_reshard(experiment.program) or _as_they_are
 
         self._batches, self._prompts_taken, self._without_signal = 0, 0, 0
         self._rollout: Rollout | None = None
@@ -461,10 +461,10 @@ def _scores_of(graphdef, graphdefs: Mapping[str, Any], scores: Callable, params,
     return scores(nnx.merge(graphdef, params), batch, **models)
 
 
-def _compiled_reshard(experiment: build.Experiment) -> Callable:
-    """Parameters -> the same ones, as a rollout has them on the mesh."""
-    layout = layout_of(experiment.program)
-    return jax.jit(_as_they_are, out_shardings=layout) if layout else _as_they_are
+def make_reshard(program: build.Program) -> Callable | None:
+    """Parameters -> the same ones, as a rollout has them on the mesh; None: they are so already."""
+    layout = layout_of(program)
+    return jax.jit(_as_they_are, out_shardings=layout) if layout else None
 
 
 def layout_of(program: build.Program):
