@@ -170,6 +170,7 @@ class Samples:
         self._max_new_tokens = max_new_tokens
         self._sampling = Sampling(temperature=temperature, top_k=top_k)
         self._beside = beside
+        self._texts_beside: list[str] | None = None  # that model doesn't change
 
         self._prompt_ids: list[list[int]] = []
         max_prompt = predict_fns.room_of_prompt(max_new_tokens)
@@ -191,22 +192,26 @@ class Samples:
 
     def run(self, params) -> Iterator[tuple[str, Artifact]]:
         self._predict_fns.check_stop()
-        generators = {"": self._predict_fns.make_generator(params, self._sampling)}
+        blocks = self._texts(self._predict_fns.make_generator(params, self._sampling))
         if self._beside:
-            other = self._predict_fns.make_other_generator(self._beside, self._sampling)
-            generators = {f"by {self._beside}:\n": other, "by the model:\n": generators[""]}
+            if self._texts_beside is None:
+                other = self._predict_fns.make_other_generator(self._beside, self._sampling)
+                self._texts_beside = self._texts(other)
+            pairs = zip(self._texts_beside, blocks)
+            blocks = [f"by {self._beside}:\n{x}\nby the model:\n{y}" for x, y in pairs]
 
+        yield "samples", Artifact("samples.md", "\n".join(blocks) + "\n", append=True)
+
+    def _texts(self, generator) -> list[str]:
+        """Each prompt with what a model makes of it, as Markdown."""
         # The same keys at each evaluation, one a prompt.
         keys_B = jax.random.split(jax.random.key(0), len(self._prompt_ids))
-        blocks: list[list[str]] = [[] for _ in self._prompts]
-        for title, generator in generators.items():
-            continuations = generator.generate(self._prompt_ids, self._max_new_tokens, keys_B)
-            for parts, prompt, ids in zip(blocks, self._prompts, continuations):
-                text = escape.fenced(f"{prompt}⟫{self._tokenizer.decode(ids)}")
-                parts.append(title + text)
+        continuations = generator.generate(self._prompt_ids, self._max_new_tokens, keys_B)
 
-        text = "\n".join("\n".join(parts) for parts in blocks)
-        yield "samples", Artifact("samples.md", text + "\n", append=True)
+        blocks = []
+        for prompt, ids in zip(self._prompts, continuations):
+            blocks.append(escape.fenced(f"{prompt}⟫{self._tokenizer.decode(ids)}"))
+        return blocks
 
 
 @dataclasses.dataclass(frozen=True)
