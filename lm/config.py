@@ -557,7 +557,7 @@ def check(config: ConfigDict) -> None:
     """
     named = ("evals", "models", "rewards")
     top = {k: value for k, value in config.items() if k not in GROUPS and k not in named}
-    problems = _problems("config", Run, top)
+    problems = group_problems("config", Run, top)
     for name, group in GROUPS.items():
         problems += _problems_of_group(f"config.{name}", group, config.get(name))
     problems += _problems_of_entries("evals", config.get("evals"), Eval)
@@ -596,7 +596,7 @@ def check_model(fields: Mapping, where: str, type: str = MODEL) -> None:
     Raises:
       ValueError: see `check`.
     """
-    if problems := _problems(where, MODELS[type], fields):
+    if problems := group_problems(where, MODELS[type], fields):
         raise ValueError("\n".join(problems))
 
 
@@ -672,7 +672,7 @@ def _problems_of_group(name: str, group: type, values) -> list[str]:
         if not isinstance(values.get("type"), str):
             return [f"{name}.type = {values.get('type')!r}; wanted the dotted path of a module"]
         return []
-    return _problems(name, group, values)
+    return group_problems(name, group, values)
 
 
 def _problems_of_entries(group: str, entries, common_keys: type) -> list[str]:
@@ -687,7 +687,7 @@ def _problems_of_entries(group: str, entries, common_keys: type) -> list[str]:
             continue
         common = {field.name for field in dataclasses.fields(common_keys)}
         values = {key: value for key, value in entry.items() if key in common}
-        problems += _problems(f"config.{group}.{name}", common_keys, values)
+        problems += group_problems(f"config.{group}.{name}", common_keys, values)
     return problems
 
 
@@ -701,14 +701,14 @@ def _problems_of_models(models) -> list[str]:
         if not name.isidentifier() or not isinstance(entry, (ConfigDict, dict)):
             problems.append(f"{where} = {entry!r}; wanted a name and the keys of OtherModel")
             continue
-        problems += _problems(where, OtherModel, dict(entry.items()))
+        problems += group_problems(where, OtherModel, dict(entry.items()))
         if not entry.get("init_from"):
             problems.append(f"{where}.init_from is empty; wanted where its weights are")
     return problems
 
 
-def _problems(prefix: str, group: type, values: Mapping) -> list[str]:
-    """What is wrong with the values of a group's keys, a line each."""
+def group_problems(prefix: str, group: type, values: Mapping) -> list[str]:
+    """Returns what is wrong with the values of a group's keys, a line each."""
     fields = {field.name: field for field in dataclasses.fields(group)}
     problems = []
     for name in sorted(values.keys() - fields.keys()):
@@ -728,6 +728,7 @@ _TYPES = {
     int: ((int,), "an integer"),
     float: ((int, float), "a number"),
     dict: ((dict, ConfigDict), "keys with values"),
+    tuple[str, ...]: ((tuple, list), "a tuple of texts"),
     tuple[str | float, ...]: ((tuple, list), "a tuple of numbers, which a name may come before"),
 }
 
@@ -738,6 +739,8 @@ def wanted(field: dataclasses.Field, value) -> str:
     # In Python a bool is an int.
     if not isinstance(value, types) or (isinstance(value, bool) and field.type is not bool):
         return f"wanted {words}"
+    if field.type == tuple[str, ...]:
+        return "" if all(isinstance(item, str) for item in value) else f"wanted {words}"
     if isinstance(value, (tuple, list)):
         numbers = value[1:] if value and isinstance(value[0], str) else value
         if not all(_is_finite_number(item) for item in numbers):

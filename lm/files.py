@@ -465,3 +465,9 @@ def short_hash_of_parts(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
+
+
+def hash_of_file(path: str) -> str:
+    """Returns the first 16 hexadecimal digits of the SHA-256 of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -19,8 +19,9 @@ from lm.data import conversations, labelled
 from lm.data import prompts as data_prompts
 from lm.data.conversations import Example
 from lm.data.labelled import Labelled, LabelledTexts
+from lm.data.records import evenly_spaced
 from lm.data.sources import Documents
-from lm.evals import choice, prompts
+from lm.evals import choice, entries, prompts
 from lm.evals.answer_column import AnswerColumn
 
 SPLITS = ("train", "validation")
@@ -180,6 +181,25 @@ def labelled_texts(
     return labelled.as_documents(items, "class", labels)
 
 
+def forms(
+    name: str, entry: Mapping, max_records: int = 0
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number, texts) of the records that a task evaluates: each in all forms that it is
+    asked in, with each of its answers, and its own texts, without any wording.
+
+    Args:
+      entry: of `lm.evals.entries.task` or `instructed`.
+      max_records: evenly out of them; 0: all.
+
+    Raises:
+      ValueError: see `mixture`.
+    """
+    entry = {"instructions": entries.INSTRUCTIONS, **entry}
+    task = _Task(name, entry, "validation", Wording())
+    for number in evenly_spaced(len(task.records), max_records):
+        yield number, task.forms(task.records[number])
+
+
 def _mixed(
     split: str, tasks: Mapping, how: Wording, rate_cap: int, rounds: int, seed: int
 ) -> Iterator[tuple[str, int, tuple[Messages, Messages]]]:
@@ -313,6 +333,16 @@ class _Task:
             return with_options(way.question(record), options), answer
         turned = {**record, "answer": answer.strip()}
         return way.question(turned), way.answer(turned)
+
+    def forms(self, record: Record) -> list[str]:
+        """Returns the texts of a record in all ways, and those of its own columns."""
+        right, options = self._answer(record)
+        texts = [value for value in record.values() if isinstance(value, str)]
+        for way in self._ways:
+            question, answer = self._asked(record, way, [])
+            answers = dict.fromkeys((answer, *options)) if way.answer is None else (answer,)
+            texts += [question + answer for answer in answers]
+        return list(dict.fromkeys([*texts, *options, right]))
 
     def conversation(self, number: int, rng: random.Random) -> tuple[Messages, Messages]:
         """Returns the conversation about an example, and that with the wrong answer."""

@@ -16,7 +16,9 @@ SECONDS_ON_TERMINAL = 0.5
 
 
 class Activity:
-    """Something that may take long, while it lasts: how many of how many are done."""
+    """Something that may take long, while it lasts: how many of how many are done, how many a
+    second, and how long the others may take.
+    """
 
     def __init__(self, what: str, total: int = 0, unit: str = ""):
         self._what, self._total, self._unit = what, total, unit
@@ -29,11 +31,22 @@ class Activity:
         """Yields the items, and counts them."""
         for item in items:
             yield item
-            self._done += 1
+            self.add(1)
+
+    def add(self, count: int) -> None:
+        """Counts what is done."""
+        self._done += count
 
     def _text(self) -> str:
-        counted = f" {self._done:,} of {self._total:,} {self._unit}," if self._total else ""
-        return f"{self._what}:{counted} {time.monotonic() - self._began:.0f} s"
+        seconds = time.monotonic() - self._began
+        text = f"{self._what}:"
+        if self._total:
+            text += f" {self._done:,} of {self._total:,} {self._unit},"
+        if self._total and self._done:
+            rate = self._done / seconds
+            left = max(self._total - self._done, 0) / rate
+            text += f" {rate:,.3g} {self._unit}/s, {_duration(left)} left,"
+        return f"{text} {seconds:.0f} s"
 
     def show(self) -> None:
         """Is the thread that shows it: on a line of the terminal that is written over, or on a line
@@ -56,6 +69,12 @@ class Activity:
         if self._terminal and seconds > QUIET_SECONDS:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         return seconds
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @contextlib.contextmanager

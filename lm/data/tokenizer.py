@@ -562,29 +562,49 @@ def train_sentencepiece(
             "the cached tokenizer %s is damaged, or has no hash beside it; training it again", cache
         )
 
-    model = _sentencepiece_model(texts, vocab_size)
+    model = sentencepiece_model(texts, vocab_size)
     # Several processes may train at once: all write the same.
     files.write_whole(cache, model)
     files.write_whole(hash_file, short_hash(model) + "\n")
     return SentencePieceTokenizer(model, str(cache))
 
 
-def _sentencepiece_model(texts: Iterable[str], vocab_size: int) -> bytes:
-    """The model file that SentencePiece's trainer makes of texts."""
+def sentencepiece_model(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    kind: str = "bpe",
+    byte_fallback: bool = True,
+    split_digits: bool = False,
+    user_symbols: Sequence[str] = (),
+) -> bytes:
+    """Returns the model file that SentencePiece's trainer makes of texts.
+
+    Args:
+      vocab_size: number of ids, special ones included.
+      kind: bpe or unigram.
+      byte_fallback: characters without a piece are bytes, rather than one unknown id.
+      split_digits: each digit is a piece of its own.
+      user_symbols: texts that are one piece each, wherever they stand.
+
+    Raises:
+      ValueError: see `train_sentencepiece`.
+    """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts),
             model_writer=model,
-            model_type="bpe",
+            model_type=kind,
             vocab_size=vocab_size,
-            byte_fallback=True,
+            byte_fallback=byte_fallback,
+            split_digits=split_digits,
             # So that decoding gives the text back unchanged.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
+            user_defined_symbols=["\n", *user_symbols],
             character_coverage=1 - 1 / RARE,
             unk_id=0,
             bos_id=1,
