@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from lm import checkpoint, collectives, files, looking, optim, sharding, startup, step, trained
 from lm import config as config_lib
 from lm.data import batch as batch_contract
-from lm.data import chat, labelled, pack, prompts, roles, seq2seq, units
+from lm.data import chat, labelled, mixtures, pack, prompts, roles, seq2seq, units
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Loader
 from lm.data.sources import Documents
@@ -79,7 +79,16 @@ def documents(config: ConfigDict, split: str, key: str = "config.data.split") ->
       ValueError: see `documents_of`.
     """
     data = config.data
-    return documents_of(data.source, data.source_args.to_dict(), split, "config.data", key)
+    if not data.mixture:
+        return documents_of(data.source, data.source_args.to_dict(), split, "config.data", key)
+
+    parts, schedules, sizes = {}, {}, {}
+    for name, part in data.mixture.items():
+        where = f"config.data.mixture.{name}"
+        parts[name] = documents_of(part.source, part.source_args.to_dict(), split, where, key)
+        schedules[name] = mixtures.schedule(part.weight, f"{where}.weight")
+        sizes[name] = part.size
+    return mixtures.mix(parts, schedules, sizes, data.mixture_exponent)
 
 
 def documents_of(
@@ -174,11 +183,14 @@ def make_tokenizer(config: ConfigDict, read_train: Callable[[], Documents]) -> t
       ValueError: a path without a tokenizer, texts that none can be trained on, or roles that can't
         be reserved.
     """
-    tokenizer = _make_plain_tokenizer(config, read_train)
+    plain = tokenizer = _make_plain_tokenizer(config, read_train)
     if reserve := config.tokenizer.reserve:
         tokenizer = tokenizer.reserving(reserve)
-    template = config.chat.template
-    return chat.with_template(tokenizer, template) if template else tokenizer
+    if template := config.chat.template:
+        tokenizer = chat.with_template(tokenizer, template)
+    if tokenizer is not plain:
+        tokenizer.texts_as = plain.fingerprint
+    return tokenizer
 
 
 def _make_plain_tokenizer(
@@ -914,10 +926,17 @@ class Experiment:
         make_transform = self.program.objective.make_transform
         transform = make_transform(self.tokenizer) if make_transform else None
 
-        def make_stream(number: int) -> pack.Stream | pack.TransformedStream:
-            stream = pack.stream(
-                self.train_documents, self.encoder, packing, number=number, **arguments
-            )
+        def make_stream(number: int):
+            arguments["number"] = number
+            if isinstance(self.train_documents, mixtures.Mixture):
+                stream = mixtures.stream(
+                    self.train_documents,
+                    functools.partial(pack.stream, encoder=self.encoder, packing=packing),
+                    c.batch_size // c.streams,
+                    **arguments,
+                )
+            else:
+                stream = pack.stream(self.train_documents, self.encoder, packing, **arguments)
             if transform is None:
                 return stream
             return pack.TransformedStream(stream, transform, seed=self.config.seed, number=number)
@@ -1124,6 +1143,9 @@ def build(
     train_documents = (
         _train_documents(run_program, read_train(), run_tokenizer) if training else None
     )
+    if train_documents is not None and train_documents.kind == "text":
+        # Finds a corpus with another tokenizer's tokens.
+        encoder.text(train_documents[0])
     # Without training nothing depends on their number.
     counts_epochs = unit == "epochs" and training
     if counts_epochs:
@@ -1175,11 +1197,13 @@ def _train_documents(
             "sources; wanted 'first_fit'"
         )
     packed = encoded(c, documents_, tokenizer)
-    if len(packed) < c.data.streams:
+    parts = packed.parts.values() if isinstance(packed, mixtures.Mixture) else (packed,)
+    fewest = min(map(len, parts))
+    if fewest < c.data.streams:
         # A stream without documents would wait for ever.
         raise ValueError(
             f"config.data.streams = {c.data.streams}, but split {c.data.split!r} has only "
-            f"{len(packed)} documents; set config.data.streams to at most that"
+            f"{fewest} documents; set config.data.streams to at most that"
         )
     return packed
 
@@ -1211,6 +1235,11 @@ def _steps_of_epochs(
     config: ConfigDict, train_documents: Documents, encoder: pack.Encoder, epochs: Fraction
 ) -> int:
     """Steps until the last stream has ended its last epoch."""
+    if isinstance(train_documents, mixtures.Mixture):
+        raise ValueError(
+            f"config.train.length = {config.train.length!r}: a mixture's parts have epochs of "
+            "their own; wanted steps or tokens"
+        )
     logging.info("counting the rows of %s", config.train.length)
     arguments = _stream_arguments(config, epochs)
     longest = max(pack.count_rows(train_documents, encoder, _packing(config), **arguments))

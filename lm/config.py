@@ -9,6 +9,7 @@ so is a value outside of its range. Each run writes what it ran with, complete, 
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -276,6 +277,11 @@ class Data:
     source: str = "lm.data.pydocs.pydocs"
     source_args: dict = dataclasses.field(default_factory=lambda: dict(data_dir="~/.cache/lm"))
     split: str = "train"
+    # name -> part(...): sources whose rows are mixed; `source` is "" then (lm/data/mixtures.py)
+    mixture: dict = dataclasses.field(default_factory=dict)
+    # a part's share is proportional to weight * tokens^exponent; 0: to the weight, 1: weights are
+    # epochs, between: small parts are raised
+    mixture_exponent: float = number(0.0, least=0, most=1)
     cache_dir: str = "~/.cache/lm"  # trained tokenizers
     # dotted path of a function (lm.build.Experiment) -> what has the methods of
     # lm.data.loader.Loader; "": rows of the documents
@@ -289,6 +295,18 @@ class Data:
     # first_fit (documents whole) | concat_then_split (rows full, documents cut anywhere)
     packing: str = one_of("first_fit", "concat_then_split")
     packing_bins: int = integer(128, least=1, most=2**20)  # rows that first_fit fills at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """config.data.mixture.NAME"""
+
+    source: str = ""  # see Data
+    source_args: dict = dataclasses.field(default_factory=dict)
+    # (weight,), or one that follows the steps: (weight at 0, step, weight there, step, ...)
+    weight: tuple[str | float, ...] = (1.0,)
+    # tokens, where config.data.mixture_exponent isn't 0; 0: what the corpus's card says
+    size: int = integer(0, most=10**15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -528,6 +546,7 @@ def default() -> ConfigDict:
     for name, group in GROUPS.items():
         c[name] = ConfigDict(dataclasses.asdict(group()))
     c.data.source_args = ConfigDict(c.data.source_args, allow_dotted_keys=False)
+    c.data.mixture = ConfigDict()
     # dotted path of a module with Config, Model and flops_per_token (docs/design.md)
     c.model = ConfigDict(dict(type=MODEL) | dataclasses.asdict(ModelFields()))
     # name -> an entry (lm/evals/entries.py)
@@ -537,6 +556,12 @@ def default() -> ConfigDict:
     # name -> the keys of Reward, and arguments
     c.rewards = ConfigDict()
     return c
+
+
+def part(source: str, weight: float | tuple[float, ...] = 1.0, size: int = 0, **source_args):
+    """An entry of config.data.mixture."""
+    weight = weight if isinstance(weight, tuple) else (weight,)
+    return ConfigDict(dict(source=source, source_args=source_args, weight=weight, size=size))
 
 
 # A configuration against its keys.
@@ -563,6 +588,7 @@ def check(config: ConfigDict) -> None:
     problems += _problems_of_entries("evals", config.get("evals"), Eval)
     problems += _problems_of_entries("rewards", config.get("rewards"), Reward)
     problems += _problems_of_models(config.get("models"))
+    problems += _problems_of_mixture(config.get("data"))
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -691,6 +717,25 @@ def _problems_of_entries(group: str, entries, common_keys: type) -> list[str]:
     return problems
 
 
+def _problems_of_mixture(data) -> list[str]:
+    mixture = data.get("mixture") if isinstance(data, (ConfigDict, dict)) else None
+    if not isinstance(mixture, (ConfigDict, dict)):
+        return []  # said above
+    problems = []
+    for name, entry in mixture.items():
+        where = f"config.data.mixture.{name}"
+        if not name.isidentifier() or not isinstance(entry, (ConfigDict, dict)):
+            problems.append(f"{where} = {entry!r}; wanted a name and the keys of Part")
+            continue
+        problems += group_problems(where, Part, dict(entry.items()))
+    if bool(mixture) == bool(data.get("source")):
+        problems.append(
+            f"config.data.source = {data.get('source')!r} and config.data.mixture has "
+            f"{list(mixture)}; wanted a source or a mixture"
+        )
+    return problems
+
+
 def _problems_of_models(models) -> list[str]:
     if not isinstance(models, (ConfigDict, dict)):
         return [f"config.models = {models!r}; wanted models by name, each with init_from"]
@@ -809,6 +854,8 @@ def check_resumable(old: dict, new: ConfigDict, where: str) -> None:
 
 def is_resumable(key: str) -> bool:
     """Whether a run may change this key, or the group that it is in."""
+    # Parts of a mixture lie elsewhere as a source does.
+    key = re.sub(r"^data\.mixture\.\w+\.", "data.", key)
     return any(key == name or key.startswith(name + ".") for name in RESUMABLE)
 
 

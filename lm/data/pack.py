@@ -53,7 +53,9 @@ class Encoder:
         return self.arrays["source"].dims[0] if "source" in self.arrays else 0
 
     def training(self, document: Document) -> list[int]:
-        """Returns the ids of BOS, text, label line and EOS."""
+        """Returns the ids of BOS, text, label line and EOS; none where there is no text."""
+        if not document.text:
+            return []
         if self.label_prompt and document.label:
             ids = self.prompt(document) + self.tokenizer.encode(label_word(document.label))
         else:
@@ -79,7 +81,23 @@ class Encoder:
         Bits per byte are counted on them: each token of the text is a target, and nothing else is.
         """
         before, _ = self.tokenizer.around
-        return [*before, *self.tokenizer.encode(document.text)]
+        return [*before, *self._ids(document)]
+
+    def _ids(self, document: Document) -> list[int]:
+        """The ids of a document's text: those that are stored, or made now.
+
+        Raises:
+          ValueError: another tokenizer made those that are stored.
+        """
+        if document.stored is None:
+            return self.tokenizer.encode(document.text)
+        if document.stored.tokenizer not in (self.tokenizer.fingerprint, self.tokenizer.texts_as):
+            raise ValueError(
+                f"the corpus has tokens of the tokenizer {document.stored.tokenizer}, and this "
+                f"run's is {self.tokenizer.fingerprint}: set config.tokenizer.path to the folder "
+                "tokenizer of the corpus, or config.data.source_args.stored_tokens=False"
+            )
+        return document.stored.ids.tolist()
 
     def prompt(self, document: Document) -> list[int]:
         """Returns the ids of BOS, text and the line that asks for the label."""
@@ -345,7 +363,8 @@ class Stream:
     `get_state` and `set_state` restore it exactly, whatever the thread was doing.
 
     Args:
-      items: documents, or what stands for them.
+      items: documents, or what stands for them. They may have an `order` of their own, and a
+        `reader`, see `lm.data.streaming.Blocks`.
       to_windows: (item, seed) -> its windows. The seed is that of the run with the numbers of
         the epoch and the item: what is drawn depends on nothing else.
       layout: how they lie in rows.
@@ -367,21 +386,25 @@ class Stream:
         # The epochs of a stream have seeds that are neighbours: two streams must not.
         seeds = np.random.SeedSequence([seed, number]).generate_state(2)
         self._shuffle_seed, self._pack_seed = int(seeds[0]), int(seeds[1])
-        self._seed, self._items = seed, items
-        self._numbers = grain.MapDataset.source(range(len(items)))[number::num_streams]
+        self._seed = seed
+        self._items = items.items if isinstance(items, Documents) else items
+        self._number, self._num_streams = number, num_streams
         self._to_windows, self._layout = to_windows, layout
         self._packing, self._epochs = packing, epochs
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
         self._epoch, self._num_started = epoch, 0
-        numbers = self._numbers.shuffle(seed=(self._shuffle_seed + epoch) % 2**32)
+        numbers = self._numbers((self._shuffle_seed + epoch) % 2**32)
+        self._num_items = len(numbers)
         if self._epochs is not None:
             # Of the last epoch perhaps a part.
             numbers = numbers[: math.ceil(min(self._epochs - epoch, 1) * len(numbers))]
 
+        items = self._items.reader() if hasattr(self._items, "reader") else self._items
+
         def to_windows(number: int) -> list[dict[str, np.ndarray]]:
-            return self._to_windows(self._items[number], (self._seed, epoch, number))
+            return self._to_windows(items[number], (self._seed, epoch, number))
 
         # Packing is sequential: from here on rows have no random access.
         dataset = numbers.map(to_windows).to_iter_dataset(
@@ -389,6 +412,14 @@ class Stream:
         )
         dataset = grain_experimental.FlatMapIterDataset(dataset, _Unpack())
         self._rows = iter(_pack(dataset, self._layout, self._packing, self._pack_seed))
+
+    def _numbers(self, seed: int) -> grain.MapDataset:
+        """The numbers of the stream's items, in random order."""
+        if hasattr(self._items, "order"):
+            order = self._items.order(self._number, self._num_streams, seed)
+            return grain.MapDataset.source(order)
+        numbers = grain.MapDataset.source(range(len(self._items)))
+        return numbers[self._number :: self._num_streams].shuffle(seed=seed)
 
     def __iter__(self):
         return self
@@ -409,7 +440,7 @@ class Stream:
 
     def epochs_begun(self) -> float:
         """Returns the epochs whose items have begun: 1.5 after half of the second one's."""
-        return self._epoch + self._num_started / len(self._numbers)
+        return self._epoch + self._num_started / self._num_items
 
     def get_state(self) -> dict:
         """Returns the state, JSON-able."""
@@ -441,6 +472,14 @@ def stream(documents: Documents, encoder: Encoder, packing: Packing, **arguments
     if documents.kind != "text":
         return Stream(documents, windows_of_unit, packing, layout=layout, **arguments)
     return Stream(documents, to_windows, packing, layout=layout, **arguments)
+
+
+class _Ordered(list):
+    """What stands for documents, in their order."""
+
+    def __init__(self, items: list, order: Callable[[int, int, int], Sequence[int]]):
+        super().__init__(items)
+        self.order = order
 
 
 class TransformedStream:
@@ -489,6 +528,8 @@ def count_rows(
     if documents.kind == "text":
         with progress.activity("counting tokens", len(documents), "documents") as counting:
             sizes = [len(encoder.training(document)) for document in counting.each(documents)]
+        if hasattr(documents.items, "order"):
+            sizes = _Ordered(sizes, documents.items.order)
         if encoder.transform:
             layout = layout_of(documents.kind, encoder)
     elif encoder.source_length:

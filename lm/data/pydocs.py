@@ -146,7 +146,7 @@ class Pydocs(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.1")
 
     def _info(self):
-        features = {key: tfds.features.Text() for key in Document._fields}
+        features = {key: tfds.features.Text() for key in ("text", "name", "label")}
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
@@ -164,7 +164,7 @@ class Pydocs(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, documents):
         for index, document in enumerate(documents):
-            yield index, document._asdict()
+            yield index, dict(text=document.text, name=document.name, label=document.label)
 
 
 def pydocs(split: str, *, data_dir: str) -> Documents:

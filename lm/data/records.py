@@ -259,12 +259,16 @@ class TfdsRecords(Sequence):
 
         The others, which may be large, are not converted; keys that are no feature are left out.
         """
-        record = self._source[index]
+        record = self.raw(index)
         selected = {}
         for key in record if keys is None else keys:
             if key in record:
                 selected[key] = self._value(key, record[key])
         return selected
+
+    def raw(self, index: int) -> dict:
+        """Returns a record as TFDS has it: bytes for text."""
+        return self._source[index]
 
     def _value(self, key: str, value):
         value = to_json_value(value)
@@ -297,8 +301,6 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
     Raises:
       ValueError: see `lm.data.sources.tfds`.
     """
-    import tensorflow_datasets as tfds  # half a second: only where used
-
     data_dir = epath.Path(files.expand(data_dir or "~/tensorflow_datasets"))
     dataset = name.partition(":")[0]
     advice = (
@@ -307,12 +309,30 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
     )
 
     folder = data_dir / dataset / _prepared_version(data_dir, name, advice)
+    return open_folder(split, folder, keys, advice)
+
+
+def open_folder(
+    split: str, folder: epath.Path, keys: Sequence[str] = (), advice: str = ""
+) -> TfdsRecords:
+    """Returns the records of a split of the TFDS data set in a folder, DATA_DIR/NAME/VERSION.
+
+    Args:
+      keys: features that have to be present.
+      advice: ends the error where it is of another format than ArrayRecord.
+
+    Raises:
+      ValueError: see `lm.data.sources.tfds`.
+    """
+    import tensorflow_datasets as tfds  # half a second: only where used
+
     builder = tfds.builder_from_directory(folder)
     info = builder.info
+    name = info.full_name
     if info.file_format.value != "array_record":
         raise ValueError(
-            f"{name!r} in {data_dir} was prepared as {info.file_format.value}; training "
-            f"reads array_record. {advice}"
+            f"{folder} was prepared as {info.file_format.value}; training reads array_record. "
+            f"{advice}"
         )
     for key in keys:
         if key not in info.features:
@@ -338,7 +358,7 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
     # Copies of one version, prepared from different texts, differ in num_bytes. Some kinds of
     # split don't know it.
     num_bytes = getattr(split_info, "num_bytes", None)
-    identity = [dataset, str(info.version), split, len(source), num_bytes]
+    identity = [info.name, str(info.version), split, len(source), num_bytes]
     return TfdsRecords(source, class_names, identity)
 
 

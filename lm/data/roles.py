@@ -59,6 +59,7 @@ class Roles:
     roles: Mapping[str, tuple[int, ...]]
     special: Mapping[str, int]
     fingerprint: str
+    texts_as: str = ""  # see lm.data.tokenizer.Tokenizer
 
     def role(self, name: str) -> int:
         """Returns the id of a role of one token. Raises ValueError, see `role_ids`."""

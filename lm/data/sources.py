@@ -10,17 +10,28 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
 
 from lm import files, progress
 from lm.data import records
+
+
+class StoredTokens(NamedTuple):
+    """A text's tokens, without BOS and EOS."""
+
+    tokenizer: str  # the fingerprint of the one that made them
+    ids: np.ndarray
 
 
 class Document(NamedTuple):
     text: str
     name: str  # what it is called, for reports; not part of the text
     label: str  # "" where there is none
+    stored: StoredTokens | None = None  # where the source has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +40,14 @@ class Documents:
     identifies it).
     """
 
+    # Where random access is slow they have an order for streams, and readers for threads, of their
+    # own: see lm.data.streaming.Blocks.
     items: Sequence[Document]
     fingerprint: str
     # text; of lm.data.conversations.KINDS, whose items are Examples; labelled (lm/data/labelled.py)
     kind: str = "text"
+    # of the corpora that it is of, as `lm.prepare` wrote them: what runs keep of it
+    cards: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -46,7 +61,7 @@ def fingerprint(documents: Sequence[Document]) -> str:
 
     def fields() -> Iterator[bytes]:
         for document in documents:
-            for field in document:
+            for field in (document.text, document.name, document.label):
                 yield field.encode("utf-8")
 
     return files.short_hash_of_parts(fields())
@@ -137,7 +152,7 @@ def jsonl(
         for key in (text_key, label_key) if label_key else (text_key,):
             if key not in record:
                 raise ValueError(f"{place} has no key {key!r}; it has {sorted(record)}")
-        return _document(record, place, place, text_key, label_key)
+        return document_of(record, place, place, text_key, label_key)
 
     held_out_part = HeldOut(split, path, held_out, held_out_by)
     return _in_memory(held_out_part.of_jsonl(read), held_out_part)
@@ -163,12 +178,94 @@ def tfds(
     keys = [key for key in (text_key, label_key) if key]
     table = records.open_tfds(split, name, data_dir, keys)
     documents = _TfdsDocuments(table, text_key, label_key)
+    identity = [*table.identity, text_key, label_key]
+    return Documents(documents, sampled_fingerprint(documents, identity))
 
-    # Reading all of a large corpus would take hours; what TFDS knows of it, and a sample, tell
-    # copies apart.
+
+# What runs keep of the card of a corpus. The rest is samples, and stands beside the corpus.
+OF_CARD = (
+    "name",
+    "version",
+    "key",
+    "description",
+    "splits",
+    "sources",
+    "languages",
+    "tokenizer",
+    "summary",
+    "versions",
+)
+
+
+def corpus(
+    split: str, *, path: str, label_key: str = "", stored_tokens: bool = True
+) -> Documents:
+    """Returns the documents of a corpus that `python -m lm.prepare` made.
+
+    Args:
+      split: train, validation, test; slices too, as TFDS has them.
+      path: its folder, OUT/NAME/VERSION.
+      label_key: "label" where its documents have labels; "": they are not read.
+      stored_tokens: takes the tokens that it has, where it has some; the run needs its tokenizer
+        then, config.tokenizer.path = PATH/tokenizer. Without it texts are tokenized anew.
+
+    Raises:
+      ValueError: no such folder or split, or files that are no such corpus.
+    """
+    folder = epath.Path(files.expand(path))
+    if not (folder / "card.json").exists():
+        raise ValueError(
+            f"no corpus at {folder or 'config.data.source_args.path'}: wanted the folder that "
+            "python -m lm.prepare printed, with card.json in it"
+        )
+    card = files.read_json(folder / "card.json")
+    table = records.open_folder(split, folder, ["text", "name", "label"])
+    tokenizer = card.get("tokenizer") or {}
+    is_stored = stored_tokens and bool(tokenizer.get("stored"))
+    fingerprint_ = str(tokenizer.get("fingerprint", "")) if is_stored else ""
+    dtype = np.dtype("<u2" if tokenizer.get("vocab_size", 0) <= 2**16 else "<u4")
+    documents = _CorpusDocuments(table, bool(label_key), fingerprint_, dtype)
+
+    summary = {key: card[key] for key in OF_CARD if key in card}
+    identity = [*table.identity, card.get("key"), label_key]
+    return Documents(documents, sampled_fingerprint(documents, identity), cards=(summary,))
+
+
+class _CorpusDocuments(Sequence):
+    """Documents of a prepared corpus, read one by one.
+
+    Args:
+      tokenizer: fingerprint of the one whose tokens are read; "": none are.
+    """
+
+    def __init__(
+        self, table: records.TfdsRecords, has_labels: bool, tokenizer: str, dtype: np.dtype
+    ):
+        self._table, self._has_labels = table, has_labels
+        self._tokenizer, self._dtype = tokenizer, dtype
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        record = self._table.raw(index)
+        stored = None
+        if self._tokenizer:
+            stored = StoredTokens(
+                self._tokenizer, np.frombuffer(record["tokens"], self._dtype)
+            )
+        label = record["label"].decode() if self._has_labels else ""
+        return Document(record["text"].decode(), record["name"].decode(), label, stored)
+
+
+def sampled_fingerprint(documents: Sequence[Document], identity: list) -> str:
+    """Returns a hash of what tells copies of a large corpus apart: what is known of it, and a
+    sample. Reading all of it would take hours.
+    """
     sample = [documents[i * len(documents) // 256] for i in range(256)]
-    identity = [[*table.identity, text_key, label_key], fingerprint(sample)]
-    return Documents(documents, files.short_hash(json.dumps(identity).encode()))
+    return files.short_hash(json.dumps([identity, fingerprint(sample)]).encode())
 
 
 def is_held_out(text: str, held_out: float) -> bool:
@@ -179,6 +276,20 @@ def is_held_out(text: str, held_out: float) -> bool:
     """
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < held_out * 2**64
+
+
+def check_held_out(split: str, path: str, held_out: float) -> None:
+    """Raises ValueError for a share out of range, or a split that files without "{split}" in their
+    path don't have.
+    """
+    where = "config.data.source_args"
+    if not 0 <= held_out < 1:
+        raise ValueError(f"{where}.held_out = {held_out}; wanted a share, 0 to below 1")
+    if "{split}" not in path and split not in ("train", "validation"):
+        raise ValueError(
+            f"split {split!r}: this source has 'train' and 'validation', which is {where}."
+            f"held_out of it. {{split}} in {where}.path stands for files of any split"
+        )
 
 
 HELD_OUT_BY = ("hash", "tail")
@@ -193,17 +304,11 @@ class HeldOut:
     """
 
     def __init__(self, split: str, path: str, held_out: float, held_out_by: str):
+        check_held_out(split, path, held_out)
         where = "config.data.source_args"
-        if not 0 <= held_out < 1:
-            raise ValueError(f"{where}.held_out = {held_out}; wanted a share, 0 to below 1")
         if held_out_by not in HELD_OUT_BY:
             raise ValueError(f"{where}.held_out_by = {held_out_by!r}; valid: {list(HELD_OUT_BY)}")
         self._has_files_of_its_own = "{split}" in path
-        if not self._has_files_of_its_own and split not in ("train", "validation"):
-            raise ValueError(
-                f"split {split!r}: this source has 'train' and 'validation', which is {where}."
-                f"held_out of it. {{split}} in {where}.path stands for files of any split"
-            )
         self._split, self._path = split, path
         self._held_out, self._by = held_out, held_out_by
         self._chars = {}  # file -> (characters that the split has, characters)
@@ -358,8 +463,14 @@ def _cut(documents: list[Document], document_chars: int) -> list[Document]:
     return pieces
 
 
-def _document(record: dict, name: str, place: str, text_key: str, label_key: str) -> Document:
-    """A document out of a record; `place` is where that stands."""
+def document_of(
+    record: Mapping, name: str, place: str, text_key: str, label_key: str
+) -> Document:
+    """Returns a document out of a record; `place` is where that stands.
+
+    Raises:
+      ValueError: its text is none, or its label neither a text nor a number.
+    """
     text = record[text_key]
     if not is_utf8_text(text):
         raise ValueError(
@@ -403,4 +514,4 @@ class _TfdsDocuments(Sequence):
         # Few data sets name their records; the others go by data set and number.
         place = f"{self._table.identity[0]}[{index}]"
         name = str(record.get("name", place))
-        return _document(record, name, place, self._text_key, self._label_key)
+        return document_of(record, name, place, self._text_key, self._label_key)

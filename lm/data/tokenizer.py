@@ -42,6 +42,8 @@ class Tokenizer(Protocol):
       around: ids before a document, and ids after it. They are BOS and EOS; of BERT's and its
         like, [CLS] and [SEP].
       fingerprint: names the exact mapping.
+      texts_as: the fingerprint of the tokenizer that it was before roles were reserved, which gives
+        texts the same ids; "" where none were.
       files: name -> content, of a Hugging Face checkpoint; else a chat template at most.
     """
 
@@ -53,6 +55,7 @@ class Tokenizer(Protocol):
     special: Mapping[str, int]
     around: tuple[tuple[int, ...], tuple[int, ...]]
     fingerprint: str
+    texts_as: str
     files: Mapping[str, bytes]
 
     def role(self, name: str) -> int:
