@@ -66,7 +66,7 @@ def roots(tmp_path, monkeypatch):
 
     folders = {"python": tmp_path / "python", "numpy": tmp_path / "numpy"}
     monkeypatch.setattr(pydocs, "_roots", lambda: folders)
-    monkeypatch.setattr(pydocs, "_versions", lambda: {"python": "fake"})
+    monkeypatch.setattr(pydocs, "versions", lambda: {"python": "fake"})
     return tmp_path
 
 
@@ -236,7 +236,7 @@ def test_prepared_copy(roots, monkeypatch, tmp_path):
     assert "tensorflow" not in sys.modules
 
     # Other versions are another copy.
-    monkeypatch.setattr(pydocs, "_versions", lambda: {"python": "newer"})
+    monkeypatch.setattr(pydocs, "versions", lambda: {"python": "newer"})
     with pytest.raises(Exception, match="prepared again"):
         pydocs.pydocs("train", data_dir=str(data_dir))
 

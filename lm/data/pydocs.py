@@ -54,12 +54,12 @@ def _roots() -> dict[str, Path]:
     return roots
 
 
-def _versions() -> dict[str, str]:
-    """The installed version of each library."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+def versions() -> dict[str, str]:
+    """Returns the installed version of each library."""
+    installed = {"python": ".".join(map(str, sys.version_info[:3]))}
     for library in LIBRARIES[1:]:
-        versions[library] = importlib.metadata.version(library)
-    return versions
+        installed[library] = importlib.metadata.version(library)
+    return installed
 
 
 def collect() -> Iterator[tuple[str, Document]]:
@@ -68,35 +68,42 @@ def collect() -> Iterator[tuple[str, Document]]:
     The module is what a split goes by. Exact duplicates are left out, and what is too short.
     """
     seen = set()
-    for library, module, tree in _parsed_modules():
+    for library in LIBRARIES:
+        for group, document in docstrings(library):
+            text = document.text
+            if len(text) >= MIN_CHARS and text not in seen and sources.is_utf8_text(text):
+                seen.add(text)
+                yield group, document
+
+
+def docstrings(library: str) -> Iterator[tuple[str, Document]]:
+    """Yields (module, document) for every docstring of a library, in a fixed order."""
+    for module, tree in _parsed_modules(library):
         # pydoc's topics are in a dict, not in docstrings.
         are_topics = library == "python" and module == "pydoc_data.topics"
         for name, text in _topics(tree) if are_topics else _docstrings(tree, module):
-            if len(text) >= MIN_CHARS and text not in seen and sources.is_utf8_text(text):
-                seen.add(text)
-                # A topic is as good as a module: it is a chapter of its own.
-                group = name if are_topics else module
-                yield group, Document(text, name, library)
+            # A topic is as good as a module: it is a chapter of its own.
+            yield name if are_topics else module, Document(text, name, library)
 
 
-def _parsed_modules() -> Iterator[tuple[str, str, ast.Module]]:
-    """(library, module's dotted name, syntax tree) of every source file that can be parsed."""
-    for library, root in _roots().items():
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            # config-3.11-x86_64-linux-gnu and its like are Python's own build files.
-            is_build_file = any(part.startswith("config-") for part in parts)
-            if SKIPPED.intersection(parts) or is_build_file:
-                continue
+def _parsed_modules(library: str) -> Iterator[tuple[str, ast.Module]]:
+    """(module's dotted name, syntax tree) of every source file of a library that can be parsed."""
+    root = _roots()[library]
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        # config-3.11-x86_64-linux-gnu and its like are Python's own build files.
+        is_build_file = any(part.startswith("config-") for part in parts)
+        if SKIPPED.intersection(parts) or is_build_file:
+            continue
 
-            tree = _parse(path)
-            if tree is None:
-                continue
+        tree = _parse(path)
+        if tree is None:
+            continue
 
-            # The standard library's modules have no package of its name above them.
-            package = [] if library == "python" else [library]
-            module = ".".join(package + [part for part in parts if part != "__init__"])
-            yield library, module, tree
+        # The standard library's modules have no package of its name above them.
+        package = [] if library == "python" else [library]
+        module = ".".join(package + [part for part in parts if part != "__init__"])
+        yield module, tree
 
 
 def _parse(path: Path) -> ast.Module | None:
@@ -183,14 +190,14 @@ def pydocs(split: str, *, data_dir: str) -> Documents:
         raise ValueError(f"pydocs has no split {split!r}; valid: {list(SPLITS)}")
 
     # A copy's name follows all that decides its contents.
-    versions = _versions()
+    installed = versions()
     splits = sorted(map(str, SPLITS.items()))
-    identity = [versions, str(Pydocs.VERSION), MIN_CHARS, sorted(SKIPPED), splits]
+    identity = [installed, str(Pydocs.VERSION), MIN_CHARS, sorted(SKIPPED), splits]
     key = files.short_hash(json.dumps(identity).encode())[:12]
     folder = Path(files.expand(data_dir)) / f"pydocs-{key}"
 
     if not folder.exists():
-        described = ", ".join(f"{library} {version}" for library, version in versions.items())
+        described = ", ".join(f"{library} {version}" for library, version in installed.items())
         with progress.activity(f"pydocs: reading the docstrings of {described}"):
             _prepare(folder)
 

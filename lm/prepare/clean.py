@@ -49,6 +49,9 @@ def clean_document(document: Document, work: Work) -> Document | None:
     if not text.strip():
         work.drop("empty", document)
         return None
+    if len(text) < settings["clean"]["min_chars"]:
+        work.drop("min_chars", document)
+        return None
     if settings["clean"]["identify"]:
         document = _identified(document, settings["clean"])
         languages = settings["clean"]["languages"]
@@ -139,16 +142,34 @@ def _identified(document: Document, settings: Mapping) -> Document:
 # --- personal data ---
 
 _EMAIL = re.compile(
-    r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.){1,8}[A-Za-z]{2,24}"
-    r"(?![\w-])",
+    r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.){1,8}[A-Za-z]{2,24}"
+    r"(?![A-Za-z0-9])",
     re.ASCII,
 )
-_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)", re.ASCII)
-_IPV6 = re.compile(
-    r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])", re.ASCII
+# Four numbers, but those that are a version's.
+_IPV4 = re.compile(
+    r"(?<![\w.])(?<![Vv]ersion )(?<![Rr]elease )(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)", re.ASCII
 )
-# What may hold a phone number: seven digits or more with little between them.
-_DIGITS = re.compile(r"[+(]?\d(?:[\s().\-/]{0,3}\d){6,16}")
+_IPV6 = re.compile(
+    r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}(?:[0-9a-fA-F]{1,4}|(?<=::))(?!\w|:[\w:])", re.ASCII
+)
+# The addresses that are given out to hosts. Of others, such as `1::2`, most are slices, or names.
+_UNICAST = ipaddress.ip_network("2000::/3")
+
+# What may hold phone numbers: seven digits or more on a line, with little between them.
+_DIGITS = re.compile(
+    r"(?<!\w)[+(]{0,2}\d(?:[^\S\n]{0,2}[().\-/\u2010-\u2015\u2212]{0,2}[^\S\n]{0,2}\d){6,60}"
+)
+# Digits of other kinds: dates, decimal numbers, IP addresses, thousands by thousands, ISBNs.
+_OTHER_DIGITS = re.compile(
+    r"(?<![\w.+-])(?:"
+    r"(?:19|20)\d\d(?P<iso>[-/.])\d\d?(?P=iso)\d\d?|\d\d?(?P<day>[-/.])\d\d?(?P=day)(?:19|20)\d\d"
+    r")(?!\w|[-.]\d)"
+    r"|(?<![\w.)])(?!\d{3}\.\d{4}(?!\d))(?:0|[1-9]\d*)\.\d+(?!\d|[.\-/]\d)"
+    r"|(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)"
+    r"|(?<![\w+])(?<!\d )[1-9]\d{0,2}(?: \d{3}){2,}(?!\w| \d)"
+    r"|\bIS[BS]N(?:-1[03])?:? ?[\d -]{8,16}[\dX]"
+)
 
 
 def masked(text: str, settings: Mapping, work: Work, document: Document) -> str:
@@ -185,38 +206,46 @@ def _replaced(
 
 def _is_public_address(text: str) -> bool:
     try:
-        return ipaddress.ip_address(text).is_global
+        address = ipaddress.ip_address(text)
     except ValueError:
         return False
+    return address.is_global and (address.version == 4 or address in _UNICAST)
 
 
 def _without_phones(text: str, settings: Mapping) -> tuple[str, int]:
     """The text with its phone numbers replaced, and how many these are."""
-    spans = []
-    last = 0
-    for match in _DIGITS.finditer(text):
-        if match.start() >= last:
-            span = _phone_in(match[0], tuple(settings["regions"]))
-            if span:
-                spans.append((match.start() + span[0], match.start() + span[1]))
-                last = spans[-1][1]
+    if not _DIGITS.search(text):
+        return text, 0
+    plain = _OTHER_DIGITS.sub(_blank, text)
     parts = []
     end = 0
-    for begin, after in spans:
-        parts += [text[end:begin], settings["phone"]]
-        end = after
-    return "".join([*parts, text[end:]]), len(spans)
+    for match in _DIGITS.finditer(plain):
+        # What stands around digits can say that they are none, or are a time, or have an extension.
+        begin = max(match.start() - 1, 0)
+        around = plain[begin : match.end() + 12]
+        for first, last in _phones_in(around, match.end() - begin, tuple(settings["regions"])):
+            if begin + first >= end:
+                parts += [text[end : begin + first], settings["phone"]]
+                end = begin + last
+    return "".join([*parts, text[end:]]), len(parts) // 2
+
+
+def _blank(match: re.Match) -> str:
+    return "=" * len(match[0])
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _phone_in(candidate: str, regions: tuple[str, ...]) -> tuple[int, int] | None:
-    """Where in a text of digits the first valid phone number is."""
+def _phones_in(text: str, end: int, regions: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Where in a text the valid phone numbers are that begin before `end`, in order."""
     import phonenumbers
 
-    for region in ("ZZ",) if candidate.startswith("+") else regions:
-        for match in phonenumbers.PhoneNumberMatcher(candidate, region):
-            return match.start, match.end
-    return None
+    spans: list[tuple[int, int]] = []
+    for region in regions:
+        for match in phonenumbers.PhoneNumberMatcher(text, region):
+            is_new = all(match.end <= begin or after <= match.start for begin, after in spans)
+            if match.start < end and is_new:
+                spans.append((match.start, match.end))
+    return sorted(spans)
 
 
 # --- functions of one's own ---

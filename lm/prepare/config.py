@@ -92,6 +92,7 @@ class Clean:
     mojibake: bool = True  # text that was decoded wrongly somewhere is repaired by ftfy
     # control characters but line ends and tabs go, and so do byte-order marks
     controls: bool = True
+    min_chars: int = integer(0)  # shorter documents go
     # documents that are in none of these languages go; (): all stay
     languages: tuple[str, ...] = ()
     identify: bool = True  # which language a document is in

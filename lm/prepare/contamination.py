@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from lm import files, instructions
+from lm import files
 from lm.prepare import ngrams
 from lm.prepare.engine import Made, Stage
 from lm.prepare.shards import Work, read
@@ -51,7 +51,7 @@ def stages(config: ConfigDict) -> list[Stage]:
 class _Plan:
     """The plan of the one task that makes the index."""
 
-    def __init__(self, items: list[list]):
+    def __init__(self, items: list[dict]):
         self._items = items
 
     def __call__(self, made: Made) -> list[dict]:
@@ -59,20 +59,22 @@ class _Plan:
         return [{"items": self._items}]
 
 
-def _items_of_task(name: str, entry: Mapping, max_records: int) -> list[list]:
-    """[task, item, texts] of each record that the task evaluates."""
+def _items_of_task(name: str, entry: Mapping, max_records: int) -> list[dict]:
+    """The task, the name and the texts of each record that the task evaluates."""
+    from lm import instructions  # and with it jax
+
     items = []
     for number, texts in instructions.forms(name, entry, max_records):
-        items.append([name, f"{name}[{number}]", texts])
+        items.append(dict(task=name, name=f"{name}[{number}]", texts=texts))
     return items
 
 
-def _items_of_file(path: str) -> list[list]:
+def _items_of_file(path: str) -> list[dict]:
     items = []
     for number, record in files.read_jsonl(files.expand(path)):
         if not isinstance(record.get("text"), str):
             raise ValueError(f"{path}:{number} has no key 'text' with a text")
-        items.append([path, f"{path}:{number}", [record["text"]]])
+        items.append(dict(task=path, name=f"{path}:{number}", texts=[record["text"]]))
     return items
 
 
@@ -92,18 +94,18 @@ def index(work: Work) -> None:
     grams = []
     names = []
     tasks = []
-    for number, (task, name, texts) in enumerate(work.inputs["items"]):
-        names.append(name)
-        tasks.append(task)
+    for number, item in enumerate(work.inputs["items"]):
+        names.append(item["name"])
+        tasks.append(item["task"])
         of_item = set()
-        for text in texts:
+        for text in item["texts"]:
             hashes = words.hashes(text)
             length = min(n, len(hashes))
             if length >= min(MIN_WORDS, n):
                 of_item.update((length, hash_) for hash_ in ngrams.rolling(hashes, length).tolist())
-        work.count("eval.items", task)
+        work.count("eval.items", item["task"])
         if not of_item:
-            work.count("eval.too_short", task)
+            work.count("eval.too_short", item["task"])
         grams += [(length, hash_, number) for length, hash_ in of_item]
 
     kept = _without_wording(np.array(grams, GRAM), tasks, work)
