@@ -385,13 +385,25 @@ def _unpacked(content: bytes, file: str) -> bytes | bytearray:
 def _open_packed(content: bytes, file: str):
     if content.startswith(GZIP):
         return gzip.GzipFile(fileobj=io.BytesIO(content))
+    return open_zstd(io.BytesIO(content), file)
+
+
+def open_zstd(stream: BinaryIO, file: str):
+    """Returns a stream of what zstd packed; reading what is cut off is an OSError.
+
+    Args:
+      file: what errors call it.
+
+    Raises:
+      ValueError: a package is missing.
+    """
     try:
         import pyarrow  # TFDS needs it too; a third of a second, so only where used
     except ImportError:
         raise ValueError(
             f"{file} is zstd, which takes pip install pyarrow; or unpack it with zstd -dk"
         ) from None
-    return pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
 
 
 def read_jsonl(file: str) -> Iterator[tuple[int, dict]]:

@@ -181,9 +181,7 @@ def labelled_texts(
     return labelled.as_documents(items, "class", labels)
 
 
-def forms(
-    name: str, entry: Mapping, max_records: int = 0
-) -> Iterator[tuple[int, list[str]]]:
+def forms(name: str, entry: Mapping, max_records: int = 0) -> Iterator[tuple[int, list[str]]]:
     """Yields (number, texts) of the records that a task evaluates: each in all forms that it is
     asked in, with each of its answers, and its own texts, without any wording.
 

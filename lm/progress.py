@@ -20,9 +20,9 @@ class Activity:
     second, and how long the others may take.
     """
 
-    def __init__(self, what: str, total: int = 0, unit: str = ""):
+    def __init__(self, what: str, total: float = 0, unit: str = ""):
         self._what, self._total, self._unit = what, total, unit
-        self._done = 0
+        self._done = 0.0
         self._began = time.monotonic()
         self._over = threading.Event()
         self._terminal = sys.stderr.isatty()
@@ -33,7 +33,7 @@ class Activity:
             yield item
             self.add(1)
 
-    def add(self, count: int) -> None:
+    def add(self, count: float) -> None:
         """Counts what is done."""
         self._done += count
 
@@ -41,7 +41,7 @@ class Activity:
         seconds = time.monotonic() - self._began
         text = f"{self._what}:"
         if self._total:
-            text += f" {self._done:,} of {self._total:,} {self._unit},"
+            text += f" {self._done:,.0f} of {self._total:,.0f} {self._unit},"
         if self._total and self._done:
             rate = self._done / seconds
             left = max(self._total - self._done, 0) / rate
@@ -78,7 +78,7 @@ def _duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def activity(what: str, total: int = 0, unit: str = "") -> Iterator[Activity]:
+def activity(what: str, total: float = 0, unit: str = "") -> Iterator[Activity]:
     """Shows that something is under way, if it takes more than two seconds, and logs how long it
     took. Nothing is shown where the log leaves out such lines.
 

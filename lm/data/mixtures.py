@@ -87,7 +87,9 @@ def mix(
     where = "config.data.mixture"
     for name, documents in parts.items():
         if documents.kind != "text":
-            raise ValueError(f"{where}.{name} has examples of the kind {documents.kind!r}, no texts")
+            raise ValueError(
+                f"{where}.{name} has examples of the kind {documents.kind!r}, no texts"
+            )
     factors = {}
     for name, documents in parts.items():
         size = sizes[name] or _size_in_card(documents)

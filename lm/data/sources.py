@@ -197,9 +197,7 @@ OF_CARD = (
 )
 
 
-def corpus(
-    split: str, *, path: str, label_key: str = "", stored_tokens: bool = True
-) -> Documents:
+def corpus(split: str, *, path: str, label_key: str = "", stored_tokens: bool = True) -> Documents:
     """Returns the documents of a corpus that `python -m lm.prepare` made.
 
     Args:
@@ -253,9 +251,7 @@ class _CorpusDocuments(Sequence):
         record = self._table.raw(index)
         stored = None
         if self._tokenizer:
-            stored = StoredTokens(
-                self._tokenizer, np.frombuffer(record["tokens"], self._dtype)
-            )
+            stored = StoredTokens(self._tokenizer, np.frombuffer(record["tokens"], self._dtype))
         label = record["label"].decode() if self._has_labels else ""
         return Document(record["text"].decode(), record["name"].decode(), label, stored)
 
@@ -463,9 +459,7 @@ def _cut(documents: list[Document], document_chars: int) -> list[Document]:
     return pieces
 
 
-def document_of(
-    record: Mapping, name: str, place: str, text_key: str, label_key: str
-) -> Document:
+def document_of(record: Mapping, name: str, place: str, text_key: str, label_key: str) -> Document:
     """Returns a document out of a record; `place` is where that stands.
 
     Raises:

@@ -250,10 +250,27 @@ def _open(path: str):
     if head.startswith(files.GZIP):
         return gzip.GzipFile(fileobj=file)
     if head.startswith(files.ZSTD):
-        import zstandard
-
-        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        return _Forward(files.open_zstd(file, path))
     return file
+
+
+class _Forward:
+    """A stream that knows where it is, and can be moved forward."""
+
+    def __init__(self, stream):
+        self._stream, self._place = stream, 0
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self._place += len(content)
+        return content
+
+    def seek(self, place: int) -> None:
+        while self._place < place and self.read(min(place - self._place, BLOCK_BYTES)):
+            pass
 
 
 def _jsonl_blocks(number: int, path: str, text_key: str, cache_dir: str) -> list[Block]:

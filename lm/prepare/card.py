@@ -126,6 +126,9 @@ def _tokenizer(made: Made, config: ConfigDict, counts: Mapping) -> dict | None:
 def _summary(merged: Mapping[str, dict]) -> dict:
     """How many documents were read, and what became of them."""
     collected = sum(merged["collect"]["counts"].get("documents", {}).values())
+    for what, by in merged["collect"]["counts"].items():
+        if what.startswith("dropped.") and what != "dropped.chars":
+            collected += sum(by.values())
     bad: dict[str, int] = {}
     dropped: dict[str, int] = {}
     for report in merged.values():
@@ -153,10 +156,10 @@ def _histograms(merged: Mapping[str, dict]) -> dict:
 def broken_limits(card: Mapping, limits: Mapping) -> list[str]:
     """Returns what of config.limits a card breaks, a line each."""
     summary = card["summary"]
-    read = summary["collected"] + sum(summary["bad"].values())
+    bad = sum(count for kind, count in summary["bad"].items() if kind != "empty")
     duplicates = sum(summary["dropped"].get(f"{kind}_duplicate", 0) for kind in ("exact", "near"))
     shares = dict(
-        max_bad=sum(summary["bad"].values()) / max(read, 1),
+        max_bad=bad / max(summary["collected"] + bad, 1),
         max_dropped=sum(summary["dropped"].values()) / max(summary["collected"], 1),
         max_duplicates=duplicates / max(summary["collected"], 1),
     )

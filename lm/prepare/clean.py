@@ -160,15 +160,20 @@ _UNICAST = ipaddress.ip_network("2000::/3")
 _DIGITS = re.compile(
     r"(?<!\w)[+(]{0,2}\d(?:[^\S\n]{0,2}[().\-/\u2010-\u2015\u2212]{0,2}[^\S\n]{0,2}\d){6,60}"
 )
-# Digits of other kinds: dates, decimal numbers, IP addresses, thousands by thousands, ISBNs.
+_MOST_NUMBERS = 10  # with spaces between them; more are a row of a table
+# Digits of other kinds.
 _OTHER_DIGITS = re.compile(
-    r"(?<![\w.+-])(?:"
-    r"(?:19|20)\d\d(?P<iso>[-/.])\d\d?(?P=iso)\d\d?|\d\d?(?P<day>[-/.])\d\d?(?P=day)(?:19|20)\d\d"
-    r")(?!\w|[-.]\d)"
-    r"|(?<![\w.)])(?!\d{3}\.\d{4}(?!\d))(?:0|[1-9]\d*)\.\d+(?!\d|[.\-/]\d)"
+    # dates
+    r"(?<![\w.+-])(?:(?:19|20)\d\d(?P<a>[-/.])\d\d?(?P=a)|\d\d?(?P<b>[-/.])\d\d?(?P=b)(?:19|20))\d\d?"
+    r"(?!\w|[-.]\d)"
+    # decimal numbers
+    r"|(?<![\w.)])(?!\d{3}\.\d{4}(?!\d))(?:0|[1-9]\d*)\.\d+(?!\d|\.\d|[-/]\d+(?![.\d]))"
+    # addresses
     r"|(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)"
+    # thousands by thousands
     r"|(?<![\w+])(?<!\d )[1-9]\d{0,2}(?: \d{3}){2,}(?!\w| \d)"
-    r"|\bIS[BS]N(?:-1[03])?:? ?[\d -]{8,16}[\dX]"
+    # names of books, issues and articles
+    r"|\bIS[BS]N(?:-1[03])?:? ?[\d -]{8,16}[\dX]|\b10\.\d{4,9}/\S+"
 )
 
 
@@ -220,6 +225,8 @@ def _without_phones(text: str, settings: Mapping) -> tuple[str, int]:
     parts = []
     end = 0
     for match in _DIGITS.finditer(plain):
+        if sum(map(str.isdigit, match[0].split())) > _MOST_NUMBERS:
+            continue
         # What stands around digits can say that they are none, or are a time, or have an extension.
         begin = max(match.start() - 1, 0)
         around = plain[begin : match.end() + 12]
@@ -234,18 +241,40 @@ def _blank(match: re.Match) -> str:
     return "=" * len(match[0])
 
 
+# Where the next number may begin.
+_NEXT_NUMBER = re.compile(r"(?<=\d)[^\S\n]+(?=[+(0])")
+
+
 @functools.lru_cache(maxsize=1 << 14)
 def _phones_in(text: str, end: int, regions: tuple[str, ...]) -> list[tuple[int, int]]:
     """Where in a text the valid phone numbers are that begin before `end`, in order."""
+    spans = _valid_phones(text, 0, len(text), regions)
+    # Of several with nothing but spaces between them some are found only by themselves.
+    cuts = [match.end() for match in _NEXT_NUMBER.finditer(text, 0, end)]
+    edges = sorted({0, *cuts, *(edge for span in spans for edge in span), len(text)})
+    for begin, after in zip(edges, edges[1:]) if len(edges) > 2 else ():
+        if all(after <= first or last <= begin for first, last in spans):
+            spans += _valid_phones(text, begin, after, regions)
+    return sorted(span for span in spans if span[0] < end)
+
+
+def _valid_phones(
+    text: str, begin: int, end: int, regions: tuple[str, ...]
+) -> list[tuple[int, int]]:
+    """Where in a part of a text valid phone numbers are."""
     import phonenumbers
 
     spans: list[tuple[int, int]] = []
     for region in regions:
-        for match in phonenumbers.PhoneNumberMatcher(text, region):
-            is_new = all(match.end <= begin or after <= match.start for begin, after in spans)
-            if match.start < end and is_new:
-                spans.append((match.start, match.end))
-    return sorted(spans)
+        for match in phonenumbers.PhoneNumberMatcher(text[begin:end], region):
+            found = match.raw_string
+            # A bracket before it that ends behind it is the sentence's.
+            is_open = found.count("(") > found.count(")")
+            number = found.lstrip("( ") if is_open else found.lstrip()
+            first, last = begin + match.end - len(number), begin + match.end
+            if all(last <= before or after <= first for before, after in spans):
+                spans.append((first, last))
+    return spans
 
 
 # --- functions of one's own ---

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
@@ -9,11 +10,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lm import files
-from lm.prepare import formats
+from lm.prepare import extract, formats
 from lm.prepare.engine import Made, Stage
 from lm.prepare.shards import Damaged, Document, Work
 
 RECORDS_OF_A_TASK = 20_000  # of a data set
+WHOLE_TASK = 2**62  # bytes: a unit that makes a task of its own
 
 
 def stages(config: ConfigDict) -> list[Stage]:
@@ -25,6 +27,7 @@ def stages(config: ConfigDict) -> list[Stage]:
     sources = {}
     packages = set()
     units = []
+    code = [inspect.getsource(module) for module in (formats, extract)]
     for name, entry in config.sources.items():
         source = entry.to_dict() | {"name": name}
         sources[name] = source
@@ -33,6 +36,8 @@ def stages(config: ConfigDict) -> list[Stage]:
             packages.update(format_.packages)
             if source["format"] in ("html", "warc") and config.collect.extractor != "resiliparse":
                 packages.add(config.collect.extractor)
+        else:
+            code.append(inspect.getsource(inspect.getmodule(_reader(source))))
         units += _units(source)
 
     settings = config.collect.to_dict() | dict(
@@ -40,7 +45,8 @@ def stages(config: ConfigDict) -> list[Stage]:
     )
     tasks = _deal(units, settings["shard_bytes"])
     plan = functools.partial(_plan, tasks)
-    return [Stage("collect", collect, plan, settings, sorted(packages), reads=units)]
+    reads = [units, files.short_hash("".join(code).encode())]
+    return [Stage("collect", collect, plan, settings, sorted(packages), reads=reads)]
 
 
 def _plan(tasks: list[dict], made: Made) -> list[dict]:
@@ -49,27 +55,30 @@ def _plan(tasks: list[dict], made: Made) -> list[dict]:
 
 
 def _units(source: Mapping) -> list[list]:
-    """(source's name, path, bytes, time of the last change) of all that a source reads, in order.
+    """(source's name, path, bytes, what tells it from others) of all that a source reads, in order.
 
     Raises:
       ValueError: there is nothing.
     """
-    name, path = source["name"], source["path"]
-    if source["format"] in ("tfds", "hugging_face"):
-        opened = getattr(formats, f"open_{source['format']}")(source)
+    name, path, format_ = source["name"], source["path"], source["format"]
+    reader = _reader(source)
+    if format_ not in formats.FORMATS and hasattr(reader, "units"):
+        return [[name, unit, WHOLE_TASK, 0] for unit in reader.units(source)]
+    if not path:
+        raise ValueError(f"config.sources.{name}.path is missing: wanted what {format_!r} reads")
+    if format_ in ("tfds", "hugging_face"):
+        opened = getattr(formats, f"open_{format_}")(source)
+        identity = formats.identity(opened)
         units = []
         for begin in range(0, len(opened), RECORDS_OF_A_TASK):
             end = min(begin + RECORDS_OF_A_TASK, len(opened))
-            units.append([name, f"{path}[{begin}:{end}]", 0, 0])
+            units.append([name, f"{path}[{begin}:{end}]", WHOLE_TASK, identity])
         return units
 
-    reader = _reader(source)
-    if source["format"] not in formats.FORMATS and hasattr(reader, "units"):
-        return [[name, unit, 0, 0] for unit in reader.units(source)]
     names = ("*",)
-    if source["format"] in formats.FORMATS:
-        names = formats.FORMATS[source["format"]].names
-    if source["format"] == "code":
+    if format_ in formats.FORMATS:
+        names = formats.FORMATS[format_].names
+    if format_ == "code":
         names = tuple(f"*{ending}" for ending in source["endings"])
     try:
         found = files.find(path, names)
@@ -77,8 +86,12 @@ def _units(source: Mapping) -> list[list]:
         raise ValueError(f"config.sources.{name}: {error}") from None
     units = []
     for file in found:
-        stat = epath.Path(file).stat()
-        units.append([name, file, stat.length, stat.mtime])
+        try:
+            stat = epath.Path(file).stat()
+            units.append([name, file, stat.length, stat.mtime])
+        except OSError:
+            # Such as a link that leads nowhere: its task says so.
+            units.append([name, file, 0, 0])
     return units
 
 
@@ -132,17 +145,13 @@ def _documents(work: Work) -> Iterator[Document]:
         source = work.settings["sources"][name]
         work.count("files", name)
         try:
-            for document in _reader(source)(path, source, work):
+            for document in _read(path, source, work):
                 if not document.text.strip():
                     work.bad("empty", name, document.id, "there is no text in it")
                     continue
-                # JSON can spell halves of surrogate pairs, which no encoding has.
-                text = document.text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-                if text != document.text:
-                    work.count("surrogates", name)
-                    document = document._replace(text=text)
+                document = _encodable(document, work)
                 work.count("documents", name)
-                work.count("bytes", name, len(text.encode("utf-8")))
+                work.count("bytes", name, len(document.text.encode()))
                 if document.licence:
                     work.count(f"licence.{document.licence}", name)
                 yield document
@@ -153,3 +162,44 @@ def _documents(work: Work) -> Iterator[Document]:
         except MemoryError:
             work.bad("too_large", name, path, "it doesn't fit in memory")
     logging.debug("task %d has been read", work.number)
+
+
+def _read(path: str, source: Mapping, work: Work) -> Iterator[Document]:
+    """The documents of a file; errors name it."""
+    reader = _reader(source)
+    seen = set()
+    try:
+        for document in reader(path, source, work):
+            # Those of `formats` are unique.
+            if source["format"] not in formats.FORMATS:
+                if document.id in seen:
+                    work.count("repeated_ids", source["name"])
+                    work.list("repeated_id", document.id, "another document has it, too")
+                seen.add(document.id)
+            yield document
+    except (Damaged, OSError, MemoryError):
+        raise
+    except ValueError as error:
+        # A reader's own: what config.bad_input = "stop" ends with has a place.
+        if path in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while it read {path}")
+        raise
+
+
+def _encodable(document: Document, work: Work) -> Document:
+    """The document with no halves of surrogate pairs, which no encoding has. JSON can spell them,
+    and names of files may be such.
+    """
+    text = _without_surrogates(document.text)
+    if text != document.text:
+        work.count("surrogates", document.source)
+    return Document(*map(_without_surrogates, document))._replace(text=text)
+
+
+def _without_surrogates(text: str) -> str:
+    return (
+        text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    )

@@ -264,7 +264,7 @@ class Tokenizer:
 class Limits:
     """What the card must keep; else the preparation ends with an error. Shares of all documents."""
 
-    max_bad: float = number(0.05, least=0, most=1)
+    max_bad: float = number(0.05, least=0, most=1)  # that can't be read, but for empty ones
     max_dropped: float = number(1.0, least=0, most=1)
     max_duplicates: float = number(1.0, least=0, most=1)
     min_tokens: int = integer(0, most=10**15)

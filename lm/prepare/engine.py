@@ -57,7 +57,14 @@ class Made:
         return outputs
 
     def shards(self) -> list[str]:
-        """The documents as they are now."""
+        """The documents as they are now.
+
+        Raises:
+          ValueError: no stage has written any.
+        """
+        if not self.documents:
+            counts = shards.merge(next(iter(self._reports.values())))["counts"]
+            raise ValueError(f"the sources gave no documents; what they have is {counts}")
         return [output["path"] for output in self.outputs(self.documents, "documents")]
 
     def buckets(self, stage: str, kind: str) -> list[list[tuple[str, int, int]]]:
@@ -208,10 +215,10 @@ def run_local(stages: Sequence[Stage], out: epath.Path, workers: int) -> Made:
         if todo:
             size = sum(map(_input_size, todo)) / 1e6
             what = f"{stage.name}, {len(todo)} of {len(tasks)} tasks"
-            with progress.activity(what, round(size), "MB") as activity:
+            with progress.activity(what, size, "MB") as activity:
                 for task, report in _run_all(todo, workers):
                     reports[task.number] = report
-                    activity.add(round(_input_size(task) / 1e6))
+                    activity.add(_input_size(task) / 1e6)
         made.add(stage.name, reports)
     return made
 

@@ -11,9 +11,11 @@ import select
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 MEMORY_BYTES = 2**32
+START_SECONDS = 300.0  # of a machine that has much else to do
 EXTRACTORS = ("resiliparse", "trafilatura", "wikitext")
 
 
@@ -33,13 +35,20 @@ class Extractor:
         assert name in EXTRACTORS, name
         self._name, self._seconds = name, seconds
         self._process: subprocess.Popen | None = None
+        # Beam's workers have several threads.
+        self._lock = threading.Lock()
 
     def extract(self, page: str) -> str:
         """Returns a page's text.
 
         Raises:
           Failed: it took too long, or the process died of it.
+          ValueError: the process doesn't start.
         """
+        with self._lock:
+            return self._extract(page)
+
+    def _extract(self, page: str) -> str:
         if self._process is None:
             self._process = _start(self._name)
         try:
@@ -78,9 +87,18 @@ def _start(name: str) -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
     )
     # What it imports isn't part of the first page's time.
-    if _receive(process.stdout) != "ready":
-        raise ValueError(f"the extractor {name} doesn't start: python -m lm.prepare.extract {name}")
-    return process
+    ready, _, _ = select.select([process.stdout], [], [], START_SECONDS)
+    try:
+        if ready and _receive(process.stdout) == "ready":
+            return process
+    except EOFError:
+        pass
+    process.kill()
+    process.communicate()
+    raise ValueError(
+        f"the extractor {name} doesn't start; python -m lm.prepare.extract {name} < /dev/null says "
+        "why"
+    )
 
 
 def _send(stream, text: str) -> None:
@@ -123,8 +141,8 @@ def _load(name: str):
     return extract
 
 
-# What links of these namespaces lead to is no text of the article. Dumps have them in their own
-# language, too: a link with a colon in front of its second word is left out as well.
+# What links of these namespaces lead to is no text of the article. `formats.read_wikipedia` takes
+# care of their names in other languages.
 _NO_TEXT = ("file:", "image:", "category:", "media:")
 
 
@@ -135,7 +153,6 @@ def wikitext(page: str) -> str:
     code = mwparserfromhell.parse(page)
     for link in code.filter_wikilinks():
         title = str(link.title).strip().lower()
-        # A caption that names no page of its own is a file's.
         if title.startswith(_NO_TEXT):
             with contextlib.suppress(ValueError):
                 code.remove(link)

@@ -1,35 +1,198 @@
 """Published rules for what text is good enough: pure functions of a text and of the rule's settings
 (`lm.prepare.config`), which say the name of what was broken, or "".
+
+Words are the tokens of spaCy's English tokenizer, whose counts datatrove's filters compare with the
+published thresholds. `benchmarks/datatrove_rules.py` compares the verdicts.
 """
 
+import functools
 import re
+import string
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 
-# A number, a word, an ellipsis, or one other character.
-_TOKEN = re.compile(r"\d[\d.,]*\d|\w+|\.{2,}|[^\w\s]")
-_PARAGRAPHS = re.compile(r"\n{2,}")
-_LINES = re.compile(r"\n+")
+# --- tokens ---
+
+_LETTERS = "".join(filter(str.isalpha, map(chr, range(0x530))))
+_UNCASED = "\u0590-\u1fff\u3040-\ud7ff"  # scripts whose letters are neither small nor capital
+_SMALL = "".join(filter(str.islower, _LETTERS)) + _UNCASED
+_CAPITAL = "".join(filter(str.isupper, _LETTERS)) + _UNCASED
+_QUOTES = re.escape("'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉⟦⟧")
+_MARKS = re.escape("…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪") + _QUOTES
+_CURRENCY = "$£€¥฿₠-₿"
+_ICONS = "¦©®°℀-℆℈℉℔№℗℞-℩℮↕-⇿⌀-⏿␀-➿⠀-⣿⬀-⯿⺀-⿿㈀-㏿\ufffd\U0001f000-\U0001faff"
+_UNITS = (
+    "km[²³]?|m[²³]?|dm[²³]?|cm[²³]?|mm[²³]?|ha|µm|nm|yd|in|ft|kg|g|mg|µg|t|lb|oz|m/s|km/h|kmh|mph|"
+    "hPa|Pa|mbar|mb|MB|kb|KB|gb|GB|tb|TB|T|G|M|K|%"
+)
+_PREFIX = re.compile(rf"\.\.+|[§%=—–{_MARKS}{_CURRENCY}{_ICONS}]|\+(?![0-9])|(?:US|C|A)\$")
+_SUFFIX = re.compile(
+    rf"['’][sS]$|[—–{_MARKS}{_ICONS}]$|(?<=[0-9])(?:\+|[{_CURRENCY}]|{_UNITS})$"
+    rf"|(?<=[0-9{_SMALL}%²+|\-{_MARKS}])\.$|(?<=[{_CAPITAL}][{_CAPITAL}])\.$"
+)
+_INFIX = re.compile(
+    rf"\.\.+|[…{_ICONS}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{_SMALL}{_QUOTES}])\.(?=[{_CAPITAL}{_QUOTES}])"
+    rf"|(?<=[^\W\d_]),(?=[^\W\d_])|(?<=[^\W_])(?:--?-?|–|——?|~|[:<>=/])(?=[^\W\d_])"
+)
+_URL = re.compile(
+    rf"(?:[\w+\-.]{{2,}}://)?(?:[^@]+@)?(?:[^\W_][\w-]*\.)+[{_SMALL}]{{2,}}(?::\d+)?(?:[/?#].*)?"
+)
+_ASKING = "who|what|when|where|why|how|there|that|this|these|those"
+_CONTRACTION = re.compile(
+    "(?!(?:ill|its|hell|shell|shed|were|well|whore)$)(?:"
+    "(ca|could|do|does|did|had|may|might|must|need|ought|sha|should|wo|would)(n'?t)('?ve)?"
+    "|(ai|are|is|was|were|have|has|dare)(n'?t)|(could|might|must|should|would|not)('?ve)"
+    f"|(i|you|he|she|it|we|they|{_ASKING})('?ll|'?d)('?ve)?|(i)('?m)|(you|we|they|{_ASKING})('?re)"
+    f"|(i|you|we|they|{_ASKING})('?ve)|(he|she|it|{_ASKING})('?s)|(let)('s)|(can)(not)"
+    "|(gon|got)(na|ta))"
+)
+_WHOLE = frozenset(
+    "' '' Mt. Ak. Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec. Del. Feb. Fla. Ga. Ia. Id. Ill. "
+    "Ind. Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. "
+    "N.Y. Neb. Nebr. Nev. Nov. Oct. Okla. Ore. Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis. a.m. p.m. "
+    "Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov. i.e. I.e. I.E. Inc. Jr. Ltd. Md. "
+    "Messrs. Mo. Mont. Mr. Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. and/or w/o ma'am o'clock "
+    "'em 'll 'nuff 's 'S ’s ’S ‘s ‘S 're 'd 'cause 'Cause 'cos 'cuz 'bout C++".split()
+) | {f"{letter}." for letter in string.ascii_lowercase + "äöü"}
+
+
+def _split(chunk: str) -> list[str]:
+    """The tokens of what lies between two spaces.
+
+    Punctuation is taken from both ends until none is there, or until what is left is an exception.
+    """
+    if chunk.isalpha():
+        return _exception(chunk, 0, len(chunk)) or [chunk]
+    before = []
+    after = []
+    begin, end = 0, len(chunk)
+    while begin < end:
+        prefix = _PREFIX.match(chunk, begin, end)
+        inner = prefix.end() if prefix else begin
+        outer = _suffix_begin(chunk, inner, end)
+        for first, last in ((begin, end), (inner, end), (begin, outer)):
+            if exception := _exception(chunk, first, last):
+                tokens = [*before, chunk[begin:first], *exception, chunk[last:end], *after[::-1]]
+                return list(filter(None, tokens))
+        if (inner, outer) == (begin, end):
+            break
+        before.append(chunk[begin:inner])
+        after.append(chunk[outer:end])
+        begin, end = inner, outer
+    return list(filter(None, [*before, *_divided(chunk[begin:end]), *after[::-1]]))
+
+
+def _exception(chunk: str, begin: int, end: int) -> list[str]:
+    """The tokens of an abbreviation or a contraction; [] if it is none."""
+    if end - begin > 12:
+        return []
+    word = chunk[begin:end]
+    if word in _WHOLE:
+        return [word]
+    small = word[:1].lower() + word[1:].replace("’", "'")
+    if not (match := _CONTRACTION.fullmatch(small)):
+        return []
+    tokens = []
+    for group in filter(None, match.groups()):
+        tokens.append(word[: len(group)])
+        word = word[len(group) :]
+    return tokens
+
+
+def _suffix_begin(chunk: str, begin: int, end: int) -> int:
+    """Where the last punctuation mark begins; `end` if there is none."""
+    place = end
+    while place > begin and chunk[place - 1] == ".":
+        place -= 1
+    if end - place > 1:
+        return place
+    # Its longest one is mbar, after a digit.
+    match = _SUFFIX.search(chunk, max(begin, end - 5), end)
+    return match.start() if match else end
+
+
+def _divided(word: str) -> list[str]:
+    """The tokens of a word that has no punctuation at its ends."""
+    if word.isalnum() or _URL.fullmatch(word):
+        return [word]
+    tokens = []
+    place = 0
+    for match in _INFIX.finditer(word):
+        if match.start():
+            tokens += [word[place : match.start()], match[0]]
+            place = match.end()
+    return [*tokens, word[place:]]
+
+
+TOKEN = np.dtype([("number", "<u4"), ("chars", "<u4"), ("kind", "<u4")])
+WORD = 1  # not of punctuation alone
+LETTERS = 2  # there is one in it
+ENDS = 4  # a sentence
+PUNCTUATION = 8
+# As datatrove has it: other symbols, such as bullets, count as words.
+_NO_WORD = frozenset(
+    string.punctuation + "—”：％１〈（、━【「」，】；“《„’∶´．–？！～«〉》。…►»"
+)
+# Of Unicode's property Sentence_Terminal those of living scripts.
+_TERMINAL = tuple(".!?．。｡！？﹒﹖﹗؟۔।॥։።፧᙮᠃᠉។៕၊။꓿⁇⁈⁉‼‽⸮")
+_LONG = 64  # characters; longer chunks seldom come again
+
+
+class _Vocabulary(dict):
+    """What each chunk consists of, as the bytes of `TOKEN`s, kept for the next texts."""
+
+    def __init__(self):
+        self._records: dict[str, bytes] = {}
+        self._chars = 0
+
+    def __missing__(self, chunk: str) -> bytes:
+        content = b"".join(map(self.record, _split(chunk)))
+        if len(chunk) <= _LONG:
+            self[chunk] = content
+            self._chars += len(chunk)
+        return content
+
+    def record(self, token: str) -> bytes:
+        """Returns a token with its number, the bytes of a `TOKEN`."""
+        if token not in self._records:
+            kind = 0 if _NO_WORD.issuperset(token) else WORD
+            kind |= LETTERS * any(map(str.isalpha, token))
+            kind |= ENDS * (token in _TERMINAL)
+            kind |= PUNCTUATION * all(unicodedata.category(char)[0] == "P" for char in token)
+            record = np.array((len(self._records), len(token), kind), TOKEN)
+            self._records[token] = record.tobytes()
+            self._chars += len(token)
+        return self._records[token]
+
+    def is_full(self) -> bool:
+        return len(self) > 1 << 18 or self._chars > 1 << 24
 
 
 class Text:
     """A text, and what several rules ask of it."""
 
+    _vocabulary = _Vocabulary()
+
     def __init__(self, text: str):
         self.text = text
+        if Text._vocabulary.is_full():
+            Text._vocabulary = _Vocabulary()
+        self._vocabulary = Text._vocabulary
 
     @cached_property
-    def tokens(self) -> list[str]:
-        """Words, numbers and punctuation marks."""
-        return _TOKEN.findall(self.text)
+    def tokens(self) -> np.ndarray:
+        """Words, numbers and punctuation marks, `TOKEN` [tokens]."""
+        chunks = self.text.split()
+        return np.frombuffer(b"".join(map(self._vocabulary.__getitem__, chunks)), TOKEN)
 
-    @cached_property
-    def counts(self) -> Counter:
-        """How often each token is there."""
-        return Counter(self.tokens)
+    def has(self, word: str) -> bool:
+        """Whether a word is one of the tokens."""
+        number = np.frombuffer(self._vocabulary.record(word), TOKEN)["number"]
+        return bool((self.tokens["number"] == number).any())
 
     @cached_property
     def lines(self) -> list[str]:
@@ -39,8 +202,7 @@ class Text:
 # --- C4 ---
 
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
-_SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
-_END_MARKS = (".", "?", "!", '"')
+_END_MARKS = (".", "?", "!", '"', "'")
 POLICY = (
     "terms of use",
     "privacy policy",
@@ -59,41 +221,42 @@ def c4(text: str, settings: Mapping) -> tuple[str, str, Counter]:
     gone: Counter = Counter()
     num_sentences = 0
     for line in text.splitlines():
-        line = line.strip()
-        if settings["citations"]:
-            line = _CITATION.sub("", line)
-        lowered = line.lower()
-        if why := _bad_line(line, lowered, settings):
+        whole = line.strip()
+        line = _CITATION.sub("", whole) if settings["citations"] and "[" in whole else whole
+        if why := _bad_line(whole, line, settings):
             gone[why] += 1
             continue
+        lowered = line.lower()
         if settings["lorem_ipsum"] and "lorem ipsum" in lowered:
             return text, "lorem_ipsum", gone
-        if settings["curly_bracket"] and "{" in line:
-            return text, "curly_bracket", gone
         if settings["javascript"] and "javascript" in lowered:
             gone["javascript"] += 1
             continue
+        if settings["curly_bracket"] and "{" in line:
+            return text, "curly_bracket", gone
         if settings["policy"] and any(phrase in lowered for phrase in POLICY):
             gone["policy"] += 1
             continue
-        num_sentences += max(len(_SENTENCE.findall(line)), 1)
+        # How many more there are doesn't matter.
+        if num_sentences < settings["min_sentences"]:
+            num_sentences += sentences(line)
         kept.append(line)
 
     if num_sentences < settings["min_sentences"]:
         return text, "few_sentences", gone
     cleaned = "\n".join(kept).strip()
     if settings["bad_words"]:
-        words = set(_TOKEN.findall(cleaned.lower()))
-        if words & set(settings["bad_words"]):
+        if _has_bad_words(cleaned.lower(), tuple(settings["bad_words"])):
             return text, "bad_words", gone
     return cleaned, "", gone
 
 
-def _bad_line(line: str, lowered: str, settings: Mapping) -> str:
-    """What of a line's form is not as it should be."""
-    words = line.split()
-    if any(len(word) > settings["max_word_chars"] for word in words):
-        return "long_word"
+def _bad_line(whole: str, line: str, settings: Mapping) -> str:
+    """What of a line's form is not as it should be; `line` is without its citations."""
+    words = whole.split()
+    if len(whole) > settings["max_word_chars"]:
+        if any(len(word) > settings["max_word_chars"] for word in words):
+            return "long_word"
     if settings["terminal_punctuation"]:
         if not line.endswith(_END_MARKS) or line.endswith("..."):
             return "no_end_mark"
@@ -102,52 +265,78 @@ def _bad_line(line: str, lowered: str, settings: Mapping) -> str:
     return ""
 
 
+def sentences(line: str) -> int:
+    """Returns how many sentences there are in a line, 1 or more."""
+    count = 1
+    has_ended = False
+    for kind in Text(line).tokens["kind"].tolist():
+        if kind & ENDS:
+            has_ended = True
+        elif has_ended and not kind & PUNCTUATION:
+            count += 1
+            has_ended = False
+    return count
+
+
+def _has_bad_words(text: str, bad: tuple[str, ...]) -> bool:
+    words, phrases = _bad_words(bad)
+    if not words.isdisjoint(_WORD.findall(text)):
+        return True
+    return bool(phrases and phrases.search(text))
+
+
+_WORD = re.compile(r"\w+")
+
+
+@functools.lru_cache
+def _bad_words(bad: tuple[str, ...]) -> tuple[frozenset[str], re.Pattern | None]:
+    """Those that are one word, and a pattern of the others."""
+    words = frozenset(filter(_WORD.fullmatch, bad))
+    others = [re.escape(phrase) for phrase in bad if phrase not in words]
+    return words, re.compile(rf"(?<!\w)(?:{'|'.join(others)})(?!\w)") if others else None
+
+
 # --- Gopher ---
 
 
 def gopher_quality(text: Text, settings: Mapping) -> str:
     """See `lm.prepare.config.GopherQuality`."""
-    words = 0
-    chars = 0
-    alphabetic = 0
-    for token, count in text.counts.items():
-        if any(map(str.isalnum, token)):
-            words += count
-            chars += count * len(token)
-        if any(map(str.isalpha, token)):
-            alphabetic += count
-    total = max(len(text.tokens), 1)
-
+    kinds = text.tokens["kind"]
+    is_word = (kinds & WORD) > 0
+    words = np.count_nonzero(is_word)
     if words < settings["min_words"]:
         return "few_words"
     if words > settings["max_words"]:
         return "many_words"
-    mean = chars / max(words, 1)
+    mean = int(text.tokens["chars"][is_word].sum()) / max(words, 1)
     if not settings["min_mean_word"] <= mean <= settings["max_mean_word"]:
         return "mean_word"
+
+    total = max(len(kinds), 1)
     if text.text.count("#") / total > settings["max_symbols"]:
         return "hashes"
     ellipses = text.text.count("...") + text.text.count("…")
     if ellipses / total > settings["max_symbols"]:
         return "ellipses"
-    return _gopher_lines(text, settings) or _gopher_words(text, settings, alphabetic / total)
+    if broken := _gopher_lines(text, settings):
+        return broken
+    if np.count_nonzero(kinds & LETTERS) / total < settings["min_alphabetic_words"]:
+        return "alphabetic_words"
+    missing = settings["min_stop_words"]
+    for word in set(settings["stop_words"]) if missing > 0 else ():
+        missing -= text.has(word)
+        if missing <= 0:
+            break
+    return "stop_words" if missing > 0 else ""
 
 
 def _gopher_lines(text: Text, settings: Mapping) -> str:
+    count = max(len(text.lines), 1)
     bullets = sum(line.lstrip().startswith(("•", "-")) for line in text.lines)
-    ellipses = sum(line.rstrip().endswith(("...", "…")) for line in text.lines)
-    if bullets > settings["max_bullet_lines"] * len(text.lines):
+    if bullets / count > settings["max_bullet_lines"]:
         return "bullet_lines"
-    if ellipses > settings["max_ellipsis_lines"] * len(text.lines):
-        return "ellipsis_lines"
-    return ""
-
-
-def _gopher_words(text: Text, settings: Mapping, alphabetic: float) -> str:
-    if alphabetic < settings["min_alphabetic_words"]:
-        return "alphabetic_words"
-    present = sum(word in text.counts for word in set(settings["stop_words"]))
-    return "stop_words" if present < settings["min_stop_words"] else ""
+    ellipses = sum(line.rstrip().endswith(("...", "…")) for line in text.lines)
+    return "ellipsis_lines" if ellipses / count > settings["max_ellipsis_lines"] else ""
 
 
 def gopher_repetition(text: Text, settings: Mapping) -> str:
@@ -164,11 +353,13 @@ def gopher_repetition(text: Text, settings: Mapping) -> str:
 
     grams = _NGrams(text.tokens)
     for n in (2, 3, 4):
-        if grams.top_chars(n) / chars > settings[f"max_top_{n}gram"]:
+        grams.grow()
+        if grams.top_chars() / chars > settings[f"max_top_{n}gram"]:
             return f"top_{n}gram"
     for n in range(5, 11):
-        repeated_chars = grams.repeated_chars(n)
-        # Where no 5-gram occurs twice, no longer one does.
+        grams.grow()
+        repeated_chars = grams.repeated_chars()
+        # Where no n-gram occurs twice, no longer one does.
         if not repeated_chars:
             break
         if repeated_chars / chars > settings[f"max_{n}grams"]:
@@ -176,67 +367,89 @@ def gopher_repetition(text: Text, settings: Mapping) -> str:
     return ""
 
 
+_PARAGRAPHS = re.compile(r"\n{2,}")
+_LINES = re.compile(r"\n+")
+
+
 def repeated(parts: Sequence[str]) -> tuple[int, int]:
     """Returns how many parts occurred before, and the characters in them."""
-    seen = set()
+    seen = set(parts)
+    if len(seen) == len(parts):
+        return 0, 0
     count = chars = 0
     for part in parts:
         if part in seen:
+            seen.remove(part)
+        else:
             count += 1
             chars += len(part)
-        seen.add(part)
     return count, chars
 
 
 class _NGrams:
-    """The n-grams of tokens, by hashes that are made of those of shorter ones."""
+    """The n-grams of a text, n = 1, 2, ..., of which those that occur once are let go: no longer
+    one that begins with them occurs twice.
+    """
 
-    def __init__(self, tokens: list[str]):
-        self._tokens = tokens
-        numbers: dict[str, int] = {}
-        ids = [numbers.setdefault(token, len(numbers)) for token in tokens]
-        self._ids = np.asarray(ids, np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
-        self._hashes, self._n = self._ids, 1
+    def __init__(self, tokens: np.ndarray):
+        self._n = 1
+        self._count = len(tokens)
+        self._numbers = tokens["number"].astype(np.uint64)
+        self._ends = np.zeros(len(tokens) + 1, np.int64)
+        np.cumsum(tokens["chars"], out=self._ends[1:])
+        # Where those that are left begin, and which n-gram each of them is.
+        self._places = np.arange(len(tokens))
+        self._which = self._numbers
+        self._top = (0, 1)  # where the most frequent one begins first, and how often it occurs
 
-    def _of_length(self, n: int) -> np.ndarray:
-        while self._n < n:
-            shifted = self._hashes[:-1] * np.uint64(0xD6E8FEB86659FD93)
-            self._hashes = (shifted ^ (shifted >> np.uint64(29))) + self._ids[self._n :]
-            self._n += 1
-        return self._hashes
+    def grow(self) -> None:
+        """Goes on to the next n."""
+        self._places = self._places[: np.searchsorted(self._places, self._count - self._n)]
+        following = self._numbers[self._places + self._n]
+        keys = (self._which[: len(self._places)] << np.uint64(32)) | following
+        self._n += 1
+        self._top = (0, 1)
+        if not len(keys):
+            return
 
-    def top_chars(self, n: int) -> int:
+        order = np.argsort(keys)
+        ordered = keys[order]
+        begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        counts = np.diff(begins, append=len(keys))
+        most = int(counts.max())
+        if most > 1:
+            firsts = np.minimum.reduceat(order, begins)
+            self._top = (int(self._places[firsts[counts == most].min()]), most)
+        which = np.empty(len(keys), np.uint64)
+        which[order] = np.repeat(np.arange(len(begins), dtype=np.uint64), counts)
+        is_left = (counts > 1)[which]
+        self._places, self._which = self._places[is_left], which[is_left]
+
+    def top_chars(self) -> int:
         """Characters in all occurrences of the most frequent n-gram, the first of several."""
-        if len(self._tokens) < n:
+        if self._count < self._n:
             return 0
-        _, first, counts = np.unique(self._of_length(n), return_index=True, return_counts=True)
-        begin = int(first[counts == counts.max()].min())
-        return len(" ".join(self._tokens[begin : begin + n])) * int(counts.max())
+        place, times = self._top
+        chars = int(self._ends[place + self._n] - self._ends[place])
+        return (chars + self._n - 1) * times  # with the spaces between them
 
-    def repeated_chars(self, n: int) -> int:
+    def repeated_chars(self) -> int:
         """Characters in n-grams that occurred before, none counted twice."""
-        if len(self._tokens) < n:
-            return 0
-        hashes = self._of_length(n)
-        if len(np.unique(hashes)) == len(hashes):
-            return 0
         seen = set()
-        chars = place = 0
-        hash_list = hashes.tolist()
-        while place < len(hash_list):
-            if hash_list[place] in seen:
-                chars += sum(map(len, self._tokens[place : place + n]))
-                place += n
-            else:
-                seen.add(hash_list[place])
-                place += 1
+        chars = end = 0
+        sizes = self._ends[self._places + self._n] - self._ends[self._places]
+        for place, which, size in zip(*map(np.ndarray.tolist, (self._places, self._which, sizes))):
+            # Within one that is counted.
+            if place < end:
+                continue
+            if which in seen:
+                chars += size
+                end = place + self._n
+            seen.add(which)
         return chars
 
 
 # --- FineWeb and code ---
-
-# Of Unicode's property Sentence_Terminal those of living scripts.
-_TERMINAL = tuple(".!?．。｡！？﹒﹖﹗؟۔।॥։።፧᙮᠃᠉។៕၊။꓿⁇⁈⁉‼‽⸮")
 
 
 def fineweb(text: Text, settings: Mapping) -> str:
@@ -245,17 +458,16 @@ def fineweb(text: Text, settings: Mapping) -> str:
     if not lines:
         return "empty"
     punctuated = sum(line.endswith(_TERMINAL) for line in lines)
-    if punctuated < settings["min_punctuated_lines"] * len(lines):
+    if punctuated / len(lines) < settings["min_punctuated_lines"]:
         return "punctuated_lines"
     short = sum(len(line) <= settings["short_line"] for line in lines)
-    if short > settings["max_short_lines"] * len(lines):
+    if short / len(lines) > settings["max_short_lines"]:
         return "short_lines"
+    newlines = text.text.count("\n")
     _, chars = repeated(lines)
-    if chars > settings["max_repeated_line_chars"] * len(text.text.replace("\n", "")):
+    if chars / (len(text.text) - newlines) > settings["max_repeated_line_chars"]:
         return "repeated_line_chars"
-    if text.text.count("\n") > settings["max_newlines"] * len(text.tokens):
-        return "newlines"
-    return ""
+    return "newlines" if newlines / len(text.tokens) > settings["max_newlines"] else ""
 
 
 def code(text: Text, settings: Mapping) -> str:
@@ -263,10 +475,10 @@ def code(text: Text, settings: Mapping) -> str:
     lengths = [len(line) for line in text.lines] or [0]
     if max(lengths) > settings["max_line"]:
         return "long_line"
-    if sum(lengths) > settings["max_mean_line"] * len(lengths):
+    if sum(lengths) / len(lengths) > settings["max_mean_line"]:
         return "mean_line"
-    alphanumeric = sum(map(str.isalnum, text.text))
-    return "alphanumeric" if alphanumeric < settings["min_alphanumeric"] * len(text.text) else ""
+    alphanumeric = sum(map(str.isalnum, text.text)) / max(len(text.text), 1)
+    return "alphanumeric" if alphanumeric < settings["min_alphanumeric"] else ""
 
 
 RULES = dict(
