@@ -106,6 +106,7 @@ _FREE_KEYS = (
     "evals.",
     "checkpoint.",
     "data.source",
+    "data.mixture",
     "data.cache_dir",
     "train.log_every",
     "train.look_every",
