@@ -61,6 +61,7 @@ RANKS = {
     "lm/report.py": 10,
     "lm/suggest.py": 10,
     "lm/main.py": 11,
+    "lm/prepare/": 11,
     "lm/sweep/": 12,
     "lm/tpu/": 12,
 }

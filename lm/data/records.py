@@ -304,7 +304,7 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
     data_dir = epath.Path(files.expand(data_dir or "~/tensorflow_datasets"))
     dataset = name.partition(":")[0]
     advice = (
-        "Prepare it once, where TensorFlow is installed: pip install -e '.[prepare]', then tfds "
+        "Prepare it once, where TensorFlow is installed: pip install -e '.[tfds]', then tfds "
         f"build {dataset} --file_format=array_record --data_dir={data_dir}"
     )
 
