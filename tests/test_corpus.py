@@ -13,7 +13,7 @@ from lm import build, files, train
 from lm import config as config_lib
 from lm.data import pack, sources, tokenizer
 from lm.prepare import config as prepare_config
-from lm.prepare.__main__ import prepare
+from lm.prepare.pipeline import prepare
 
 STAGES = ("collect", "clean", "exact_duplicates", "tokenizer", "write")
 WORDS = "red green blue yellow black white orange violet brown grey pink".split()

@@ -193,8 +193,8 @@ def render(card: Mapping) -> str:
     """Returns a card as a page."""
     summary = card["summary"]
     about = (
-        f"{summary['written']:,} of {summary['collected']:,} documents that could be read are in "
-        f"the set; {sum(summary['bad'].values()):,} records could not be read."
+        f"{summary['written']:,} of {summary['collected']:,} documents are in the set; "
+        f"{sum(summary['bad'].values()):,} records had no text, or could not be read."
     )
     sections = [
         Section("What is in it", [_splits_table(card), _sources_table(card)]),
@@ -254,11 +254,12 @@ def _length_curves(card: Mapping) -> list:
     for what, bins in card["histograms"].items():
         if not what.endswith(("tokens", "bytes", "words")) or not bins:
             continue
+        counts = dict(bins)
         x, y = [], []
-        for bin_, count in bins:
+        for bin_ in range(bins[0][0], bins[-1][0] + 1):
             # A step for each bin.
             x += [bin_ / 4, (bin_ + 1) / 4]
-            y += [count, count]
+            y += [counts.get(bin_, 0)] * 2
         figures.append(Figure(f"{what} of a document, by octave (10 is 1,024)", {what: (x, y)}))
     return [Curves("log2", figures)] if figures else []
 

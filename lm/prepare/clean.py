@@ -158,7 +158,8 @@ _UNICAST = ipaddress.ip_network("2000::/3")
 
 # What may hold phone numbers: seven digits or more on a line, with little between them.
 _DIGITS = re.compile(
-    r"(?<!\w)[+(]{0,2}\d(?:[^\S\n]{0,2}[().\-/\u2010-\u2015\u2212]{0,2}[^\S\n]{0,2}\d){6,60}"
+    r"(?<!\w)[+(]{0,2}\d"
+    r"(?:(?:[^\S\n]{1,2}|[^\S\n]{0,2}[().\-/\u2010-\u2015\u2212]{1,2}[^\S\n]{0,2})?\d){6,60}"
 )
 _MOST_NUMBERS = 10  # with spaces between them; more are a row of a table
 # Digits of other kinds.
@@ -241,39 +242,55 @@ def _blank(match: re.Match) -> str:
     return "=" * len(match[0])
 
 
-# Where the next number may begin.
-_NEXT_NUMBER = re.compile(r"(?<=\d)[^\S\n]+(?=[+(0])")
+# Where the next number may begin: there are enough digits for both.
+_NEXT_NUMBER = re.compile(r"(?:\d\D*){9,}?[^\S\n](?=[+(0](?:\D*\d){8})")
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _phones_in(text: str, end: int, regions: tuple[str, ...]) -> list[tuple[int, int]]:
     """Where in a text the valid phone numbers are that begin before `end`, in order."""
-    spans = _valid_phones(text, 0, len(text), regions)
-    # Of several with nothing but spaces between them some are found only by themselves.
-    cuts = [match.end() for match in _NEXT_NUMBER.finditer(text, 0, end)]
-    edges = sorted({0, *cuts, *(edge for span in spans for edge in span), len(text)})
-    for begin, after in zip(edges, edges[1:]) if len(edges) > 2 else ():
-        if all(after <= first or last <= begin for first, last in spans):
-            spans += _valid_phones(text, begin, after, regions)
+    spans = _phones_between(text, 0, len(text), regions)
     return sorted(span for span in spans if span[0] < end)
+
+
+def _phones_between(
+    text: str, begin: int, end: int, regions: tuple[str, ...]
+) -> list[tuple[int, int]]:
+    """Where in a part of a text valid phone numbers are. Of several with nothing but spaces between
+    them some are found only by themselves.
+    """
+    spans = _valid_phones(text, begin, end, regions)
+    if spans:
+        edges = [begin, *(edge for span in spans for edge in span), end]
+        parts = list(zip(edges[::2], edges[1::2]))
+    else:
+        cuts = [match.end() for match in _NEXT_NUMBER.finditer(text, begin, end)]
+        edges = [begin, *cuts, end]
+        parts = list(zip(edges, edges[1:])) if cuts else []
+    for first, last in parts:
+        if last - first >= 7:
+            spans += _phones_between(text, first, last, regions)
+    return spans
 
 
 def _valid_phones(
     text: str, begin: int, end: int, regions: tuple[str, ...]
 ) -> list[tuple[int, int]]:
-    """Where in a part of a text valid phone numbers are."""
+    """Where in a part of a text valid phone numbers of the first region with any are."""
     import phonenumbers
 
-    spans: list[tuple[int, int]] = []
+    # A bracket that ends behind the number is the sentence's.
+    if ")" not in text[begin:end]:
+        begin = text.find("(", begin, end) + 1 or begin
+    spans = []
     for region in regions:
         for match in phonenumbers.PhoneNumberMatcher(text[begin:end], region):
             found = match.raw_string
-            # A bracket before it that ends behind it is the sentence's.
             is_open = found.count("(") > found.count(")")
             number = found.lstrip("( ") if is_open else found.lstrip()
-            first, last = begin + match.end - len(number), begin + match.end
-            if all(last <= before or after <= first for before, after in spans):
-                spans.append((first, last))
+            spans.append((begin + match.end - len(number), begin + match.end))
+        if spans:
+            break
     return spans
 
 

@@ -1,12 +1,14 @@
-"""Stages that find the items of evals in the corpus: documents with n words of one in a row (Brown et
-al. 2020, arXiv 2005.14165, appendix C).
+"""Stages that find the items of evals in the corpus: documents with n words of one in a row (Brown
+et al. 2020, arXiv 2005.14165, appendix C).
 
 An item is every form in which a task asks it, with each of its answers, and its own columns. One of
 fewer than n words counts as a whole; one of fewer than `MIN_WORDS` is in any corpus, and is left
-out. So are n-grams that many items of a task share: its own wording.
+out. So are n-grams that many items of a task share: its own wording. What a few of them share is a
+text that several questions are asked about.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -19,7 +21,9 @@ from lm.prepare.engine import Made, Stage
 from lm.prepare.shards import Work, read
 
 MIN_WORDS = 8  # the least that appendix C takes
-SHARED = 10  # items of a task; an n-gram of more is its wording
+# An n-gram of more items of a task, and of more than this share of them, is its wording.
+SHARED = 10
+SHARED_PART = 0.1
 GRAM = np.dtype([("words", "<u8"), ("hash", "<u8"), ("item", "<u8")])
 
 
@@ -94,6 +98,7 @@ def index(work: Work) -> None:
     grams = []
     names = []
     tasks = []
+    too_short = set()
     for number, item in enumerate(work.inputs["items"]):
         names.append(item["name"])
         tasks.append(item["task"])
@@ -106,9 +111,12 @@ def index(work: Work) -> None:
         work.count("eval.items", item["task"])
         if not of_item:
             work.count("eval.too_short", item["task"])
+            too_short.add(number)
         grams += [(length, hash_, number) for length, hash_ in of_item]
 
     kept = _without_wording(np.array(grams, GRAM), tasks, work)
+    for number in set(range(len(names))) - too_short - set(kept["item"].tolist()):
+        work.count("eval.only_wording", tasks[number])
     with work.open("grams", ".bin") as file:
         file.write(np.sort(kept).tobytes())
     with work.open("names", ".json") as file:
@@ -122,10 +130,11 @@ def _without_wording(grams: np.ndarray, tasks: list[str], work: Work) -> np.ndar
     keys = np.empty(len(grams), [("task", "<u8"), ("words", "<u8"), ("hash", "<u8")])
     keys["task"] = task_of_item[grams["item"].astype(int)]
     keys["words"], keys["hash"] = grams["words"], grams["hash"]
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    is_kept = counts[inverse] <= SHARED
-    work.count("eval.wording", amount=int((counts > SHARED).sum()))
-    return grams[is_kept]
+    distinct, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    sizes = np.bincount(task_of_item.astype(int))
+    most = np.maximum(SHARED, SHARED_PART * sizes)[distinct["task"].astype(int)]
+    work.count("eval.wording", amount=int((counts > most).sum()))
+    return grams[(counts <= most)[inverse]]
 
 
 class Index:
@@ -171,11 +180,12 @@ def decontaminate(work: Work) -> None:
 
 def _tell(work: Work, index_: Index, document, found: Mapping[int, tuple[int, int]]) -> None:
     """Counts hits by task and by item, and lists them."""
+    spans = [match.span() for match in re.finditer(r"\w+", document.text)] if found else []
     for item, (place, length) in sorted(found.items()):
         task, name = index_.tasks[item], index_.names[item]
         work.count("contaminated.items", name)
-        words = document.text.split()
-        shown = " ".join(words[max(place - 3, 0) : place + length + 3])
+        around = spans[max(place - 3, 0) : place + length + 3]
+        shown = " ".join(document.text[around[0][0] : around[-1][1]].split()) if around else ""
         work.list("contaminated", document.id, f"{name}: {shown}")
     for task in {index_.tasks[item] for item in found}:
         work.count("contaminated.documents", task)

@@ -6,6 +6,7 @@ parser busy for ever, or take it down.
 
 import contextlib
 import os
+import re
 import resource
 import select
 import struct
@@ -143,6 +144,7 @@ def _load(name: str):
 
 # What links of these namespaces lead to is no text of the article. `formats.read_wikipedia` takes
 # care of their names in other languages.
+_SWITCH = re.compile(r"__[A-Z]+__")  # such as __NOTOC__
 _NO_TEXT = ("file:", "image:", "category:", "media:")
 
 
@@ -156,17 +158,17 @@ def wikitext(page: str) -> str:
         if title.startswith(_NO_TEXT):
             with contextlib.suppress(ValueError):
                 code.remove(link)
-    for tag in code.filter_tags(matches=_is_table):
+    for tag in code.filter_tags(matches=_is_no_text):
         with contextlib.suppress(ValueError):
             code.remove(tag)
 
-    text = code.strip_code(normalize=True, collapse=True)
+    text = _SWITCH.sub("", code.strip_code(normalize=True, collapse=True))
     lines = [line.strip() for line in text.split("\n")]
     return "\n".join(lines).strip()
 
 
-def _is_table(tag) -> bool:
-    return tag.tag == "table"
+def _is_no_text(tag) -> bool:
+    return str(tag.tag).lower() in ("table", "ref", "references")
 
 
 def main(name: str) -> None:

@@ -6,6 +6,7 @@ A reader is a function (path, source, work) -> documents. `source` has the keys 
 """
 
 import codecs
+import contextlib
 import csv
 import functools
 import io
@@ -30,7 +31,7 @@ from lm.prepare.shards import Damaged, Document, Work
 
 # The first bytes of what is unpacked -> what pyarrow calls it.
 PACKED = {files.GZIP: "gzip", files.ZSTD: "zstd", b"BZh": "bz2"}
-PIECE = 1 << 13  # bytes that are unpacked at once: they are lost where the damage begins
+PIECE = 1 << 12  # bytes that are unpacked at once: they are lost where the damage begins
 
 
 class Stream(io.RawIOBase):
@@ -89,6 +90,19 @@ class Stream(io.RawIOBase):
         super().close()
 
 
+def open_plain(path: str) -> BinaryIO:
+    """Opens a file.
+
+    Raises:
+      Damaged: it is a pipe or a device, which may never end.
+    """
+    try:
+        files.check_plain(epath.Path(path))
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+    return epath.Path(path).open("rb")
+
+
 def open_unpacked(path: str) -> io.BufferedReader:
     """Opens a file, which may be packed by gzip, bzip2 or zstd: its first bytes say so.
 
@@ -96,13 +110,7 @@ def open_unpacked(path: str) -> io.BufferedReader:
       Damaged: at once, it is a pipe or a device, or something that only another program unpacks;
         while it is read, it is cut off, damaged, or unpacks to far too much.
     """
-    place = epath.Path(path)
-    try:
-        # To read from a pipe may take for ever.
-        files.check_plain(place)
-    except ValueError as error:
-        raise Damaged(str(error)) from None
-    file = place.open("rb")
+    file = open_plain(path)
     head = file.read(8)
     file.seek(0)
     codec = next((PACKED[first] for first in PACKED if head.startswith(first)), "")
@@ -110,7 +118,7 @@ def open_unpacked(path: str) -> io.BufferedReader:
         if head.startswith(first) and not codec:
             file.close()
             raise Damaged(f"it is {kind}; {advice}")
-    size = place.stat().length if codec else 0
+    size = epath.Path(path).stat().length if codec else 0
     stream = Stream(file, codec, max(files.SMALL, files.MAX_UNPACKED * size))
     return io.BufferedReader(stream, 1 << 20)
 
@@ -137,16 +145,15 @@ def parts(
     while piece := stream.read1(1 << 20):
         *whole, held = (held + piece).split(between)
         for part in whole:
-            size = left_out + len(part)
-            yield offset, None if size > most else mark + part
-            offset += size + len(between)
+            yield offset, None if left_out or len(part) > most else mark + part
+            offset += left_out + len(part) + len(between)
             left_out = 0
-        if left_out + len(held) > most:
-            # What may be the beginning of a separator stays.
-            kept = held[len(held) - len(between) + 1 :]
+        # What may be the beginning of a separator is none of it, and stays.
+        kept = held[max(len(held) - len(between) + 1, 0) :]
+        if left_out or len(held) - len(kept) > most:
             left_out += len(held) - len(kept)
             held = kept
-    if left_out + len(held) > most:
+    if left_out or len(held) > most:
         yield offset, None
     elif held:
         yield offset, mark + held
@@ -407,7 +414,15 @@ def _csv_records(
             work.bad("not_csv", source["name"], f"{path}:row {number}", why)
         elif row and columns:
             yield number, dict(zip(columns, row))
+        elif row and row.count(source["text_key"]) != 1:
+            _note_columns(row, path, source, work)
+            return
         columns = columns or row
+
+
+def _note_columns(names: list[str], path: str, source: Mapping, work: Work) -> None:
+    why = f"there is not one column {source['text_key']!r}, but {names!s:.200}"
+    work.bad("no_text", source["name"], path, why)
 
 
 def _unescaped(value: str, encoding: str) -> str | bytes:
@@ -415,7 +430,8 @@ def _unescaped(value: str, encoding: str) -> str | bytes:
     try:
         value.encode()
     except UnicodeEncodeError:
-        return value.encode(encoding, "surrogateescape")
+        with contextlib.suppress(UnicodeError):
+            return value.encode(encoding, "surrogateescape")
     return value
 
 
@@ -425,28 +441,27 @@ def read_parquet(path: str, source: Mapping, work: Work) -> Iterator[Document]:
 
     keys = [source[key] for key in ("text_key", "label_key", "name_key", "language_key")]
     number = 0
-    try:
-        with epath.Path(path).open("rb") as file:
+    with open_plain(path) as file:
+        try:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
-            columns = [key for key in dict.fromkeys(keys) if key in names]
-            if source["text_key"] not in names:
-                why = f"no column {source['text_key']!r}; it has {names!s:.200}"
-                work.bad("no_text", source["name"], path, why)
+            if names.count(source["text_key"]) != 1:
+                _note_columns(names, path, source, work)
                 return
+            columns = [key for key in dict.fromkeys(keys) if key in names]
             for batch in table.iter_batches(_rows_of_a_batch(table), columns=columns):
                 for record in _with_bytes(batch).to_pylist():
                     if document := _from_record(record, path, number, source, work):
                         yield document
                     number += 1
-    except (pyarrow.ArrowException, OSError, OverflowError) as error:
-        raise Damaged(f"behind row {number}: {error}") from None
+        except (pyarrow.ArrowException, OSError, OverflowError, UnicodeError) as error:
+            raise Damaged(f"behind row {number}: {error}") from None
 
 
 def _rows_of_a_batch(table) -> int:
     """So many that some 64 MB are held at once."""
     size = sum(table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups))
-    return min(max((1 << 26) * table.metadata.num_rows // max(size, 1), 1), 256)
+    return min(max((1 << 26) * table.metadata.num_rows // max(size, 1), 1), 64)
 
 
 def _with_bytes(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
@@ -487,39 +502,35 @@ def read_html(path: str, source: Mapping, work: Work) -> Iterator[Document]:
 
 
 def read_warc(path: str, source: Mapping, work: Work) -> Iterator[Document]:
-    """A WARC file: the main text of each response that is a page, and the text of each conversion
-    (WET). It may be packed.
+    """A WARC file: the main text of each response or resource that is a page, and the text of each
+    conversion (WET). It may be packed.
     """
     from fastwarc import warc
 
-    wanted = warc.WarcRecordType.response | warc.WarcRecordType.conversion
+    types = warc.WarcRecordType
+    wanted = types.response | types.resource | types.conversion
+    offset = 0
     with open_unpacked(path) as stream:
         # fastwarc's own reading of packed files takes one that is cut off for one that is whole.
         records = warc.ArchiveIterator(
             stream, record_types=wanted, auto_decode="none", stream_detect=False
         )
         while True:
-            record = _of_warc(functools.partial(next, records, None))
+            try:
+                record = next(records, None)
+            except _OF_WARC as error:
+                raise Damaged(f"behind the record at {offset}: {error}") from None
             if record is None:
                 break
+            offset = record.stream_pos
             if document := _from_warc(record, path, source, work):
                 yield document
-        if stream.raw.tail not in (b"", b"\r\n\r\n"):
+        if stream.raw.tail.strip(b"\r\n"):
             work.bad("cut_off", source["name"], path, "it doesn't end as a record does")
 
 
-def _of_warc(read: Callable[[], Any]) -> Any:
-    """What a call of fastwarc returns.
-
-    Raises:
-      Damaged: it can't be read.
-    """
-    try:
-        return read()
-    except Damaged:
-        raise
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        raise Damaged(f"it is cut off, or damaged: {error}") from None
+# What fastwarc raises for an archive that is damaged.
+_OF_WARC = (OSError, ValueError, RuntimeError, EOFError)
 
 
 def _from_warc(record, path: str, source: Mapping, work: Work) -> Document | None:
@@ -537,7 +548,10 @@ def _from_warc(record, path: str, source: Mapping, work: Work) -> Document | Non
         work.count("other_type", source["name"])
         return None
 
-    content = _of_warc(functools.partial(record.reader.read, most + 1))
+    try:
+        content = record.reader.read(most + 1)
+    except _OF_WARC as error:
+        raise Damaged(f"the record at {offset}: {error}") from None
     if len(content) < min(record.content_length, most + 1):
         return work.bad("cut_off", source["name"], place, "it is shorter than its header says")
     if record.is_http and len(content) <= most:
@@ -649,8 +663,7 @@ def _pages(stream: io.BufferedReader, dump: "_Dump") -> Iterator[dict]:
       Damaged: what follows can't be read.
     """
     parser = xml.etree.ElementTree.XMLParser(target=dump)
-    piece = b"-"
-    while piece:
+    while True:
         piece = stream.read1(1 << 16)
         damage = None
         dump.unheard += len(piece)
@@ -668,6 +681,8 @@ def _pages(stream: io.BufferedReader, dump: "_Dump") -> Iterator[dict]:
         dump.pages = []
         if damage is not None:
             raise damage
+        if not piece:
+            return
 
 
 class _Dump:
@@ -718,12 +733,14 @@ class _Dump:
         name = self._path.pop()
         above = self._path[-1] if self._path else ""
         text = "".join(self._texts)
+        size = self._size
+        self._texts, self._size = [], 0
         if above == "page" and name in ("title", "ns"):
             self._page[name] = text.strip()
         elif above == "page" and name == "redirect":
             self._page["redirect"] = True
         elif above == "revision" and name == "text":
-            self._page["text"] = text if self._size <= self._most else None
+            self._page["text"] = text if size <= self._most else None
         elif name == "page":
             self.pages.append(self._page)
         elif name == "namespace" and self._is_name and text:

@@ -8,6 +8,7 @@ published thresholds. `benchmarks/datatrove_rules.py` compares the verdicts.
 import functools
 import re
 import string
+import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,43 +22,73 @@ _LETTERS = "".join(filter(str.isalpha, map(chr, range(0x530))))
 _UNCASED = "\u0590-\u1fff\u3040-\ud7ff"  # scripts whose letters are neither small nor capital
 _SMALL = "".join(filter(str.islower, _LETTERS)) + _UNCASED
 _CAPITAL = "".join(filter(str.isupper, _LETTERS)) + _UNCASED
-_QUOTES = re.escape("'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉⟦⟧")
-_MARKS = re.escape("…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪") + _QUOTES
+_QUOTES = "'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉⟦⟧"
+_MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪—–" + _QUOTES
 _CURRENCY = "$£€¥฿₠-₿"
 _ICONS = "¦©®°℀-℆℈℉℔№℗℞-℩℮↕-⇿⌀-⏿␀-➿⠀-⣿⬀-⯿⺀-⿿㈀-㏿\ufffd\U0001f000-\U0001faff"
 _UNITS = (
     "km[²³]?|m[²³]?|dm[²³]?|cm[²³]?|mm[²³]?|ha|µm|nm|yd|in|ft|kg|g|mg|µg|t|lb|oz|m/s|km/h|kmh|mph|"
     "hPa|Pa|mbar|mb|MB|kb|KB|gb|GB|tb|TB|T|G|M|K|%"
 )
-_PREFIX = re.compile(rf"\.\.+|[§%=—–{_MARKS}{_CURRENCY}{_ICONS}]|\+(?![0-9])|(?:US|C|A)\$")
-_SUFFIX = re.compile(
-    rf"['’][sS]$|[—–{_MARKS}{_ICONS}]$|(?<=[0-9])(?:\+|[{_CURRENCY}]|{_UNITS})$"
-    rf"|(?<=[0-9{_SMALL}%²+|\-{_MARKS}])\.$|(?<=[{_CAPITAL}][{_CAPITAL}])\.$"
+_PREFIX = re.compile(rf"\.\.+|[§%={_CURRENCY}{_ICONS}]|\+(?![0-9])|(?:US|C|A)\$")
+_PERIOD = re.compile(
+    rf"(?<=[0-9{_SMALL}%²+|\-{re.escape(_MARKS)}])\.|(?<=[{_CAPITAL}][{_CAPITAL}])\."
 )
+_SUFFIX = re.compile(rf"(?:['’][sS]|[{_ICONS}]|(?<=[0-9])(?:\+|[{_CURRENCY}]|{_UNITS}))$")
+# First what it may begin with, which a search looks for fast; then what must be around that.
 _INFIX = re.compile(
-    rf"\.\.+|[…{_ICONS}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{_SMALL}{_QUOTES}])\.(?=[{_CAPITAL}{_QUOTES}])"
-    rf"|(?<=[^\W\d_]),(?=[^\W\d_])|(?<=[^\W_])(?:--?-?|–|——?|~|[:<>=/])(?=[^\W\d_])"
+    rf"[-.…,+*^–—~:<>=/{_ICONS}](?:(?<=\.)\.+|(?<=[…{_ICONS}])|(?<=[0-9][+\-*^])(?=[0-9-])"
+    rf"|(?<=[{_SMALL}{_QUOTES}]\.)(?=[{_CAPITAL}{_QUOTES}])|(?<=[^\W\d_],)(?=[^\W\d_])"
+    r"|(?<=[^\W_][-–—~:<>=/])(?:(?<=-)--?|(?<=—)—)?(?=[^\W\d_]))"
 )
 _URL = re.compile(
     rf"(?:[\w+\-.]{{2,}}://)?(?:[^@]+@)?(?:[^\W_][\w-]*\.)+[{_SMALL}]{{2,}}(?::\d+)?(?:[/?#].*)?"
 )
-_ASKING = "who|what|when|where|why|how|there|that|this|these|those"
-_CONTRACTION = re.compile(
-    "(?!(?:ill|its|hell|shell|shed|were|well|whore)$)(?:"
-    "(ca|could|do|does|did|had|may|might|must|need|ought|sha|should|wo|would)(n'?t)('?ve)?"
-    "|(ai|are|is|was|were|have|has|dare)(n'?t)|(could|might|must|should|would|not)('?ve)"
-    f"|(i|you|he|she|it|we|they|{_ASKING})('?ll|'?d)('?ve)?|(i)('?m)|(you|we|they|{_ASKING})('?re)"
-    f"|(i|you|we|they|{_ASKING})('?ve)|(he|she|it|{_ASKING})('?s)|(let)('s)|(can)(not)"
-    "|(gon|got)(na|ta))"
+# What contractions consist of: first words, and the parts that may follow each of them.
+_ASKING = "who what when where why how there that this these those"
+_PRONOUNS = "i you he she it we they"
+_CONTRACTIONS = (
+    ("ca could do does did had may might must need ought sha should wo would", "n't n't+'ve"),
+    ("ai are is was were have has dare", "n't"),
+    ("could might must should would not i you we they " + _ASKING, "'ve"),
+    (f"{_PRONOUNS} {_ASKING}", "'ll 'll+'ve 'd 'd+'ve"),
+    (f"you we they {_ASKING}", "'re"),
+    (f"he she it {_ASKING}", "'s"),
+    ("i", "'m"),
+    ("can", "not"),
+    ("gon", "na"),
+    ("got", "ta"),
 )
-_WHOLE = frozenset(
-    "' '' Mt. Ak. Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec. Del. Feb. Fla. Ga. Ia. Id. Ill. "
-    "Ind. Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. "
-    "N.Y. Neb. Nebr. Nev. Nov. Oct. Okla. Ore. Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis. a.m. p.m. "
-    "Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov. i.e. I.e. I.E. Inc. Jr. Ltd. Md. "
-    "Messrs. Mo. Mont. Mr. Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. and/or w/o ma'am o'clock "
-    "'em 'll 'nuff 's 'S ’s ’S ‘s ‘S 're 'd 'cause 'Cause 'cos 'cuz 'bout C++".split()
-) | {f"{letter}." for letter in string.ascii_lowercase + "äöü"}
+_NO_CONTRACTIONS = "ill its hell shell shed were well whore".split()
+_ABBREVIATIONS = (
+    "Mt. Ak. Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec. Del. Feb. Fla. Ga. Ia. Id. Ill. Ind. "
+    "Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. N.Y. "
+    "Neb. Nebr. Nev. Nov. Oct. Okla. Ore. Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis. a.m. p.m. Adm. "
+    "Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov. i.e. I.e. I.E. Inc. Jr. Ltd. Md. Messrs. "
+    "Mo. Mont. Mr. Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. and/or w/o ma'am o'clock 'em 'll "
+    "'nuff 's 'S ’s ’S ‘s ‘S 're 'd 'cause 'Cause 'cos 'cuz 'bout C++ ' ''"
+)
+
+
+def _exceptions() -> dict[str, list[str]]:
+    """The tokens of each abbreviation and contraction."""
+    exceptions = {"let's": ["let", "'s"], "Let's": ["Let", "'s"]}
+    for firsts, followings in _CONTRACTIONS:
+        for first in firsts.split():
+            for following in followings.split():
+                for apostrophe in ("'", "’", ""):
+                    parts = [first, *following.replace("'", apostrophe).split("+")]
+                    exceptions["".join(parts)] = parts
+    for word in _NO_CONTRACTIONS:
+        exceptions.pop(word, None)
+    for first, *rest in list(exceptions.values()):
+        exceptions["".join([first.title(), *rest])] = [first.title(), *rest]
+    letters = [f"{letter}." for letter in string.ascii_lowercase + "äöü"]
+    return exceptions | {word: [word] for word in [*_ABBREVIATIONS.split(), *letters]}
+
+
+_EXCEPTIONS = _exceptions()
+_LONGEST = max(map(len, _EXCEPTIONS))
 
 
 def _split(chunk: str) -> list[str]:
@@ -66,66 +97,79 @@ def _split(chunk: str) -> list[str]:
     Punctuation is taken from both ends until none is there, or until what is left is an exception.
     """
     if chunk.isalpha():
-        return _exception(chunk, 0, len(chunk)) or [chunk]
+        return _EXCEPTIONS.get(chunk) or [chunk]
     before = []
     after = []
     begin, end = 0, len(chunk)
     while begin < end:
-        prefix = _PREFIX.match(chunk, begin, end)
-        inner = prefix.end() if prefix else begin
+        if exception := _exception(chunk, begin, end):
+            return [*before, *exception, *after[::-1]]
+        inner = _prefix_end(chunk, begin, end)
+        if inner > begin:
+            before.append(chunk[begin:inner])
+            if exception := _exception(chunk, inner, end):
+                return [*before, *exception, *after[::-1]]
         outer = _suffix_begin(chunk, inner, end)
-        for first, last in ((begin, end), (inner, end), (begin, outer)):
-            if exception := _exception(chunk, first, last):
-                tokens = [*before, chunk[begin:first], *exception, chunk[last:end], *after[::-1]]
-                return list(filter(None, tokens))
-        if (inner, outer) == (begin, end):
+        if outer < end:
+            after.append(chunk[outer:end])
+            if exception := _exception(chunk, begin, outer):
+                return [*before[: len(before) - (inner > begin)], *exception, *after[::-1]]
+        elif inner == begin:
             break
-        before.append(chunk[begin:inner])
-        after.append(chunk[outer:end])
         begin, end = inner, outer
-    return list(filter(None, [*before, *_divided(chunk[begin:end]), *after[::-1]]))
+    return [*before, *_divided(chunk[begin:end]), *after[::-1]]
 
 
-def _exception(chunk: str, begin: int, end: int) -> list[str]:
-    """The tokens of an abbreviation or a contraction; [] if it is none."""
-    if end - begin > 12:
-        return []
-    word = chunk[begin:end]
-    if word in _WHOLE:
-        return [word]
-    small = word[:1].lower() + word[1:].replace("’", "'")
-    if not (match := _CONTRACTION.fullmatch(small)):
-        return []
-    tokens = []
-    for group in filter(None, match.groups()):
-        tokens.append(word[: len(group)])
-        word = word[len(group) :]
-    return tokens
+def _exception(chunk: str, begin: int, end: int) -> list[str] | None:
+    return _EXCEPTIONS.get(chunk[begin:end]) if end - begin <= _LONGEST else None
+
+
+def _prefix_end(chunk: str, begin: int, end: int) -> int:
+    """Where the first punctuation mark ends; `begin` if there is none."""
+    first = chunk[begin]
+    if first in _MARKS:
+        return begin + 1
+    if first.isalnum() and "$" not in chunk:
+        return begin
+    match = _PREFIX.match(chunk, begin, end)
+    return match.end() if match else begin
 
 
 def _suffix_begin(chunk: str, begin: int, end: int) -> int:
     """Where the last punctuation mark begins; `end` if there is none."""
+    if begin == end:
+        return end
+    if chunk[end - 1] in _MARKS:
+        return end - 1
     place = end
     while place > begin and chunk[place - 1] == ".":
         place -= 1
     if end - place > 1:
         return place
-    # Its longest one is mbar, after a digit.
-    match = _SUFFIX.search(chunk, max(begin, end - 5), end)
+    if place < end:
+        return place if _PERIOD.match(chunk, place, end) else end
+    # The longest suffix is mbar, after a digit.
+    place = max(begin, end - 5)
+    if chunk[end - 1].isdecimal() or chunk[place:end].isalpha():
+        return end
+    match = _SUFFIX.search(chunk, place, end)
     return match.start() if match else end
 
 
 def _divided(word: str) -> list[str]:
     """The tokens of a word that has no punctuation at its ends."""
-    if word.isalnum() or _URL.fullmatch(word):
-        return [word]
     tokens = []
     place = 0
     for match in _INFIX.finditer(word):
-        if match.start():
-            tokens += [word[place : match.start()], match[0]]
-            place = match.end()
-    return [*tokens, word[place:]]
+        begin = match.start()
+        if not begin:
+            continue
+        if not tokens and "." in word and _URL.fullmatch(word):
+            break
+        # Two of them may stand side by side.
+        tokens += [word[place:begin], match[0]] if begin > place else [match[0]]
+        place = match.end()
+    return [*tokens, word[place:]] if place < len(word) else tokens
 
 
 TOKEN = np.dtype([("number", "<u4"), ("chars", "<u4"), ("kind", "<u4")])
@@ -140,6 +184,19 @@ _NO_WORD = frozenset(
 # Of Unicode's property Sentence_Terminal those of living scripts.
 _TERMINAL = tuple(".!?．。｡！？﹒﹖﹗؟۔।॥։።፧᙮᠃᠉។៕၊။꓿⁇⁈⁉‼‽⸮")
 _LONG = 64  # characters; longer chunks seldom come again
+
+
+def _kind(token: str) -> int:
+    if token.isalpha():
+        return WORD | LETTERS
+    kind = 0 if _NO_WORD.issuperset(token) else WORD
+    if any(map(str.isalpha, token)):
+        return kind | LETTERS
+    if token in _TERMINAL:
+        kind |= ENDS
+    if all(unicodedata.category(char)[0] == "P" for char in token):
+        kind |= PUNCTUATION
+    return kind
 
 
 class _Vocabulary(dict):
@@ -158,15 +215,12 @@ class _Vocabulary(dict):
 
     def record(self, token: str) -> bytes:
         """Returns a token with its number, the bytes of a `TOKEN`."""
-        if token not in self._records:
-            kind = 0 if _NO_WORD.issuperset(token) else WORD
-            kind |= LETTERS * any(map(str.isalpha, token))
-            kind |= ENDS * (token in _TERMINAL)
-            kind |= PUNCTUATION * all(unicodedata.category(char)[0] == "P" for char in token)
-            record = np.array((len(self._records), len(token), kind), TOKEN)
-            self._records[token] = record.tobytes()
+        record = self._records.get(token)
+        if not record:
+            record = struct.pack("<3I", len(self._records), len(token), _kind(token))
+            self._records[token] = record
             self._chars += len(token)
-        return self._records[token]
+        return record
 
     def is_full(self) -> bool:
         return len(self) > 1 << 18 or self._chars > 1 << 24
@@ -342,9 +396,7 @@ def _gopher_lines(text: Text, settings: Mapping) -> str:
 def gopher_repetition(text: Text, settings: Mapping) -> str:
     """See `lm.prepare.config.GopherRepetition`."""
     chars = max(len(text.text), 1)
-    for kind, splitter in (("paragraph", _PARAGRAPHS), ("line", _LINES)):
-        whole = text.text.strip() if kind == "paragraph" else text.text
-        parts = splitter.split(whole)
+    for kind, parts in (("paragraph", _paragraphs(text.text)), ("line", _lines(text.text))):
         count, repeated_chars = repeated(parts)
         if count / len(parts) > settings[f"max_{kind}s"]:
             return f"{kind}s"
@@ -367,8 +419,15 @@ def gopher_repetition(text: Text, settings: Mapping) -> str:
     return ""
 
 
-_PARAGRAPHS = re.compile(r"\n{2,}")
-_LINES = re.compile(r"\n+")
+def _paragraphs(text: str) -> list[str]:
+    """What two newlines or more divide."""
+    return [part.lstrip("\n") for part in text.strip().split("\n\n") if part] or [""]
+
+
+def _lines(text: str) -> list[str]:
+    """What newlines divide; one at either end has an empty line beyond it."""
+    lines = [line for line in text.split("\n") if line]
+    return lines + [""] * (text.startswith("\n") + text.endswith("\n")) or [""]
 
 
 def repeated(parts: Sequence[str]) -> tuple[int, int]:
@@ -404,26 +463,30 @@ class _NGrams:
 
     def grow(self) -> None:
         """Goes on to the next n."""
-        self._places = self._places[: np.searchsorted(self._places, self._count - self._n)]
-        following = self._numbers[self._places + self._n]
-        keys = (self._which[: len(self._places)] << np.uint64(32)) | following
+        places = self._places
+        if len(places) and places[-1] + self._n == self._count:
+            places = places[:-1]
+        following = self._numbers[places + self._n]
+        keys = (self._which[: len(places)] << np.uint64(32)) | following
         self._n += 1
         self._top = (0, 1)
-        if not len(keys):
-            return
 
         order = np.argsort(keys)
         ordered = keys[order]
-        begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-        counts = np.diff(begins, append=len(keys))
+        begins = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+        begins = np.concatenate([[0], begins, [len(keys)]])
+        counts = begins[1:] - begins[:-1]
         most = int(counts.max())
-        if most > 1:
-            firsts = np.minimum.reduceat(order, begins)
-            self._top = (int(self._places[firsts[counts == most].min()]), most)
+        if most <= 1:
+            self._places, self._which = places[:0], self._which[:0]
+            return
+        # The first of those that are the most frequent.
+        is_top = np.repeat(counts == most, counts)
+        self._top = (int(places[order[is_top].min()]), most)
         which = np.empty(len(keys), np.uint64)
-        which[order] = np.repeat(np.arange(len(begins), dtype=np.uint64), counts)
+        which[order] = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
         is_left = (counts > 1)[which]
-        self._places, self._which = self._places[is_left], which[is_left]
+        self._places, self._which = places[is_left], which[is_left]
 
     def top_chars(self) -> int:
         """Characters in all occurrences of the most frequent n-gram, the first of several."""
