@@ -44,7 +44,7 @@ def make(made: Made, stages: Sequence[Stage], key: str, config: ConfigDict) -> d
         sources=_sources(merged["collect"]["counts"], merged["encode"]["counts"]),
         languages=_by(merged["encode"]["counts"], "language."),
         tokenizer=_tokenizer(made, config, merged["encode"]["counts"]),
-        summary=_summary(merged),
+        summary=_summary(made, merged),
         stages=by_stage,
         histograms=_histograms(merged),
         listed=listed[:MAX_LISTED],
@@ -123,24 +123,20 @@ def _tokenizer(made: Made, config: ConfigDict, counts: Mapping) -> dict | None:
     )
 
 
-def _summary(merged: Mapping[str, dict]) -> dict:
+def _summary(made: Made, merged: Mapping[str, dict]) -> dict:
     """How many documents were read, and what became of them."""
     collected = sum(merged["collect"]["counts"].get("documents", {}).values())
     for what, by in merged["collect"]["counts"].items():
         if what.startswith("dropped.") and what != "dropped.chars":
             collected += sum(by.values())
     bad: dict[str, int] = {}
-    dropped: dict[str, int] = {}
     for report in merged.values():
         for what, by in report["counts"].items():
             kind, _, name = what.partition(".")
-            amount = sum(by.values())
             if kind == "bad":
-                bad[name] = bad.get(name, 0) + amount
-            if kind == "dropped" and name != "chars":
-                dropped[name] = dropped.get(name, 0) + amount
+                bad[name] = bad.get(name, 0) + sum(by.values())
     written = sum(merged["encode"]["counts"].get("language.documents", {}).values())
-    return dict(collected=collected, written=written, bad=bad, dropped=dropped)
+    return dict(collected=collected, written=written, bad=bad, dropped=made.dropped())
 
 
 def _histograms(merged: Mapping[str, dict]) -> dict:

@@ -64,8 +64,18 @@ class Made:
         """
         if not self.documents:
             counts = shards.merge(next(iter(self._reports.values())))["counts"]
-            raise ValueError(f"the sources gave no documents; what they have is {counts}")
+            raise ValueError(f"the sources gave no documents; what was found is {counts}")
         return [output["path"] for output in self.outputs(self.documents, "documents")]
+
+    def dropped(self) -> dict[str, int]:
+        """How many documents went by each rule, so far."""
+        dropped: dict[str, int] = {}
+        for reports in self._reports.values():
+            for what, by in shards.merge(reports)["counts"].items():
+                kind, _, rule = what.partition(".")
+                if kind == "dropped" and rule != "chars":
+                    dropped[rule] = dropped.get(rule, 0) + sum(by.values())
+        return dropped
 
     def buckets(self, stage: str, kind: str) -> list[list[tuple[str, int, int]]]:
         """For each bucket of a shuffle, the ranges of files that hold its records, in order."""

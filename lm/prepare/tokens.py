@@ -65,6 +65,13 @@ def _plan_sample(made: Made) -> list[dict]:
 
 
 def _plan_train(made: Made) -> list[dict]:
+    """The task, for all samples.
+
+    Raises:
+      ValueError: there is no text in them.
+    """
+    if not any(report["counts"].get("sampled") for report in made.reports("tokenizer_sample")):
+        raise ValueError(f"no document is left to train a tokenizer on; dropped: {made.dropped()}")
     return [{"samples": [output["path"] for output in made.outputs("tokenizer_sample", "sample")]}]
 
 
@@ -79,6 +86,7 @@ def sample(work: Work) -> None:
                 continue
             # Another hash than that of the splits.
             if share >= 1 or sources.is_held_out(f"sample\0{document.text}", share):
+                work.count("sampled", document.source)
                 writer.write(document)
 
 
