@@ -329,7 +329,7 @@ class Run:
     def _write_config_and_tokenizer(self, config_file: epath.Path) -> None:
         files.write_whole(config_file, json.dumps(self.config.to_dict(), indent=2) + "\n")
         if cards := self.experiment.train_documents.cards:
-            content = json.dumps(cards, indent=1, ensure_ascii=False) + "\n"
+            content = json.dumps({"corpora": cards}, indent=1) + "\n"
             files.write_whole(self.workdir / "corpora.json", content)
         directory = self.workdir / "tokenizer"
         directory.mkdir(parents=True, exist_ok=True)

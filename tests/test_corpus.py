@@ -100,7 +100,7 @@ def test_a_run_keeps_the_summary_of_its_corpus(config, folder, tmp_path, fast_ru
     config.train.length = "3 steps"
     config.optimizer.warmup_steps = 1
     train.train(config, epath.Path(tmp_path), jax.devices()[:1])
-    (summary,) = json.loads((tmp_path / "corpora.json").read_text())
+    (summary,) = json.loads((tmp_path / "corpora.json").read_text())["corpora"]
     card = files.read_json(folder / "card.json")
     assert summary == {key: card[key] for key in sources.OF_CARD}
 

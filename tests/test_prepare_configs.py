@@ -163,5 +163,5 @@ def test_pydocs_and_a_run_on_it(name, tmp_path):
 
     values = train.train(small_run(folder), epath.Path(tmp_path / "run"), jax.devices()[:1])
     assert values["step"] == 3 and values["eval/validation/documents"] == 5
-    (summary,) = json.loads((tmp_path / "run" / "corpora.json").read_text())
+    (summary,) = json.loads((tmp_path / "run" / "corpora.json").read_text())["corpora"]
     assert summary["name"] == "pydocs_prepared"

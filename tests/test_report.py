@@ -21,7 +21,7 @@ from scipy import stats
 from lm import files, report, startup
 from lm.evals import entries
 from lm.evals.scores import statistics
-from lm.reports import comparison, page, runs, sweeps
+from lm.reports import comparison, page, run_sections, runs, sweeps
 from tests import report_runs
 from tests.helpers import ROOT, VERBALIZER, run_training
 from tests.report_runs import EVAL, LABELS, jsonl, write_run, write_sweep
@@ -772,3 +772,18 @@ def test_long_texts_are_cut():
     assert f"{'x' * 2000} [3,000 more characters]" in html
     assert f"{'y' * 20_000} [30,000 more characters]" in html
     assert html.count("x" * 101) == 19  # of the 2,000, without those that it sorts by
+
+
+@pytest.mark.parametrize("corpora", [[], {}, [3], [{"name": 3, "splits": {"train": []}}], "x"])
+def test_a_page_has_the_corpora_of_a_run(corpora, tmp_path):
+    write_run(tmp_path / "run")
+    good = {"name": "wiki", "version": "1.0.0", "key": "ab12", "splits": {"train": {"tokens": 12345}}}
+    (tmp_path / "run" / "corpora.json").write_text(json.dumps({"corpora": [good]}))
+    facts = runs.read(epath.Path(tmp_path / "run"), "run")
+    html = page.render("x", [run_sections.data_and_versions([facts], {}, {})])
+    assert "corpus wiki" in html and "12,345" in html
+
+    # Whatever a stranger wrote there, there is a page.
+    (tmp_path / "run" / "corpora.json").write_text(json.dumps({"corpora": corpora}))
+    facts = runs.read(epath.Path(tmp_path / "run"), "run")
+    page.render("x", [run_sections.data_and_versions([facts], {}, {})])

@@ -5,6 +5,7 @@ labels, and where the time went.
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -266,6 +267,7 @@ def data_and_versions(
         for key in ("data.source", "data.split", "data.length", "data.batch_size", "train.length"):
             if key in config:
                 facts[run.name][key] = config[key]
+        facts[run.name] |= _facts_of_corpora(run.corpora)
         facts[run.name] |= _facts_of_size(run.size)
         for evaluation in run.evaluations[-1:]:
             facts[run.name] |= _facts_of_evaluation(evaluation)
@@ -276,6 +278,22 @@ def data_and_versions(
                 if key in predictions.about:
                     facts[run_name][f"eval {name}: {key}"] = str(predictions.about[key])
     return Section("Data and versions", side_by_side("", facts))
+
+
+def _facts_of_corpora(corpora: Any) -> dict[str, str]:
+    """What corpora.json says of the prepared corpora that were trained on, whatever it holds."""
+    facts = {}
+    for corpus in corpora if isinstance(corpora, list) else ():
+        if not isinstance(corpus, dict):
+            continue
+        name = f"corpus {str(corpus.get('name'))[:80]}"
+        facts[name] = f"{str(corpus.get('version'))[:80]}, {str(corpus.get('key'))[:80]}"
+        splits = corpus.get("splits")
+        for split, sizes in splits.items() if isinstance(splits, dict) else ():
+            for what in ("documents", "bytes", "tokens"):
+                if isinstance(sizes, dict) and runs_lib.is_number(sizes.get(what)):
+                    facts[f"{name}: {split[:80]} {what}"] = f"{sizes[what]:,}"
+    return facts
 
 
 def _facts_of_size(size: Mapping) -> dict[str, str]:

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -28,6 +29,7 @@ class Run:
       evals: eval -> the last step at which it ran.
       evaluations: eval-STEP.json, by their steps.
       size: run.json: parameters, steps in all, versions, ...; {} without it.
+      corpora: corpora.json: the summaries of corpora's cards; None without it.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Run:
     evals: dict[str, int] = dataclasses.field(default_factory=dict)
     evaluations: list[dict] = dataclasses.field(default_factory=list)
     size: dict = dataclasses.field(default_factory=dict)
+    corpora: Any = None
 
     @functools.cached_property
     def step(self) -> int:
@@ -87,6 +90,8 @@ def read(path: epath.Path, name: str) -> Run:
         run.config = files.read_json(files.check_sized(path / "config.json"))
     if (path / "run.json").exists():
         run.size = files.read_json(files.check_sized(path / "run.json"))
+    if (path / "corpora.json").exists():
+        run.corpora = files.read_json(files.check_sized(path / "corpora.json")).get("corpora")
     lines = []
     if (path / "metrics.jsonl").exists():
         lines = files.read_jsonl_log(files.check_sized(path / "metrics.jsonl"))
