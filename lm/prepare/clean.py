@@ -165,8 +165,8 @@ _MOST_NUMBERS = 10  # with spaces between them; more are a row of a table
 # Digits of other kinds.
 _OTHER_DIGITS = re.compile(
     # dates
-    r"(?<![\w.+-])(?:(?:19|20)\d\d(?P<a>[-/.])\d\d?(?P=a)|\d\d?(?P<b>[-/.])\d\d?(?P=b)(?:19|20))\d\d?"
-    r"(?!\w|[-.]\d)"
+    r"(?<![\w.+-])(?:(?:19|20)\d\d(?P<a>[-/.])\d\d?(?P=a)|\d\d?(?P<b>[-/.])\d\d?(?P=b)(?:19|20))"
+    r"\d\d?(?!\w|[-.]\d)"
     # decimal numbers
     r"|(?<![\w.)])(?!\d{3}\.\d{4}(?!\d))(?:0|[1-9]\d*)\.\d+(?!\d|\.\d|[-/]\d+(?![.\d]))"
     # addresses

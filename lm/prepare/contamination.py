@@ -7,6 +7,7 @@ out. So are n-grams that many items of a task share: its own wording. What a few
 text that several questions are asked about.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ MIN_WORDS = 8  # the least that appendix C takes
 # An n-gram of more items of a task, and of more than this share of them, is its wording.
 SHARED = 10
 SHARED_PART = 0.1
+TABLE_BITS = 22
 GRAM = np.dtype([("words", "<u8"), ("hash", "<u8"), ("item", "<u8")])
 
 
@@ -45,10 +47,10 @@ def stages(config: ConfigDict) -> list[Stage]:
         items += _items_of_task(name, entry.to_dict(), c.max_records)
     for path in c.texts:
         items += _items_of_file(path)
-    identity = files.short_hash(json.dumps(items).encode())
+    identity = [files.short_hash(json.dumps(items).encode()), inspect.getsource(ngrams)]
     return [
-        Stage("eval_ngrams", index, _Plan(items), settings, ("xxhash",), reads=identity),
-        Stage("decontaminate", decontaminate, _plan, settings, ("xxhash",)),
+        Stage("eval_ngrams", index, _Plan(items), settings, reads=identity),
+        Stage("decontaminate", decontaminate, _plan, settings),
     ]
 
 
@@ -148,19 +150,26 @@ class Index:
         for length in np.unique(records["words"]).tolist():
             of_length = records[records["words"] == length]
             self._by_length[length] = (of_length["hash"], of_length["item"])
+        # Whether a known hash begins with these bits: few of a text's do, and only they are sought.
+        self._may_be_known = np.zeros(1 << TABLE_BITS, bool)
+        self._may_be_known[_first_bits(records["hash"])] = True
 
     def hits(self, text: str) -> Iterator[tuple[int, int, int]]:
         """Yields (item, first word, words) of each place in a text where an item is."""
-        hashes = self._words.hashes(text)
-        for length, (known, items) in self._by_length.items():
-            grams = ngrams.rolling(hashes, length)
-            places = np.searchsorted(known, grams)
-            is_hit = known[np.minimum(places, len(known) - 1)] == grams
-            for place in np.flatnonzero(is_hit).tolist():
-                begin = places[place]
-                end = np.searchsorted(known, grams[place], side="right")
-                for item in items[begin:end].tolist():
-                    yield item, place, length
+        lengths = list(self._by_length)
+        of_lengths = ngrams.rolling_of_lengths(self._words.hashes(text), lengths)
+        for length, grams in zip(lengths, of_lengths):
+            known, items = self._by_length[length]
+            places = np.flatnonzero(self._may_be_known[_first_bits(grams)])
+            begins = np.searchsorted(known, grams[places])
+            ends = np.searchsorted(known, grams[places], side="right")
+            for i in np.flatnonzero(ends > begins).tolist():
+                for item in items[begins[i] : ends[i]].tolist():
+                    yield item, int(places[i]), length
+
+
+def _first_bits(hashes: np.ndarray) -> np.ndarray:
+    return (hashes >> np.uint64(64 - TABLE_BITS)).astype(np.int64)
 
 
 def decontaminate(work: Work) -> None:

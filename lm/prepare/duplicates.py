@@ -11,6 +11,7 @@ it is similar enough to one that stays; that it is similar to one that goes is n
 
 import functools
 import hashlib
+import inspect
 import math
 from collections.abc import Iterator
 
@@ -19,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lm.prepare import ngrams
-from lm.prepare.engine import Made, Stage, each_shard
+from lm.prepare.engine import Made, Stage
 from lm.prepare.shards import Work, read, read_ranges, read_records
 
 SHARD_BITS = 40  # the lower bits of a number are the place in the shard
@@ -207,14 +208,18 @@ def drop_lines(work: Work) -> None:
 def near_stages(config: ConfigDict) -> list[Stage]:
     near = config.near_duplicates
     settings = near.to_dict() | {"bad_input": config.bad_input}
-    packages = ("rensa", "xxhash")
-    pairs = functools.partial(_plan_buckets, "near_sign", "bands")
+    packages = ("rensa",)
+    deal = functools.partial(_plan_shuffle, 1 / 16)
+    find = functools.partial(_plan_buckets, "near_sign", "bands")
+    send = functools.partial(_plan_sets, "near_pairs", "pairs")
+    compare = functools.partial(_plan_sets, "near_attach", "sets")
     drop = functools.partial(_plan_drops, "near_resolve")
+    code = inspect.getsource(ngrams)
     return [
-        Stage("near_sign", sign, functools.partial(_plan_shuffle, 1 / 16), settings, packages),
-        Stage("near_pairs", find_pairs, pairs, settings),
-        Stage("near_attach", attach, functools.partial(_plan_sets, "near_pairs", "pairs"), settings),
-        Stage("near_verify", verify, functools.partial(_plan_sets, "near_attach", "sets"), settings),
+        Stage("near_sign", sign, deal, settings, packages, code),
+        Stage("near_pairs", find_pairs, find, settings),
+        Stage("near_attach", attach, send, settings),
+        Stage("near_verify", verify, compare, settings),
         Stage("near_resolve", resolve, _plan_resolve, settings),
         Stage("near_drop", drop_documents, drop, settings | {"rule": "near_duplicate"}),
     ]

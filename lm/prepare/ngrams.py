@@ -6,6 +6,7 @@ at once, several times faster than a hash function that is called for each word.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,23 +73,31 @@ def _of_block(values: np.ndarray) -> np.ndarray:
         return np.empty(0, np.uint64)
     # What is between words is 0, and adds nothing to the sum.
     sums = np.add.reduceat(values * powers[: len(values)], begins)
-    # n-grams are polynomials of these: without mixing, a letter that moves from one word to the next
-    # could leave an n-gram's hash as it is.
+    # n-grams are polynomials of these: without mixing, a letter that moves from one word to the
+    # next could leave an n-gram's hash as it is.
     return _mixed(sums * inverses[begins])
 
 
 def rolling(hashes: np.ndarray, n: int) -> np.ndarray:
     """Returns the hashes of all n neighbouring words, u64 [words - n + 1] or [0]."""
-    count = max(len(hashes) - n + 1, 0)
-    mixed = hashes[:count].copy()
-    for i in range(1, n):
-        mixed *= np.uint64(0x9E3779B97F4A7C15)
-        mixed += hashes[i : i + count]
-    # The lower half of a product says little of its factors' upper halves.
-    mixed ^= mixed >> np.uint64(31)
-    mixed *= np.uint64(0xD6E8FEB86659FD93)
-    mixed ^= mixed >> np.uint64(32)
-    return mixed
+    return rolling_of_lengths(hashes, [n])[0]
+
+
+def rolling_of_lengths(hashes: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """Returns what `rolling` does, for each of several n, the least one first."""
+    found = []
+    sums = hashes
+    n = 1
+    for length in lengths:
+        while n < length:
+            sums = sums[:-1] * np.uint64(0x9E3779B97F4A7C15)
+            sums += hashes[n:]
+            n += 1
+        # The lower half of a product says little of its factors' upper halves.
+        mixed = (sums ^ (sums >> np.uint64(31))) * np.uint64(0xD6E8FEB86659FD93)
+        mixed ^= mixed >> np.uint64(32)
+        found.append(mixed)
+    return found
 
 
 def shingles(hashes: np.ndarray, n: int) -> np.ndarray:
