@@ -42,6 +42,7 @@ def schedule(weight: Sequence[float], where: str) -> Schedule:
             f"{where} = {tuple(weight)}; wanted (weight,) or (weight, step, weight, ...), of rising "
             "steps, and weights of at least 0"
         )
+
     return Schedule(steps, weights)
 
 
@@ -90,6 +91,7 @@ def mix(
             raise ValueError(
                 f"{where}.{name} has examples of the kind {documents.kind!r}, no texts"
             )
+
     factors = {}
     for name, documents in parts.items():
         size = sizes[name] or _size_in_card(documents)
@@ -191,6 +193,7 @@ class MixedStream:
     def __next__(self) -> dict[str, np.ndarray]:
         shares = self._shares(self._num_rows // self._rows_per_step)
         self._behind = self._behind + shares
+
         # A part without a share now waits, however far behind it was.
         chosen = int(np.argmax(np.where(shares > 0, self._behind, -math.inf)))
         self._behind[chosen] -= 1

@@ -65,6 +65,7 @@ class BlockOrder(Sequence):
             numbers = np.concatenate([np.asarray(block) for block in self._windows[window]])
             random = np.random.default_rng([self._seed, window])
             self._shuffled = (window, random.permutation(numbers))
+
         _, numbers = self._shuffled
         return int(numbers[position - (int(self._ends[window]) - len(numbers))])
 
@@ -120,6 +121,7 @@ class Blocks(Sequence):
                     documents = documents[(number - documents.start) % num_streams :: num_streams]
                 if documents:
                     numbers.append(documents)
+
         return BlockOrder(numbers, self.window, seed)
 
 
@@ -191,6 +193,7 @@ def _of_split(blocks: list[Block], split: str, path: str, held_out: float) -> li
         if count > 0:
             skipped = block.skipped + first - block.first
             kept.append(block._replace(first=first, count=count, skipped=skipped))
+
     return kept
 
 
@@ -231,6 +234,7 @@ def jsonl(
             places = list(range(len(blocks), len(blocks) + len(in_file)))
             groups += [places] if _is_packed(file) else [[place] for place in places]
             blocks += in_file
+
     groups = [group for group in groups if group]
     window = WINDOW_BYTES // BLOCK_BYTES
     items = Blocks(paths, blocks, groups, _JsonlReader, window, (text_key, label_key))
@@ -290,6 +294,7 @@ def _jsonl_blocks(number: int, path: str, text_key: str, cache_dir: str) -> list
         table = np.array(list(_scan(path, text_key)), np.int64).reshape(-1, 4)
         with files.open_whole(cache) as file:
             np.save(file, table)
+
     return [Block(number, *row) for row in table.tolist()]
 
 
@@ -314,6 +319,7 @@ def _scan(path: str, text_key: str) -> Iterator[tuple[int, int, int, int]]:
         if end - begin >= BLOCK_BYTES:
             yield begin, end, first, count
             begin, first, count = end, first + count, 0
+
     if count:
         yield begin, end, first, count
 
@@ -334,6 +340,7 @@ def _lines(stream, path: str) -> Iterator[bytes]:
                 raise ValueError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes")
     except (OSError, EOFError) as error:
         raise ValueError(f"{path} is cut off, or damaged: {error}") from None
+
     if rest:
         yield rest
 
@@ -353,6 +360,7 @@ class _JsonlReader(_Reader):
             self._packed, self._stream = _is_packed(path), _open(path)
             self._file = block.file
             self._next = place
+
         # What comes before it in a packed file is of the same window.
         for earlier in range(self._next, place) if self._packed else ():
             self._keep(earlier, self._read(self._blocks.blocks[earlier]))
@@ -408,6 +416,7 @@ def parquet(
             path,
             max(sizes) / 1e6,
         )
+
     items = Blocks(paths, blocks, groups, _ParquetReader, window, (text_key, label_key))
     return _documents(split, paths, items, [text_key, label_key, held_out])
 
@@ -423,9 +432,11 @@ def _parquet_metadata(path: str, keys: Sequence[str]):
             metadata = table.metadata
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is cut off, or no Parquet: {error}") from None
+
     for key in keys:
         if key not in names:
             raise ValueError(f"{path} has no column {key!r}; it has {names}")
+
     return metadata
 
 
@@ -475,6 +486,7 @@ def hugging_face(
     for key in filter(None, (text_key, label_key)):
         if key not in table.column_names:
             raise ValueError(f"{name!r} has no column {key!r}; it has {table.column_names}")
+
     items = _HuggingFaceDocuments(table, name, text_key, label_key)
     identity = [name, config, split, len(table), text_key, label_key]
     return Documents(items, sources.sampled_fingerprint(items, identity))
@@ -493,6 +505,7 @@ def load_hugging_face(name: str, config: str, split: str):
             f"the Hugging Face data set {name!r} needs the package datasets: pip install -c "
             "constraints.txt -e '.[prepare]'"
         ) from None
+
     try:
         return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # of the hub, of a file format, of a split: all kinds

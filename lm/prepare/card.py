@@ -33,6 +33,7 @@ def make(made: Made, stages: Sequence[Stage], key: str, config: ConfigDict) -> d
     for name, report in merged.items():
         counts = {what: by for what, by in report["counts"].items() if sum(by.values())}
         by_stage.append(dict(stage=name, counts=counts, samples=report["samples"]))
+
     listed = [entry for report in merged.values() for entry in report["listed"]]
     settings = {k: v for k, v in config.to_dict().items() if k not in NOT_OF_THE_SET}
     return dict(
@@ -71,6 +72,7 @@ def _splits(made: Made, counts: Mapping) -> dict:
         split = splits.setdefault(about["split"], dict(shards=0, hashes=[]))
         split["shards"] += 1
         split["hashes"].append(about["hash"])
+
     for name, split in splits.items():
         # A corpus of many shards has one line, too.
         hashes = split.pop("hashes")
@@ -80,6 +82,7 @@ def _splits(made: Made, counts: Mapping) -> dict:
             if any(what in sizes for sizes in by_source.values()):
                 split[what] = sum(sizes.get(what, 0) for sizes in by_source.values())
         split["by_source"] = by_source
+
     return splits
 
 
@@ -89,18 +92,21 @@ def _sources(collected: Mapping, written: Mapping) -> dict:
     for what in ("files", "documents", "bytes"):
         for name, amount in collected.get(what, {}).items():
             sources.setdefault(name, {})[f"collected_{what}"] = amount
+
     for kind in ("licence", "encoding", "bad"):
         for what, by in collected.items():
             if what.startswith(f"{kind}."):
                 for name, amount in by.items():
                     of_kind = sources.setdefault(name, {}).setdefault(kind, {})
                     of_kind[what.removeprefix(f"{kind}.")] = amount
+
     for what, by in written.items():
         split, _, size = what.partition(".")
         if size in ("documents", "bytes", "words", "tokens") and split != "language":
             for name, amount in by.items():
                 source = sources.setdefault(name, {})
                 source[size] = source.get(size, 0) + amount
+
     return dict(sorted(sources.items()))
 
 
@@ -129,12 +135,14 @@ def _summary(made: Made, merged: Mapping[str, dict]) -> dict:
     for what, by in merged["collect"]["counts"].items():
         if what.startswith("dropped.") and what != "dropped.chars":
             collected += sum(by.values())
+
     bad: dict[str, int] = {}
     for report in merged.values():
         for what, by in report["counts"].items():
             kind, _, name = what.partition(".")
             if kind == "bad":
                 bad[name] = bad.get(name, 0) + sum(by.values())
+
     written = sum(merged["encode"]["counts"].get("language.documents", {}).values())
     return dict(collected=collected, written=written, bad=bad, dropped=made.dropped())
 
@@ -146,6 +154,7 @@ def _histograms(merged: Mapping[str, dict]) -> dict:
             # From the lower bound of a bin to how many are in it.
             sized = [(int(bin_), count) for bin_, count in bins.items()]
             histograms[what] = [[bin_, count] for bin_, count in sorted(sized)]
+
     return histograms
 
 
@@ -163,6 +172,7 @@ def broken_limits(card: Mapping, limits: Mapping) -> list[str]:
     for name, share in shares.items():
         if share > limits[name]:
             broken.append(f"config.limits.{name} = {limits[name]:g}, and it is {share:.4g}")
+
     tokens = sum(split.get("tokens", 0) for split in card["splits"].values())
     if tokens < limits["min_tokens"]:
         broken.append(f"config.limits.min_tokens = {limits['min_tokens']:,}: there are {tokens:,}")
@@ -182,6 +192,7 @@ def write(card: Mapping, folder: epath.Path) -> None:
         page.check_installed()
     except ValueError:
         return
+
     files.write_whole(folder / "card.html", render(card))
 
 
@@ -224,6 +235,7 @@ def _sources_table(card: Mapping) -> Table:
         licences = ", ".join(f"{k}: {n:,}" for k, n in source.get("licence", {}).items())
         sizes = [source.get(size) for size in _SIZES]
         rows.append([name, collected, *sizes, kept, *_fertility(source), licences])
+
     columns = ["source", "read", *_SIZES, "kept", "tokens a word", "bytes a token", "licences"]
     return Table(columns, rows, "Sources")
 
@@ -257,6 +269,7 @@ def _length_curves(card: Mapping) -> list:
             x += [bin_ / 4, (bin_ + 1) / 4]
             y += [counts.get(bin_, 0)] * 2
         figures.append(Figure(f"{what} of a document, by octave (10 is 1,024)", {what: (x, y)}))
+
     return [Curves("log2", figures)] if figures else []
 
 
@@ -270,6 +283,7 @@ def _drops(card: Mapping) -> list:
                 count = sum(by.values())
                 sources = ", ".join(f"{name}: {n:,}" for name, n in sorted(by.items()))
                 rows.append([stage["stage"], rule, count, count / read, sources])
+
     rows.sort(key=_by_count)
     if not rows:
         return [Text("Nothing was dropped.", "good")]
@@ -292,6 +306,7 @@ def _found(card: Mapping) -> list:
                 shown = ", ".join(f"{name}: {n:,}" for name, n in sorted(by.items())[:20] if name)
                 mark = "bad" if what.startswith("bad.") else ""
                 rows.append([stage["stage"], Cell(what, None, mark), sum(by.values()), shown])
+
     return [Table(["stage", "what", "count", "by"], rows)]
 
 
@@ -318,4 +333,5 @@ def _origin(card: Mapping) -> list:
     if card["tokenizer"]:
         keys = [[key, json.dumps(value)] for key, value in card["tokenizer"].items()]
         parts.append(Table(["key", "value"], keys, "Tokenizer"))
+
     return parts

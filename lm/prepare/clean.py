@@ -85,6 +85,7 @@ def _by_rules(document: Document, work: Work) -> Document | None:
             if broken := rule(text, settings[name]):
                 work.drop(f"{name}.{broken}", document)
                 return None
+
     return document
 
 
@@ -118,6 +119,7 @@ def normalized(text: str, settings: Mapping, work: Work, document: Document) -> 
         if not unicodedata.is_normalized(settings["unicode"], text):
             work.count("repaired.unicode", document.source)
             text = unicodedata.normalize(settings["unicode"], text)
+
     return text
 
 
@@ -194,6 +196,7 @@ def masked(text: str, settings: Mapping, work: Work, document: Document) -> str:
         if count:
             work.count(f"pii.{kind}", document.source, count)
             work.sample(f"pii.{kind}", document._replace(text=text))
+
     return text
 
 
@@ -207,6 +210,7 @@ def _replaced(
         if is_one(match[0]):
             parts += [text[end : match.start()], by]
             end = match.end()
+
     return "".join([*parts, text[end:]]), len(parts) // 2
 
 
@@ -235,6 +239,7 @@ def _without_phones(text: str, settings: Mapping) -> tuple[str, int]:
             if begin + first >= end:
                 parts += [text[end : begin + first], settings["phone"]]
                 end = begin + last
+
     return "".join([*parts, text[end:]]), len(parts) // 2
 
 
@@ -267,9 +272,11 @@ def _phones_between(
         cuts = [match.end() for match in _NEXT_NUMBER.finditer(text, begin, end)]
         edges = [begin, *cuts, end]
         parts = list(zip(edges, edges[1:])) if cuts else []
+
     for first, last in parts:
         if last - first >= 7:
             spans += _phones_between(text, first, last, regions)
+
     return spans
 
 
@@ -291,6 +298,7 @@ def _valid_phones(
             spans.append((begin + match.end - len(number), begin + match.end))
         if spans:
             break
+
     return spans
 
 

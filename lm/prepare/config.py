@@ -15,8 +15,8 @@ STAGES = (
     "collect",
     "clean",
     "exact_duplicates",
-    "line_duplicates",
     "near_duplicates",
+    "line_duplicates",
     "quality",
     "decontaminate",
     "tokenizer",
@@ -190,7 +190,9 @@ class Pii:
 
 @dataclasses.dataclass(frozen=True)
 class LineDuplicates:
-    """A line that stood in the corpus before goes."""
+    """A line that stood in the corpus before goes. What is left of near-duplicates then resembles
+    nothing: near_duplicates comes before.
+    """
 
     min_chars: int = integer(40, least=1)  # shorter ones stay
 
@@ -321,8 +323,12 @@ def check(config: ConfigDict) -> None:
         problems += run_config.group_problems(f"config.sources.{name}", Source, dict(entry.items()))
         if not name.isidentifier():
             problems.append(f"config.sources.{name}: wanted a name of letters, digits and _")
+
     for name, entry in config.tasks.items():
-        entries.check(name, entry.to_dict())
+        keys = entry.to_dict()
+        keys.pop("instructions", None)  # of entries.instructed
+        entries.check(name, keys)
+
     if not config.sources:
         problems.append("config.sources is empty; wanted lm.prepare.config.source(...) by name")
 

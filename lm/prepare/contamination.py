@@ -41,6 +41,7 @@ def stages(config: ConfigDict) -> list[Stage]:
             "stage decontaminate has nothing to look for: wanted config.tasks, entries of "
             "lm.evals.entries.task by name, or config.decontaminate.texts"
         )
+
     settings = c.to_dict() | {"bad_input": config.bad_input}
     items = []
     for name, entry in config.tasks.items():
@@ -150,6 +151,7 @@ class Index:
         for length in np.unique(records["words"]).tolist():
             of_length = records[records["words"] == length]
             self._by_length[length] = (of_length["hash"], of_length["item"])
+
         # Whether a known hash begins with these bits: few of a text's do, and only they are sought.
         self._may_be_known = np.zeros(1 << TABLE_BITS, bool)
         self._may_be_known[_first_bits(records["hash"])] = True
@@ -196,5 +198,6 @@ def _tell(work: Work, index_: Index, document, found: Mapping[int, tuple[int, in
         around = spans[max(place - 3, 0) : place + length + 3]
         shown = " ".join(document.text[around[0][0] : around[-1][1]].split()) if around else ""
         work.list("contaminated", document.id, f"{name}: {shown}")
+
     for task in {index_.tasks[item] for item in found}:
         work.count("contaminated.documents", task)

@@ -87,6 +87,7 @@ def hash_texts(work: Work) -> None:
     for document in read(work.inputs["shard"]):
         texts.append(hashlib.sha256(document.text.encode()).digest()[:16])
         names.append(hashlib.sha256(f"{document.source}\0{document.name}".encode()).digest()[:16])
+
     for kind, digests in (("texts", texts), ("names", names)):
         records = np.empty(len(digests), RECORD)
         halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
@@ -162,11 +163,13 @@ def hash_lines(work: Work) -> None:
             if len(line) >= work.settings["min_chars"]:
                 hashes.append(hashlib.sha256(line.lower().encode()).digest()[:8])
                 places.append((place, number))
+
     lines = np.empty(len(hashes), LINE)
     lines["hash"] = np.frombuffer(b"".join(hashes), "<u8")
     if places:
         lines["number"], lines["line"] = np.asarray(places, np.uint64).T
         lines["number"] += np.uint64(work.number << SHARD_BITS)
+
     count = work.inputs["buckets"]
     work.write_buckets("lines", lines, (lines["hash"] % np.uint64(count)).astype(int), count)
 
@@ -285,6 +288,7 @@ def find_pairs(work: Work) -> None:
     places = np.arange(len(hashes))
     firsts = [numbers_[group]]
     seconds = [numbers_]
+
     # Documents in a band are in the order of their numbers.
     for distance in range(1, work.settings["max_compared"]):
         has_one = places - distance > group
@@ -292,6 +296,7 @@ def find_pairs(work: Work) -> None:
             break
         firsts.append(numbers_[places[has_one] - distance])
         seconds.append(numbers_[has_one])
+
     pairs = np.empty(sum(map(len, firsts)), PAIR)
     pairs["first"], pairs["second"] = np.concatenate(firsts), np.concatenate(seconds)
     pairs = np.unique(pairs[pairs["first"] != pairs["second"]])
@@ -354,6 +359,7 @@ def verify(work: Work) -> None:
                 similarity = ngrams.jaccard(set_, sets.of(second))
                 if similarity >= work.settings["threshold"]:
                     edges.append((second, first, similarity))
+
     with work.open("edges", ".bin") as file:
         file.write(np.sort(np.array(edges, EDGE)).tobytes())
 
@@ -371,5 +377,6 @@ def resolve(work: Work) -> None:
                 drops.append((second, first, 0))
                 work.measure("near_percent", round(100 * similarity))
         contents.append(np.array(drops, DROP).tobytes())
+
     contents += [b""] * (work.inputs["shards"] - len(contents))
     work.write_ranges("drops", contents)

@@ -75,6 +75,7 @@ class Made:
                 kind, _, rule = what.partition(".")
                 if kind == "dropped" and rule != "chars":
                     dropped[rule] = dropped.get(rule, 0) + sum(by.values())
+
         return dropped
 
     def buckets(self, stage: str, kind: str) -> list[list[tuple[str, int, int]]]:
@@ -87,6 +88,7 @@ class Made:
             for bucket, (begin, end) in enumerate(zip(bounds, bounds[1:])):
                 if end > begin:
                     buckets[bucket].append((output["path"], begin, end))
+
         return buckets
 
 
@@ -156,6 +158,7 @@ def folders(stages: Sequence[Stage], out: epath.Path) -> list[str]:
         )
         before = files.short_hash(json.dumps(identity, sort_keys=True).encode())
         named.append(str(out / "stages" / f"{stage.name}-{before}"))
+
     return named
 
 
@@ -176,6 +179,7 @@ def done(task: Task) -> dict | None:
         if not file.exists() or file.stat().length != output["size"]:
             logging.warning("%s has vanished, or been cut: it is made again", file)
             return None
+
     return report
 
 
@@ -197,6 +201,7 @@ def run_task(task: Task) -> dict:
     except Exception as error:
         error.add_note(f"in {_described(task)}")
         raise
+
     return json.loads(json.dumps(report))
 
 
@@ -230,6 +235,7 @@ def run_local(stages: Sequence[Stage], out: epath.Path, workers: int) -> Made:
                     reports[task.number] = report
                     activity.add(_input_size(task) / 1e6)
         made.add(stage.name, reports)
+
     return made
 
 
@@ -246,8 +252,10 @@ def _input_size(task: Task) -> int:
             if isinstance(item, str) and epath.Path(item).exists():
                 size += epath.Path(item).stat().length
             elif isinstance(item, (list, tuple)) and len(item) == 3:
-                _, begin, end = item
-                size += end - begin
+                _, *bounds = item
+                if all(isinstance(bound, int) for bound in bounds):
+                    size += bounds[1] - bounds[0]
+
     return size
 
 
@@ -310,6 +318,7 @@ def run_beam(stages: Sequence[Stage], out: epath.Path, arguments: Sequence[str])
         ) from None
 
     options = PipelineOptions(list(arguments))
+
     # Beam's DirectRunner would download another runner first.
     runner = options.view_as(StandardOptions).runner or "FnApiRunner"
     named = folders(stages, out)

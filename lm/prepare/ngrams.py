@@ -50,6 +50,7 @@ class Words:
             codes = np.frombuffer(text.encode("ascii"), np.uint8)
         else:
             codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
         parts = []
         while len(codes):
             values = _characters().take(codes[:_BLOCK])
@@ -59,6 +60,7 @@ class Words:
                 values = values[: between[-1] + 1] if len(between) else values
             codes = codes[len(values) :]
             parts.append(_of_block(values))
+
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint64), *parts])
 
 
@@ -71,6 +73,7 @@ def _of_block(values: np.ndarray) -> np.ndarray:
     begins = np.flatnonzero(is_first)
     if not len(begins):
         return np.empty(0, np.uint64)
+
     # What is between words is 0, and adds nothing to the sum.
     sums = np.add.reduceat(values * powers[: len(values)], begins)
     # n-grams are polynomials of these: without mixing, a letter that moves from one word to the
@@ -97,6 +100,7 @@ def rolling_of_lengths(hashes: np.ndarray, lengths: Sequence[int]) -> list[np.nd
         mixed = (sums ^ (sums >> np.uint64(31))) * np.uint64(0xD6E8FEB86659FD93)
         mixed ^= mixed >> np.uint64(32)
         found.append(mixed)
+
     return found
 
 

@@ -16,8 +16,8 @@ STAGES = {
     "collect": collect.stages,
     "clean": clean.stages,
     "exact_duplicates": duplicates.exact_stages,
-    "line_duplicates": duplicates.line_stages,
     "near_duplicates": duplicates.near_stages,
+    "line_duplicates": duplicates.line_stages,
     "quality": quality.stages,
     "decontaminate": contamination.stages,
     "tokenizer": tokens.stages,
@@ -59,6 +59,7 @@ def prepare(config: ConfigDict, out: epath.Path, beam: list[str] | None = None) 
         made = engine.run_beam(stages, out, beam or [])
     else:
         made = engine.run_local(stages, out, config.workers or os.cpu_count() or 1)
+
     return _publish(made, stages, key, config, out)
 
 
@@ -73,6 +74,7 @@ def is_whole(folder: epath.Path, key: str) -> bool:
         pattern = f"{card['name']}-{split}.array_record-*-of-{about['shards']:05d}"
         if len(list(folder.glob(pattern))) != about["shards"]:
             return False
+
     return True
 
 
@@ -89,7 +91,11 @@ def _publish(
         )
 
     folder = out / config.name / config.version
-    partial = out / config.name / f"{config.version}.{os.getpid()}.tmp"
+
+    # What a start that ended here has left would be part of the set.
+    for left in folder.parent.glob(f"{config.version}.*.tmp"):
+        left.rmtree()
+    partial = folder.parent / f"{config.version}.{os.getpid()}.tmp"
     write.publish(made, config, partial)
     cards.write(card, partial)
     if folder.exists():

@@ -41,6 +41,7 @@ def stages(config: ConfigDict) -> list[Stage]:
                 f"model, {fitted.get('model')}; config.quality.model is {reads[0]}"
             )
         reads.append(fitted)
+
     return [Stage("quality", judge, each_shard, settings, ("jax",), reads=reads)]
 
 
@@ -126,12 +127,14 @@ class Scorer:
         for text in texts:
             prompt = Prompt([*self._beginning(text), *self._prompt])
             questions.append(Question(prompt, self._words))
+
         num_good = len(self._settings["good"])
         scores = []
         for answers in self._fns.logprobs(self._params, questions):
             logprobs = np.array([answer.logprobs.sum(dtype=np.float64) for answer in answers])
             odds = np.exp(logprobs - logprobs.max())
             scores.append(odds[:num_good].sum() / odds.sum())
+
         return np.asarray(scores)
 
 

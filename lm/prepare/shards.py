@@ -47,15 +47,15 @@ def read(path: str) -> Iterator[Document]:
     Raises:
       OSError, ValueError: it has vanished, or is damaged; the message names it.
     """
-    try:
-        with epath.Path(path).open("rb") as file:
-            stream = zstandard.ZstdDecompressor().stream_reader(file)
+    with epath.Path(path).open("rb") as file:
+        stream = io.BufferedReader(files.open_zstd(file, path), 1 << 20)
+        try:
             for line in io.TextIOWrapper(stream, "utf-8", newline="\n"):
                 yield Document(*json.loads(line))
-    except (zstandard.ZstdError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}. Delete it; the next start makes it anew"
-        ) from None
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged: {error}. Delete it; the next start makes it anew"
+            ) from None
 
 
 class Writer:
@@ -72,6 +72,7 @@ class Writer:
         self._lines.append(line)
         self._chars += len(line)
         self.written += len(line)
+
         # Many small documents go to the compressor together.
         if self._chars > 1 << 18:
             self._flush()
@@ -134,7 +135,9 @@ class Work:
             yield writer
             writer.close()
 
-    def write_buckets(self, kind: str, records: np.ndarray, buckets: np.ndarray, count: int) -> None:
+    def write_buckets(
+        self, kind: str, records: np.ndarray, buckets: np.ndarray, count: int
+    ) -> None:
         """Writes records into one file, those of a bucket together, for `Made.buckets`.
 
         Args:

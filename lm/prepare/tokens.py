@@ -22,6 +22,7 @@ def split_of(document: Document, shares: dict) -> str:
         return document.split
     if sources.is_held_out(document.text, shares["validation"]):
         return "validation"
+
     # The next hashes behind those of validation.
     if sources.is_held_out(document.text, shares["validation"] + shares["test"]):
         return "test"
@@ -44,6 +45,7 @@ def stages(config: ConfigDict) -> list[Stage]:
             "config.tokenizer has neither a path nor a vocab_size to train one of; wanted one of "
             "them, or config.stages without 'tokenizer'"
         )
+
     package = "tokenizers" if c.kind == "byte_bpe" else "sentencepiece"
     return [
         Stage("tokenizer_sample", sample, _plan_sample, settings),
@@ -106,6 +108,7 @@ def train(work: Work) -> None:
     if settings["kind"] == "byte_bpe":
         _save(_train_byte_bpe(_texts(work), settings), work)
         return
+
     model = tokenizer.sentencepiece_model(
         _texts(work),
         settings["vocab_size"],

@@ -6,6 +6,7 @@ order, so that equal sets are equal to the byte.
 
 import contextlib
 import functools
+import inspect
 import os
 import shutil
 import struct
@@ -38,7 +39,7 @@ def stages(config: ConfigDict) -> list[Stage]:
     group = functools.partial(_plan_write, settings["shard_bytes"])
     packages = ("tensorflow-datasets", "array_record", "sentencepiece")
     return [
-        Stage("encode", encode, _plan_encode, settings, packages),
+        Stage("encode", encode, _plan_encode, settings, packages, inspect.getsource(tokens)),
         Stage("write", write, group, settings, packages),
     ]
 
@@ -78,6 +79,7 @@ def _with_ids(path: str, tokenizer) -> Iterator[tuple[Document, list[int] | None
         if len(batch) == BATCH:
             yield from zip(batch, _ids(batch, tokenizer))
             batch = []
+
     yield from zip(batch, _ids(batch, tokenizer))
 
 
@@ -96,6 +98,7 @@ def _tell(work: Work, split: str, document: Document, ids: list[int] | None, tok
         work.measure(f"{split}.tokens", len(ids))
         own = {*tokenizer.around[0], *tokenizer.around[1]}
         work.count("special_in_text", document.source, sum(id_ in own for id_ in set(ids)))
+
     work.measure(f"{split}.bytes", sizes["bytes"])
     for what, size in sizes.items():
         work.count(f"{split}.{what}", document.source, size)
@@ -118,6 +121,7 @@ def serialized(document: Document, ids: Sequence[int] | None, vocab_size: int) -
     if ids is not None:
         content = np.asarray(ids, token_dtype(vocab_size)).tobytes()
         features["tokens"].bytes_list.value.append(content)
+
     return example.SerializeToString(deterministic=True)
 
 
@@ -143,10 +147,15 @@ class _RecordWriter:
 
 def _records(path: str) -> Iterator[bytes]:
     with epath.Path(path).open("rb") as file:
-        stream = zstandard.ZstdDecompressor().stream_reader(file)
-        while head := stream.read(4):
-            (length,) = struct.unpack("<I", head)
-            yield stream.read(length)
+        stream = files.open_zstd(file, path)
+        try:
+            while head := stream.read(4):
+                (length,) = struct.unpack("<I", head)
+                yield stream.read(length)
+        except (OSError, struct.error) as error:
+            raise ValueError(
+                f"{path} is damaged: {error}. Delete it; the next start makes it anew"
+            ) from None
 
 
 # --- shards of the set ---
@@ -161,12 +170,14 @@ def _plan_write(shard_bytes: int, made: Made) -> list[dict]:
         if not groups or full:
             groups.append([])
         groups[-1].append(output)
+
     tasks = []
     for split in sorted(by_split):
         for number, group in enumerate(by_split[split]):
             paths = [output["path"] for output in group]
             count = len(by_split[split])
             tasks.append({"records": paths, "split": split, "shard": number, "of": count})
+
     return tasks
 
 
@@ -183,15 +194,19 @@ def write(work: Work) -> None:
         local = os.path.join(scratch, name)
         # One record a group: any of them is read without its neighbours.
         writer = array_record_module.ArrayRecordWriter(local, "group_size:1")
-        for path in work.inputs["records"]:
-            for record in _records(path):
-                writer.write(record)
-                about["records"] += 1
-                about["bytes"] += len(record)
-        writer.close()
+        try:
+            for path in work.inputs["records"]:
+                for record in _records(path):
+                    writer.write(record)
+                    about["records"] += 1
+                    about["bytes"] += len(record)
+            writer.close()
+        except RuntimeError as error:  # a full disk, for instance
+            raise OSError(f"{work.folder / name} can't be written: {error}") from None
         with files.open_whole(work.folder / name) as whole, open(local, "rb") as written:
             shutil.copyfileobj(written, whole, 1 << 20)
         about["hash"] = files.hash_of_file(local)
+
     work.adopt("set", work.folder / name, about)
 
 
@@ -203,6 +218,7 @@ def publish(made: Made, config: ConfigDict, folder: epath.Path) -> None:
     with contextlib.suppress(KeyError):
         for output in made.outputs("tokenizer", "tokenizer"):
             _link(epath.Path(output["path"]), folder / "tokenizer" / output["about"])
+
     _write_metadata(outputs, config, folder)
 
 
@@ -235,6 +251,7 @@ def _write_metadata(outputs: list[dict], config: ConfigDict, folder: epath.Path)
         lengths = [shard["records"] for shard in shards]
         size = sum(shard["bytes"] for shard in shards)
         infos.append(tfds.core.SplitInfo(split, lengths, size, template))
+
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=tfds.features.FeaturesDict(features),
