@@ -88,7 +88,7 @@ def documents(config: ConfigDict, split: str, key: str = "config.data.split") ->
         parts[name] = documents_of(part.source, part.source_args.to_dict(), split, where, key)
         schedules[name] = mixtures.schedule(part.weight, f"{where}.weight")
         sizes[name] = part.size
-    return mixtures.mix(parts, schedules, sizes, data.mixture_exponent)
+    return mixtures.mix(parts, schedules, sizes, config.data.mixture_exponent)
 
 
 def documents_of(
