@@ -334,6 +334,15 @@ def test_every_key_is_read(tiny, tmp_path, monkeypatch):
             build.build(other, jax.devices()[:1])
         read |= recorder.read
 
+    mixed = tiny.copy_and_resolve_references().unlock()
+    part = config_lib.part(tiny.data.source, **tiny.data.source_args)
+    mixed.data.update(dict(source="", mixture=dict(part=part)))
+    recorder = ReadRecorder(mixed)
+    with monkeypatch.context() as patch:
+        recorder.patch(patch)
+        build.build(mixed, jax.devices()[:1])
+    read |= recorder.read
+
     of_chat = with_conversations(tiny, tmp_path)
     recorder = ReadRecorder(of_chat)
     with monkeypatch.context() as patch:
