@@ -75,7 +75,7 @@ def test_tasks_are_entries_of_evals():
     c.tasks.trec = entries.task("trec")
     c.tasks.gsm8k = entries.instructed("gsm8k")
     prepare_config.check(c)
-    del c.tasks.trec["label"]
+    c.tasks.trec.labels = "x"
     with pytest.raises(ValueError, match="trec"):
         prepare_config.check(c)
 
