@@ -1,5 +1,5 @@
-"""How fast batches come from a prepared corpus and from streamed files, and how that depends on shards,
-on the position, and on the size.
+"""How fast batches come from a prepared corpus and from streamed files, and how that depends on
+shards, on the position, and on the size.
 
     python benchmarks/loader.py --out=FOLDER
 
@@ -62,9 +62,7 @@ def corpus(out: Path, texts: Path, name: str, shard_mb: int) -> epath.Path:
 
 
 def stream(documents, encoder, number: int = 0, state: dict | None = None):
-    rows = pack.stream(
-        documents, encoder, PACKING, number=number, num_streams=STREAMS, seed=0
-    )
+    rows = pack.stream(documents, encoder, PACKING, number=number, num_streams=STREAMS, seed=0)
     if state:
         rows.set_state(state)
     return rows
@@ -166,7 +164,8 @@ def main(argv) -> None:
     first = time.perf_counter() - began
     began = time.perf_counter()
     streaming.jsonl("train", **arguments)
-    print(f"lines of {_GIGABYTES.value:g} GB: {first:.1f} s, and {time.perf_counter() - began:.2f} s again")
+    again = time.perf_counter() - began
+    print(f"lines of {_GIGABYTES.value:g} GB: {first:.1f} s, and {again:.2f} s again")
 
     rates: dict[str, list[float]] = {}
     for _ in range(3):

@@ -81,11 +81,12 @@ def article(number, title, text, ns=0, redirect=""):
 
 
 def test_wikipedia(tmp_path):
-    words = "It is about the module, its functions and what they are for, in [[Python|the language]]. "
+    words = "It is about the module and what its functions are for, in [[Python|the language]]. "
     pages = []
     for number, name in enumerate(MODULES):
         text = f"{{{{Infobox|name={name}}}}}\n'''{name}''' is a module. {words * (4 + number)}"
-        pages.append(article(number, name, text + "\n== History ==\nIt is old.&lt;ref&gt;A&lt;/ref&gt;"))
+        text += "\n== History ==\nIt is old.&lt;ref&gt;A&lt;/ref&gt;"
+        pages.append(article(number, name, text))
     pages.append(article(90, "Stub", "Short."))
     pages.append(article(91, "Other", "A redirect " * 50, redirect='<redirect title="Json" />'))
     pages.append(article(92, "Talk:Json", "Not an article. " * 50, ns=1))

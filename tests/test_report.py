@@ -777,7 +777,7 @@ def test_long_texts_are_cut():
 @pytest.mark.parametrize("corpora", [[], {}, [3], [{"name": 3, "splits": {"train": []}}], "x"])
 def test_a_page_has_the_corpora_of_a_run(corpora, tmp_path):
     write_run(tmp_path / "run")
-    good = {"name": "wiki", "version": "1.0.0", "key": "ab12", "splits": {"train": {"tokens": 12345}}}
+    good = {"name": "wiki", "version": "1.0.0", "splits": {"train": {"tokens": 12345}}}
     (tmp_path / "run" / "corpora.json").write_text(json.dumps({"corpora": [good]}))
     facts = runs.read(epath.Path(tmp_path / "run"), "run")
     html = page.render("x", [run_sections.data_and_versions([facts], {}, {})])

@@ -39,8 +39,8 @@ def schedule(weight: Sequence[float], where: str) -> Schedule:
     rises = all(a < b for a, b in zip(steps, steps[1:]))
     if len(steps) != len(weights) or not rises or min(weights) < 0:
         raise ValueError(
-            f"{where} = {tuple(weight)}; wanted (weight,) or (weight, step, weight, ...), of rising "
-            "steps, and weights of at least 0"
+            f"{where} = {tuple(weight)}; wanted (weight,) or (weight, step, weight, ...), of "
+            "rising steps, and weights of at least 0"
         )
 
     return Schedule(steps, weights)

@@ -21,6 +21,7 @@ _BEAM = flags.DEFINE_multi_string(
     "beam", [], "An argument for Apache Beam, such as --beam=--runner=DataflowRunner; repeated."
 )
 
+
 @command_line.command
 def main(argv: list[str]) -> int:
     command_line.no_arguments(argv)

@@ -9,8 +9,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import lm
-from lm import files
 from lm import config as run_config
+from lm import files
 from lm.prepare import shards
 from lm.prepare.engine import Made, Stage, versions
 from lm.reports import page

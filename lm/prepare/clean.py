@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from lm.prepare import rules
+from lm.prepare import rules, spacy_words
 from lm.prepare.engine import Stage, each_shard
 from lm.prepare.shards import Document, Work, read
 
@@ -29,7 +29,8 @@ def stages(config: ConfigDict) -> list[Stage]:
         packages.append("py3langid")
     if config.pii.phone:
         packages.append("phonenumbers")
-    return [Stage("clean", clean, each_shard, settings, packages, reads=inspect.getsource(rules))]
+    code = [inspect.getsource(module) for module in (rules, spacy_words)]
+    return [Stage("clean", clean, each_shard, settings, packages, reads=code)]
 
 
 def clean(work: Work) -> None:

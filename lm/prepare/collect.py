@@ -64,6 +64,7 @@ def _units(source: Mapping) -> list[list]:
     reader = _reader(source)
     if format_ not in formats.FORMATS and hasattr(reader, "units"):
         return [[name, unit, WHOLE_TASK, 0] for unit in reader.units(source)]
+
     if not path:
         raise ValueError(f"config.sources.{name}.path is missing: wanted what {format_!r} reads")
     if format_ in ("tfds", "hugging_face"):
@@ -80,10 +81,12 @@ def _units(source: Mapping) -> list[list]:
         names = formats.FORMATS[format_].names
     if format_ == "code":
         names = tuple(f"*{ending}" for ending in source["endings"])
+
     try:
         found = files.find(path, names)
     except ValueError as error:
         raise ValueError(f"config.sources.{name}: {error}") from None
+
     units = []
     for file in found:
         try:
@@ -104,6 +107,7 @@ def _reader(source: Mapping) -> Callable[[str, Mapping, Work], Iterator[Document
     format_ = source["format"]
     if format_ in formats.FORMATS:
         return formats.FORMATS[format_].read
+
     module, _, function = format_.rpartition(".")
     try:
         return getattr(importlib.import_module(module), function)
@@ -149,6 +153,7 @@ def _documents(work: Work) -> Iterator[Document]:
                 if not document.text.strip():
                     work.bad("empty", name, document.id, "there is no text in it")
                     continue
+
                 document = _encodable(document, work)
                 work.count("documents", name)
                 work.count("bytes", name, len(document.text.encode()))

@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import multiprocessing
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple

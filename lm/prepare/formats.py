@@ -66,6 +66,7 @@ class Stream(io.RawIOBase):
                 break
             buffer[filled : filled + len(piece)] = piece
             filled += len(piece)
+
         # What is whole is read before.
         if self._damage is not None and not filled:
             raise self._damage
@@ -79,6 +80,7 @@ class Stream(io.RawIOBase):
             why = "cut off, or damaged" if self._codec else "unreadable"
             self._damage = Damaged(f"behind {self._size:,} bytes it is {why}: {error}")
             return b""
+
         self._size += len(piece)
         if self._codec and self._size > self._limit:
             why = f"it unpacks to more than {self._limit:,} bytes; unpack it yourself"
@@ -113,11 +115,13 @@ def open_unpacked(path: str) -> io.BufferedReader:
     file = open_plain(path)
     head = file.read(8)
     file.seek(0)
+
     codec = next((PACKED[first] for first in PACKED if head.startswith(first)), "")
     for first, (kind, advice) in files.NO_TEXT.items():
         if head.startswith(first) and not codec:
             file.close()
             raise Damaged(f"it is {kind}; {advice}")
+
     size = epath.Path(path).stat().length if codec else 0
     stream = Stream(file, codec, max(files.SMALL, files.MAX_UNPACKED * size))
     return io.BufferedReader(stream, 1 << 20)
@@ -136,6 +140,7 @@ def parts(
     """
     mark = byte_order_mark(stream.peek(4))
     encoding = files.BYTE_ORDER_MARKS.get(mark, "utf-8")
+
     mark = b"" if encoding == "utf-8" else mark
     between = separator.encode(encoding)
     offset = len(stream.read(len(mark)))
@@ -148,11 +153,13 @@ def parts(
             yield offset, None if left_out or len(part) > most else mark + part
             offset += left_out + len(part) + len(between)
             left_out = 0
+
         # What may be the beginning of a separator is none of it, and stays.
         kept = held[max(len(held) - len(between) + 1, 0) :]
         if left_out or len(held) - len(kept) > most:
             left_out += len(held) - len(kept)
             held = kept
+
     if left_out or len(held) > most:
         yield offset, None
     elif held:
@@ -172,6 +179,7 @@ def decode(content: bytes, work: Work, source: Mapping, place: str, said: str = 
     encodings: Iterator[str] = iter([files.BYTE_ORDER_MARKS[mark]] if mark else ["utf-8"])
     if not mark and work.settings["encodings"] == "detect":
         encodings = itertools.chain(encodings, [said] if said else [], _detected(content))
+
     for encoding in encodings:
         text = _strictly(content[len(mark) :], encoding)
         if text is None or "\0" in text:
@@ -181,6 +189,7 @@ def decode(content: bytes, work: Work, source: Mapping, place: str, said: str = 
         if work.settings["encodings"] == "detect":
             _note_encoding(encoding, text, work, source, place)
             return text
+
     why = "no encoding has all of its bytes"
     if work.settings["encodings"] != "detect":
         why = "it is not UTF-8, and config.collect.encodings wants that"
@@ -209,6 +218,7 @@ def _detected(content: bytes) -> Iterator[str]:
 
     if encoding := detect_encoding(content, from_html_meta=True):
         yield encoding
+
     import charset_normalizer
 
     if best := charset_normalizer.from_bytes(content[: 1 << 16]).best():
@@ -252,6 +262,7 @@ def _from_record(
     if source["text_key"] not in record:
         why = f"it has no key {source['text_key']!r}; it has {sorted(map(str, record))[:20]!s:.200}"
         return work.bad("no_text", source["name"], where, why)
+
     values = {}
     for field in ("text", "label", "name", "language"):
         key = source[f"{field}_key"]
@@ -263,12 +274,14 @@ def _from_record(
             value = decode(value, work, source, where, said)
             if value is None:
                 return None
+
         if field != "text" and isinstance(value, (int, float, np.number, np.bool_)):
             value = str(value)
         if not isinstance(value, str):
             why = f"{key!r} is a {type(value).__name__}; wanted a text"
             return work.bad("type", source["name"], where, why)
         values[field] = value
+
     if _is_too_large(values["text"], work):
         return _note_too_large(where, source, work)
     return make(path, place, source=source, **values)
@@ -325,6 +338,7 @@ def read_jsonl(path: str, source: Mapping, work: Work) -> Iterator[Document]:
             text = decode(line, work, source, place, said)
             if text is None or not text.strip():
                 continue
+
             try:
                 record = files.parse_json(text, "the line")
             except ValueError as error:
@@ -355,6 +369,7 @@ class _Rows:
             raise StopIteration
         if self._size <= self._most:
             return line
+
         # A row ends at the first line end with no quote open.
         while line and not (line.endswith(("\n", "\r")) and self._quotes % 2 == 0):
             line = self._read(1 << 20)
@@ -379,6 +394,7 @@ def read_csv(path: str, source: Mapping, work: Work) -> Iterator[Document]:
             shown = head[len(mark) :].decode(encoding, "replace")
             _note_encoding(encoding, shown, work, source, path)
         stream.read(len(mark))
+
         # What is not in the encoding of the file may be in another one.
         errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
         lines = _Rows(io.TextIOWrapper(stream, encoding, errors, newline=""), _max_bytes(work))
@@ -408,6 +424,7 @@ def _csv_records(
             if isinstance(error, UnicodeError) or not columns:
                 work.bad("not_csv", source["name"], f"{path}:row {number}", f"{why}; the rest, too")
                 return
+
         if columns and row and len(row) != len(columns):
             why = f"it has {len(row)} columns, the first row {len(columns)}"
         if why:
@@ -448,6 +465,7 @@ def read_parquet(path: str, source: Mapping, work: Work) -> Iterator[Document]:
             if names.count(source["text_key"]) != 1:
                 _note_columns(names, path, source, work)
                 return
+
             columns = [key for key in dict.fromkeys(keys) if key in names]
             for batch in table.iter_batches(_rows_of_a_batch(table), columns=columns):
                 for record in _with_bytes(batch).to_pylist():
@@ -525,6 +543,7 @@ def read_warc(path: str, source: Mapping, work: Work) -> Iterator[Document]:
             offset = record.stream_pos
             if document := _from_warc(record, path, source, work):
                 yield document
+
         if stream.raw.tail.strip(b"\r\n"):
             work.bad("cut_off", source["name"], path, "it doesn't end as a record does")
 
@@ -540,6 +559,7 @@ def _from_warc(record, path: str, source: Mapping, work: Work) -> Document | Non
     headers = record.headers
     if not (headers.get("Content-Length") or "").strip().isdecimal():
         return work.bad("cut_off", source["name"], place, "its header has no length")
+
     kind = headers.get("Content-Type") or "text/plain"
     if record.is_http:
         kind = record.http_content_type or ""
@@ -652,6 +672,7 @@ def read_wikipedia(path: str, source: Mapping, work: Work) -> Iterator[Document]
                 text = _main_text(text, path, place, source, work, "wikitext")
                 if text is not None:
                     yield make(path, place, text, source, name=page["title"])
+
     if not number:
         work.bad("no_text", source["name"], path, "there is no page in it")
 
@@ -667,6 +688,7 @@ def _pages(stream: io.BufferedReader, dump: "_Dump") -> Iterator[dict]:
         piece = stream.read1(1 << 16)
         damage = None
         dump.unheard += len(piece)
+
         try:
             parser.feed(piece) if piece else parser.close()
         except Damaged as error:
@@ -732,9 +754,11 @@ class _Dump:
         self.unheard = 0
         name = self._path.pop()
         above = self._path[-1] if self._path else ""
+
         text = "".join(self._texts)
         size = self._size
         self._texts, self._size = [], 0
+
         if above == "page" and name in ("title", "ns"):
             self._page[name] = text.strip()
         elif above == "page" and name == "redirect":
@@ -804,6 +828,7 @@ def read_hugging_face(path: str, source: Mapping, work: Work) -> Iterator[Docume
     for key, feature in table.features.items():
         if hasattr(feature, "names"):
             class_names[key] = feature.names
+
     for number in range(begin, end):
         record = _with_class_name(table[number], source, class_names)
         if document := _from_record(record, name, number, source, work):
@@ -873,6 +898,7 @@ def licence_above(folder: str) -> str:
                     text = file.read(1 << 16).decode("utf-8", "replace")
                 if name := licence_of(text):
                     return name
+
     above = os.path.dirname(folder)
     return licence_above(above) if above and above != folder else ""
 

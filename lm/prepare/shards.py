@@ -7,6 +7,7 @@ bucket files: numpy records of a fixed size.
 
 import contextlib
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from lm import files
 
 ENDING = ".jsonl.zst"
 MAX_SAMPLES = 5  # of each thing that a task shows samples of
-MAX_LISTED = 1000  # bad records that a task names; all are counted
+MAX_LISTED = 1000  # bad records of a kind that a task names; all are counted
 SAMPLE_CHARS = 300
 
 
@@ -104,7 +105,7 @@ class Work:
         self._counts: dict[str, dict[str, int]] = {}
         self._histograms: dict[str, dict[str, int]] = {}
         self._samples: dict[str, list] = {}
-        self._listed: list[dict] = []
+        self._listed: dict[str, list[dict]] = {}
 
     # --- outputs ---
 
@@ -199,9 +200,10 @@ class Work:
         self.list(kind, place, why)
 
     def list(self, kind: str, place: str, why: str) -> None:
-        """Adds to what is listed by its place, the first ones of each task."""
-        if len(self._listed) < MAX_LISTED:
-            self._listed.append({"kind": kind, "place": place, "why": why[:SAMPLE_CHARS]})
+        """Adds to what is listed by its place, the first ones of each kind in a task."""
+        listed = self._listed.setdefault(kind, [])
+        if len(listed) < MAX_LISTED:
+            listed.append({"kind": kind, "place": place, "why": why[:SAMPLE_CHARS]})
 
     def report(self) -> dict:
         """What is left of the task when it is done, JSON-able."""
@@ -211,7 +213,7 @@ class Work:
             counts=self._counts,
             histograms=self._histograms,
             samples=samples,
-            listed=self._listed,
+            listed=list(itertools.chain(*self._listed.values())),
         )
 
 
