@@ -8,6 +8,7 @@ of all that decides its contents: its settings, its code, the packages it uses, 
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import importlib.metadata
 import inspect
@@ -222,24 +223,40 @@ def run_local(stages: Sequence[Stage], out: epath.Path, workers: int) -> Made:
       ValueError: a task that can't be done; those beside it are done to their ends.
     """
     made = Made()
-    for stage, folder in zip(stages, folders(stages, out)):
-        tasks = _tasks(stage, folder, made)
-        reports: list[dict | None] = [done(task) for task in tasks]
-        todo = [task for task, report in zip(tasks, reports) if report is None]
-        if todo:
+    with contextlib.ExitStack() as stack:
+        pool = None
+        for stage, folder in zip(stages, folders(stages, out)):
+            tasks = _tasks(stage, folder, made)
+            reports: list[dict | None] = [done(task) for task in tasks]
+            todo = [task for task, report in zip(tasks, reports) if report is None]
+            # Its processes go on from stage to stage: what they import takes a second.
+            if todo and workers > 1 and pool is None:
+                pool = stack.enter_context(_pool(workers))
+
             size = sum(map(_input_size, todo)) / 1e6
             what = f"{stage.name}, {len(todo)} of {len(tasks)} tasks"
             with progress.activity(what, size, "MB") as activity:
-                for task, report in _run_all(todo, workers):
+                for task, report in _run_all(todo, pool, workers):
                     reports[task.number] = report
                     activity.add(_input_size(task) / 1e6)
-        made.add(stage.name, reports)
+            made.add(stage.name, reports)
 
     return made
 
 
+def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
+        workers,
+        # A process without this one's threads and memory.
+        mp_context=multiprocessing.get_context("spawn"),
+        max_tasks_per_child=TASKS_OF_A_PROCESS,
+    )
+
+
 def _tasks(stage: Stage, folder: str, made: Made) -> list[Task]:
     inputs = stage.plan(made)
+    # What decided the plan may be large, and is no matter of a task.
+    stage = stage._replace(plan=each_shard, reads=None)
     return [Task(stage, folder, number, given) for number, given in enumerate(inputs)]
 
 
@@ -258,40 +275,35 @@ def _input_size(task: Task) -> int:
     return size
 
 
-def _run_all(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, dict]]:
-    """Yields each task with its report, as they end."""
-    if workers == 1:
+def _run_all(
+    tasks: Sequence[Task], pool: concurrent.futures.Executor | None, workers: int
+) -> Iterator[tuple[Task, dict]]:
+    """Yields each task with its report, as they end; without a pool they run here."""
+    if pool is None:
         for task in tasks:
             yield task, run_task(task)
         return
 
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers,
-        # A process without this one's threads and memory.
-        mp_context=multiprocessing.get_context("spawn"),
-        max_tasks_per_child=TASKS_OF_A_PROCESS,
-    )
-    with pool:
-        running: dict[concurrent.futures.Future, Task] = {}
-        waiting = collections.deque(tasks)
-        try:
-            while waiting or running:
-                # No more than the processes: what is running when one dies is known.
-                while waiting and len(running) < workers:
-                    task = waiting.popleft()
-                    running[pool.submit(run_task, task)] = task
-                ended, _ = concurrent.futures.wait(
-                    running, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in ended:
-                    yield running[future], future.result()
-                    del running[future]
-        except BrokenProcessPool:
-            suspects = "\n  ".join(_described(task) for task in running.values())
-            raise ValueError(
-                "a process of the preparation was killed: out of memory, or by a fault of a "
-                f"library. It was at one of:\n  {suspects}"
-            ) from None
+    running: dict[concurrent.futures.Future, Task] = {}
+    waiting = collections.deque(tasks)
+    try:
+        while waiting or running:
+            # No more than the processes: what is running when one dies is known.
+            while waiting and len(running) < workers:
+                task = waiting.popleft()
+                running[pool.submit(run_task, task)] = task
+            ended, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in ended:
+                yield running[future], future.result()
+                del running[future]
+    except BrokenProcessPool:
+        suspects = "\n  ".join(_described(task) for task in running.values())
+        raise ValueError(
+            "a process of the preparation was killed: out of memory, or by a fault of a library. "
+            f"It was at one of:\n  {suspects}"
+        ) from None
 
 
 # --- by Apache Beam ---
