@@ -206,9 +206,9 @@ def render(card: Mapping) -> str:
     sections = [
         Section("What is in it", [_splits_table(card), _sources_table(card)]),
         Section("Languages", [_languages_table(card)]),
-        Section("Lengths", _length_curves(card)),
         Section("What went, and why", _drops(card)),
         Section("What was found", _found(card)),
+        Section("Lengths", _length_curves(card)),
         Section("What is listed", [_listed_table(card)], is_folded=True),
         Section("Samples", _samples(card), is_folded=True),
         Section("How it came about", _origin(card), is_folded=True),
