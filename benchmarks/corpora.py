@@ -57,6 +57,7 @@ from lm.prepare import config as prepare_config
 DOC = "/usr/share/doc"
 MAX_CHARS = 100_000  # of a text; changelogs are longer
 VOCAB_SIZE = 8192
+BATCH = 256  # texts that the library's own encoding is given at once
 RULES = ("gopher_quality", "gopher_repetition", "fineweb", "c4")
 
 
@@ -269,16 +270,17 @@ def _encoder(path: str) -> tuple[tokenizer.Tokenizer, list[list[shards.Document]
     documents = []
     for line in Path(path, "texts.jsonl").read_text().splitlines():
         documents.append(shards.Document("", json.loads(line)["text"], "texts"))
-    batches = [documents[i : i + write.BATCH] for i in range(0, len(documents), write.BATCH)]
+    batches = [documents[i : i + BATCH] for i in range(0, len(documents), BATCH)]
     return model, batches
 
 
 def encode_part(path: str, part: int, parts: int) -> tuple[float, float]:
-    """Tokenizes every so many-th batch as the stage does; returns when it began and ended."""
+    """Tokenizes every so many-th batch as a process of encode does; returns its begin and end."""
     model, batches = _encoder(path)
     began = time.monotonic()
     for batch in batches[part::parts]:
-        write._ids(batch, model)
+        for document in batch:
+            model.encode(document.text)
     return began, time.monotonic()
 
 

@@ -159,6 +159,7 @@ def stream(
         # Equal documents in two parts come at different times.
         own_seed = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
         streams[name] = make_stream(documents, seed=own_seed, number=number, **others)
+
     return MixedStream(streams, mixture.shares, rows_per_step, seed=seed, number=number)
 
 

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     for split, about in card["splits"].items():
         tokens_ = f", {about['tokens']:,} tokens" if "tokens" in about else ""
         print(f"{split}: {about['documents']:,} documents, {about['bytes']:,} bytes{tokens_}")
+
     print(f"{folder}\n{folder / 'card.html'}")
     return 0
 

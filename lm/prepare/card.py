@@ -62,6 +62,7 @@ def _by(counts: Mapping[str, Mapping[str, int]], prefix: str) -> dict[str, dict[
         if what.startswith(prefix):
             for key, amount in by.items():
                 table.setdefault(key, {})[what.removeprefix(prefix)] = amount
+
     return dict(sorted(table.items()))
 
 
@@ -224,6 +225,7 @@ def _splits_table(card: Mapping) -> Table:
     for name, split in card["splits"].items():
         sizes = [split.get(size) for size in _SIZES]
         rows.append([name, *sizes, split["shards"], split["fingerprint"]])
+
     return Table(["split", *_SIZES, "shards", "fingerprint"], rows, "Splits")
 
 
@@ -253,6 +255,7 @@ def _languages_table(card: Mapping) -> Table:
     for name, sizes in card["languages"].items():
         values = [sizes.get(size) for size in _SIZES]
         rows.append([name or "(unsure)", *values, *_fertility(sizes)])
+
     return Table(["language", *_SIZES, "tokens a word", "bytes a token"], rows)
 
 
@@ -322,6 +325,7 @@ def _samples(card: Mapping) -> list:
         for what, samples in stage["samples"].items():
             text = "\n\n".join(f"{id_}\n{shown}" for _, id_, shown in samples)
             parts.append(Preformatted(f"{stage['stage']}: {what}", text))
+
     return parts
 
 

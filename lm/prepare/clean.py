@@ -220,6 +220,7 @@ def _is_public_address(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
+
     return address.is_global and (address.version == 4 or address in _UNICAST)
 
 

@@ -95,6 +95,7 @@ def _units(source: Mapping) -> list[list]:
         except OSError:
             # Such as a link that leads nowhere: its task says so.
             units.append([name, file, 0, 0])
+
     return units
 
 
@@ -129,6 +130,7 @@ def _deal(units: list[list], shard_bytes: int) -> list[dict]:
         tasks[-1]["files"].append(path)
         tasks[-1]["sources"].append(name)
         room -= size
+
     return tasks
 
 
@@ -166,6 +168,7 @@ def _documents(work: Work) -> Iterator[Document]:
             work.bad("unreadable", name, path, str(error))
         except MemoryError:
             work.bad("too_large", name, path, "it doesn't fit in memory")
+
     logging.debug("task %d has been read", work.number)
 
 

@@ -335,6 +335,7 @@ def check(config: ConfigDict) -> None:
     for stage in config.stages:
         if stage not in STAGES and "." not in stage:
             problems.append(f"config.stages: no stage {stage!r}; valid: {list(STAGES)}")
+
     if not config.stages or config.stages[0] != "collect" or config.stages[-1] != "write":
         problems.append("config.stages: wanted collect first and write last")
     if len(set(config.stages)) < len(config.stages):

@@ -82,6 +82,7 @@ def _items_of_file(path: str) -> list[dict]:
         if not isinstance(record.get("text"), str):
             raise ValueError(f"{path}:{number} has no key 'text' with a text")
         items.append(dict(task=path, name=f"{path}:{number}", texts=[record["text"]]))
+
     return items
 
 

@@ -36,6 +36,7 @@ class Extractor:
         assert name in EXTRACTORS, name
         self._name, self._seconds = name, seconds
         self._process: subprocess.Popen | None = None
+
         # Beam's workers have several threads.
         self._lock = threading.Lock()
 
@@ -65,6 +66,7 @@ class Extractor:
         except Failed:
             self.close()
             raise
+
         if answer.startswith("!"):
             raise Failed(f"the extractor failed: {answer[1:]}")
         return answer[1:]
@@ -87,6 +89,7 @@ def _start(name: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
+
     # What it imports isn't part of the first page's time.
     ready, _, _ = select.select([process.stdout], [], [], START_SECONDS)
     try:
@@ -94,6 +97,7 @@ def _start(name: str) -> subprocess.Popen:
             return process
     except EOFError:
         pass
+
     process.kill()
     process.communicate()
     raise ValueError(
@@ -139,6 +143,7 @@ def _load(name: str):
 
     else:
         extract = wikitext
+
     return extract
 
 
@@ -158,6 +163,7 @@ def wikitext(page: str) -> str:
         if title.startswith(_NO_TEXT):
             with contextlib.suppress(ValueError):
                 code.remove(link)
+
     for tag in code.filter_tags(matches=_is_no_text):
         with contextlib.suppress(ValueError):
             code.remove(tag)

@@ -47,6 +47,7 @@ class Stream(io.RawIOBase):
         self._size = 0
         self._damage: Damaged | None = None
         self.tail = b""
+
         # Unlike Python's own modules, it tells a file that is cut off from one that is whole.
         self._stream = file
         if codec:
@@ -85,6 +86,7 @@ class Stream(io.RawIOBase):
         if self._codec and self._size > self._limit:
             why = f"it unpacks to more than {self._limit:,} bytes; unpack it yourself"
             self._damage = Damaged(why)
+
         return piece
 
     def close(self) -> None:
@@ -102,6 +104,7 @@ def open_plain(path: str) -> BinaryIO:
         files.check_plain(epath.Path(path))
     except ValueError as error:
         raise Damaged(str(error)) from None
+
     return epath.Path(path).open("rb")
 
 
@@ -449,6 +452,7 @@ def _unescaped(value: str, encoding: str) -> str | bytes:
     except UnicodeEncodeError:
         with contextlib.suppress(UnicodeError):
             return value.encode(encoding, "surrogateescape")
+
     return value
 
 
@@ -572,6 +576,7 @@ def _from_warc(record, path: str, source: Mapping, work: Work) -> Document | Non
         content = record.reader.read(most + 1)
     except _OF_WARC as error:
         raise Damaged(f"the record at {offset}: {error}") from None
+
     if len(content) < min(record.content_length, most + 1):
         return work.bad("cut_off", source["name"], place, "it is shorter than its header says")
     if record.is_http and len(content) <= most:
@@ -649,6 +654,7 @@ def _joined_chunks(content: bytes) -> bytes:
         chunks.append(chunk)
         start = match.end() + size
         start += 2 if content[start : start + 2] == b"\r\n" else 0
+
     if chunks:
         raise ValueError(f"no chunk at {start}")
     return content

@@ -37,6 +37,7 @@ def _powers() -> tuple[np.ndarray, np.ndarray]:
         factors = np.full(_BLOCK, base, np.uint64)
         factors[0] = 1
         both.append(np.multiply.accumulate(factors))
+
     return both[0], both[1]
 
 

@@ -208,6 +208,7 @@ def _texts(path: str) -> list[str]:
         if not isinstance(record.get("text"), str):
             raise ValueError(f"{path}:{number} has no key 'text' with a text")
         texts.append(record["text"])
+
     return texts
 
 

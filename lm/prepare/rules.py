@@ -61,6 +61,7 @@ class _Vocabulary(dict):
         if len(chunk) <= _LONG:
             self[chunk] = content
             self._chars += len(chunk)
+
         return content
 
     def record(self, token: str) -> bytes:
@@ -70,6 +71,7 @@ class _Vocabulary(dict):
             record = struct.pack("<3I", len(self._records), len(token), _kind(token))
             self._records[token] = record
             self._chars += len(token)
+
         return record
 
     def is_full(self) -> bool:
@@ -152,6 +154,7 @@ def c4(text: str, settings: Mapping) -> tuple[str, str, Counter]:
     if settings["bad_words"]:
         if _has_bad_words(cleaned.lower(), tuple(settings["bad_words"])):
             return text, "bad_words", gone
+
     return cleaned, "", gone
 
 
@@ -179,6 +182,7 @@ def sentences(line: str) -> int:
         elif has_ended and not kind & PUNCTUATION:
             count += 1
             has_ended = False
+
     return count
 
 
@@ -231,6 +235,7 @@ def gopher_quality(text: Text, settings: Mapping) -> str:
         missing -= text.has(word)
         if missing <= 0:
             break
+
     return "stop_words" if missing > 0 else ""
 
 
@@ -258,6 +263,7 @@ def gopher_repetition(text: Text, settings: Mapping) -> str:
         grams.grow()
         if grams.top_chars() / chars > settings[f"max_top_{n}gram"]:
             return f"top_{n}gram"
+
     for n in range(5, 11):
         grams.grow()
         repeated_chars = grams.repeated_chars()
@@ -266,6 +272,7 @@ def gopher_repetition(text: Text, settings: Mapping) -> str:
             break
         if repeated_chars / chars > settings[f"max_{n}grams"]:
             return f"{n}grams"
+
     return ""
 
 
@@ -292,6 +299,7 @@ def repeated(parts: Sequence[str]) -> tuple[int, int]:
         else:
             count += 1
             chars += len(part)
+
     return count, chars
 
 
@@ -306,6 +314,7 @@ class _NGrams:
         self._numbers = tokens["number"].astype(np.uint64)
         self._ends = np.zeros(len(tokens) + 1, np.int64)
         np.cumsum(tokens["chars"], out=self._ends[1:])
+
         # Where those that are left begin, and which n-gram each of them is.
         self._places = np.arange(len(tokens))
         self._which = self._numbers
@@ -330,6 +339,7 @@ class _NGrams:
         if most <= 1:
             self._places, self._which = places[:0], keys[:0]
             return
+
         # The first of those that are the most frequent.
         is_top = (counts == most).repeat(counts)
         self._top = (int(places[order[is_top].min()]), most)
@@ -359,6 +369,7 @@ class _NGrams:
                 chars += size
                 end = place + self._n
             seen.add(which)
+
         return chars
 
 

@@ -69,6 +69,7 @@ def _exceptions() -> dict[str, list[str]]:
                 for apostrophe in ("'", "’", ""):
                     parts = [first, *following.replace("'", apostrophe).split("+")]
                     exceptions["".join(parts)] = parts
+
     for word in _NO_CONTRACTIONS:
         exceptions.pop(word, None)
     for first, *rest in list(exceptions.values()):
@@ -107,6 +108,7 @@ def split(chunk: str) -> list[str]:
         elif inner == begin:
             break
         begin, end = inner, outer
+
     return [*before, *_divided(chunk[begin:end]), *after[::-1]]
 
 
@@ -138,6 +140,7 @@ def _suffix_begin(chunk: str, begin: int, end: int) -> int:
         return place
     if place < end:
         return place if _PERIOD.match(chunk, place, end) else end
+
     # The longest suffix is mbar, after a digit.
     place = max(begin, end - 5)
     if chunk[end - 1].isdecimal() or chunk[place:end].isalpha():
@@ -159,4 +162,5 @@ def _divided(word: str) -> list[str]:
         # Two of them may stand side by side.
         tokens += [word[place:begin], match[0]] if begin > place else [match[0]]
         place = match.end()
+
     return [*tokens, word[place:]] if place < len(word) else tokens

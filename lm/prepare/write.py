@@ -23,7 +23,6 @@ from lm.prepare import tokens
 from lm.prepare.engine import Made, Stage
 from lm.prepare.shards import Document, Work, read
 
-BATCH = 256  # documents that are tokenized together
 FIELDS = ("text", "name", "label", "source", "language", "licence")
 
 
@@ -59,7 +58,10 @@ def encode(work: Work) -> None:
     tokenizer = tokens.load(work.inputs["tokenizer"]) if work.inputs["tokenizer"] else None
     with contextlib.ExitStack() as stack:
         writers: dict[str, _RecordWriter] = {}
-        for document, ids in _with_ids(work.inputs["shard"], tokenizer):
+        for document in read(work.inputs["shard"]):
+            # One by one: the processes use the cores, and a tokenizer's threads would wait for
+            # each other.
+            ids = tokenizer.encode(document.text) if tokenizer else None
             split = tokens.split_of(document, work.settings["splits"])
             if split not in writers:
                 about = {"split": split}
@@ -69,24 +71,6 @@ def encode(work: Work) -> None:
             stored = ids if work.settings["store"] else None
             vocab_size = tokenizer.vocab_size if tokenizer else 0
             writers[split].write(serialized(document, stored, vocab_size))
-
-
-def _with_ids(path: str, tokenizer) -> Iterator[tuple[Document, list[int] | None]]:
-    """The documents of a shard with their tokens, without BOS and EOS."""
-    batch: list[Document] = []
-    for document in read(path):
-        batch.append(document)
-        if len(batch) == BATCH:
-            yield from zip(batch, _ids(batch, tokenizer))
-            batch = []
-
-    yield from zip(batch, _ids(batch, tokenizer))
-
-
-def _ids(batch: list[Document], tokenizer) -> Sequence[list[int] | None]:
-    if tokenizer is None or not batch:
-        return [None] * len(batch)
-    return tokenizer.encode_batch([document.text for document in batch])
 
 
 def _tell(work: Work, split: str, document: Document, ids: list[int] | None, tokenizer) -> None:
