@@ -57,7 +57,8 @@ def open_whole(path: epath.Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
+        # What is read meanwhile has a name of its own.
+        if isinstance(error, OSError) and error.filename in (None, temporary):
             raise named(error, path) from None
         raise
 
@@ -242,11 +243,11 @@ def _files_in(folder: str) -> list[str]:
     """The files of a local folder, at any depth, but for hidden ones.
 
     Raises:
-      ValueError: more than `MAX_FOUND`.
+      ValueError: more than `MAX_FOUND`, or a folder that can't be read.
     """
     found = []
     num_seen = 0
-    for path, folders, names in os.walk(folder, followlinks=True):
+    for path, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(path, name) for name in names if not name.startswith(".")]
         num_seen += len(folders) + len(names)
@@ -256,6 +257,11 @@ def _files_in(folder: str) -> list[str]:
                 "with less, or put many small files into JSONL"
             )
     return found
+
+
+def _refuse(error: OSError) -> None:
+    """Is told of a folder that can't be read: its files would be left out silently."""
+    raise ValueError(f"the folder {error.filename} can't be read: {error.strerror}") from None
 
 
 def _matches(pattern: str) -> list[str]:

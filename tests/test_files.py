@@ -318,6 +318,30 @@ def test_escapes(text, wanted):
     assert files.unescape(text) == wanted
 
 
+def test_a_folder_that_can_not_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "a").write_text("")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="closed can't be read: Permission denied"):
+        files.find(str(tmp_path))
+
+
+def test_what_is_read_while_a_file_is_written_keeps_its_name(tmp_path):
+    with pytest.raises(OSError, match="none") as raised:
+        with files.open_whole(epath.Path(tmp_path / "new")):
+            (tmp_path / "none").read_bytes()
+    assert raised.value.filename == str(tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_with_too_much_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_FOUND", 3)
     for name in "abc":

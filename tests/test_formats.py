@@ -662,6 +662,14 @@ def test_an_archive_goes_on_behind_a_bad_record(read):
     assert sum(bad(report).values()) == len(records) // 2
 
 
+def test_pages_about_errors_are_counted(read):
+    missing = http(page("Not here.")).replace(b"200 OK", b"404 Not Found")
+    records = [warc_record("response", missing), warc_record("response", http(page("Here.")))]
+    documents, report = read(b"".join(records), "warc")
+    assert len(documents) == 1 and "Here." in documents[0].text
+    assert report["counts"]["http_errors"] == {"s": 1}
+
+
 BOMB = """<!DOCTYPE a [<!ENTITY a0 "0123456789">ENTITIES]>
 <mediawiki><page><title>a</title><ns>0</ns><revision><text>&a9;</text></revision></page></mediawiki>
 """

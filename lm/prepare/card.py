@@ -1,5 +1,6 @@
 """What is in a prepared corpus, and how it came about: card.json, and a page about it."""
 
+import collections
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from lm.reports.page import Cell, Curves, Figure, Preformatted, Section, Table, 
 
 # What runs, and where, decides nothing of the set.
 NOT_OF_THE_SET = ("engine", "workers", "keep_stages")
-MAX_LISTED = 5000  # in the card
+MAX_LISTED = 1000  # of a kind, in the card
 
 
 def make(made: Made, stages: Sequence[Stage], key: str, config: ConfigDict) -> dict:
@@ -34,7 +35,13 @@ def make(made: Made, stages: Sequence[Stage], key: str, config: ConfigDict) -> d
         counts = {what: by for what, by in report["counts"].items() if sum(by.values())}
         by_stage.append(dict(stage=name, counts=counts, samples=report["samples"]))
 
-    listed = [entry for report in merged.values() for entry in report["listed"]]
+    listed = []
+    num_listed = collections.Counter()
+    for report in merged.values():
+        for entry in report["listed"]:
+            num_listed[entry["kind"]] += 1
+            if num_listed[entry["kind"]] <= MAX_LISTED:
+                listed.append(entry)
     settings = {k: v for k, v in config.to_dict().items() if k not in NOT_OF_THE_SET}
     return dict(
         name=config.name,
@@ -48,8 +55,8 @@ def make(made: Made, stages: Sequence[Stage], key: str, config: ConfigDict) -> d
         summary=_summary(made, merged),
         stages=by_stage,
         histograms=_histograms(merged),
-        listed=listed[:MAX_LISTED],
-        num_listed=len(listed),
+        listed=listed,
+        num_listed=num_listed.total(),
         config=settings,
         versions=dict(lm=lm.__version__, python=sys.version.split()[0]) | versions(packages),
     )
@@ -297,8 +304,17 @@ def _by_count(row: Sequence) -> int:
     return -row[2]
 
 
-_FOUND = ("bad", "encoding", "repaired", "pii", "lines", "eval", "contaminated", "near")
-_FOUND_ALONE = ("repeated_names", "special_in_text", "surrogates", "other_type")
+_FOUND = ("bad", "missing", "encoding", "repaired", "pii", "lines", "eval", "contaminated", "near")
+_FOUND_ALONE = (
+    "repeated_names",
+    "repeated_ids",
+    "special_in_text",
+    "surrogates",
+    "other_type",
+    "http_errors",
+    "truncated",
+    "no_article",
+)
 
 
 def _found(card: Mapping) -> list:
@@ -315,7 +331,7 @@ def _found(card: Mapping) -> list:
 
 def _listed_table(card: Mapping) -> Table:
     rows = [[entry["kind"], entry["place"], entry["why"]] for entry in card["listed"]]
-    title = f"{card['num_listed']:,} records; card.json has the first {MAX_LISTED:,}"
+    title = f"{card['num_listed']:,} records; card.json has {MAX_LISTED:,} of a kind at most"
     return Table(["kind", "file and offset", "why"], rows, title)
 
 

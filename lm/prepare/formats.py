@@ -567,6 +567,9 @@ def _from_warc(record, path: str, source: Mapping, work: Work) -> Document | Non
     kind = headers.get("Content-Type") or "text/plain"
     if record.is_http:
         kind = record.http_content_type or ""
+        if (record.http_headers.status_code or 200) >= 400:
+            work.count("http_errors", source["name"])
+            return None
     kind = kind.partition(";")[0].strip().lower()
     if kind not in ("text/html", "application/xhtml+xml", "text/plain"):
         work.count("other_type", source["name"])

@@ -63,7 +63,9 @@ class Writer:
     """Writes documents to a shard, which has its name when all of it is written."""
 
     def __init__(self, file: BinaryIO):
-        self._stream = zstandard.ZstdCompressor(level=1).stream_writer(file, closefd=False)
+        self._stream = zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(
+            file, closefd=False
+        )
         self._lines: list[str] = []
         self._chars = 0
         self.written = 0  # characters

@@ -113,7 +113,8 @@ class _RecordWriter:
     """Writes records to a packed file, and says in `about` how many there are."""
 
     def __init__(self, file, about: dict):
-        self._stream = zstandard.ZstdCompressor(level=1).stream_writer(file, closefd=False)
+        compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+        self._stream = compressor.stream_writer(file, closefd=False)
         self._about = about
         about.update(records=0, bytes=0)
 
