@@ -11,17 +11,19 @@ import sys
 import time
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from lm.prepare import collect, extract, formats
+from lm.prepare import collect, extract, formats, pipeline
 from lm.prepare import config as prepare_config
 from lm.prepare.shards import Document
 from tests import fuzz_prepare
@@ -402,6 +404,30 @@ def test_files_of_a_bucket_are_found(bucket):
         (task,) = stage.plan(None)
         assert task["files"] == [f"gs://bucket/{name}" for name in names]
         assert stage.reads[0][0][:3] == ["s", "gs://bucket/a.jsonl", 5]
+
+
+def test_a_set_in_a_bucket_is_the_one_in_a_folder(bucket, tmp_path):
+    """Made there, made again over an older one, and found whole."""
+    (tmp_path / "a.jsonl").write_bytes(lines(*[{"text": f"text {i} " * 9} for i in range(90)]))
+    c = prepare_config.default()
+    c.workers = 1
+    c.sources.s = prepare_config.source("jsonl", str(tmp_path / "a.jsonl"))
+    c.stages = ("collect", "exact_duplicates", "tokenizer", "write")
+    c.tokenizer.vocab_size = 280
+    folder = pipeline.prepare(c, epath.Path(tmp_path / "out"))
+    for _ in range(2):
+        bucket.pipe("gs://bucket/out/corpus/1.0.0/left.txt", b"of an older one")
+        pipeline.prepare(c, epath.Path("gs://bucket/out"))
+        bucket.rm("gs://bucket/out/corpus/1.0.0/card.json")
+    pipeline.prepare(c, epath.Path("gs://bucket/out"))
+
+    found = {}
+    for path in bucket.find("gs://bucket/out/corpus/1.0.0"):
+        name = path.partition("/1.0.0/")[2]
+        found[name] = bucket.cat(f"gs://{path.lstrip('/')}")
+    names = [str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()]
+    assert sorted(found) == sorted(names)
+    assert all(content == (folder / name).read_bytes() for name, content in found.items())
 
 
 @pytest.mark.parametrize("name", [*fuzz_prepare.FILES])

@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from lm import build
+from lm import build, stopping
 from lm import config as config_lib
+from lm.data import loader as loaders
 from lm.data import mixtures, pack
 from lm.data.sources import Document, Documents
 from lm.data.tokenizer import ByteTokenizer
+from tests.helpers import assert_same_run, run_training, terminate_at
 
 PACKING = pack.Packing("first_fit", 32, 4)
 
@@ -165,3 +167,30 @@ def test_a_configuration_with_a_mixture(small, tmp_path):
 def test_parts_may_lie_elsewhere_when_a_run_goes_on():
     assert config_lib.is_resumable("data.mixture.web.source_args.path")
     assert not config_lib.is_resumable("data.mixture.web.weight")
+
+
+@pytest.mark.usefixtures("fast_runs")
+def test_a_run_that_was_stopped_goes_on_through_a_mixture(small, tmp_path, monkeypatch):
+    """While weights change, and in the middle of both parts."""
+    config = mixed_config(small, tmp_path)
+    config.train.length = "6 steps"
+    config.checkpoint.every = 2
+    run_training(config, tmp_path / "reference")
+
+    with monkeypatch.context() as patch:
+        terminate_at(patch, loaders.Loader, "next", 4)
+        with pytest.raises(stopping.Stopped):
+            run_training(config, tmp_path / "run")
+    run_training(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "reference", 6)
+
+
+def test_streams_do_not_depend_on_each_other():
+    """So a process that has some of them has the rows that one process has of all."""
+    mixed = mixture({"a": (1.0, 9, 0.5), "b": (1.0,)})
+    together = [make_stream(mixed, number=n, num_streams=4) for n in range(4)]
+    rows = [[next(stream)["tokens"] for stream in together] for _ in range(30)]
+    for number in range(4):
+        alone = make_stream(mixed, number=number, num_streams=4)
+        for row in rows:
+            np.testing.assert_array_equal(next(alone)["tokens"], row[number])

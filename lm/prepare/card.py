@@ -1,6 +1,7 @@
 """What is in a prepared corpus, and how it came about: card.json, and a page about it."""
 
 import collections
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -194,14 +195,12 @@ def broken_limits(card: Mapping, limits: Mapping) -> list[str]:
 
 def write(card: Mapping, folder: epath.Path) -> None:
     """Writes card.json and, where the packages of pages are installed, card.html."""
-    content = json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False)
-    files.write_whole(folder / "card.json", content.encode("utf-8", "backslashreplace"))
-    try:
+    with contextlib.suppress(ValueError):
         page.check_installed()
-    except ValueError:
-        return
-
-    files.write_whole(folder / "card.html", render(card))
+        files.write_whole(folder / "card.html", render(card))
+    content = json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False)
+    # Last: where it is, all is.
+    files.write_whole(folder / "card.json", content.encode("utf-8", "backslashreplace"))
 
 
 def render(card: Mapping) -> str:

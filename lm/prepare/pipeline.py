@@ -93,14 +93,21 @@ def _publish(
     folder = out / config.name / config.version
 
     # What a start that ended here has left would be part of the set.
-    for left in folder.parent.glob(f"{config.version}.*.tmp"):
-        left.rmtree()
-    partial = folder.parent / f"{config.version}.{os.getpid()}.tmp"
+    if folder.parent.exists():
+        for left in folder.parent.glob(f"{config.version}.*.tmp"):
+            left.rmtree()
+    # A bucket can't rename a folder: the card, which comes last, says that all is there.
+    is_bucket = "://" in str(folder)
+    if is_bucket and folder.exists():
+        folder.rmtree()
+    partial = folder if is_bucket else folder.parent / f"{config.version}.{os.getpid()}.tmp"
     write.publish(made, config, partial)
     cards.write(card, partial)
-    if folder.exists():
-        folder.rmtree()
-    partial.rename(folder)
+
+    if not is_bucket:
+        if folder.exists():
+            folder.rmtree()
+        partial.rename(folder)
     if not config.keep_stages:
         (out / "stages").rmtree()
     return folder
