@@ -456,10 +456,10 @@ def test_tfds_configuration_and_features(copies):
 
     labelled = read_tfds("train", "labelled", copies, label_key="kind")
     assert list(labelled.items) == [
-        ("t0", "n0", "no", None),
-        ("t1", "n1", "yes", None),
-        ("t2", "n2", "no", None),
-        ("t3", "n3", "yes", None),
+        ("t0", "n0", "no"),
+        ("t1", "n1", "yes"),
+        ("t2", "n2", "no"),
+        ("t3", "n3", "yes"),
     ]
     with pytest.raises(IndexError):
         labelled[4]

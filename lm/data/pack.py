@@ -25,7 +25,7 @@ from grain import experimental as grain_experimental
 from lm import files, progress
 from lm.data import batch, records
 from lm.data import tokenizer as tokenizers
-from lm.data.sources import Document, Documents
+from lm.data.sources import Document, Documents, TokenizedDocument
 from lm.data.tokenizer import Tokenizer
 from lm.data.units import Unit
 
@@ -89,7 +89,7 @@ class Encoder:
         Raises:
           ValueError: another tokenizer made those that are stored.
         """
-        if document.stored is None:
+        if not isinstance(document, TokenizedDocument):
             return self.tokenizer.encode(document.text)
         if document.stored.tokenizer not in (self.tokenizer.fingerprint, self.tokenizer.texts_as):
             raise ValueError(

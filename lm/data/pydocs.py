@@ -68,7 +68,7 @@ def collect() -> Iterator[tuple[str, Document]]:
     The module is what a split goes by. Exact duplicates are left out, and what is too short.
     """
     seen = set()
-    for library in LIBRARIES:
+    for library in _roots():
         for group, document in docstrings(library):
             text = document.text
             if len(text) >= MIN_CHARS and text not in seen and sources.is_utf8_text(text):

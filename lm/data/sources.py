@@ -20,6 +20,12 @@ from lm import files, progress
 from lm.data import records
 
 
+class Document(NamedTuple):
+    text: str
+    name: str  # what it is called, for reports; not part of the text
+    label: str  # "" where there is none
+
+
 class StoredTokens(NamedTuple):
     """A text's tokens, without BOS and EOS."""
 
@@ -27,11 +33,13 @@ class StoredTokens(NamedTuple):
     ids: np.ndarray
 
 
-class Document(NamedTuple):
+class TokenizedDocument(NamedTuple):
+    """A `Document` whose source has its tokens."""
+
     text: str
-    name: str  # what it is called, for reports; not part of the text
-    label: str  # "" where there is none
-    stored: StoredTokens | None = None  # where the source has them
+    name: str
+    label: str
+    stored: StoredTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,15 +253,16 @@ class _CorpusDocuments(Sequence):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> Document:
+    def __getitem__(self, index: int) -> Document | TokenizedDocument:
         if not 0 <= index < len(self):
             raise IndexError(index)
         record = self._table.raw(index)
-        stored = None
-        if self._tokenizer:
-            stored = StoredTokens(self._tokenizer, np.frombuffer(record["tokens"], self._dtype))
         label = record["label"].decode() if self._has_labels else ""
-        return Document(record["text"].decode(), record["name"].decode(), label, stored)
+        document = Document(record["text"].decode(), record["name"].decode(), label)
+        if not self._tokenizer:
+            return document
+        stored = StoredTokens(self._tokenizer, np.frombuffer(record["tokens"], self._dtype))
+        return TokenizedDocument(*document, stored)
 
 
 def sampled_fingerprint(documents: Sequence[Document], identity: list) -> str:
