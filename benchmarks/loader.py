@@ -130,15 +130,40 @@ def memory_of(part: str, arguments: list[str]) -> str:
 
 
 def print_memory(documents, encoder) -> None:
-    """Prints the process's peak after a tenth, and after all of an epoch."""
+    """Prints the process's peak after parts of an epoch of training rows."""
     streams = [stream(documents, encoder, number) for number in range(STREAMS)]
     peaks = {}
     for share in (0.1, 0.5, 1.0):
         while streams[0].epochs_begun() < share:
             for rows in streams:
                 next(rows)
-        peaks[share] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(", ".join(f"{share:.0%}: {peak:,.0f} MB" for share, peak in peaks.items()))
+        peaks[share] = peak()
+    print_peaks(peaks)
+
+
+def print_memory_of_reading(documents) -> None:
+    """Prints the process's peak after parts of an epoch whose texts are read, and not tokenized:
+    the streams of a process read their windows side by side.
+    """
+    orders = [documents.items.order(number, STREAMS, 0) for number in range(STREAMS)]
+    readers = [documents.items.reader() for _ in orders]
+    shortest = min(map(len, orders))
+    peaks = {}
+    for place in range(shortest):
+        for order, reader in zip(orders, readers):
+            reader[order[place]]
+        if place in (shortest // 10, shortest // 2, shortest - 1):
+            peaks[(place + 1) / shortest] = peak()
+    print_peaks(peaks)
+
+
+def peak() -> float:
+    """The largest memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_peaks(peaks: dict[float, float]) -> None:
+    print(", ".join(f"{share:.0%}: {size:,.0f} MB" for share, size in peaks.items()))
 
 
 def main(argv) -> None:
@@ -155,7 +180,7 @@ def main(argv) -> None:
         return print_memory(sources.corpus("train", path=str(folders["many"])), encoder)
     if _PART.value == "jsonl":
         arguments = dict(path=str(large), held_out=0.0, cache_dir=str(out / "cache"))
-        return print_memory(streaming.jsonl("train", **arguments), encoder)
+        return print_memory_of_reading(streaming.jsonl("train", **arguments))
 
     documents = {name: sources.corpus("train", path=str(f)) for name, f in folders.items()}
     began = time.perf_counter()

@@ -256,7 +256,7 @@ class _CorpusDocuments(Sequence):
     def __getitem__(self, index: int) -> Document | TokenizedDocument:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        record = self._table.raw(index)
+        record = self._table.features(index)
         label = record["label"].decode() if self._has_labels else ""
         document = Document(record["text"].decode(), record["name"].decode(), label)
         if not self._tokenizer:
