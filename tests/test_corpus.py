@@ -3,6 +3,7 @@ tokenizer reads them.
 """
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -126,3 +127,27 @@ def test_what_is_no_corpus(tmp_path, folder):
 def test_resuming_where_the_corpus_lies_elsewhere():
     assert config_lib.is_resumable("data.source_args.path")
     assert not config_lib.is_resumable("data.source_args.stored_tokens")
+
+
+@pytest.mark.parametrize(
+    "tokenizer_of_card, message",
+    [
+        ("x", "tokenizer is 'x'"),
+        ({"stored": True}, "doesn't say which tokenizer"),
+        ({"stored": True, "fingerprint": "f", "vocab_size": "9"}, "doesn't say which tokenizer"),
+    ],
+)
+def test_cards_of_strangers(tokenizer_of_card, message, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "colours" / "1.0.0")
+    path = tmp_path / "colours" / "1.0.0" / "card.json"
+    path.write_text(json.dumps({"tokenizer": tokenizer_of_card}))
+    with pytest.raises(ValueError, match=message):
+        sources.corpus("train", path=str(path.parent))
+
+
+def test_tokens_that_the_tokenizer_does_not_have(folder):
+    own = tokenizer.load(folder / "tokenizer")
+    document = sources.corpus("train", path=str(folder))[0]
+    stored = document.stored._replace(ids=np.array([5, 300], np.uint16))
+    with pytest.raises(ValueError, match="the token 300, and its tokenizer 300 of them"):
+        pack.Encoder(own, "").training(document._replace(stored=stored))

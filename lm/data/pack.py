@@ -97,6 +97,11 @@ class Encoder:
                 f"run's is {self.tokenizer.fingerprint}: set config.tokenizer.path to the folder "
                 "tokenizer of the corpus, or config.data.source_args.stored_tokens=False"
             )
+        if document.stored.ids.max(initial=0) >= self.tokenizer.vocab_size:
+            raise ValueError(
+                f"{document.name}: the corpus has the token {document.stored.ids.max()}, and its "
+                f"tokenizer {self.tokenizer.vocab_size} of them: it is damaged"
+            )
         return document.stored.ids.tolist()
 
     def prompt(self, document: Document) -> list[int]:

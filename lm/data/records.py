@@ -315,15 +315,16 @@ def open_tfds(split: str, name: str, data_dir: str, keys: Sequence[str] = ()) ->
     )
 
     folder = data_dir / dataset / _prepared_version(data_dir, name, advice)
-    return open_folder(split, folder, keys, advice)
+    return open_folder(split, folder, dataset, keys, advice)
 
 
 def open_folder(
-    split: str, folder: epath.Path, keys: Sequence[str] = (), advice: str = ""
+    split: str, folder: epath.Path, name: str, keys: Sequence[str] = (), advice: str = ""
 ) -> TfdsRecords:
     """Returns the records of a split of the TFDS data set in a folder, DATA_DIR/NAME/VERSION.
 
     Args:
+      name: what it is called, in errors and in its identity.
       keys: features that have to be present.
       advice: ends the error where it is of another format than ArrayRecord.
 
@@ -334,7 +335,6 @@ def open_folder(
 
     builder = tfds.builder_from_directory(folder)
     info = builder.info
-    name = info.full_name
     if info.file_format.value != "array_record":
         raise ValueError(
             f"{folder} was prepared as {info.file_format.value}; training reads array_record. "
@@ -364,7 +364,7 @@ def open_folder(
     # Copies of one version, prepared from different texts, differ in num_bytes. Some kinds of
     # split don't know it.
     num_bytes = getattr(split_info, "num_bytes", None)
-    identity = [info.name, str(info.version), split, len(source), num_bytes]
+    identity = [name, str(info.version), split, len(source), num_bytes]
     return TfdsRecords(source, class_names, identity)
 
 

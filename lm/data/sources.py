@@ -225,30 +225,43 @@ def corpus(split: str, *, path: str, label_key: str = "", stored_tokens: bool = 
             "python -m lm.prepare printed, with card.json in it"
         )
     card = files.read_json(folder / "card.json")
-    table = records.open_folder(split, folder, ["text", "name", "label"])
-    tokenizer = card.get("tokenizer") or {}
-    is_stored = stored_tokens and bool(tokenizer.get("stored"))
-    fingerprint_ = str(tokenizer.get("fingerprint", "")) if is_stored else ""
-    dtype = np.dtype("<u2" if tokenizer.get("vocab_size", 0) <= 2**16 else "<u4")
-    documents = _CorpusDocuments(table, bool(label_key), fingerprint_, dtype)
+    stored = _stored_tokens(card, folder) if stored_tokens else None
+    keys = ["text", "name", "label", *(["tokens"] if stored else [])]
+    table = records.open_folder(split, folder, folder.parent.name, keys)
+    documents = _CorpusDocuments(table, bool(label_key), stored)
 
     summary = {key: card[key] for key in OF_CARD if key in card}
     identity = [*table.identity, card.get("key"), label_key]
     return Documents(documents, sampled_fingerprint(documents, identity), cards=(summary,))
 
 
+def _stored_tokens(card: Mapping, folder: epath.Path) -> StoredTokens | None:
+    """The tokenizer of a corpus's tokens, and none of them in the type that they have; None if it
+    has no tokens.
+
+    Raises:
+      ValueError: the card is damaged.
+    """
+    tokenizer = card.get("tokenizer") or {}
+    if not isinstance(tokenizer, dict):
+        raise ValueError(f"{folder / 'card.json'}: tokenizer is {tokenizer!r:.80}")
+    if not tokenizer.get("stored"):
+        return None
+    fingerprint_, size = tokenizer.get("fingerprint"), tokenizer.get("vocab_size")
+    if not isinstance(fingerprint_, str) or not isinstance(size, int):
+        raise ValueError(f"{folder / 'card.json'} doesn't say which tokenizer made its tokens")
+    return StoredTokens(fingerprint_, np.empty(0, "<u2" if size <= 2**16 else "<u4"))
+
+
 class _CorpusDocuments(Sequence):
     """Documents of a prepared corpus, read one by one.
 
     Args:
-      tokenizer: fingerprint of the one whose tokens are read; "": none are.
+      stored: whose tokens are read, and their type; None: none are.
     """
 
-    def __init__(
-        self, table: records.TfdsRecords, has_labels: bool, tokenizer: str, dtype: np.dtype
-    ):
-        self._table, self._has_labels = table, has_labels
-        self._tokenizer, self._dtype = tokenizer, dtype
+    def __init__(self, table: records.TfdsRecords, has_labels: bool, stored: StoredTokens | None):
+        self._table, self._has_labels, self._stored = table, has_labels, stored
 
     def __len__(self) -> int:
         return len(self._table)
@@ -259,10 +272,10 @@ class _CorpusDocuments(Sequence):
         record = self._table.features(index)
         label = record["label"].decode() if self._has_labels else ""
         document = Document(record["text"].decode(), record["name"].decode(), label)
-        if not self._tokenizer:
+        if self._stored is None:
             return document
-        stored = StoredTokens(self._tokenizer, np.frombuffer(record["tokens"], self._dtype))
-        return TokenizedDocument(*document, stored)
+        ids = np.frombuffer(record["tokens"], self._stored.ids.dtype)
+        return TokenizedDocument(*document, self._stored._replace(ids=ids))
 
 
 def sampled_fingerprint(documents: Sequence[Document], identity: list) -> str:
