@@ -130,17 +130,23 @@ def test_resuming_where_the_corpus_lies_elsewhere():
 
 
 @pytest.mark.parametrize(
-    "tokenizer_of_card, message",
+    "changes, message",
     [
-        ("x", "tokenizer is 'x'"),
-        ({"stored": True}, "doesn't say which tokenizer"),
-        ({"stored": True, "fingerprint": "f", "vocab_size": "9"}, "doesn't say which tokenizer"),
+        ({"tokenizer": "x"}, "tokenizer is 'x'"),
+        ({"tokenizer": {"stored": True}}, "doesn't say which tokenizer"),
+        (
+            {"tokenizer": {"stored": True, "fingerprint": "f", "vocab_size": "9"}},
+            "doesn't say which tokenizer",
+        ),
+        ({"splits": []}, "splits is"),
+        ({"splits": {"train": 3}}, "splits is"),
+        ({"splits": {"train": {"tokens": "many"}}}, "splits is"),
     ],
 )
-def test_cards_of_strangers(tokenizer_of_card, message, folder, tmp_path):
+def test_cards_of_strangers(changes, message, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "colours" / "1.0.0")
     path = tmp_path / "colours" / "1.0.0" / "card.json"
-    path.write_text(json.dumps({"tokenizer": tokenizer_of_card}))
+    path.write_text(json.dumps(files.read_json(folder / "card.json") | changes))
     with pytest.raises(ValueError, match=message):
         sources.corpus("train", path=str(path.parent))
 

@@ -231,8 +231,20 @@ def corpus(split: str, *, path: str, label_key: str = "", stored_tokens: bool = 
     documents = _CorpusDocuments(table, bool(label_key), stored)
 
     summary = {key: card[key] for key in OF_CARD if key in card}
-    identity = [*table.identity, card.get("key"), label_key]
+    # Of the shards' bytes; the card's key would change with the dates of the files it was made of.
+    splits = _splits_of_card(card, folder)
+    fingerprints = [splits[name].get("fingerprint") for name in sorted(splits)]
+    identity = [*table.identity, fingerprints, label_key]
     return Documents(documents, sampled_fingerprint(documents, identity), cards=(summary,))
+
+
+def _splits_of_card(card: Mapping, folder: epath.Path) -> dict[str, dict]:
+    """What a card says of each split. Raises ValueError for a card that is damaged."""
+    splits = card.get("splits")
+    if isinstance(splits, dict) and all(isinstance(about, dict) for about in splits.values()):
+        if all(isinstance(about.get("tokens", 0), int) for about in splits.values()):
+            return splits
+    raise ValueError(f"{folder / 'card.json'}: splits is {splits!r:.80}")
 
 
 def _stored_tokens(card: Mapping, folder: epath.Path) -> StoredTokens | None:
