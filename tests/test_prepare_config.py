@@ -9,7 +9,7 @@ from etils import epath
 from lm.data import sources
 from lm.evals import entries
 from lm.prepare import config as prepare_config
-from lm.prepare import pipeline
+from lm.prepare import engine, pipeline
 from lm.prepare.config import GROUPS, Preparation, Source
 from tests.helpers import ROOT
 
@@ -147,3 +147,33 @@ def test_limits_refuse_a_corpus(tmp_path):
     c.version = "1.0.1"
     with pytest.raises(ValueError, match="min_tokens = 5: there are 0"):
         pipeline.prepare(c, epath.Path(tmp_path / "out"))
+
+
+def test_a_threshold_runs_the_stages_behind_it_again(tmp_path):
+    """And no others."""
+    (tmp_path / "a.txt").write_text("text")
+    c = valid()
+    c.sources.texts.path = str(tmp_path / "a.txt")
+    c.stages = ("collect", "clean", "near_duplicates", "write")
+
+    def folders(**changes):
+        changed = c.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        stages = pipeline.stages_of(changed)
+        return dict(zip([s.name for s in stages], engine.folders(stages, epath.Path("out"))))
+
+    before = folders()
+    for key, value, first in (
+        ("near_duplicates.threshold", 0.7, "near_verify"),
+        ("near_duplicates.max_compared", 9, "near_pairs"),
+        ("near_duplicates.rows", 9, "near_sign"),
+        ("gopher_quality.on", True, "clean"),
+        ("splits.validation", 0.3, "encode"),
+        ("collect.max_document_mb", 1.0, "collect"),
+    ):
+        after = folders(**{key: value})
+        names = list(after)
+        changed = [name for name in names if after[name] != before[name]]
+        assert changed == names[names.index(first) :], key
+    # What is off is not read, and how it is run is no matter of the set.
+    assert folders(**{"gopher_quality.min_words": 9, "workers": 3, "engine": "beam"}) == before

@@ -209,9 +209,12 @@ def drop_lines(work: Work) -> None:
 
 
 def near_stages(config: ConfigDict) -> list[Stage]:
-    near = config.near_duplicates
-    settings = near.to_dict() | {"bad_input": config.bad_input}
-    packages = ("rensa",)
+    settings = {"bad_input": config.bad_input}
+    # Each stage has what it reads: another threshold needs no other signatures.
+    keys = config.near_duplicates.to_dict()
+    signs = {key: keys[key] for key in ("shingle", "bands", "rows", "seed")}
+    pairs = {"max_compared": keys["max_compared"]}
+    verified = {"threshold": keys["threshold"]}
     deal = functools.partial(_plan_shuffle, 1 / 16)
     find = functools.partial(_plan_buckets, "near_sign", "bands")
     send = functools.partial(_plan_sets, "near_pairs", "pairs")
@@ -219,10 +222,10 @@ def near_stages(config: ConfigDict) -> list[Stage]:
     drop = functools.partial(_plan_drops, "near_resolve")
     code = inspect.getsource(ngrams)
     return [
-        Stage("near_sign", sign, deal, settings, packages, code),
-        Stage("near_pairs", find_pairs, find, settings),
+        Stage("near_sign", sign, deal, settings | signs, ("rensa",), code),
+        Stage("near_pairs", find_pairs, find, settings | pairs),
         Stage("near_attach", attach, send, settings),
-        Stage("near_verify", verify, compare, settings),
+        Stage("near_verify", verify, compare, settings | verified),
         Stage("near_resolve", resolve, _plan_resolve, settings),
         Stage("near_drop", drop_documents, drop, settings | {"rule": "near_duplicate"}),
     ]
