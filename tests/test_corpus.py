@@ -157,3 +157,26 @@ def test_tokens_that_the_tokenizer_does_not_have(folder):
     stored = document.stored._replace(ids=np.array([5, 300], np.uint16))
     with pytest.raises(ValueError, match="the token 300, and its tokenizer 300 of them"):
         pack.Encoder(own, "").training(document._replace(stored=stored))
+
+
+def test_the_sample_of_the_tokenizer(tmp_path):
+    """Its share of the training texts, and the same ones however they lie in files."""
+    lines = [json.dumps({"text": text}) + "\n" for text in texts(1, count=600)]
+    fingerprints = []
+    for name, bounds in dict(one=[0, 600], several=[0, 100, 350, 600]).items():
+        (tmp_path / name).mkdir()
+        for number, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+            path = tmp_path / name / f"{number}.jsonl"
+            path.write_text("".join(lines[begin:end]))
+        c = prepare_config.default()
+        c.stages, c.workers = STAGES, 1
+        c.sources.texts = prepare_config.source("jsonl", str(tmp_path / name))
+        c.splits.validation = 0.2
+        c.tokenizer.vocab_size = 300
+        c.tokenizer.sample_mb = sum(map(len, texts(1, count=600))) / 2e6
+        card = files.read_json(prepare(c, epath.Path(tmp_path / name / "out")) / "card.json")
+        fingerprints.append(card["tokenizer"]["fingerprint"])
+        (stage,) = [stage for stage in card["stages"] if stage["stage"] == "tokenizer"]
+        share = stage["counts"]["tokenizer.documents"]["texts"] / (600 * 0.8)
+        assert 0.44 < share < 0.56
+    assert fingerprints[0] == fingerprints[1]

@@ -66,6 +66,9 @@ def test_an_epoch_has_each_document_once(format_, num_streams, tmp_path):
     for number in range(num_streams):
         seen.update(texts_of(documents, number, num_streams))
     assert seen == collections.Counter(TEXTS)
+    if num_streams == 40:  # more than there are groups: the streams have equal shares
+        orders = [documents.items.order(number, num_streams, 0) for number in range(num_streams)]
+        assert {len(order) for order in orders} == {len(TEXTS) // num_streams}
 
     # Another epoch has another order; the same one has the same.
     first = texts_of(documents, 0, num_streams)
