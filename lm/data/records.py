@@ -259,12 +259,16 @@ class TfdsRecords(Sequence):
 
         The others, which may be large, are not converted; keys that are no feature are left out.
         """
-        record = self._source[index]
+        record = self.raw(index)
         selected = {}
         for key in record if keys is None else keys:
             if key in record:
                 selected[key] = self._value(key, record[key])
         return selected
+
+    def raw(self, index: int) -> dict:
+        """Returns a record as TFDS decodes it: bytes for text."""
+        return self._source[index]
 
     def features(self, index: int) -> Mapping[str, Any]:
         """Returns the bytes of each feature of a record, all of which are bytes or text: four times
