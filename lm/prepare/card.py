@@ -180,7 +180,10 @@ def broken_limits(card: Mapping, limits: Mapping) -> list[str]:
     broken = []
     for name, share in shares.items():
         if share > limits[name]:
-            broken.append(f"config.limits.{name} = {limits[name]:g}, and it is {share:.4g}")
+            counts = summary["bad" if name == "max_bad" else "dropped"]
+            broken.append(
+                f"config.limits.{name} = {limits[name]:g}, and it is {share:.4g}: {counts}"
+            )
 
     tokens = sum(split.get("tokens", 0) for split in card["splits"].values())
     if tokens < limits["min_tokens"]:
