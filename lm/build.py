@@ -107,7 +107,7 @@ def documents_of(
     if not callable(source):
         raise ValueError(
             f"{where}.source = {path!r} is not a function; lm.data.sources has "
-            f"{['jsonl', 'text', 'tfds']}"
+            f"{['corpus', 'jsonl', 'text', 'tfds']}"
         )
     signature = inspect.signature(source)
     try:
@@ -927,16 +927,16 @@ class Experiment:
         transform = make_transform(self.tokenizer) if make_transform else None
 
         def make_stream(number: int):
-            arguments["number"] = number
+            own = arguments | {"number": number}
             if isinstance(self.train_documents, mixtures.Mixture):
                 stream = mixtures.stream(
                     self.train_documents,
                     functools.partial(pack.stream, encoder=self.encoder, packing=packing),
                     c.batch_size // c.streams,
-                    **arguments,
+                    **own,
                 )
             else:
-                stream = pack.stream(self.train_documents, self.encoder, packing, **arguments)
+                stream = pack.stream(self.train_documents, self.encoder, packing, **own)
             if transform is None:
                 return stream
             return pack.TransformedStream(stream, transform, seed=self.config.seed, number=number)

@@ -266,6 +266,8 @@ def unknown_key(argv: list[str], known: list[str]) -> str | None:
         key = key.removeprefix("config.")
         if key not in known:
             nearest = nearest_keys(key, known)
-            hint = f"did you mean {', '.join(nearest)}?" if nearest else "lm/config.py has them all"
+            hint = "lm/config.py has them all (those of lm.prepare: lm/prepare/config.py)"
+            if nearest:
+                hint = f"did you mean {', '.join(nearest)}?"
             return f"no configuration key {key!r}; {hint}"
     return None

@@ -24,6 +24,10 @@ def test_defaults_are_valid():
     prepare_config.check(valid())
 
 
+def test_the_stages_that_are_valid_are_those_that_there_are():
+    assert tuple(pipeline.STAGES) == prepare_config.STAGES
+
+
 def test_every_key_is_read():
     code = "".join(path.read_text() for path in sorted(ROOT.glob("lm/prepare/*.py")))
     code = code.replace((ROOT / "lm/prepare/config.py").read_text(), "")

@@ -33,6 +33,11 @@ class StoredTokens(NamedTuple):
     ids: np.ndarray
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the smallest type that has all ids: corpora store their tokens in it."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
 class TokenizedDocument(NamedTuple):
     """A `Document` whose source has its tokens."""
 
@@ -262,7 +267,7 @@ def _stored_tokens(card: Mapping, folder: epath.Path) -> StoredTokens | None:
     fingerprint_, size = tokenizer.get("fingerprint"), tokenizer.get("vocab_size")
     if not isinstance(fingerprint_, str) or not isinstance(size, int):
         raise ValueError(f"{folder / 'card.json'} doesn't say which tokenizer made its tokens")
-    return StoredTokens(fingerprint_, np.empty(0, "<u2" if size <= 2**16 else "<u4"))
+    return StoredTokens(fingerprint_, np.empty(0, token_dtype(size)))
 
 
 class _CorpusDocuments(Sequence):

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
         tokens_ = f", {about['tokens']:,} tokens" if "tokens" in about else ""
         print(f"{split}: {about['documents']:,} documents, {about['bytes']:,} bytes{tokens_}")
 
-    print(f"{folder}\n{folder / 'card.html'}")
+    page = folder / "card.html"
+    print(f"{folder}\n{page if page.exists() else folder / 'card.json'}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """What is in a prepared corpus, and how it came about: card.json, and a page about it."""
 
 import collections
-import contextlib
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -142,7 +142,7 @@ def _summary(made: Made, merged: Mapping[str, dict]) -> dict:
     """How many documents were read, and what became of them."""
     collected = sum(merged["collect"]["counts"].get("documents", {}).values())
     for what, by in merged["collect"]["counts"].items():
-        if what.startswith("dropped.") and what != "dropped.chars":
+        if what.startswith("dropped."):
             collected += sum(by.values())
 
     bad: dict[str, int] = {}
@@ -198,8 +198,11 @@ def broken_limits(card: Mapping, limits: Mapping) -> list[str]:
 
 def write(card: Mapping, folder: epath.Path) -> None:
     """Writes card.json and, where the packages of pages are installed, card.html."""
-    with contextlib.suppress(ValueError):
+    try:
         page.check_installed()
+    except ValueError as error:
+        logging.warning("there is no card.html: %s", error)
+    else:
         files.write_whole(folder / "card.html", render(card))
     content = json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False)
     # Last: where it is, all is.
@@ -291,7 +294,7 @@ def _drops(card: Mapping) -> list:
     for stage in card["stages"]:
         for what, by in stage["counts"].items():
             kind, _, rule = what.partition(".")
-            if kind == "dropped" and rule != "chars":
+            if kind == "dropped":
                 count = sum(by.values())
                 sources = ", ".join(f"{name}: {n:,}" for name, n in sorted(by.items()))
                 rows.append([stage["stage"], rule, count, count / read, sources])

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 
 from etils import epath
@@ -168,8 +167,6 @@ def _documents(work: Work) -> Iterator[Document]:
             work.bad("unreadable", name, path, str(error))
         except MemoryError:
             work.bad("too_large", name, path, "it doesn't fit in memory")
-
-    logging.debug("task %d has been read", work.number)
 
 
 def _read(path: str, source: Mapping, work: Work) -> Iterator[Document]:

@@ -73,7 +73,7 @@ class Made:
         for reports in self._reports.values():
             for what, by in shards.merge(reports)["counts"].items():
                 kind, _, rule = what.partition(".")
-                if kind == "dropped" and rule != "chars":
+                if kind == "dropped":
                     dropped[rule] = dropped.get(rule, 0) + sum(by.values())
 
         return dropped
@@ -216,8 +216,11 @@ def _described(task: Task) -> str:
 # --- on this machine ---
 
 
-def run_local(stages: Sequence[Stage], out: epath.Path, workers: int) -> Made:
+def run_local(stages: Sequence[Stage], named: Sequence[str], workers: int) -> Made:
     """Runs stages in processes of this machine.
+
+    Args:
+      named: the stages' `folders`.
 
     Raises:
       ValueError: a task that can't be done; those beside it are done to their ends.
@@ -225,7 +228,7 @@ def run_local(stages: Sequence[Stage], out: epath.Path, workers: int) -> Made:
     made = Made()
     with contextlib.ExitStack() as stack:
         pool = None
-        for stage, folder in zip(stages, folders(stages, out)):
+        for stage, folder in zip(stages, named):
             tasks = _tasks(stage, folder, made)
             reports: list[dict | None] = [done(task) for task in tasks]
             todo = [task for task, report in zip(tasks, reports) if report is None]
@@ -309,11 +312,12 @@ def _run_all(
 # --- by Apache Beam ---
 
 
-def run_beam(stages: Sequence[Stage], out: epath.Path, arguments: Sequence[str]) -> Made:
+def run_beam(stages: Sequence[Stage], named: Sequence[str], arguments: Sequence[str]) -> Made:
     """Runs stages as one Beam pipeline. A task is an element; stages wait for each other by their
     reports, of which the next one's plan is made.
 
     Args:
+      named: the stages' `folders`.
       arguments: Beam's own, such as --runner=DataflowRunner. Without a runner it is FnApiRunner, in
         this process.
 
@@ -332,7 +336,6 @@ def run_beam(stages: Sequence[Stage], out: epath.Path, arguments: Sequence[str])
 
     # Beam's DirectRunner would download another runner first.
     runner = options.view_as(StandardOptions).runner or "FnApiRunner"
-    named = folders(stages, out)
     with beam.Pipeline(runner=runner, options=options) as pipeline:
         made = pipeline | beam.Create([Made()])
         for stage, folder in zip(stages, named):
@@ -350,7 +353,7 @@ def run_beam(stages: Sequence[Stage], out: epath.Path, arguments: Sequence[str])
             )
 
     # All is done: what is left is to read it.
-    return run_local(stages, out, 1)
+    return run_local(stages, named, 1)
 
 
 def _numbered_report(task: Task) -> tuple[int, dict]:

@@ -50,15 +50,16 @@ def prepare(config: ConfigDict, out: epath.Path, beam: list[str] | None = None) 
     with progress.activity("looking at the sources"):
         stages = stages_of(config)
     folder = out / config.name / config.version
-    key = engine.folders(stages, out)[-1].rpartition("-")[2]
+    named = engine.folders(stages, out)
+    key = named[-1].rpartition("-")[2]
     if is_whole(folder, key):
         logging.info("%s is there already, made of the same files in the same way", folder)
         return folder
 
     if config.engine == "beam":
-        made = engine.run_beam(stages, out, beam or [])
+        made = engine.run_beam(stages, named, beam or [])
     else:
-        made = engine.run_local(stages, out, config.workers or os.cpu_count() or 1)
+        made = engine.run_local(stages, named, config.workers or os.cpu_count() or 1)
 
     return _publish(made, stages, key, config, out)
 

@@ -1,8 +1,8 @@
 """Shards: what a task of a preparation reads and writes, and what it has to say.
 
 Documents lie between stages as JSON lines packed by zstd, so that anybody can look at them:
-`zstdcat runs/corpus/stages/clean-.../00000.jsonl.zst | head`. What is shuffled by a key lies in
-bucket files: numpy records of a fixed size.
+`zstdcat OUT/stages/clean-*/00000-documents-0000.jsonl.zst | head`. What is shuffled by a key lies
+in bucket files: numpy records of a fixed size.
 """
 
 import contextlib
@@ -131,9 +131,9 @@ class Work:
         self._output(kind, path, about)["size"] = path.stat().length
 
     @contextlib.contextmanager
-    def documents(self, kind: str = "documents", about: Any = None) -> Iterator[Writer]:
+    def documents(self, kind: str = "documents") -> Iterator[Writer]:
         """Opens a shard of documents for writing."""
-        with self.open(kind, ENDING, about) as file:
+        with self.open(kind, ENDING) as file:
             writer = Writer(file)
             yield writer
             writer.close()
@@ -187,7 +187,7 @@ class Work:
     def drop(self, rule: str, document: Document, shown: str = "") -> None:
         """Notes that a document goes, and by which rule."""
         self.count(f"dropped.{rule}", document.source)
-        self.count("dropped.chars", document.source, len(document.text))
+        self.count("chars_dropped", document.source, len(document.text))
         self.sample(f"dropped.{rule}", document, shown)
 
     def bad(self, kind: str, source: str, place: str, why: str) -> None:

@@ -11,8 +11,6 @@ from lm.data import sources, tokenizer
 from lm.prepare.engine import Made, Stage
 from lm.prepare.shards import Document, Work, read
 
-SPLITS = ("train", "validation", "test")
-
 
 def split_of(document: Document, shares: dict) -> str:
     """Returns the split of a document: that of its source, or by the hash of its text. What is held

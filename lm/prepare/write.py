@@ -19,6 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lm import files
+from lm.data import sources
 from lm.prepare import tokens
 from lm.prepare.engine import Made, Stage
 from lm.prepare.shards import Document, Work, read
@@ -89,11 +90,6 @@ def _tell(work: Work, split: str, document: Document, ids: list[int] | None, tok
         work.count(f"language.{what}", document.language, size)
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the smallest type that has all ids."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
 def serialized(document: Document, ids: Sequence[int] | None, vocab_size: int) -> bytes:
     """Returns a document as a record of the set, its features in order."""
     from tensorflow_datasets.proto import tf_example_pb2
@@ -103,7 +99,7 @@ def serialized(document: Document, ids: Sequence[int] | None, vocab_size: int) -
     for field in FIELDS:
         features[field].bytes_list.value.append(getattr(document, field).encode())
     if ids is not None:
-        content = np.asarray(ids, token_dtype(vocab_size)).tobytes()
+        content = np.asarray(ids, sources.token_dtype(vocab_size)).tobytes()
         features["tokens"].bytes_list.value.append(content)
 
     return example.SerializeToString(deterministic=True)
